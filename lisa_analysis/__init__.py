@@ -1,0 +1,1 @@
+"""Layer importance from run directories: profiles, verdicts, probabilities, reports."""

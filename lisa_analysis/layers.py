@@ -1,0 +1,137 @@
+"""Parameter name -> canonical name, kind and role: one vocabulary for both halves (pure).
+
+Names differ between architectures (`q_proj`, `query`, `c_attn`, `Wqkv`); the *kind* is the same
+word everywhere, and the original name is kept beside it. Which layer a parameter belongs to is
+found from the module structure by `lisa_train.find_layers`, not guessed from the name.
+"""
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+# Prefixes and infixes added by wrappers (PEFT, torch.compile, DDP, FSDP), not by the model.
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.(?=.)|(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|"
+    r"_checkpoint_wrapped_module)\."
+)
+_BASE_LAYER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+
+# Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight` or `<module>.lora_embedding_A.<adapter>`.
+_ADAPTER = re.compile(
+    r"\.(?P<part>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector|lora_E|ranknum|"
+    r"ia3_l|oft_[A-Za-z]+|boft_[A-Za-z]+|hada_[A-Za-z0-9_]+|lokr_[A-Za-z0-9_]+|vera_lambda_[bd]|"
+    r"randlora_[A-Za-z_]+|fourierft_[A-Za-z_]+|hra_u|vblora_[A-Za-z_]+|bone_block|miss_block)"
+    r"(?:\.[^.]+)?(?:\.(?:weight|bias))?$"
+)
+_ROLE_NAMES = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+
+# (kind, pattern on the module path below the layer), first match wins. Order is specific to
+# general: `mlp.down` before anything that also contains `proj`.
+_IN_LAYER: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("norm", r"(norm|layernorm|layer_norm|(^|\.)ln(_?\w+)?)$|(^|\.)(ln_\w+|norm\d*)$"),
+        ("moe.router", r"(^|\.)(router|gate|wg)$"),
+        ("attn.qkv", r"(c_attn|qkv_proj|query_key_value|w_?qkv|in_proj|qkv)(_weight|_bias)?$"),
+        ("attn.q", r"(attn|attention|crossattention|encdecattention|^)?.*\.?(q_proj|q_lin|query|wq|to_q|q)$"),
+        ("attn.k", r"(k_proj|k_lin|key|wk|to_k|(^|\.)k)$"),
+        ("attn.v", r"(v_proj|v_lin|value|wv|to_v|(^|\.)v)$"),
+        ("attn.o", r"(attn|attention)\w*\.(.*\.)?(o_proj|out_proj|out_lin|c_proj|dense|wo|to_out|o|proj)(\.\d+)?$"),
+        ("attn.o", r"(^|\.)o_proj$"),
+        ("mlp.gate_up", r"(gate_up_proj|input_linear|wi_fused)(_bias)?$"),
+        ("mlp.gate", r"(gate_proj|w1|wi_0|gate_linear)$"),
+        ("mlp.up", r"(up_proj|w3|wi_1|wi|fc1|lin1|c_fc|dense_h_to_4h|intermediate(_dense|\.dense)?|ffn)$"),
+        ("mlp.down", r"(down_proj|w2|wo|fc2|lin2|c_proj|dense_4h_to_h|output(_dense|\.dense)?|ffn_output|output_linear)(_bias)?$"),
+    )
+)
+_OUTSIDE: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("head", r"(^|\.)(lm_head|embed_out|score|classifier|cls|qa_outputs|output_projection|"
+                 r"proj_out|v_head|generator_lm_head|pre_classifier|classification_head)(\.|$)"),
+        ("norm", r"(^|[._])(norm|layernorm|layer_norm|ln_f|ln_\w+|final_layer_norm)\w*$"),
+        ("embed", r"(^|[._])(wte|wpe|embed\w*|shared|word_embeddings|position_embeddings?|"
+                  r"token_type_embeddings|patch_embed\w*|cls_token|pos_embed\w*)(\.|$)"),
+    )
+)
+
+
+class ParameterName(NamedTuple):
+    """What a parameter's name says: canonical name, module path, kind and role."""
+
+    canonical: str
+    module: str
+    kind: str
+    role: str
+
+
+@lru_cache(maxsize=65536)
+def canonical_name(name: str) -> str:
+    """Strip what wrappers added, so that one weight has one name in every run.
+
+    >>> canonical_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    previous = None
+    while previous != name:
+        previous, name = name, _WRAPPERS.sub("", name)
+    return _BASE_LAYER.sub("", name)
+
+
+def role_of(name: str) -> str:
+    """``base`` for a weight of the model, else the adapter part as PEFT calls it (`lora_A`, …)."""
+    match = _ADAPTER.search(name)
+    return _ROLE_NAMES.get(match["part"], match["part"]) if match else "base"
+
+
+def module_of(name: str) -> str:
+    """Canonical path of the model's own module that the parameter belongs to or adapts.
+
+    >>> module_of("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight")
+    'model.layers.0.mlp.up_proj'
+    """
+    canonical = canonical_name(name)
+    adapted = _ADAPTER.sub("", canonical)
+    if adapted != canonical:
+        return adapted
+    return re.sub(r"\.?[^.]+$", "", canonical)
+
+
+def kind_of(name: str, *, layer_path: str | None) -> str:
+    """Canonical kind of a parameter.
+
+    Parameters
+    ----------
+    name
+        Name in `model.named_parameters()`.
+    layer_path
+        Canonical path of the layer that holds it (`model.layers.3`), or None outside the stack.
+
+    Returns
+    -------
+    str
+        ``attn.q``, ``attn.k``, ``attn.v``, ``attn.qkv``, ``attn.o``, ``mlp.gate``, ``mlp.up``,
+        ``mlp.gate_up``, ``mlp.down``, ``moe.router``, ``norm``, ``embed``, ``head`` or ``other``.
+    """
+    module = module_of(name)
+    leaf = canonical_name(name).rsplit(".", 1)[-1]
+    if layer_path is None:
+        for kind, pattern in _OUTSIDE:
+            if pattern.search(module) or pattern.search(canonical_name(name)):
+                return kind
+        return "other"
+    inside = module[len(layer_path) :].lstrip(".").lower()
+    if leaf not in ("weight", "bias") and role_of(name) == "base":
+        # A bare parameter (fused experts, `in_proj_weight`): its own name is the informative part.
+        inside = f"{inside}.{leaf.lower()}".lstrip(".")
+    for kind, pattern in _IN_LAYER:
+        if pattern.search(inside):
+            return kind
+    return "other"
+
+
+def describe(name: str, *, layer_path: str | None = None) -> ParameterName:
+    """Everything that a parameter's name says, see `canonical_name`, `kind_of` and `role_of`."""
+    return ParameterName(
+        canonical_name(name), module_of(name), kind_of(name, layer_path=layer_path), role_of(name)
+    )

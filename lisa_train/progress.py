@@ -1,0 +1,82 @@
+"""One progress bar for a training run: loss, active layers, time left."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressBar(TrainerCallback):
+    """Shows a tqdm bar (a widget in a notebook) and says each held-out loss on a line of its own.
+
+    Parameters
+    ----------
+    latest
+        Returns the newest scalars of the run (loss, learning_rate, …); may be empty.
+    active_layers
+        Returns the layers that train at the moment, or None when there is no such choice.
+    """
+
+    def __init__(
+        self,
+        latest: Callable[[], dict[str, Any]],
+        active_layers: Callable[[], tuple[int, ...] | None],
+    ) -> None:
+        self._latest = latest
+        self._active_layers = active_layers
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is None:
+            return
+        shown: dict[str, str] = {}
+        if (loss := self._latest().get("loss")) is not None:
+            shown["loss"] = f"{loss:.3f}"
+        if (layers := self._active_layers()) is not None:
+            shown["layers"] = layers_in_words(layers)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if self._bar is not None and loss is not None:
+            self._bar.write(f"step {state.global_step}: held-out loss {loss:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def layers_in_words(layers: tuple[int, ...]) -> str:
+    """``3,17`` for a few layers, ``12 of them`` for many."""
+    return ",".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} of them"

@@ -1,0 +1,399 @@
+"""Which layers train next: exact sampling schemes, each a pure function of seed and draw (numpy).
+
+Every scheme meets its inclusion probabilities π (Σπ = k) exactly, which weighted choice without
+replacement (`numpy.random.Generator.choice(replace=False, p=…)`) does not. A draw depends on the
+seed and its own index alone, so that every rank and every resumed run draws the same layers, and
+no global random stream is read or advanced.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lisa_analysis.errors import ConfigError, ProbabilitiesError
+
+# Σπ may miss k by the rounding of a file that keeps six decimals.
+SUM_TOLERANCE = 1e-5
+_CERTAIN = 1.0 - 1e-12
+# Second word of every generator key, so that no other part of a program draws the same stream.
+_STREAM = 0x115A
+
+
+def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.float64]:
+    """Validate inclusion probabilities and remove the rounding from their sum.
+
+    Parameters
+    ----------
+    pi
+        Inclusion probabilities, shape (L,), 0 < π ≤ 1, Σπ = k up to `SUM_TOLERANCE`.
+    activated_layers
+        k, the number of layers of a draw.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 of shape (L,): probabilities of 1 stay 1 (certain layers), the others are scaled
+        so that the sum is k to the last bit that floating point offers.
+
+    Raises
+    ------
+    ProbabilitiesError
+        When the vector is not one-dimensional, holds a value outside (0, 1], or does not sum to k.
+    """
+    values = np.array(pi, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ProbabilitiesError(
+            f"inclusion probabilities must be a non-empty vector, got shape {values.shape}; give "
+            "one number per layer."
+        )
+    bad = np.flatnonzero(~((values > 0.0) & (values <= 1.0)))
+    if bad.size:
+        raise ProbabilitiesError(
+            f"inclusion probability of layer {bad[0]} is {values[bad[0]]:g}, but every one must be "
+            "above 0 (or the layer never trains) and at most 1; correct it or lower the cap."
+        )
+    total = float(values.sum())
+    if abs(total - activated_layers) > SUM_TOLERANCE:
+        raise ProbabilitiesError(
+            f"inclusion probabilities sum to {total:.6g}, but {activated_layers} layers are active "
+            f"in each interval: they must sum to {activated_layers}; scale them or set "
+            "activated_layers to their sum."
+        )
+    certain = values >= _CERTAIN
+    values[certain] = 1.0
+    rest = activated_layers - int(certain.sum())
+    if rest == 0 and not certain.all():
+        raise ProbabilitiesError(
+            f"inclusion probabilities of 1 already fill all {activated_layers} places, so the "
+            f"other {int((~certain).sum())} layers never train; lower some of them."
+        )
+    values[~certain] *= rest / values[~certain].sum() if rest else 1.0
+    return np.minimum(values, 1.0)
+
+
+class Sampler(ABC):
+    """Draws layers; draw `index` is the same whenever and wherever it is asked for.
+
+    Parameters
+    ----------
+    pi
+        Inclusion probabilities, shape (L,).
+    k
+        Layers per draw (expected number for `BernoulliSampler`).
+    seed
+        Seed of the schedule.
+    """
+
+    scheme: str
+
+    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+        self.inclusion_probabilities = check_probabilities(pi, k)
+        self.inclusion_probabilities.flags.writeable = False
+        self.k = k
+        self.seed = int(seed)
+        # Certain layers are in every draw; the scheme decides about the others only.
+        self._certain = np.flatnonzero(self.inclusion_probabilities >= _CERTAIN)
+        self._open = np.flatnonzero(self.inclusion_probabilities < _CERTAIN)
+        self._open_k = k - self._certain.size
+        self._drawn = 0
+
+    def draw(self, index: int) -> tuple[int, ...]:
+        """Layer indices of draw `index` (0, 1, …), sorted."""
+        if index < 0:
+            raise ConfigError(f"draws are numbered from 0, got index {index}.")
+        self._drawn = max(self._drawn, index + 1)
+        chosen = self._open[self._choose(index)] if self._open.size else self._open
+        return tuple(int(i) for i in np.sort(np.concatenate([self._certain, chosen])))
+
+    @abstractmethod
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        """Positions in `self._open` that draw `index` takes."""
+
+    def _rng(self, index: int) -> np.random.Generator:
+        """Return a fresh generator of its own for draw `index`."""
+        return np.random.default_rng([_STREAM, _word(self.seed), index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What identifies the schedule, as plain JSON values."""
+        return {
+            "scheme": self.scheme,
+            "seed": self.seed,
+            "activated_layers": self.k,
+            "inclusion_probabilities": self.inclusion_probabilities.tolist(),
+            "drawn": self._drawn,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a saved schedule; a schedule of other settings is a `ConfigError`."""
+        mine = self.state_dict()
+        for key in ("scheme", "seed", "activated_layers"):
+            if state[key] != mine[key]:
+                raise ConfigError(
+                    f"the saved layer schedule has {key} = {state[key]!r}, this run has "
+                    f"{mine[key]!r}; resume with the setting that it was saved with."
+                )
+        saved = state["inclusion_probabilities"]
+        if saved != mine["inclusion_probabilities"]:
+            raise ConfigError(
+                f"the saved layer schedule has other inclusion probabilities ({len(saved)} layers) "
+                f"than this run ({len(mine['inclusion_probabilities'])} layers); resume with the "
+                "probabilities that it was saved with."
+            )
+        self._drawn = int(state["drawn"])
+
+
+class SystematicSampler(Sampler):
+    """Systematic sampling with probability proportional to size, on a fresh random order (Madow).
+
+    Lay the layers end to end as intervals of length π in random order and take those that
+    contain u, u+1, …, u+k−1 for one uniform u in [0, 1): exact π, fixed size.
+    """
+
+    scheme = "systematic"
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        rng = self._rng(index)
+        order = rng.permutation(self._open.size)
+        edges = np.cumsum(self.inclusion_probabilities[self._open[order]])
+        edges[-1] = self._open_k  # the sum without its rounding, so that exactly k points fall in
+        points = rng.random() + np.arange(self._open_k)
+        return order[np.searchsorted(edges, points, side="right")]
+
+
+class UniformSampler(SystematicSampler):
+    """k of L layers, all sets equally likely: the systematic scheme with equal weights."""
+
+    scheme = "uniform"
+
+
+class BernoulliSampler(Sampler):
+    """Every layer on its own with probability π: the first published version; sizes vary."""
+
+    scheme = "bernoulli"
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        uniforms = self._rng(index).random(self._open.size)
+        return np.flatnonzero(uniforms < self.inclusion_probabilities[self._open])
+
+
+class CyclicSampler(Sampler):
+    """Shuffled sweeps: every layer once before any layer twice; equal probabilities only.
+
+    A draw that reaches over the end of a sweep takes the rest of it and goes on in the next
+    one, whose first layers are then chosen among the others, so that the draw holds no layer
+    twice. The rule treats all layers alike, hence π = k/L for every draw.
+    """
+
+    scheme = "cyclic"
+
+    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+        super().__init__(pi, k, seed)
+        spread = np.ptp(self.inclusion_probabilities)
+        if spread > SUM_TOLERANCE:
+            low, high = self.inclusion_probabilities.min(), self.inclusion_probabilities.max()
+            raise ProbabilitiesError(
+                f"cyclic sampling visits all layers equally often, but the probabilities run from "
+                f"{low:.4g} to {high:.4g}; use sampling='balanced' for unequal ones."
+            )
+        self._order: list[int] = []
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        start, end = index * self._open_k, (index + 1) * self._open_k
+        while len(self._order) < end:
+            self._append_sweep()
+        return np.array(self._order[start:end], dtype=np.intp)
+
+    def _append_sweep(self) -> None:
+        n, k = self._open.size, self._open_k
+        sweep = len(self._order) // n
+        order = self._rng(sweep).permutation(n).tolist()
+        open_draw = len(self._order) % k  # layers that the unfinished draw already holds
+        if open_draw:
+            held = set(self._order[-open_draw:])
+            first = [layer for layer in order if layer not in held][: k - open_draw]
+            order = first + [layer for layer in order if layer not in first]
+        self._order += order
+
+
+class ConditionalPoissonSampler(Sampler):
+    """Maximum-entropy design of fixed size: independent draws conditioned on their number.
+
+    The weights w are fitted so that the inclusion probabilities are π (Tillé, *Sampling
+    Algorithms*, 2006, §5.2); all sums of products are elementary symmetric polynomials, kept as
+    logarithms, so that 80 layers neither overflow nor cancel.
+    """
+
+    scheme = "conditional_poisson"
+
+    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+        super().__init__(pi, k, seed)
+        self._log_w = _fit_log_weights(self.inclusion_probabilities[self._open], self._open_k)
+        self._log_e = _log_elementary(self._log_w, self._open_k)
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        uniforms = self._rng(index).random(self._open.size)
+        left = self._open_k
+        chosen = []
+        # From the last unit down: P(take i | `left` of the first i+1 units are taken) is
+        # w_i e_{left-1}(first i units) / e_left(first i+1 units).
+        for i in range(self._open.size - 1, -1, -1):
+            if left == 0:
+                break
+            log_p = self._log_w[i] + self._log_e[i, left - 1] - self._log_e[i + 1, left]
+            if uniforms[i] < np.exp(log_p):
+                chosen.append(i)
+                left -= 1
+        return np.array(chosen, dtype=np.intp)
+
+
+class BalancedSampler(Sampler):
+    """Error diffusion: the layers that are furthest behind their share train next.
+
+    Every draw adds π to each layer's credit, takes the k largest and charges them 1. The share
+    of draws of every layer is π with an error of at most about two visits at any time (measured;
+    independent draws miss by the square root of their number), so that no layer waits long.
+    Exactness holds for these shares along one schedule rather than for a single draw.
+    """
+
+    scheme = "balanced"
+    # Breaks the fixed rotation that equal credits would fall into, without letting a layer slip
+    # by more than half a visit.
+    _JITTER = 0.5
+
+    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+        super().__init__(pi, k, seed)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._next = 0
+        self._credit = np.random.default_rng([_STREAM, _word(self.seed)]).random(self._open.size)
+        self._last = np.empty(0, dtype=np.intp)
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        if index < self._next - 1:
+            self._restart()
+        while self._next <= index:
+            self._advance()
+        return self._last
+
+    def _advance(self) -> None:
+        self._credit += self.inclusion_probabilities[self._open]
+        jitter = self._JITTER * self._rng(self._next).random(self._open.size)
+        ranked = np.argsort(-(self._credit + jitter), kind="stable")
+        self._last = ranked[: self._open_k]
+        self._credit[self._last] -= 1.0
+        self._next += 1
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    cls.scheme: cls
+    for cls in (
+        UniformSampler,
+        BernoulliSampler,
+        CyclicSampler,
+        SystematicSampler,
+        ConditionalPoissonSampler,
+        BalancedSampler,
+    )
+}
+
+
+def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
+    """Build the sampler called `sampling`.
+
+    Parameters
+    ----------
+    sampling
+        One of `SAMPLERS`. ``uniform`` with unequal probabilities becomes ``systematic``, whose
+        draws are the same to the bit when the probabilities are equal.
+    pi
+        Inclusion probabilities, shape (L,), Σπ = k.
+    k
+        Layers per draw.
+    seed
+        Seed of the schedule.
+    """
+    if sampling == "uniform" and np.ptp(np.asarray(pi, dtype=np.float64)) > SUM_TOLERANCE:
+        sampling = "systematic"
+    return SAMPLERS[sampling](pi, k, seed)
+
+
+def never_drawn(sampler: Sampler, draws: int) -> tuple[int, ...]:
+    """Layers that none of the first `draws` draws of the schedule takes."""
+    missing = set(range(sampler.inclusion_probabilities.size))
+    for index in range(draws):
+        missing.difference_update(sampler.draw(index))
+        if not missing:
+            break
+    return tuple(sorted(missing))
+
+
+def _word(seed: int) -> int:
+    """Map any integer seed to the non-negative integers that numpy accepts, one to one."""
+    return 2 * seed if seed >= 0 else -2 * seed - 1
+
+
+def _log_elementary(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """log e_j of the first i weights, shape (n+1, k+1), e_0 = 1 and e_j = 0 for j > i."""
+    table = np.full((log_w.size + 1, k + 1), -np.inf)
+    table[:, 0] = 0.0
+    for i, weight in enumerate(log_w):
+        table[i + 1, 1:] = np.logaddexp(table[i, 1:], weight + table[i, :-1])
+    return table
+
+
+def _inclusion(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """Inclusion probabilities w_i e_{k-1}(others) / e_k(all) of the conditional Poisson design."""
+    before = _log_elementary(log_w, k)[:-1, :k]
+    after = _log_elementary(log_w[::-1], k)[-2::-1, :k]
+    # e_{k-1} without unit i is a convolution of what precedes and what follows it: only sums of
+    # positive terms, unlike the usual recursion, which subtracts.
+    others = np.logaddexp.reduce(before + after[:, ::-1], axis=1)
+    total = _log_elementary(log_w, k)[-1, k]
+    return np.exp(log_w + others - total)
+
+
+def _fit_log_weights(pi: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """Weights whose conditional Poisson design of size `k` has the inclusion probabilities `pi`."""
+    if pi.size == 0:
+        return np.empty(0)
+    target = np.log(pi) - np.log1p(-pi)
+    log_w = target.copy()
+    for _ in range(200):
+        reached = np.clip(_inclusion(log_w, k), 1e-300, 1.0 - 1e-16)
+        if np.max(np.abs(reached - pi)) < 1e-12:
+            return log_w
+        # Fixed point on the log-odds: the conditioned odds move almost one to one with the
+        # weights, so a handful of iterations is enough.
+        log_w += target - (np.log(reached) - np.log1p(-reached))
+        log_w -= log_w.mean()
+    raise ProbabilitiesError(
+        f"conditional Poisson weights for {pi.size} layers and {k} per draw did not converge "
+        f"(error {np.max(np.abs(_inclusion(log_w, k) - pi)):.2g}); use sampling='systematic'."
+    )
+
+
+def equal_probabilities(layers: int, activated_layers: int) -> NDArray[np.float64]:
+    """π = k/L for every layer; `ConfigError` unless 1 <= k <= L."""
+    if not 1 <= activated_layers <= layers:
+        raise ConfigError(
+            f"activated_layers is {activated_layers}, but the model has {layers} layers; choose a "
+            f"number from 1 to {layers}."
+        )
+    return np.full(layers, activated_layers / layers)
+
+
+def resolve(pi: Sequence[float] | None, layers: int, k: int) -> NDArray[np.float64]:
+    """Inclusion probabilities of `layers` layers: the given ones, or equal ones."""
+    equal = equal_probabilities(layers, k)
+    if pi is None:
+        return equal
+    if len(pi) != layers:
+        raise ProbabilitiesError(
+            f"{len(pi)} inclusion probabilities were given for a model of {layers} layers; give "
+            "one per layer."
+        )
+    return check_probabilities(pi, k)

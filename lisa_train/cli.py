@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C."""
     try:
         command = parse(sys.argv[1:] if argv is None else list(argv))
-        from lisa_train.train import summary, train
+        from lisa_train.training import summary, train
 
         run_dir = train(command.config, resume=command.resume)
     except LisaError as error:

@@ -80,3 +80,14 @@ class ProgressBar(TrainerCallback):
 def layers_in_words(layers: tuple[int, ...]) -> str:
     """``3,17`` for a few layers, ``12 of them`` for many."""
     return ",".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} of them"
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Asks for an evaluation after the last step, once, whatever `eval_steps` says."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return control

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which `make setup` builds from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?=
+DATA ?=
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+setup: .venv/ready  ## install everything into .venv
+
+demo: setup  ## the main job on a real model: pilot, analysis, LISA twice, report (MODEL=… DATA=…)
+	$(BIN)/python -m lisa_train.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+test: setup  ## the test suite (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: setup  ## ruff (lint, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## measure speed and memory, as ratios within one run
+	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks $(ARGS)
+
+gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+
+notebooks: setup  ## execute the notebooks
+	$(BIN)/python -m pytest -m "slow or not slow" tests/notebooks $(ARGS)
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist runs *.egg-info

@@ -1,0 +1,309 @@
+"""`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
+
+import dataclasses
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis import schema
+from lisa_analysis.errors import ConfigError, RunDirectoryError, suggest
+from lisa_train.config import TrainConfig
+from lisa_train.data import TrainingData, check_dataset_name, load_data
+from lisa_train.modeling import check_model_name, describe_model, load_model, lora_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTConfig, SFTTrainer
+
+INPUT_PROBABILITIES = "lisa_probabilities.json"
+FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
+
+# What may differ between a run and its continuation without making it another computation.
+_MAY_CHANGE = frozenset(
+    {"output_dir", "report_to", "logging_steps", "progress_bar", "save_total_limit", "record"}
+)
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train as configured and record the run.
+
+    Parameters
+    ----------
+    config
+        The whole configuration; it is written, resolved, to `config.yaml` of the run directory.
+    resume
+        Continue the run in `config.output_dir` from its newest checkpoint.
+
+    Returns
+    -------
+    pathlib.Path
+        The run directory.
+
+    Raises
+    ------
+    ConfigError
+        For settings, data or a model that cannot be used; nothing has been written then.
+    RunDirectoryError
+        When `output_dir` already holds a run, or cannot be written.
+    """
+    _check_inputs(config)
+    run_dir = _run_dir(config, resume=resume)
+    checkpoint = _last_checkpoint(run_dir) if resume else None
+    arguments = _trainer_arguments(config, run_dir)
+    peft_config = lora_config(config) if config.method == "lora" else None
+    model, tokenizer = load_model(config)
+    data = load_data(config)
+    trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
+    manifest = _manifest(config, model, data, arguments)
+    config = _claim(config, run_dir, resume=resume)
+
+    from lisa_train.integration import attach
+
+    attached = attach(
+        trainer,
+        lisa=config.lisa if config.method == "lisa" else None,
+        record=dataclasses.replace(config.record, run_dir=str(run_dir)),
+        manifest=manifest,
+        config_yaml=to_yaml(config),
+        resume=resume,
+    )
+    _add_progress(trainer, config, attached)
+    with attached:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if config.save_final_model:
+            folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
+            trainer.save_model(str(run_dir / folder))
+    return run_dir
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Write a configuration as the YAML that `lisa-train --config` reads."""
+    import yaml
+
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """Refuse what can be seen to be wrong before anything heavy is loaded."""
+    if config.record.run_dir is not None:
+        raise ConfigError("record.run_dir is for attach(); lisa-train writes to output_dir.")
+    check_model_name(config.model_name_or_path)
+    check_dataset_name(config.dataset_name)
+    if isinstance(config.lisa.probabilities, str):
+        from lisa_analysis.probabilities import SamplingProbabilities
+
+        SamplingProbabilities.load(config.lisa.probabilities)
+
+
+def _run_dir(config: TrainConfig, *, resume: bool) -> Path:
+    """Return the run directory; it does not exist yet, is empty, or holds the run to resume."""
+    if config.output_dir is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{config.method}-{stamp}"
+    run_dir = Path(config.output_dir)
+    holds_run = (run_dir / schema.MANIFEST).exists()
+    if resume and not holds_run:
+        raise RunDirectoryError(f"{run_dir} holds no run to resume; start it without --resume.")
+    if holds_run and not resume:
+        raise RunDirectoryError(
+            f"output_dir {run_dir} already holds a run; choose another folder, or continue it "
+            "with --resume."
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunDirectoryError(f"output_dir {run_dir} is a file; choose a folder.")
+    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
+        raise RunDirectoryError(
+            f"output_dir {run_dir} is not empty and holds no run; choose a new or empty folder."
+        )
+    return run_dir
+
+
+def _last_checkpoint(run_dir: Path) -> Path:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = run_dir / schema.CHECKPOINTS_DIR
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise RunDirectoryError(
+            f"{run_dir} holds no checkpoint to resume from; set save_steps when starting a run "
+            "that is to be resumed, and start this one again in a new folder."
+        )
+    return Path(found)
+
+
+def _claim(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
+    """Make the run directory this run's own; return the configuration as it will be kept.
+
+    The kept configuration repeats the run from anywhere: local paths are absolute, and the
+    probabilities file is a copy inside the run directory.
+    """
+    config = dataclasses.replace(
+        config,
+        output_dir=None,
+        model_name_or_path=_absolute(config.model_name_or_path),
+        dataset_name=_absolute(config.dataset_name),
+    )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if isinstance(config.lisa.probabilities, str):
+            kept = run_dir / INPUT_PROBABILITIES
+            if not resume:
+                kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
+            lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
+            config = dataclasses.replace(config, lisa=lisa)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
+            "that this user can write to, on a disk with room."
+        ) from error
+    if resume:
+        _check_same(config, run_dir / schema.CONFIG)
+    return config
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _check_same(config: TrainConfig, path: Path) -> None:
+    import yaml
+
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{path} cannot be read ({error}); the run cannot resume."
+        ) from error
+    now = _plain(dataclasses.asdict(config))
+    for name, value in now.items():
+        if name not in _MAY_CHANGE and kept.get(name) != value:
+            raise ConfigError(
+                f"{name} is {value} but the run to resume had {kept.get(name)}; a continued run "
+                f"keeps its settings: use --config {path}."
+            )
+
+
+def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
+    """Translate the configuration to TRL's; extra `trainer_args` are checked by name."""
+    import torch
+    from trl import SFTConfig
+
+    known = {f.name for f in dataclasses.fields(SFTConfig)}
+    for name in config.trainer_args:
+        if name not in known:
+            raise ConfigError(
+                f"trainer_args.{name} is not a field of TRL's SFTConfig.{suggest(name, known)}"
+            )
+    same_name = {
+        name: getattr(config, name)
+        for name in known & set(TrainConfig.__dataclass_fields__)
+        if name not in ("output_dir", "trainer_args", "report_to", "trust_remote_code")
+    }
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    settings = {
+        **same_name,
+        "output_dir": str(run_dir / schema.CHECKPOINTS_DIR),
+        "report_to": list(config.report_to) or "none",
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "use_cpu": not has_accelerator,
+        "disable_tqdm": True,  # the run shows one bar of its own
+        "dataloader_pin_memory": has_accelerator,
+        **config.trainer_args,
+    }
+    if config.dataset_test_split is None and not config.eval_size:
+        settings["eval_on_start"] = False
+    try:
+        return SFTConfig(**settings)
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"The trainer refuses these settings: {error}") from error
+
+
+def _build_trainer(
+    arguments: "SFTConfig", model: Any, tokenizer: Any, data: TrainingData, peft_config: Any
+) -> "SFTTrainer":
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    if data.held_out is None:
+        arguments.eval_on_start = False
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The trainer refuses this combination: {reason}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:
+    from lisa_train.progress import EvaluateAtEnd, ProgressBar
+
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluateAtEnd())
+    show = sys.stderr.isatty() if config.progress_bar is None else config.progress_bar
+    if show:
+        trainer.add_callback(ProgressBar(attached.latest_scalars, attached.active_layers))
+
+
+def _manifest(
+    config: TrainConfig, model: "PreTrainedModel", data: TrainingData, arguments: "SFTConfig"
+) -> dict[str, Any]:
+    """Collect the entries of run.json that only this module knows."""
+    lisa_seed = config.seed if config.lisa.seed is None else config.lisa.seed
+    entries: dict[str, Any] = {
+        "model": describe_model(model, config.model_name_or_path),
+        "method": config.method,
+        "seeds": {
+            "seed": config.seed,
+            "data_seed": config.seed if config.data_seed is None else config.data_seed,
+        },
+        "command": " ".join(["lisa-train", *sys.argv[1:]]),
+        "dataset": data.describe(config.dataset_name),
+    }
+    if config.method == "lisa":
+        entries["seeds"]["lisa_seed"] = lisa_seed
+        entries["lisa"] = _plain(dataclasses.asdict(config.lisa))
+    if config.method == "lora":
+        peft_config = lora_config(config)
+        entries["lora"] = _plain(
+            {
+                k: v
+                for k, v in peft_config.to_dict().items()
+                if isinstance(v, str | int | float | bool | list | set)
+            }
+        )
+    return entries
+
+
+def summary(run_dir: Path) -> str:
+    """Say in a few lines what a run did and where it is."""
+    import lisa_analysis as la
+
+    run = la.load(run_dir)
+    result = run.manifest.get("result") or {}
+    lines = []
+    if result:
+        first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
+        loss = f", held-out loss {first:.4f} → {last:.4f}" if first and last else ""
+        lines.append(f"{run.method}: {result.get('steps')} steps{loss}.")
+    lines.append(f"Run directory: {run_dir}")
+    lines.append(f"Next: lisa-analyze {run_dir}")
+    return "\n".join(lines)

@@ -117,7 +117,7 @@ class Sampler(ABC):
         return np.random.default_rng([_STREAM, _word(self.seed), index])
 
     def state_dict(self) -> dict[str, Any]:
-        """What identifies the schedule, as plain JSON values."""
+        """Return what identifies the schedule, as plain JSON values."""
         return {
             "scheme": self.scheme,
             "seed": self.seed,
@@ -337,7 +337,7 @@ def _word(seed: int) -> int:
 
 
 def _log_elementary(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """log e_j of the first i weights, shape (n+1, k+1), e_0 = 1 and e_j = 0 for j > i."""
+    """Logarithms of e_j of the first i weights, shape (n+1, k+1); e_0 = 1, e_j = 0 for j > i."""
     table = np.full((log_w.size + 1, k + 1), -np.inf)
     table[:, 0] = 0.0
     for i, weight in enumerate(log_w):
@@ -362,13 +362,14 @@ def _fit_log_weights(pi: NDArray[np.float64], k: int) -> NDArray[np.float64]:
         return np.empty(0)
     target = np.log(pi) - np.log1p(-pi)
     log_w = target.copy()
-    for _ in range(200):
+    damping = 1.0 - 1.0 / pi.size
+    for _ in range(500):
         reached = np.clip(_inclusion(log_w, k), 1e-300, 1.0 - 1e-16)
         if np.max(np.abs(reached - pi)) < 1e-12:
             return log_w
-        # Fixed point on the log-odds: the conditioned odds move almost one to one with the
-        # weights, so a handful of iterations is enough.
-        log_w += target - (np.log(reached) - np.log1p(-reached))
+        # Newton's step of the equal-probability design, where conditioning on the size multiplies
+        # the response of the log-odds by n/(n-1): right to first order for any π.
+        log_w += damping * (target - (np.log(reached) - np.log1p(-reached)))
         log_w -= log_w.mean()
     raise ProbabilitiesError(
         f"conditional Poisson weights for {pi.size} layers and {k} per draw did not converge "

@@ -44,7 +44,7 @@ def worst_z(observed, pi, draws=DRAWS):
 @pytest.mark.parametrize("pi", [SKEWED, WITH_CERTAIN], ids=["skewed", "with certain layers"])
 @pytest.mark.parametrize("scheme", INDEPENDENT)
 def test_inclusion_probabilities_are_met_within_four_standard_errors(scheme, pi):
-    sampler = make_sampler(scheme, pi, int(round(pi.sum())), seed=3)
+    sampler = make_sampler(scheme, pi, round(pi.sum()), seed=3)
     assert worst_z(frequencies(sampler), pi) < 4
 
 
@@ -71,7 +71,7 @@ def test_every_single_draw_of_the_equal_schemes_is_uniform(scheme, layers, k):
 
 @pytest.mark.parametrize("pi", [SKEWED, WITH_CERTAIN, np.full(32, 2 / 32)])
 def test_balanced_shares_stay_within_two_visits_and_nobody_waits_long(pi):
-    sampler = make_sampler("balanced", pi, int(round(pi.sum())), seed=1)
+    sampler = make_sampler("balanced", pi, round(pi.sum()), seed=1)
     visits, waiting = np.zeros(pi.size), np.zeros(pi.size)
     for index in range(3_000):
         chosen = list(sampler.draw(index))
@@ -160,7 +160,7 @@ def _capped(weights, k):
 
 
 def _log_ek(log_w, k):
-    """log e_k by multiplying out the polynomial Π(1 + w x) in extended precision, no logarithms."""
+    """Multiply out Π(1 + w x) in extended precision: log e_k without a sum of logarithms."""
     coefficients = np.zeros(k + 1, dtype=np.longdouble)
     coefficients[0] = 1
     for weight in np.exp(log_w.astype(np.longdouble)):
@@ -256,7 +256,7 @@ def test_infeasible_probabilities_are_refused_with_the_numbers(pi, k, numbers):
 def test_counts_that_do_not_fit_are_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="activated_layers is 9, but the model has 8 layers"):
         equal_probabilities(8, 9)
-    with pytest.raises(ProbabilitiesError, match="3 inclusion probabilities .* 8 layers"):
+    with pytest.raises(ProbabilitiesError, match=r"3 inclusion probabilities .* 8 layers"):
         resolve([0.5, 0.5, 1.0], 8, 2)
     with pytest.raises(ProbabilitiesError, match=r"0\.1 to 0\.8.*balanced"):
         make_sampler("cyclic", SKEWED, 2, 0)

@@ -1,0 +1,7 @@
+"""`python -m lisa_train` is `lisa-train`."""
+
+import sys
+
+from lisa_train.cli import main
+
+sys.exit(main())

@@ -154,6 +154,7 @@ SCALARS_TABLE = Table(
             "peak allocated device memory so far (CUDA), or peak resident set (CPU)",
         ),
         Column("skipped", "bool", True, "the optimizer step was skipped (fp16 overflow)"),
+        Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
     ),
 )
 
@@ -165,6 +166,7 @@ EVENTS_TABLE = Table(
         Column("event", "string", False, "lisa_draw, evaluate, checkpoint, resume, warning"),
         Column("step", "int64", False, "completed optimizer steps when it happened"),
         Column("time", "float64", False, "seconds since 1970, UTC"),
+        Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
     ),
 )
 

@@ -1,0 +1,373 @@
+"""Run: opens and checks one run directory, pushes filters down to its files."""
+
+import contextlib
+import html
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.errors import RunDirectoryError, suggest
+from lisa_analysis.schema import (
+    EVENTS,
+    EVENTS_TABLE,
+    LOCK,
+    MANIFEST,
+    METRICS_DIR,
+    METRICS_TABLE,
+    PARAMETERS,
+    SCALARS,
+    SCALARS_TABLE,
+    Table,
+)
+from lisa_analysis.shards import last_valid_steps, list_shards, read_parameters, read_shard
+from lisa_analysis.streams import read_lines, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+Layers = int | slice | Sequence[int]
+Steps = slice | Sequence[int]
+
+_KEYS = ("step", "param_id")
+_MEASURED = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
+
+
+def load(path: str | Path) -> "Run":
+    """Open a run directory.
+
+    Cheap: reads run.json only; tables are read when they are asked for.
+
+    Parameters
+    ----------
+    path
+        Folder that `lisa-train` or a recorder wrote.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    RunDirectoryError
+        One sentence, when the folder is missing, torn, foreign or of another major version.
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """One run directory.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    manifest : dict
+        run.json, see `lisa_analysis.schema.MANIFEST_FIELDS`.
+    run_id, method : str
+        From the manifest.
+    status : str
+        ``running``, ``finished``, ``failed`` or ``interrupted``. A run whose file says
+        ``running`` but whose process is gone is ``interrupted``.
+    layer_names : tuple of str
+        Canonical module path of every layer, by index.
+    warnings : list of str
+        What was left out or looks wrong so far, in sentences; grows as tables are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            is_directory, exists = path.is_dir(), path.exists()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{path} cannot be opened ({error.strerror or error}): check its permissions."
+            ) from None
+        if not is_directory:
+            found = "is a file, not a folder" if exists else "does not exist"
+            raise RunDirectoryError(f"{path} {found}: give the run directory of a training run.")
+        if not (path / MANIFEST).exists():
+            raise RunDirectoryError(
+                f"{path} holds no {MANIFEST}: it is not a run directory, give the folder that "
+                "lisa-train wrote (its output_dir)."
+            )
+        self.manifest, self.warnings = read_manifest(path / MANIFEST)
+        self.run_id: str = self.manifest["run_id"]
+        self.method: str = self.manifest["method"]
+        self.layer_names = tuple(layer["name"] for layer in self.manifest["layers"])
+        self.status: str = self.manifest["status"]
+        if self.status == "running" and not _writer_lives(path / LOCK):
+            self.status = "interrupted"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of all stacks together."""
+        return len(self.layer_names)
+
+    @cached_property
+    def parameters(self) -> "pd.DataFrame":
+        """One row per tensor, see `lisa_analysis.schema.PARAMETERS_TABLE`."""
+        return read_parameters(self.path / PARAMETERS, self.n_layers, self.warnings)
+
+    @cached_property
+    def scalars(self) -> "pd.DataFrame":
+        """One row per logged optimizer step, see `lisa_analysis.schema.SCALARS_TABLE`."""
+        lines, warnings = read_lines(self.path / SCALARS, SCALARS_TABLE, extra=False)
+        self._warn(warnings)
+        # A step that a resumed segment repeated stands as the newest segment wrote it.
+        newest = {line["step"]: line for line in self._still_valid(lines)}
+        ordered = [newest[step] for step in sorted(newest)]
+        return _frame(ordered, SCALARS_TABLE)
+
+    @cached_property
+    def events(self) -> "pd.DataFrame":
+        """One row per event; fields by kind in `lisa_analysis.schema.EVENT_FIELDS`."""
+        kept: list[dict[str, Any]] = []
+        draws: dict[int, int] = {}
+        for line in self._still_valid(self._event_lines):
+            if line["event"] == "lisa_draw":
+                # A resume repeats the draw of the interval that it continues.
+                if line["step"] in draws:
+                    kept[draws[line["step"]]] = line
+                    continue
+                draws[line["step"]] = len(kept)
+            kept.append(line)
+        return _frame(kept, EVENTS_TABLE)
+
+    def metrics(
+        self,
+        columns: Sequence[str] | None = None,
+        layers: Layers | None = None,
+        steps: Steps | None = None,
+    ) -> "pd.DataFrame":
+        """Read metrics rows, with the filters pushed down to the files.
+
+        Parameters
+        ----------
+        columns
+            Names from `lisa_analysis.schema.METRICS_TABLE`; None reads all.
+        layers
+            Layer index, slice or indices (negative ones count from the end); None reads every
+            tensor, those outside the stack too.
+        steps
+            Slice of step numbers (the end is not included) or step numbers; None reads all.
+
+        Returns
+        -------
+        DataFrame
+            `step`, `param_id` and the columns, sorted by both. Null and NaN are both NaN here;
+            `non_finite` tells what was measured and not finite.
+        """
+        import pyarrow as pa
+
+        names = self._columns(columns)
+        batches = list(self.iter_metrics(names, layers, steps))
+        schema = batches[0].schema if batches else _result_schema(names)
+        table = pa.Table.from_batches(batches, schema=schema)
+        table = table.sort_by([(key, "ascending") for key in _KEYS])
+        if "opt_steps" in names:
+            index = table.schema.get_field_index("opt_steps")
+            table = table.set_column(index, "opt_steps", table["opt_steps"].cast(pa.float64()))
+        return table.to_pandas()
+
+    def iter_metrics(
+        self,
+        columns: Sequence[str] | None = None,
+        layers: Layers | None = None,
+        steps: Steps | None = None,
+    ) -> "Iterator[pa.RecordBatch]":
+        """Yield the rows of `metrics` as Arrow batches, shard by shard, in bounded memory.
+
+        Batches come in the order of steps; within a batch the order is the file's. Rows that a
+        resumed segment replaced are already left out. Arrow keeps null and NaN apart.
+        """
+        import pyarrow.compute as pc
+
+        names = self._columns(columns)
+        first, last, chosen = _step_bounds(steps)
+        condition = pc.field("step") >= first
+        if chosen is not None:
+            condition &= pc.field("step").isin(chosen)
+        if layers is not None:
+            condition &= pc.field("param_id").isin(self._param_ids(layers))
+        limits = last_valid_steps(self._segment_starts, self._shards)
+        for shard in self._shards:
+            end = min(last, limits.get(shard.segment, last))
+            if shard.first > end or (shard.end is not None and shard.end <= first):
+                continue
+            bounded = condition & (pc.field("step") <= end)
+            yield from read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings)
+
+    def non_finite(self) -> "pd.DataFrame":
+        """Return every value that was measured and is NaN or infinite.
+
+        Returns
+        -------
+        DataFrame
+            `step`, `param_id`, `column`, `value`, in the order of steps.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = []
+        names = [name for name in _MEASURED if METRICS_TABLE[name].type == "float32"]
+        for batch in self.iter_metrics(names):
+            for name in names:
+                mask = pc.invert(pc.is_finite(batch.column(name)))
+                rows = batch.filter(pc.fill_null(mask, False))
+                if rows.num_rows:
+                    label = pa.array([name] * rows.num_rows)
+                    found.append(
+                        pa.table(
+                            [
+                                rows.column("step"),
+                                rows.column("param_id"),
+                                label,
+                                rows.column(name),
+                            ],
+                            names=["step", "param_id", "column", "value"],
+                        )
+                    )
+        schema = pa.schema(
+            [("step", "int64"), ("param_id", "int32"), ("column", "string"), ("value", "float32")]
+        )
+        table = pa.concat_tables(found) if found else schema.empty_table()
+        return table.sort_by([(key, "ascending") for key in _KEYS]).to_pandas()
+
+    @cached_property
+    def _event_lines(self) -> list[dict[str, Any]]:
+        lines, warnings = read_lines(self.path / EVENTS, EVENTS_TABLE, extra=True)
+        self._warn(warnings)
+        return lines
+
+    @cached_property
+    def _shards(self) -> list[Any]:
+        shards, warnings = list_shards(self.path / METRICS_DIR)
+        self._warn(warnings)
+        return shards
+
+    @cached_property
+    def _segment_starts(self) -> dict[int, int]:
+        return {
+            line["segment"]: line["step"]
+            for line in self._event_lines
+            if line["event"] == "resume" and line["segment"]
+        }
+
+    def _still_valid(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        limits = last_valid_steps(self._segment_starts, self._shards)
+        return [
+            line
+            for line in lines
+            if (limit := limits.get(line["segment"] or 0)) is None or line["step"] <= limit
+        ]
+
+    def _warn(self, warnings: list[str]) -> None:
+        self.warnings.extend(w for w in warnings if w not in self.warnings)
+
+    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        if columns is None:
+            return list(_MEASURED)
+        names = [columns] if isinstance(columns, str) else list(columns)
+        for name in names:
+            if name not in METRICS_TABLE.names:
+                raise RunDirectoryError(
+                    f"The metrics have no column {name!r}: there are {', '.join(_MEASURED)}."
+                    f"{suggest(name, _MEASURED)}"
+                )
+        return [name for name in dict.fromkeys(names) if name not in _KEYS]
+
+    def _param_ids(self, layers: Layers) -> list[int]:
+        wanted: list[int] = []
+        if isinstance(layers, slice):
+            wanted = list(range(self.n_layers))[layers]
+        else:
+            for layer in [layers] if isinstance(layers, int) else layers:
+                index = int(layer) + (self.n_layers if layer < 0 else 0)
+                if not 0 <= index < self.n_layers:
+                    raise RunDirectoryError(
+                        f"There is no layer {layer} in {self.path}: it has {self.n_layers} "
+                        "layers, counted from 0."
+                    )
+                wanted.append(index)
+        table = self.parameters
+        return [int(i) for i in table["param_id"][table["layer"].isin(wanted)]]
+
+    def __repr__(self) -> str:
+        model = self.manifest.get("model")
+        name = model.get("name") if isinstance(model, dict) else None
+        return (
+            f"Run {self.run_id!r} ({self.method}, {self.status}): {name or 'a model'} with "
+            f"{self.n_layers} layers, started {self.manifest.get('created', 'at an unknown time')}"
+            f", {len(self._shards)} metrics shards in {self.path}"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
+
+
+def _writer_lives(lock: Path) -> bool:
+    """Tell whether a process holds the run's lock."""
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on this platform: believe the file
+        return True
+    try:
+        with lock.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _step_bounds(steps: Steps | None) -> tuple[int, int, list[int] | None]:
+    """Return first and last step (both included) and the listed steps, if they were listed."""
+    top = 2**62
+    if steps is None:
+        return 0, top, None
+    if isinstance(steps, slice):
+        for bound in (steps.start, steps.stop):
+            if bound is not None and bound < 0:
+                raise RunDirectoryError(
+                    f"steps has the negative bound {bound}: steps are counted from 0."
+                )
+        first = steps.start or 0
+        last = top if steps.stop is None else steps.stop - 1
+        if steps.step in (None, 1):
+            return first, last, None
+        if steps.stop is None:
+            raise RunDirectoryError("steps has a stride but no end: give slice(start, stop, step).")
+        return first, last, list(range(first, steps.stop, steps.step))
+    listed = sorted({int(step) for step in steps})
+    return (listed[0], listed[-1], listed) if listed else (0, -1, [])
+
+
+def _result_schema(names: Sequence[str]) -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        [(name, pa.type_for_alias(METRICS_TABLE[name].type)) for name in (*_KEYS, *names)]
+    )
+
+
+def _frame(lines: list[dict[str, Any]], table: Table) -> "pd.DataFrame":
+    """Return the lines as a frame; columns of the table first, with their types."""
+    import pandas as pd
+
+    own = [name for name in table.names if name != "segment"]
+    others = list(dict.fromkeys(key for line in lines for key in line if key not in table.names))
+    data: dict[str, Any] = {}
+    for name in own:
+        column = table[name]
+        values = [line[name] for line in lines]
+        numeric = column.type not in ("string", "bool")
+        dtype = (column.type if not column.nullable else "float64") if numeric else "object"
+        data[name] = pd.Series(values, dtype=dtype)
+    for name in others:
+        data[name] = pd.Series([line.get(name) for line in lines], dtype="object")
+    return pd.DataFrame(data)

@@ -1,0 +1,285 @@
+"""The writer: what reaches the disk, when, and what happens when the disk refuses."""
+
+import errno
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lisa_train.storage as storage
+from lisa_analysis.errors import RunDirectoryError
+from lisa_analysis.rundir import load
+from lisa_train.writer import RunWriter
+
+MANIFEST = {
+    "method": "full",
+    "layers": [{"index": i, "name": f"model.layers.{i}", "stack": "model.layers"} for i in (0, 1)],
+}
+
+
+def parameters(n=4):
+    return [
+        {
+            "param_id": i, "name": f"model.layers.{i % 2}.w{i}.weight", "layer": i % 2,
+            "kind": "attn.q", "role": "base", "numel": 10, "shape": "5x2", "dtype": "float32",
+            "tied_to": None,
+        }
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def open_run(path, **options):
+    return RunWriter(path, manifest=MANIFEST, parameters=parameters(), **options)
+
+
+def rows(step, n=4, value=1.0):
+    return {
+        "step": np.full(n, step),
+        "param_id": np.arange(n),
+        "grad_norm": np.full(n, value, np.float32),
+    }
+
+
+def shards(path):
+    return sorted(p.name for p in (path / "metrics").iterdir())
+
+
+def test_what_is_written_is_read_back_with_null_apart_from_nan(tmp_path):
+    writer = open_run(tmp_path / "run", config_yaml="a: 1\n")
+    update = np.ma.array([1.0, np.nan, np.inf, 7.0], mask=[0, 0, 0, 1])
+    writer.write_metrics({**rows(1, value=2.5), "update_norm": update})
+    writer.write_metrics(rows(2))
+    writer.scalars({"step": 1, "loss": float("nan"), "tokens": 7})
+    writer.event("evaluate", 2, metrics={"eval_loss": float("inf"), "n": np.int64(3)})
+    writer.close()
+
+    run = load(tmp_path / "run")
+    assert run.status == "finished"
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
+    [batch] = run.iter_metrics(["update_norm"], steps=[1])
+    ordered = batch.sort_by("param_id").column("update_norm").to_pylist()
+    assert ordered[0] == 1.0
+    assert np.isnan(ordered[1])
+    assert ordered[2:] == [np.inf, None]
+    assert run.non_finite()["param_id"].tolist() == [1, 2]
+    assert run.metrics(["grad_norm"])["grad_norm"].tolist() == [2.5] * 4 + [1.0] * 4
+    assert run.metrics(["update_norm"], steps=[2])["update_norm"].isna().all()
+    assert np.isnan(run.scalars.loss[0])
+    assert run.events.metrics[0] == {"eval_loss": "Infinity", "n": 3}
+
+
+def test_nothing_but_whole_files_is_left_and_a_flush_never_touches_an_earlier_one(tmp_path):
+    writer = open_run(tmp_path / "run")
+    writer.write_metrics(rows(1))
+    writer.flush()
+    [first] = shards(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics" / first).stat()
+    writer.write_metrics(rows(2))
+    writer.close()
+    assert shards(tmp_path / "run") == ["part-000-00000001.parquet", "part-000-00000002.parquet"]
+    after = (tmp_path / "run" / "metrics" / first).stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_a_step_that_was_flushed_cannot_be_overwritten(tmp_path):
+    writer = open_run(tmp_path / "run")
+    writer.write_metrics(rows(1))
+    writer.flush()
+    writer.write_metrics(rows(1, value=9.0))
+    with pytest.raises(RunDirectoryError, match="flushed twice"):
+        writer.flush()
+    assert load(tmp_path / "run").metrics()["grad_norm"].tolist() == [1.0] * 4
+
+
+def test_a_directory_with_a_run_is_refused(tmp_path):
+    open_run(tmp_path / "run").close()
+    with pytest.raises(RunDirectoryError, match="already holds a run: choose another"):
+        open_run(tmp_path / "run")
+    assert load(tmp_path / "run").status == "finished"
+
+
+def test_there_is_nothing_to_resume_in_an_empty_directory(tmp_path):
+    with pytest.raises(RunDirectoryError, match="holds no run to resume"):
+        open_run(tmp_path / "run", resume=True)
+
+
+def test_unknown_names_are_programming_errors(tmp_path):
+    writer = open_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="Did you mean 'grad_norm'"):
+        writer.write_metrics({"step": np.array([1]), "grad_nrm": np.array([1.0])})
+    with pytest.raises(ValueError, match="Did you mean 'loss'"):
+        writer.scalars({"step": 1, "los": 1.0})
+    with pytest.raises(ValueError, match="Did you mean 'evaluate'"):
+        writer.event("evaluat", 1)
+
+
+def test_a_resume_opens_a_segment_and_voids_what_lay_beyond_its_start(tmp_path):
+    writer = open_run(tmp_path / "run")
+    for step in range(1, 6):
+        writer.write_metrics(rows(step, value=1.0))
+        writer.scalars({"step": step, "loss": 1.0})
+        writer.event("warning", step, message="old")
+        writer.flush()
+    writer.close("interrupted")
+    writer = open_run(tmp_path / "run", resume=True, step=3, checkpoint="checkpoints/checkpoint-3")
+    run = load(tmp_path / "run")
+    assert run.status == "running"
+    assert run.scalars.step.tolist() == [1, 2, 3]
+    writer.write_metrics(rows(4, value=2.0))
+    writer.scalars({"step": 4, "loss": 2.0})
+    writer.close()
+
+    run = load(tmp_path / "run")
+    frame = run.metrics()
+    assert frame.groupby("step").grad_norm.max().to_dict() == {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0}
+    assert not frame.duplicated(["step", "param_id"]).any()
+    assert run.scalars.loss.tolist() == [1.0, 1.0, 1.0, 2.0]
+    assert run.events.event.tolist() == ["warning"] * 3 + ["resume"]
+    assert run.events.checkpoint.iloc[-1] == "checkpoints/checkpoint-3"
+    assert run.manifest["segment"] == 1
+
+
+def test_a_resume_with_another_model_is_refused(tmp_path):
+    open_run(tmp_path / "run").close()
+    with pytest.raises(RunDirectoryError, match=r"another model .4 tensors, this one has 5"):
+        RunWriter(tmp_path / "run", manifest=MANIFEST, parameters=parameters(5), resume=True)
+
+
+def test_a_line_that_a_kill_cut_off_is_removed_by_the_resume(tmp_path):
+    writer = open_run(tmp_path / "run")
+    writer.scalars({"step": 1, "loss": 1.0})
+    writer.close("interrupted")
+    with (tmp_path / "run" / "scalars.jsonl").open("a") as handle:
+        handle.write('{"step":2,"lo')
+    run = load(tmp_path / "run")
+    assert run.scalars.step.tolist() == [1]
+    assert "cut off" in run.warnings[0]
+    writer = open_run(tmp_path / "run", resume=True, step=1)
+    writer.scalars({"step": 2, "loss": 3.0})
+    writer.close()
+    assert load(tmp_path / "run").scalars.loss.tolist() == [1.0, 3.0]
+
+
+def test_an_event_after_the_end_is_still_written(tmp_path):
+    writer = open_run(tmp_path / "run")
+    writer.close()
+    writer.event("evaluate", 3, metrics={"eval_loss": 1.0})
+    assert load(tmp_path / "run").events.event.tolist() == ["evaluate"]
+
+
+# --- the disk refuses ---------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_flush_catches_up(tmp_path, monkeypatch):
+    writer = open_run(tmp_path / "run")
+    writer.write_metrics(rows(1))
+    writer.flush()
+    writer.write_metrics(rows(2))
+    writer.scalars({"step": 2, "loss": 1.0})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(RunDirectoryError, match="No space left on device"):
+            writer.flush()
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert load(tmp_path / "run").metrics()["step"].unique().tolist() == [1]
+    writer.write_metrics(rows(3))
+    writer.flush()
+    assert load(tmp_path / "run").metrics()["step"].unique().tolist() == [1, 2, 3]
+    assert load(tmp_path / "run").scalars.step.tolist() == [2]
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path, monkeypatch):
+    file = storage.LineFile(tmp_path / "lines")
+    file.append(['{"a":1}'])
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)  # the bytes are in the file by then
+        with pytest.raises(OSError, match="No space"):
+            file.append(['{"a":2}'])
+    assert (tmp_path / "lines").read_text() == '{"a":1}\n'
+    file.append(['{"a":3}'])
+    assert (tmp_path / "lines").read_text() == '{"a":1}\n{"a":3}\n'
+
+
+def test_a_read_only_directory_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(path, flags, *args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "open", refuse)  # the tests may run as root, who may write
+        with pytest.raises(RunDirectoryError, match=r"cannot be written .Read-only file system"):
+            open_run(tmp_path / "run")
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        open_run(tmp_path / "run")
+
+
+def test_rows_waiting_for_a_disk_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("lisa_train.writer.MAX_WAITING_ROWS", 10)
+    monkeypatch.setattr(RunWriter, "_write_shard", lambda self: (_ for _ in ()).throw(OSError(28)))
+    writer = open_run(tmp_path / "run")
+    for step in range(1, 50):
+        writer.write_metrics(rows(step))
+        with pytest.raises(RunDirectoryError):
+            writer.flush()
+    assert writer.waiting_rows <= 10
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+
+def _hold(path, ready, leave):
+    writer = open_run(Path(path))
+    ready.set()
+    leave.wait(60)
+    writer.close()
+
+
+def test_two_processes_on_one_directory(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path / "run"), ready, leave))
+    other.start()
+    assert ready.wait(60)
+    assert load(tmp_path / "run").status == "running"
+    with pytest.raises(RunDirectoryError, match="being written by another process"):
+        open_run(tmp_path / "run", resume=True)
+    other.kill()
+    other.join()
+    assert load(tmp_path / "run").status == "interrupted"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    open_run(tmp_path / "run", resume=True).close()
+    assert load(tmp_path / "run").status == "finished"
+
+
+def test_a_forked_worker_does_not_keep_the_run_alive(tmp_path):
+    writer = open_run(tmp_path / "run")
+    read_end, write_end = os.pipe()
+    started, announce = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write_end)
+        os.write(announce, b"1")
+        os.read(read_end, 1)  # until the parent lets go
+        os._exit(0)
+    os.close(read_end)
+    os.read(started, 1)
+    assert load(tmp_path / "run").status == "running"
+    writer._lock.release()  # what the kernel does when the training process is killed
+    assert load(tmp_path / "run").status == "interrupted"
+    os.close(write_end)
+    os.waitpid(child, 0)

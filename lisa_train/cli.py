@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROG = "lisa-train"
+_EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 _EPILOG = """\
 recipes that come with the package: --config full | lora | lisa | lisa-learned
 example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
@@ -38,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir = train(command.config, resume=command.resume)
     except LisaError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _EXTRA:
+            raise
+        print(
+            f"{PROG}: {error.name} is not installed; training needs an extra: "
+            'pip install "lisa-toolkit[train]"',
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)

@@ -1,0 +1,235 @@
+"""Pictures with one mark per layer: profile, probabilities, rank agreement."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from lisa_analysis.plots import style
+
+
+def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
+    """Draw an importance profile: one bar per layer, its interval, and what step 0 held.
+
+    Parameters
+    ----------
+    profile
+        An `ImportanceProfile` (`lisa_analysis.importance`).
+    ax
+        Where to draw; a new figure when None (show it with ``ax.figure``).
+
+    Returns
+    -------
+    Axes
+        Bars are scores, whiskers their intervals, the hatched part was there before training.
+        A layer without an interval (too little data) has an open mark instead of a whisker;
+        a layer without a score has a cross on the axis.
+    """
+    frame = profile.to_frame()
+    ax = style.axes_or_new(ax)
+    if frame.empty or not np.isfinite(_floats(frame["score"])).any():
+        return style.note(ax, "No layer has a score: nothing was recorded for this metric.")
+    layer, score = _floats(frame["layer"]), _floats(frame["score"])
+    low, high = _floats(frame["low"]), _floats(frame["high"])
+    scored = np.isfinite(score)
+    for position, height in zip(layer[scored], score[scored], strict=True):
+        bar = ax.bar(position, height, width=0.78, color=style.SERIES[0], alpha=0.45, linewidth=0)
+        bar[0].set_gid(f"layer-{int(position)}")
+    _initial_part(ax, frame, layer, score)
+    sure = scored & np.isfinite(low) & np.isfinite(high)
+    if sure.any():
+        ax.vlines(
+            layer[sure],
+            low[sure],
+            high[sure],
+            color=style.SERIES[0],
+            linewidth=1.4,
+            label="interval",
+        )
+        ax.plot(layer[sure], score[sure], "o", color=style.SERIES[0], markersize=3)
+    if (scored & ~sure).any():
+        ax.plot(
+            layer[scored & ~sure],
+            score[scored & ~sure],
+            "o",
+            color=style.SERIES[0],
+            markerfacecolor="none",
+            markersize=4,
+            label="too little data for an interval",
+        )
+    if (~scored).any():
+        ax.plot(
+            layer[~scored],
+            np.zeros((~scored).sum()),
+            "x",
+            color=style.NON_FINITE,
+            markersize=5,
+            label="never measured",
+            clip_on=False,
+        )
+    ax.axhline(
+        float(np.mean(score[scored])),
+        color=style.MUTED,
+        linewidth=0.9,
+        linestyle=(0, (4, 3)),
+        label="mean of the layers",
+    )
+    _layers_below(ax, len(frame))
+    ax.set_ylabel(str(profile.metric))
+    style.legend(ax)
+    return ax
+
+
+def profiles(
+    profiles: Mapping[str, Any], *, ax: Axes | None = None, label: str | None = None
+) -> Axes:
+    """Draw several profiles as shares of their own total, so that runs of any scale compare.
+
+    `profiles` maps a label to an `ImportanceProfile`; the dashed line is an even share.
+    """
+    ax = style.axes_or_new(ax)
+    n_layers = 0
+    for position, (name, item) in enumerate(profiles.items()):
+        frame = item.to_frame()
+        score = _floats(frame["score"])
+        total = np.nansum(score)
+        if not np.isfinite(total) or total == 0:
+            continue
+        n_layers = max(n_layers, len(frame))
+        look = position % len(style.SERIES)
+        ax.plot(
+            _floats(frame["layer"]),
+            score / total,
+            color=style.SERIES[look],
+            label=name,
+            linestyle=style.DASHES[look],
+            marker=style.MARKERS[look],
+            markersize=3.2,
+            linewidth=1.2,
+        )
+    if not n_layers:
+        return style.note(ax, "No run has a profile to compare.")
+    ax.axhline(1 / n_layers, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    _layers_below(ax, n_layers)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel(label or "share of the layers' total")
+    style.legend(ax, columns=3)
+    return ax
+
+
+def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
+    """Draw inclusion probabilities per layer beside LISA's even choice.
+
+    `probabilities` is a `SamplingProbabilities`: the bars are its inclusion probabilities, the
+    dashed line is what uniform sampling of the same number of layers gives, the small marks are
+    the scores scaled to the same sum, before mixing, floor and cap.
+    """
+    ax = style.axes_or_new(ax)
+    pi = np.asarray(probabilities.inclusion_probabilities, dtype=np.float64)
+    k = float(probabilities.activated_layers)
+    layer = np.arange(len(pi))
+    for position, value in zip(layer, pi, strict=True):
+        bar = ax.bar(position, value, width=0.78, color=style.SERIES[2], alpha=0.55, linewidth=0)
+        bar[0].set_gid(f"layer-{position}")
+    scores = np.asarray(probabilities.scores, dtype=np.float64)
+    if scores.shape == pi.shape and np.nansum(scores) > 0:
+        ax.plot(
+            layer,
+            k * scores / np.nansum(scores),
+            "_",
+            color=style.SERIES[3],
+            markersize=7,
+            markeredgewidth=1.6,
+            label="score alone",
+        )
+    ax.axhline(
+        k / len(pi),
+        color=style.MUTED,
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=f"uniform, {k:g} of {len(pi)}",
+    )
+    _layers_below(ax, len(pi))
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("inclusion probability")
+    style.legend(ax)
+    return ax
+
+
+def rank_stability(
+    agreement: pd.DataFrame, *, label: str = "Kendall's τ", ax: Axes | None = None
+) -> Axes:
+    """Draw a square table of rank agreements (runs, seeds or parts of a run) as colour.
+
+    `agreement` holds values from −1 to 1 with the same labels on rows and columns; the number
+    is written into each cell as long as it fits.
+    """
+    size = len(agreement)
+    ax = style.axes_or_new(ax, (1.9 + 0.42 * max(size, 3), 1.2 + 0.36 * max(size, 3)))
+    if not size:
+        return style.note(ax, "Fewer than two profiles: no agreement to show.")
+    values = agreement.to_numpy(dtype=np.float64)
+    ax.set_facecolor(style.FROZEN)
+    image = ax.imshow(
+        np.ma.masked_invalid(values),
+        vmin=-1,
+        vmax=1,
+        cmap="PuOr_r",
+        aspect="auto",
+        interpolation="none",
+    )
+    ax.figure.colorbar(image, ax=ax, pad=0.02, label=label).outline.set_visible(False)
+    if size <= 10:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ax.text(
+                    column,
+                    row,
+                    f"{value:.2f}".replace("-", "−"),
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    color="white" if abs(value) > 0.6 else "black",
+                )
+    names = [_short(str(name)) for name in agreement.index]
+    ax.set_yticks(range(size), names)
+    ax.set_xticks(range(size), names, rotation=35, ha="right")
+    return style.finish(ax, grid=None)
+
+
+def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.ndarray) -> None:
+    """Hatch the part of each bar that step 0 already held."""
+    if "initial" not in frame:
+        return
+    initial = _floats(frame["initial"])
+    known = np.isfinite(initial) & np.isfinite(score) & (initial > 0)
+    if known.any():
+        ax.bar(
+            layer[known],
+            np.minimum(initial, score)[known],
+            width=0.78,
+            facecolor="none",
+            edgecolor=style.MUTED,
+            hatch="////",
+            linewidth=0,
+            label="already there at step 0",
+        )
+
+
+def _layers_below(ax: Axes, n_layers: int) -> None:
+    ax.set_xticks(style.layer_ticks(n_layers, most=25))
+    ax.set_xlim(-0.7, n_layers - 0.3)
+    ax.set_xlabel("layer")
+    style.finish(ax)
+
+
+def _floats(values: Sequence[float] | pd.Series) -> np.ndarray:
+    return pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(
+        dtype=np.float64, na_value=np.nan
+    )
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -1,0 +1,127 @@
+"""Colours, axes and ticks that every plot shares."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Seaborn's colour-blind palette; its yellow and pale pink are left out, they vanish on white.
+_PALETTE = sns.color_palette("colorblind").as_hex()
+SERIES: tuple[str, ...] = tuple(_PALETTE[i] for i in (0, 1, 2, 3, 4, 9, 5))
+DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+    "solid",
+    (0, (5, 2)),
+    (0, (1, 1)),
+    (0, (5, 1, 1, 1)),
+    (0, (3, 1)),
+    (0, (7, 2, 2, 2)),
+    (0, (2, 2)),
+)
+MARKERS = "osD^vPX"
+
+# Greys and the alarm colour have one meaning each; the report gives them a second value for
+# its dark theme by looking for exactly these codes.
+MUTED = "#949494"
+GRID = "#e3e3e3"
+FROZEN = "#d4d4d4"
+NON_FINITE = "#e5004d"
+# Viridis has no grey of its own, so a grey cell can only mean "frozen".
+COLORMAP = "viridis"
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes:
+    """Return `ax`, or the axes of a new figure that pyplot does not know about."""
+    if ax is not None:
+        return ax
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def finish(ax: Axes, *, grid: str | None = "y") -> Axes:
+    """Remove the box around `ax` and put a faint grid behind the data."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_linewidth(0.6)
+    ax.tick_params(length=3, width=0.6)
+    if grid:
+        ax.grid(axis=grid, color=GRID, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return ax
+
+
+def legend(ax: Axes, *, columns: int = 4, **options: object) -> None:
+    """Put the legend above the axes, where no data can be under it."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not handles:
+        return
+    ax.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=min(columns, len(handles)),
+        frameon=False,
+        fontsize="small",
+        borderaxespad=0.3,
+        columnspacing=1.4,
+        handlelength=2.2,
+        **options,
+    )
+
+
+def note(ax: Axes, sentence: str) -> Axes:
+    """Write `sentence` in the middle of empty axes: a plot without data says why."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, sentence, ha="center", va="center", transform=ax.transAxes, color=MUTED)
+    return ax
+
+
+def layer_ticks(n_layers: int, most: int = 17) -> list[int]:
+    """Layer indices worth a label: an even stride from 0 and always the last layer.
+
+    >>> layer_ticks(12)
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    >>> layer_ticks(80)[:3], layer_ticks(80)[-2:]
+    ([0, 5, 10], [75, 79])
+    """
+    if n_layers <= most:
+        return list(range(n_layers))
+    stride = next(s for s in (2, 4, 5, 8, 10, 16, 20, 25, 50, 100, n_layers) if n_layers / s < most)
+    ticks = list(range(0, n_layers, stride))
+    if n_layers - 1 - ticks[-1] < stride / 2:
+        ticks.pop()
+    return [*ticks, n_layers - 1]
+
+
+def step_ticks(steps: Sequence[int] | np.ndarray, most: int = 7) -> tuple[list[float], list[str]]:
+    """Positions in `steps` and labels for round step numbers, for axes that count columns."""
+    steps = np.asarray(steps)
+    if len(steps) <= most:
+        return list(range(len(steps))), [f"{step:,}" for step in steps]
+    locator = mpl.ticker.MaxNLocator(nbins=most, integer=True)
+    wanted = [v for v in locator.tick_values(steps[0], steps[-1]) if steps[0] <= v <= steps[-1]]
+    positions = np.interp(wanted, steps, np.arange(len(steps)))
+    return positions.tolist(), [f"{value:,.0f}" for value in wanted]
+
+
+def log_ticks(axis: mpl.axis.Axis, low: float, high: float) -> None:
+    """Label a logarithmic axis with few, plain numbers, whatever its range."""
+    decades = np.log10(high / low)
+    subs: tuple[float, ...] = (1,) if decades > 2.5 else (1, 2, 5)
+    if decades < 0.6:
+        subs = (1, 1.5, 2, 3, 4, 5, 7)
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=subs, numticks=9))
+    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def thousands(ax: Axes) -> None:
+    """Label the step axis with whole numbers and separators."""
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(nbins=7, integer=True))
+    ax.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))

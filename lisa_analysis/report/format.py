@@ -1,0 +1,166 @@
+"""Numbers, times and names as people read them: the template's filters."""
+
+import math
+import re
+from typing import Any
+
+from markupsafe import Markup, escape
+
+NOTHING = "–"
+_MINUS = "\u2212"
+_SECRET_KEY = re.compile(
+    r"(?i)((?:[\w.-]*(?:token|secret|passw(?:or)?d|api[_-]?key|credential)[\w.-]*)"
+    r"[\"']?\s*(?:[:=]|\s)\s*)(\"[^\"]*\"|'[^']*'|[^\s,}]+)"
+)
+_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[abp]-|AKIA)[A-Za-z0-9_\-]{12,}")
+# Counts and settings that only sound like a secret.
+_HARMLESS = re.compile(
+    r"(?i)(max|num|pad|eos|bos|unk|n|seen|per)[_-]?\w*tokens?|tokens?_(seen|per)|tokenizer|tokens\b|token_id"
+)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Format with `digits` significant digits; powers of ten outside 1e-3 … 1e5.
+
+    >>> number(0.012345), number(-2.5e-7), number(123456.0), number(None)
+    ('0.0123', '−2.5×10⁻⁷', '1.23×10⁵', '–')
+    """
+    value = _float(value)
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{_MINUS if value < 0 else ''}∞"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 < exponent < 5:
+        places = max(0, digits - 1 - exponent)
+        text = f"{value:,.{places}f}"
+        if places:
+            text = text.rstrip("0").rstrip(".")
+        return text.replace("-", _MINUS)
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    superscript = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}×10{superscript}".replace("-", _MINUS)
+
+
+def count(value: Any) -> str:
+    """Format a whole number with separators.
+
+    >>> count(1234567), count(None)
+    ('1,234,567', '–')
+    """
+    value = _float(value)
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{round(value):,}".replace("-", _MINUS)
+
+
+def percent(value: Any, digits: int = 2) -> str:
+    """Format a share as a percentage.
+
+    >>> percent(0.1234), percent(None)
+    ('12 %', '–')
+    """
+    value = _float(value)
+    return NOTHING if value is None else f"{number(100 * value, digits)} %"
+
+
+def seconds(value: Any) -> str:
+    """Format a duration.
+
+    >>> seconds(0.25), seconds(75), seconds(7322), seconds(None)
+    ('0.25 s', '1 min 15 s', '2 h 2 min', '–')
+    """
+    value = _float(value)
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    if value < 60:
+        return f"{number(value)} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def size(value: Any) -> str:
+    """Format bytes with binary prefixes.
+
+    >>> size(1536), size(3 * 2**30), size(None)
+    ('1.5 KiB', '3 GiB', '–')
+    """
+    value = _float(value)
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{number(value)} {unit}"
+        value /= 1024
+    return f"{number(value)} TiB"
+
+
+def interval(value: Any, digits: int = 3) -> str:
+    """Format anything with value, low and high; without bounds it says that data was too little.
+
+    >>> from types import SimpleNamespace as N
+    >>> interval(N(value=0.5, low=0.4, high=0.61)), interval(N(value=0.5, low=None, high=None))
+    ('0.5 (0.4 to 0.61)', '0.5 (too little data for an interval)')
+    """
+    if value is None:
+        return NOTHING
+    low, high = _float(value.low), _float(value.high)
+    middle = number(value.value, digits)
+    if middle == NOTHING:
+        return middle
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return f"{middle} (too little data for an interval)"
+    return f"{middle} ({number(low, digits)} to {number(high, digits)})"
+
+
+def plain(value: Any) -> str:
+    """Format a figure's datum for its table and CSV: digits that a program reads back.
+
+    >>> plain(0.1234567), plain(3.0), plain(float("nan")), plain("x")
+    ('0.123457', '3', '', 'x')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    value = float(value)
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def redact(text: Any) -> str:
+    """Replace what looks like a secret by ``[redacted]``.
+
+    >>> redact("--hub_token hf_abcdefghijklmnopqrst --max_tokens 5")
+    '--hub_token [redacted] --max_tokens 5'
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        return match[0] if _HARMLESS.search(match[1]) else f"{match[1]}[redacted]"
+
+    return _SECRET_VALUE.sub("[redacted]", _SECRET_KEY.sub(replace, str(text)))
+
+
+def breakable(name: Any) -> Markup:
+    """Escape a long dotted name and allow line breaks after its separators."""
+    return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
+
+
+def _float(value: Any) -> float | None:
+    """Return `value` as a float, None when it is missing or no number."""
+    if value is None or isinstance(value, str | bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+FILTERS = {
+    function.__name__: function
+    for function in (number, count, percent, seconds, size, interval, plain, redact, breakable)
+}

@@ -3,8 +3,10 @@
 No torch here: `lisa-train --help` and `--print_config` must not wait for it.
 """
 
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from os import PathLike, fspath
+from typing import Any, Literal, get_args
 
 from lisa_analysis.errors import ConfigError, suggest
 
@@ -27,7 +29,11 @@ class LisaConfig:
     interval_steps
         Optimizer steps K between two draws.
     sampling
-        How the layers of an interval are drawn.
+        How the layers of an interval are drawn: ``uniform`` (all sets of k layers equally
+        likely), ``bernoulli`` (every layer on its own, the paper's first version), ``cyclic``
+        (shuffled sweeps), and three exact schemes for unequal probabilities: ``systematic``,
+        ``conditional_poisson`` and ``balanced`` (no layer waits long). ``uniform`` with unequal
+        `probabilities` draws by the systematic scheme, of which it is the equal-weight case.
     probabilities
         Path of a `probabilities.json` file, or a sequence of inclusion probabilities π, one per
         layer, Σπ = k. None means equal probabilities k/L.
@@ -38,6 +44,15 @@ class LisaConfig:
         ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns.
     seed
         Seed of the layer schedule; None takes the training seed.
+    warmup_steps
+        Scale the first updates of a layer after its activation by 1/(n+1), 2/(n+1), … over n
+        steps; after a state reset, Adam's first step moves every weight by the full learning rate.
+    embed_probability, head_probability
+        Draw the group in each interval with this probability, like a layer, instead of naming it
+        in `always_active`.
+    layers
+        Path of the list of layers to rotate, as ``model.vision_tower.encoder.layers``; several
+        separated by commas. Needed only where the structure of a model leaves a choice.
     """
 
     activated_layers: int = 2
@@ -47,6 +62,88 @@ class LisaConfig:
     always_active: tuple[str, ...] = ALWAYS_ACTIVE_GROUPS
     optimizer_state: OptimizerState = "reset"
     seed: int | None = None
+    warmup_steps: int = 0
+    embed_probability: float | None = None
+    head_probability: float | None = None
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"lisa.{name} is {value!r}, but must be a whole number of at least {least}."
+                )
+        _one_of("lisa.sampling", self.sampling, get_args(Sampling))
+        _one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
+        if isinstance(self.always_active, str):
+            raise ConfigError(
+                f"lisa.always_active is the text {self.always_active!r}, but must be a list of "
+                f"groups, as [{self.always_active}]."
+            )
+        object.__setattr__(self, "always_active", tuple(self.always_active))
+        for group in self.always_active:
+            _one_of("lisa.always_active", group, ALWAYS_ACTIVE_GROUPS)
+        for group, probability in self.group_probabilities.items():
+            if not 0.0 < probability <= 1.0:
+                raise ConfigError(
+                    f"lisa.{group}_probability is {probability:g}, but must lie in (0, 1]; leave "
+                    f"{group!r} out of always_active to freeze it."
+                )
+            if group in self.always_active:
+                raise ConfigError(
+                    f"lisa.{group}_probability is {probability:g}, but {group!r} is also in "
+                    f"always_active = {list(self.always_active)}; take it out of one of them."
+                )
+        self._check_probabilities()
+
+    @property
+    def group_probabilities(self) -> dict[str, float]:
+        """Groups that are drawn like layers, with their probability."""
+        given = {"embed": self.embed_probability, "head": self.head_probability}
+        return {group: p for group, p in given.items() if p is not None}
+
+    def _check_probabilities(self) -> None:
+        if self.probabilities is None or isinstance(self.probabilities, str | PathLike):
+            if isinstance(self.probabilities, PathLike):
+                object.__setattr__(self, "probabilities", fspath(self.probabilities))
+            return
+        values = tuple(float(p) for p in self.probabilities)
+        object.__setattr__(self, "probabilities", values)
+        for i, value in enumerate(values):
+            if not 0.0 < value <= 1.0:
+                raise ConfigError(
+                    f"lisa.probabilities[{i}] is {value:g}, but every inclusion probability must "
+                    "be above 0 and at most 1."
+                )
+        # The same tolerance as the samplers': the rounding of a file with six decimals.
+        if abs(sum(values) - self.activated_layers) > 1e-5:
+            raise ConfigError(
+                f"lisa.probabilities sum to {sum(values):.6g}, but activated_layers is "
+                f"{self.activated_layers}: they must be equal; scale the probabilities or set "
+                "activated_layers to their sum."
+            )
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """`ConfigError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(
+            f"{option} is {value!r}, but must be one of {', '.join(allowed)}."
+            f"{suggest(str(value), allowed)}"
+        )
+
+
+QUANTITIES = (
+    "weight_norm",
+    "grad_norm",
+    "grad_norm_l1",
+    "update_norm",
+    "descent",
+    "delta_norm",
+    "merged_norm",
+    "opt_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +156,80 @@ class RecordConfig:
         The run directory. `lisa-train` fills in its `output_dir`.
     every
         Record the norms of every n-th optimizer step (and of the first).
+    quantities
+        Columns of the metrics table to measure at those steps. `update_norm` and `descent` keep
+        a copy of the weights that train during such a step; `delta_norm` and `merged_norm` are
+        those of LoRA adapters.
+    select
+        Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
+        expressions that are searched in the tensor's name. None measures all.
+    base_delta
+        Measure ‖W − W₀‖ of every tensor of the model in each census (start, checkpoints, end);
+        W₀ is read again from the base checkpoint, tensor by tensor.
+    grad_noise
+        Measure the variance of the gradient between the micro-batches of accumulation.
+    probe_every
+        Every so many steps one extra backward pass measures the gradient of all layers, also of
+        those that are frozen; 0 never does.
+    flush_seconds
+        Longest time that measured values stay in memory only.
+    on_record_error
+        ``warn``: when recording fails, say so and train on. ``raise``: stop training.
     """
 
     run_dir: str | None = None
     every: int = 10
+    quantities: tuple[str, ...] = QUANTITIES
+    select: tuple[str | int, ...] | None = None
+    base_delta: bool = False
+    grad_noise: bool = False
+    probe_every: int = 0
+    flush_seconds: float = 30.0
+    on_record_error: Literal["warn", "raise"] = "warn"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ConfigError(f"record.every is {self.every!r}: give a whole number of at least 1.")
+        if isinstance(self.quantities, str):
+            raise ConfigError(
+                f"record.quantities is the text {self.quantities!r}: give a list of names."
+            )
+        object.__setattr__(self, "quantities", tuple(self.quantities))
+        for name in self.quantities:
+            if name not in QUANTITIES:
+                raise ConfigError(
+                    f"record.quantities names {name!r}: there are {', '.join(QUANTITIES)}."
+                    f"{suggest(str(name), QUANTITIES)}"
+                )
+        if self.probe_every < 0:
+            raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")
+        if not self.flush_seconds >= 0:
+            raise ConfigError(
+                f"record.flush_seconds is {self.flush_seconds}: give 0 (every recorded step) or "
+                "more."
+            )
+        if self.on_record_error not in ("warn", "raise"):
+            raise ConfigError(
+                f"record.on_record_error is {self.on_record_error!r}: give 'warn' or 'raise'."
+            )
+        self._check_select()
+
+    def _check_select(self) -> None:
+        if self.select is None:
+            return
+        entries = (self.select,) if isinstance(self.select, str | int) else tuple(self.select)
+        object.__setattr__(self, "select", entries)
+        if not entries:
+            raise ConfigError("record.select is empty: leave it out to measure every tensor.")
+        for entry in entries:
+            try:
+                if not isinstance(entry, int):
+                    re.compile(entry)
+            except (re.error, TypeError):
+                raise ConfigError(
+                    f"record.select holds {entry!r}: give layer indices, kinds as 'attn.q', or "
+                    "regular expressions."
+                ) from None
 
 
 Method = Literal["full", "lora", "lisa"]

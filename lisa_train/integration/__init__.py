@@ -1,0 +1,18 @@
+"""Adapters to transformers' Trainer and TRL's: attach(), LisaCallback, RecordCallback."""
+
+from typing import Any
+
+# Imported here, not on first use: the function must win over the submodule of the same name.
+from lisa_train.integration.attach import Attachment as Attachment
+from lisa_train.integration.attach import attach as attach
+from lisa_train.integration.lisa_callback import LisaCallback as LisaCallback
+
+__all__ = ["Attachment", "LisaCallback", "RecordCallback", "attach"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RecordCallback":
+        from lisa_train.integration.record_callback import RecordCallback
+
+        return RecordCallback
+    raise AttributeError(f"module 'lisa_train.integration' has no attribute {name!r}")

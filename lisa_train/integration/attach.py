@@ -1,0 +1,147 @@
+"""One line for somebody else's Trainer: attach LISA, the recorder, or both."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from transformers import Trainer
+
+from lisa_analysis.errors import ConfigError
+from lisa_train.config import LisaConfig, RecordConfig
+from lisa_train.integration.lisa_callback import LisaCallback
+from lisa_train.layermap import find_layers
+from lisa_train.lisa import check_optimizer, refuse_adapters_and_quantization
+from lisa_train.optimizer_state import unwrap_optimizer
+
+if TYPE_CHECKING:
+    from lisa_train.integration.record_callback import RecordCallback
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` added to a trainer; None for what was not asked for.
+
+    As a context manager it ends LISA and the recorder when the block is left, by an exception
+    too. Without one, they end with `trainer.train()`, however that ends.
+    """
+
+    engine_callback: LisaCallback | None
+    recorder_callback: "RecordCallback | None"
+
+    def active_layers(self) -> tuple[int, ...] | None:
+        """Indices of the layers that train now; None without LISA."""
+        if self.engine_callback is None or self.engine_callback.engine is None:
+            return None
+        return self.engine_callback.engine.active_layers
+
+    def latest_scalars(self) -> dict[str, Any]:
+        """Newest recorded scalars (loss, learning_rate, …); empty without a recorder."""
+        return {} if self.recorder_callback is None else self.recorder_callback.latest_scalars()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End LISA (flags are restored) and the recorder (the run's status is written)."""
+        if self.engine_callback is not None:
+            self.engine_callback.close()
+        if self.recorder_callback is not None:
+            self.recorder_callback.close(error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(error)
+
+
+def attach(
+    trainer: Trainer,
+    lisa: LisaConfig | None = None,
+    record: RecordConfig | None = None,
+    *,
+    manifest: dict[str, Any] | None = None,
+    config_yaml: str | None = None,
+    resume: bool = False,
+) -> Attachment:
+    """Add LISA and/or the recorder to a `transformers.Trainer` or any subclass of it.
+
+    Call it before `trainer.train()`. The optimizer must hold every tensor that may train: one
+    that Trainer builds itself does, one that was built earlier is checked here.
+
+    Parameters
+    ----------
+    trainer
+        The trainer; TRL's SFT, DPO and reward trainers are subclasses.
+    lisa
+        Train with LISA; None trains as the trainer would.
+    record
+        Write a run directory; None records nothing.
+    manifest
+        Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
+    config_yaml
+        Text of the run's `config.yaml`.
+    resume
+        Continue the run directory instead of refusing one that already holds a run.
+
+    Returns
+    -------
+    Attachment
+        The callbacks; also a context manager that ends them.
+
+    Raises
+    ------
+    ConfigError
+        When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
+    """
+    callback = _attach_lisa(trainer, lisa) if lisa is not None else None
+    recorder = None
+    if record is not None:
+        from lisa_train.integration.record_callback import RecordCallback
+
+        recorder = RecordCallback(
+            trainer, record, lisa=callback, manifest=manifest, config_yaml=config_yaml,
+            resume=resume,
+        )  # fmt: skip
+        trainer.add_callback(recorder)
+    attachment = Attachment(callback, recorder)
+    trainer.train = _ending(trainer.train, attachment)
+    return attachment
+
+
+def _attach_lisa(trainer: Trainer, config: LisaConfig) -> LisaCallback:
+    """Add the engine's callback, after the checks that need not wait for training to begin."""
+    if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
+        raise ConfigError("this trainer already trains with LISA; attach it once.")
+    model = trainer.model
+    if model is not None:  # None with `model_init`, which builds it when training begins
+        refuse_adapters_and_quantization(model)
+        layer_map = find_layers(model, config.layers)
+        if trainer.optimizer is not None:
+            names = {name for layer in layer_map.layers for name in layer}
+            tensors = {n: p for n, p in model.named_parameters() if n in names and p.requires_grad}
+            check_optimizer(unwrap_optimizer(trainer.optimizer), tensors)
+    callback = LisaCallback(config)
+    trainer.add_callback(callback)
+    return callback
+
+
+def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:
+    """Wrap `trainer.train`: Trainer tells its callbacks nothing of exceptions."""
+
+    @functools.wraps(train)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            attachment.close(error)
+            raise
+        finally:
+            if attachment.engine_callback is not None:
+                attachment.engine_callback.close()
+
+    return wrapped

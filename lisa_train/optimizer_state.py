@@ -1,0 +1,86 @@
+"""The optimizer state of frozen tensors: freed, kept aside, or moved to host memory."""
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lisa_train.config import OptimizerState
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside wrappers such as accelerate's `AcceleratedOptimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+class FrozenState:
+    """Takes the state of frozen tensors out of an optimizer and puts it back on their return.
+
+    Nothing of a frozen tensor stays where the optimizer's step, its `train()` and `eval()`
+    (schedule-free) or a loop that zeroes gradients could act on it. State that is kept or
+    offloaded still appears in `optimizer.state_dict()`, so that a checkpoint is complete.
+
+    Parameters
+    ----------
+    optimizer
+        The optimizer.
+    policy
+        ``reset`` frees the state, ``keep`` holds it where it is, ``offload`` in host memory.
+    """
+
+    def __init__(self, optimizer: Optimizer, policy: OptimizerState) -> None:
+        self._optimizer = optimizer
+        self._policy = policy
+        self._aside: dict[torch.Tensor, dict[str, Any]] = {}
+        self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
+        self._handles = [optimizer.register_state_dict_post_hook(self._into_state_dict)]
+
+    def freeze(self, parameter: torch.Tensor) -> None:
+        """Take the state of `parameter` out of the optimizer."""
+        state = self._optimizer.state.pop(parameter, None)
+        if not state or self._policy == "reset":
+            return
+        if self._policy == "offload":
+            self._devices[parameter] = {
+                key: value.device for key, value in state.items() if torch.is_tensor(value)
+            }
+            state = {k: v.to("cpu") if torch.is_tensor(v) else v for k, v in state.items()}
+        self._aside[parameter] = dict(state)
+
+    def thaw(self, parameter: torch.Tensor) -> None:
+        """Give the optimizer back what was set aside for `parameter`, if anything was."""
+        state = self._aside.pop(parameter, None)
+        if state is None:
+            return
+        for key, device in self._devices.pop(parameter, {}).items():
+            state[key] = state[key].to(device)
+        self._optimizer.state[parameter] = state
+
+    def forget(self) -> None:
+        """Drop everything set aside: another checkpoint is about to take its place."""
+        self._aside.clear()
+        self._devices.clear()
+
+    def close(self) -> None:
+        """Leave the optimizer as a plain one; state kept on the device goes back into it.
+
+        Offloaded state is dropped: bringing all of it back at once is what offloading avoids.
+        """
+        for handle in self._handles:
+            handle.remove()
+        if self._policy == "keep":
+            for parameter in list(self._aside):
+                self.thaw(parameter)
+        self.forget()
+
+    def _into_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the set-aside state under the parameters' positions, as torch numbers them."""
+        # schedule-free's train() and eval() leave empty entries for tensors without state
+        packed = {key: value for key, value in state_dict["state"].items() if value}
+        numbering = (p for group in optimizer.param_groups for p in group["params"])
+        for position, parameter in enumerate(numbering):
+            if parameter in self._aside:
+                packed[position] = dict(self._aside[parameter])
+        state_dict["state"] = packed

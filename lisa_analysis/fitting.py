@@ -1,0 +1,237 @@
+"""Values per step and layer -> scores with bootstrap samples of them (numpy only)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis import statistics as st
+
+Array = NDArray[np.float64]
+
+# Below this many effective observations an interval would be wrong far more often than it says.
+MIN_EFFECTIVE = 25.0
+MIN_VISITS = 3
+# Longer series are averaged over neighbouring steps first: time and memory stay bounded.
+MAX_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Scores of the columns of a series.
+
+    Attributes
+    ----------
+    score, low, high
+        Shape (layers,); bounds are NaN where the data are insufficient, all NaN where a layer
+        was never observed.
+    effect
+        Shape (layers,): the score on the scale of the fit (logarithm for `log`).
+    samples
+        Shape (replicates, layers) on the scale of the fit, or None when any layer's data are
+        insufficient.
+    noise
+        Shape (replicates, layers): deviations of the samples from `effect`, always there when
+        anything could be resampled; None otherwise.
+    n_eff, rho, observations
+        Shape (layers,).
+    within
+        Standard deviation over time of a layer about its effect, pooled over layers.
+    blocks
+        Shape (blocks, layers): means of the adjusted series over bootstrap blocks or intervals.
+    length
+        Rows per block (1 for activation intervals).
+    halves
+        Effects from odd and from even blocks, shape (2, layers), or None.
+    """
+
+    score: Array
+    low: Array
+    high: Array
+    effect: Array
+    samples: Array | None
+    noise: Array | None
+    n_eff: Array
+    rho: Array
+    observations: NDArray[np.int64]
+    within: float
+    blocks: Array
+    length: int
+    halves: Array | None
+    log: bool
+    adjusted: str
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Layers that were observed."""
+        return np.isfinite(self.effect)
+
+    def scale(self, effects: Array) -> Array:
+        """Back from the scale of the fit to that of the scores."""
+        return np.exp(effects) if self.log else effects
+
+
+def fit_series(
+    values: NDArray[np.floating],
+    *,
+    log: bool,
+    clusters: NDArray[np.int64] | None,
+    confidence: float,
+    rng: np.random.Generator,
+    replicates: int = st.bootstrap.REPLICATES,
+    remove_common: bool = True,
+) -> Fit:
+    """Average over time and find out how well the average is known.
+
+    Parameters
+    ----------
+    values
+        Shape (n, layers); NaN where a layer was not observed, inf for non-finite measurements,
+        which are left out (diagnostics report them).
+    log
+        Average logarithms (multiplicative noise, heavy right tail). Steps at which every layer
+        is zero (learning rate 0) are left out; a zero beside positive values counts as the
+        smallest positive one.
+    clusters
+        Shape (n,): activation interval of every row when layers were sampled, else None.
+    confidence, rng, replicates
+        Of the bootstrap: circular blocks over time, or whole intervals, all layers together.
+    remove_common
+        Remove what all layers share at a step before errors are estimated.
+    """
+    series, labels = condense(_prepare(values, log), clusters)
+    effects = st.additive_effects(series, remove_common=remove_common and log)
+    residuals = effects.residuals
+    counts = np.isfinite(series).sum(axis=0)
+    rho = st.ar1(residuals)
+    if labels is None:
+        known = rho[np.isfinite(rho)]
+        length = st.block_length(len(series), float(np.quantile(known, 0.75)) if len(known) else 0)
+        # However strong the correlation, what was seen was seen once.
+        n_eff = np.maximum(np.nan_to_num(st.effective_size(counts, rho)), np.minimum(counts, 1))
+        units = np.full(series.shape[1], len(series) / length)
+        block = np.arange(len(series)) // length
+    else:
+        length = 1
+        block = labels
+        n_eff, units = _cluster_size(residuals, labels, counts)
+    enough = (n_eff >= MIN_EFFECTIVE) & (units >= MIN_VISITS)
+    noise = _noise(residuals, labels, length, effects.inverse, rng, replicates)
+    low, high = _bounds(effects.layer, noise, units, enough, confidence)
+    seen = np.isfinite(effects.layer)
+    complete = bool(seen.all() and enough.all()) and noise is not None
+    samples = effects.layer + _stretch(noise, units) if complete and noise is not None else None
+    back = np.exp if log else np.asarray
+    return Fit(
+        back(effects.layer), back(low), back(high), effects.layer, samples, noise, n_eff, rho,
+        counts, float(np.sqrt(np.nanmean(residuals**2))) if counts.any() else float("nan"),
+        _block_means(residuals, effects.layer, block), length,
+        _halves(series, block, remove_common and log), log, effects.adjusted,
+    )  # fmt: skip
+
+
+def condense(
+    series: Array, clusters: NDArray[np.int64] | None
+) -> tuple[Array, NDArray[np.int64] | None]:
+    """Average neighbouring rows (never across an activation interval) down to about MAX_ROWS."""
+    n = len(series)
+    if n <= MAX_ROWS:
+        return series, clusters
+    width = -(-n // MAX_ROWS)
+    starts = np.arange(n) % width == 0
+    if clusters is not None:
+        changes = np.concatenate([[True], np.diff(clusters) != 0])
+        first = np.maximum.accumulate(np.where(changes, np.arange(n), 0))
+        starts = (np.arange(n) - first) % width == 0
+    rows = np.flatnonzero(starts)
+    means = np.empty((len(rows), series.shape[1]))
+    for column in range(series.shape[1]):
+        values = series[:, column]
+        known = np.isfinite(values)
+        total = np.add.reduceat(np.where(known, values, 0.0), rows, dtype=np.float64)
+        count = np.add.reduceat(known, rows, dtype=np.int64)
+        means[:, column] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return means, None if clusters is None else clusters[rows]
+
+
+def _prepare(values: NDArray[np.floating], log: bool) -> Array:
+    """Mask what is not finite; take logarithms."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    if not log:
+        return values
+    positive = values > 0
+    if not positive.any():
+        return np.full(values.shape, np.nan)
+    values[~positive.any(axis=1)] = np.nan
+    floor = values[positive].min()
+    return np.log(np.maximum(values, floor))
+
+
+def _cluster_size(
+    residuals: Array, labels: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[Array, Array]:
+    """Effective size and number of activation intervals of every layer."""
+    _, per_cluster = st.autocorrelation.cluster_sums(residuals, labels)
+    visits = (per_cluster > 0).sum(axis=0).astype(np.float64)
+    shared = st.intraclass_correlation(residuals, labels)
+    size = counts / np.maximum(visits, 1)
+    # Design effect of a cluster sample (Kish 1965).
+    return counts / (1 + (np.maximum(size, 1) - 1) * shared), visits
+
+
+def _noise(
+    residuals: Array,
+    labels: NDArray[np.int64] | None,
+    length: int,
+    inverse: Array,
+    rng: np.random.Generator,
+    replicates: int,
+) -> Array | None:
+    """Deviations of the layer effects in bootstrap samples."""
+    filled = np.nan_to_num(residuals)
+    if len(filled) < 4:
+        return None
+    if labels is None:
+        totals = st.block_totals(filled, length, rng, replicates)
+    else:
+        totals = st.cluster_totals(filled, labels, rng, replicates)
+    return np.asarray(totals @ inverse.T)
+
+
+def _stretch(noise: Array, units: Array) -> Array:
+    """Samples with the variance that the small number of units took away."""
+    units = np.maximum(units, 2.0)
+    return noise * np.sqrt(units / (units - 1))
+
+
+def _bounds(
+    effect: Array,
+    noise: Array | None,
+    units: Array,
+    enough: NDArray[np.bool_],
+    confidence: float,
+) -> tuple[Array, Array]:
+    if noise is None:
+        return np.full(effect.shape, np.nan), np.full(effect.shape, np.nan)
+    low, high = st.expanded_interval(effect, effect + noise, units, confidence)
+    return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
+
+
+def _block_means(residuals: Array, effect: Array, block: NDArray[np.int64]) -> Array:
+    if not len(residuals):
+        return np.zeros((0, residuals.shape[1]))
+    totals, counts = st.autocorrelation.cluster_sums(residuals, block)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(counts > 0, totals / counts, np.nan) + effect
+
+
+def _halves(series: Array, block: NDArray[np.int64], remove_common: bool) -> Array | None:
+    """Effects from every other block; None when a layer is missing from a half."""
+    _, index = np.unique(block, return_inverse=True)
+    if not len(index) or index.max() < 3:
+        return None
+    halves = [
+        st.additive_effects(series[index % 2 == side], remove_common=remove_common).layer
+        for side in (0, 1)
+    ]
+    return np.stack(halves)

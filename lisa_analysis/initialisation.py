@@ -1,0 +1,116 @@
+"""How much of a profile was there before training: scores at step 0 and PEFT's formulas."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.metrics import Measurements
+from lisa_analysis.profile import Initialisation
+
+Array = NDArray[np.float64]
+
+# The share of a profile above which it is called that of its initialisation.
+EXPLAINED = 0.9
+_GRADIENT = ("grad_rms", "l1_descent")
+
+
+def initial_scores(metric: str, data: Measurements, values: NDArray[np.floating]) -> Array:
+    """Score of every group at step 0; NaN where it was not measured.
+
+    Weight norms come from the census before training. Gradients of the first optimizer step are
+    those of the initial weights. Nothing has changed at step 0: metrics of change have no
+    initial score.
+    """
+    if metric == "weight_norm":
+        return data.table.initial.copy()
+    if metric in _GRADIENT and len(data.table.steps) and data.table.steps[0] == 1:
+        first = np.asarray(values[0], dtype=np.float64)
+        return np.where(np.isfinite(first), first, np.nan)
+    return np.full(values.shape[1], np.nan)
+
+
+def initialisation(
+    metric: str, data: Measurements, scores: Array, initial: Array
+) -> Initialisation | None:
+    """Compare a profile with the one at step 0; None when that is unknown.
+
+    The share is R² of the final log-profile given the initial one with slope 1, over layers and
+    the groups outside the stack: 1 when training left the differences as they were.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        final, start = np.log(scores), np.log(initial)
+    known = np.isfinite(final) & np.isfinite(start)
+    if metric in _GRADIENT:
+        # The embedding's gradient is of another size; it would make any profile look inherited.
+        known[data.table.groups.inside :] = False
+    if known.sum() < 2:
+        return None
+    final, start = final[known], start[known]
+    change = final - start
+    level = float(min(np.exp(-abs(change.mean())), 1.0))
+    spread = float(final.var())
+    # Differences below 0.1 % are rounding of equal norms, not a profile.
+    share = float(np.clip(1 - change.var() / spread, 0, 1)) if spread > 1e-6 else float("nan")
+    raw_adapters = metric == "weight_norm" and data.run.method == "lora"
+    measure = level if np.isnan(share) else share
+    explained = raw_adapters and measure >= EXPLAINED and level >= EXPLAINED
+    expected = default_lora_norms(data) if raw_adapters else np.full(len(scores), np.nan)
+    inside = data.table.groups.inside
+    statement = _words(metric, share, level, explained, raw_adapters)
+    if raw_adapters:
+        statement += _formula_words(expected[:inside], initial[:inside], scores[:inside])
+    return Initialisation(share, level, explained, expected[:inside], statement)
+
+
+def default_lora_norms(data: Measurements) -> Array:
+    """Raw ‖(A, B)‖ of every group under PEFT's default initialisation.
+
+    Linear maps: A ~ kaiming_uniform(√5), so ‖A‖² = r/3 on average, and B = 0. Embeddings: A = 0
+    and B ~ N(0, 1), so ‖B‖² = hidden · r. NaN for groups without adapters.
+    """
+    groups, frame = data.table.groups, data.run.parameters
+    squares = np.zeros(len(groups.names))
+    columns = (frame["param_id"], frame["name"], frame["role"], frame["shape"], frame["numel"])
+    for param_id, name, role, shape, numel in zip(*columns, strict=True):
+        group = groups.of[param_id]
+        if group < 0:
+            continue
+        if "lora_embedding_B" in name:
+            squares[group] += float(numel)
+        elif role == "lora_A" and "lora_embedding" not in name:
+            squares[group] += int(str(shape).split("x")[0]) / 3
+    return np.sqrt(np.where(squares > 0, squares, np.nan))
+
+
+def _words(metric: str, share: float, level: float, explained: bool, raw_adapters: bool) -> str:
+    if metric in _GRADIENT:
+        return (
+            f"{share:.0%} of the spread of this profile is that of the first step, whose gradient "
+            "belongs to the untrained weights (one step, its noise included)."
+        )
+    part = (
+        "the groups do not differ, at step 0 or after it"
+        if np.isnan(share)
+        else f"{share:.0%} of the spread between layers, embedding and head was there at step 0"
+    )
+    text = f"{part[0].upper()}{part[1:]}, and {level:.0%} of its level."
+    if explained:
+        return (
+            f"{text} This profile is explained by adapter initialisation: it shows how A and B "
+            "were drawn, not which layers learned."
+        )
+    if raw_adapters:
+        return f"{text} Raw adapter norms have moved away from their initialisation."
+    return (
+        f"{text} It is mostly the profile of the pretrained weights." if level > EXPLAINED else text
+    )
+
+
+def _formula_words(expected: Array, initial: Array, final: Array) -> str:
+    known = np.isfinite(expected) & np.isfinite(initial) & np.isfinite(final)
+    if not known.any():
+        return ""
+    return (
+        " PEFT's default initialisation gives a layer "
+        f"{expected[known].mean():.4g} by formula; measured {initial[known].mean():.4g} at step 0 "
+        f"and {final[known].mean():.4g} on average over training."
+    )

@@ -1,0 +1,419 @@
+"""Importance metrics: small callables, each with an id and one sentence that defines it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.aggregate import StepTable, draws, intervals, step_table
+from lisa_analysis.errors import LisaError, suggest
+
+Array = NDArray[np.float64]
+# log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
+Scale = Literal["log", "linear", "total"]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a metric may look at.
+
+    Attributes
+    ----------
+    run
+        The run directory.
+    table
+        Norms per recorded step and group.
+    learning_rate
+        Shape (n,), NaN where it was not logged.
+    visits
+        Shape (n, groups): activation intervals of each group up to the step, 1 throughout for a
+        group that always trains.
+    active_steps
+        Shape (n, groups): optimizer steps that trained the group up to the step.
+    interval
+        Shape (n,): index of the activation interval of every step, or None without LISA.
+    """
+
+    run: Any
+    table: StepTable
+    learning_rate: Array
+    visits: Array
+    active_steps: Array
+    interval: NDArray[np.int64] | None
+
+
+class Metric(Protocol):
+    """Anything with an id, a definition, a scale, and a call that gives values per step."""
+
+    id: ClassVar[str]
+    definition: ClassVar[str]
+    scale: ClassVar[Scale]
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return values of shape (n, groups), NaN where a group was not observed."""
+
+
+@dataclass(frozen=True)
+class WeightNorm:
+    """The paper's statistic."""
+
+    id: ClassVar[str] = "weight_norm"
+    definition: ClassVar[str] = (
+        "Mean over steps of the norm of the trained tensors, (1/T) Σ_t ‖θ_t‖ (the LISA paper's "
+        "w(ℓ)); for LoRA these are the raw A and B."
+    )
+    scale: ClassVar[Scale] = "linear"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        return data.table["weight_norm"]
+
+
+@dataclass(frozen=True)
+class GradRms:
+    """Gradient per element, the closest to published layer probes (GRASS)."""
+
+    id: ClassVar[str] = "grad_rms"
+    definition: ClassVar[str] = (
+        "Geometric mean over steps of ‖g_t‖/√N, the root mean square of the gradient before "
+        "clipping."
+    )
+    scale: ClassVar[Scale] = "log"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        return data.table["grad_norm"] / _root(data.table.numel)
+
+
+@dataclass(frozen=True)
+class L1Descent:
+    """First-order loss decrease under Adam's sign-like step."""
+
+    id: ClassVar[str] = "l1_descent"
+    definition: ClassVar[str] = (
+        "Geometric mean over steps of η_t‖g_t‖₁, the first-order loss decrease of a sign-like "
+        "(Adam) step; √(2N/π)‖g_t‖ stands in for ‖g_t‖₁ where that was not recorded."
+    )
+    scale: ClassVar[Scale] = "log"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        table = data.table
+        if "grad_norm_l1" in table:
+            norm = table["grad_norm_l1"]
+        else:
+            norm = table["grad_norm"] * _root(2 * table.numel / np.pi)
+        # A profile compares layers: without a logged rate the common factor is left out.
+        rate = np.where(np.isfinite(data.learning_rate), data.learning_rate, np.nan)
+        if not np.isfinite(rate).any():
+            return norm
+        return norm * rate[:, None].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Measured first-order loss decrease; may be negative."""
+
+    id: ClassVar[str] = "descent"
+    definition: ClassVar[str] = (
+        "Mean over steps of −⟨g_t, θ_{t+1} − θ_t⟩, the loss decrease that the realised step "
+        "predicts; negative where a layer moved against its gradient."
+    )
+    scale: ClassVar[Scale] = "linear"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        return data.table["descent"]
+
+
+@dataclass(frozen=True)
+class UpdateNorm:
+    """Size of the realised step."""
+
+    id: ClassVar[str] = "update_norm"
+    definition: ClassVar[str] = (
+        "Geometric mean over steps of ‖θ_{t+1} − θ_t‖, the step as realised in the stored "
+        "precision."
+    )
+    scale: ClassVar[Scale] = "log"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        return data.table["update_norm"]
+
+
+@dataclass(frozen=True)
+class UpdateRatio:
+    """Relative size of the realised step (LARS, LAMB)."""
+
+    id: ClassVar[str] = "update_ratio"
+    definition: ClassVar[str] = (
+        "Geometric mean over steps of ‖θ_{t+1} − θ_t‖/‖θ_{t+1}‖; under Adam close to lr·√N/‖θ‖, "
+        "so mostly a statement about ‖θ‖."
+    )
+    scale: ClassVar[Scale] = "log"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        return _ratio(data.table["update_norm"], data.table["weight_norm"])
+
+
+@dataclass(frozen=True)
+class DeltaRel:
+    """Relative change of the weights per activation."""
+
+    id: ClassVar[str] = "delta_rel"
+    definition: ClassVar[str] = (
+        "‖ΔW‖/‖W_0‖ at the end of the run, with LISA divided by the layer's activations to the "
+        "power at which this run's changes grew with them (1 directed, ½ random)."
+    )
+    scale: ClassVar[Scale] = "total"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        relative = data.table["delta_norm"] / data.table.initial_base.astype(np.float32)
+        if data.interval is None:
+            return relative
+        power = growth_exponent(relative, data.visits, data.interval, data.table.groups.inside)
+        return relative / data.visits**power
+
+
+@dataclass(frozen=True)
+class Directedness:
+    """Net movement compared with a random walk of the same steps."""
+
+    id: ClassVar[str] = "directedness"
+    definition: ClassVar[str] = (
+        "√n · ‖W_T − W_0‖ / Σ_t ‖θ_{t+1} − θ_t‖ over the n steps that trained the layer: 1 for a "
+        "random walk, √n for a straight line; unrecorded steps count as average ones."
+    )
+    scale: ClassVar[Scale] = "total"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        update = data.table["update_norm"]
+        measured = np.isfinite(update)
+        recorded = np.cumsum(measured, axis=0)
+        mean_step = np.cumsum(np.where(measured, update, 0.0), axis=0) / np.maximum(recorded, 1)
+        return _ratio(data.table["delta_norm"], mean_step * np.sqrt(data.active_steps))
+
+
+@dataclass(frozen=True)
+class GradSnr:
+    """Gradient signal-to-noise from norms alone (after AdaLoRA)."""
+
+    decay: float = 0.85
+    id: ClassVar[str] = "grad_snr"
+    definition: ClassVar[str] = (
+        "Geometric mean over steps of Ī/Ū, the running mean of ‖g_t‖ over the running mean of its "
+        "absolute deviation (decay 0.85 per active step): steady gradients score high."
+    )
+    scale: ClassVar[Scale] = "log"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        norms = np.asarray(data.table["grad_norm"], dtype=np.float32)
+        result = np.full(norms.shape, np.nan, dtype=np.float32)
+        mean = np.zeros(norms.shape[1], dtype=np.float32)
+        deviation = np.zeros_like(mean)
+        seen = np.zeros(norms.shape[1], dtype=np.int64)
+        for step, norm in enumerate(norms):
+            now = np.isfinite(norm)
+            seen += now
+            fresh = now & (seen == 1)
+            mean[fresh] = norm[fresh]
+            mean[now] += (1 - self.decay) * (norm[now] - mean[now])
+            deviation[now] += (1 - self.decay) * (np.abs(norm[now] - mean[now]) - deviation[now])
+            # Until both averages have filled up the ratio says when the layer was first seen.
+            ready = now & (seen > 2 / (1 - self.decay)) & (deviation > 0)
+            result[step, ready] = mean[ready] / deviation[ready]
+        return result
+
+
+@dataclass(frozen=True)
+class LisaRatio:
+    """The paper's sampling statistic from a LoRA and a full fine-tuning run, as printed."""
+
+    reference: Any = field(repr=False)
+    id: ClassVar[str] = "lisa_ratio"
+    definition: ClassVar[str] = (
+        "w_LoRA(ℓ)/w_FT(ℓ), the LISA paper's p(ℓ) as printed: mean raw adapter norm of this run "
+        "over mean weight norm of the full fine-tuning run given as reference."
+    )
+    scale: ClassVar[Scale] = "linear"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        other = _partner(data, self.reference)
+        with np.errstate(invalid="ignore"):
+            full = _mean_over_steps(other["weight_norm"])
+        return data.table["weight_norm"] / full.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LisaDeltaRatio:
+    """The repaired form of the paper's statistic."""
+
+    reference: Any = field(repr=False)
+    id: ClassVar[str] = "lisa_delta_ratio"
+    definition: ClassVar[str] = (
+        "‖(α/r)BA‖/‖ΔW_FT‖ at the end of both runs: what the adapters changed over what full "
+        "fine-tuning, given as reference, changed."
+    )
+    scale: ClassVar[Scale] = "total"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        other = _partner(data, self.reference)
+        return data.table["delta_norm"] / last_known(other["delta_norm"]).astype(np.float32)
+
+
+METRICS: dict[str, Callable[..., Metric]] = {
+    cls.id: cls
+    for cls in (
+        UpdateNorm,
+        GradRms,
+        L1Descent,
+        Descent,
+        DeltaRel,
+        UpdateRatio,
+        Directedness,
+        GradSnr,
+        WeightNorm,
+        LisaRatio,
+        LisaDeltaRatio,
+    )
+}
+_TWO_RUNS = (LisaRatio.id, LisaDeltaRatio.id)
+
+
+def find_metric(metric: str | Metric, reference: Any = None) -> Metric:
+    """Metric by id, or the callable itself.
+
+    Raises
+    ------
+    LisaError
+        For an unknown id, or one that compares two runs when `reference` is missing.
+    """
+    if not isinstance(metric, str):
+        return metric
+    if metric not in METRICS:
+        raise LisaError(
+            f"importance metric {metric!r} is unknown: choose one of {', '.join(METRICS)}."
+            f"{suggest(metric, METRICS)}"
+        )
+    if metric not in _TWO_RUNS:
+        return METRICS[metric]()
+    if reference is None:
+        raise LisaError(
+            f"importance metric {metric!r} compares two runs: pass the full fine-tuning run as "
+            "reference=."
+        )
+    return METRICS[metric](reference)
+
+
+def measurements(run: Any, by: str = "layer") -> Measurements:
+    """Read the table of `run` and what else the metrics need."""
+    table = step_table(run, by)
+    rate = np.full(len(table.steps), np.nan)
+    scalars = run.scalars
+    if len(scalars) and "learning_rate" in scalars:
+        logged = scalars.dropna(subset=["learning_rate"]).drop_duplicates("step", keep="last")
+        known = logged.set_index("step")["learning_rate"].sort_index()
+        if len(known):
+            rate = known.reindex(table.steps, method="nearest").to_numpy(dtype=np.float64)
+    interval = intervals(run, table.steps) if draws(run) else None
+    return Measurements(run, table, rate, *_exposure(run, table, interval), interval)
+
+
+def _exposure(
+    run: Any, table: StepTable, interval: NDArray[np.int64] | None
+) -> tuple[Array, Array]:
+    """Activation intervals and optimizer steps behind every group at every recorded step."""
+    shape = table.trained.shape
+    visits = np.ones(shape, dtype=np.float32)
+    active = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
+    drawn = draws(run)
+    if interval is None or not drawn or not len(table.steps):
+        return visits, active
+    chosen = np.zeros((len(drawn), run.n_layers), dtype=np.float32)
+    for index, (_, layers) in enumerate(drawn):
+        chosen[index, list(layers)] = 1
+    starts = np.array([step for step, _ in drawn], dtype=np.int64)
+    lengths = np.diff(np.append(starts, max(starts[-1], table.steps[-1])))
+    before = np.vstack([np.zeros(run.n_layers), np.cumsum(chosen * lengths[:, None], axis=0)])
+    now = np.maximum(interval, 0)
+    within = (table.steps - starts[now])[:, None] * chosen[now]
+    columns = np.flatnonzero(table.groups.layer >= 0)
+    layer = table.groups.layer[columns]
+    visits[:, columns] = np.cumsum(chosen, axis=0)[now][:, layer]
+    active[:, columns] = (before[now] + within)[:, layer]
+    return visits, active
+
+
+def growth_exponent(
+    relative: Array, visits: Array, interval: NDArray[np.int64], inside: int
+) -> float:
+    """Power of the number of activations with which the layers' change grows, in [½, 1].
+
+    Slope of ln‖ΔW‖ on ln(visits) within layers, one point per activation (its last recorded
+    step); 1, as if every activation went on in the same direction, when no layer came back.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.log(np.asarray(relative[:, :inside], dtype=np.float64))
+    change[~np.isfinite(change)] = np.nan
+    products = squares = 0.0
+    last_row = np.append(np.flatnonzero(np.diff(interval)), len(interval) - 1)
+    for layer in range(inside):
+        rows = last_row[np.isfinite(change[last_row, layer])]
+        _, first = np.unique(visits[rows, layer], return_index=True)
+        x, y = np.log(visits[rows[first], layer]), change[rows[first], layer]
+        if len(x) > 1:
+            products += float((x - x.mean()) @ (y - y.mean()))
+            squares += float((x - x.mean()) @ (x - x.mean()))
+    return float(np.clip(products / squares, 0.5, 1.0)) if squares > 0 else 1.0
+
+
+def last_known(values: NDArray[Any]) -> Array:
+    """Last finite value of every column, NaN for a column without any."""
+    finite = np.isfinite(values)
+    row = len(values) - 1 - np.argmax(finite[::-1], axis=0) if len(values) else 0
+    picked = np.asarray(values, dtype=np.float64)[row, np.arange(values.shape[1])]
+    return np.where(finite.any(axis=0), picked, np.nan)
+
+
+def _mean_over_steps(values: NDArray[Any]) -> Array:
+    finite = np.isfinite(values)
+    total = np.where(finite, values, 0.0).sum(axis=0, dtype=np.float64)
+    return np.where(finite.any(axis=0), total / np.maximum(finite.sum(axis=0), 1), np.nan)
+
+
+def _partner(data: Measurements, reference: Any) -> StepTable:
+    """Table of the other run, its columns in the order of this run's groups."""
+    own = data.table.groups
+    other = step_table(reference, own.level)
+    if other.groups.names[: other.groups.inside] != own.names[: own.inside]:
+        raise LisaError(
+            f"runs {data.run.run_id} and {reference.run_id} have different layers "
+            f"({own.inside} and {other.groups.inside}): compare runs of one model."
+        )
+    order = [
+        other.groups.names.index(name) if name in other.groups.names else -1 for name in own.names
+    ]
+    reordered = {
+        column: np.where(np.array(order) >= 0, values[:, order], np.nan)
+        for column, values in other.measures.items()
+    }
+    return StepTable(
+        own,
+        other.steps,
+        reordered,
+        other.trained,
+        other.numel,
+        other.initial,
+        other.initial_base,
+        other.final,
+        other.first_non_finite,
+        other.rows,
+    )
+
+
+def _root(values: Array) -> NDArray[np.float32]:
+    """Square root, NaN where there is nothing to divide by."""
+    return np.sqrt(np.where(values > 0, values, np.nan)).astype(np.float32)
+
+
+def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, above / below, np.nan)

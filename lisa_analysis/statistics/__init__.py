@@ -1,0 +1,75 @@
+"""Statistics of layer profiles: arrays in, arrays and small frozen results out (numpy only)."""
+
+from lisa_analysis.statistics.autocorrelation import (
+    ar1,
+    block_length,
+    effective_size,
+    intraclass_correlation,
+)
+from lisa_analysis.statistics.bootstrap import (
+    Interval,
+    block_totals,
+    cluster_totals,
+    expanded_interval,
+    t_quantile,
+)
+from lisa_analysis.statistics.concentration import (
+    Concentration,
+    coefficient_of_variation,
+    effective_layers,
+    ends_to_middle,
+    gini,
+    headroom,
+    top_share,
+)
+from lisa_analysis.statistics.effects import Effects, additive_effects
+from lisa_analysis.statistics.shape import Shape, quadratic_fit, two_lines, u_shape
+from lisa_analysis.statistics.stability import (
+    jensen_shannon,
+    kendall_tau,
+    kendall_w,
+    page_hinkley,
+    pearson,
+    ranks,
+    reliability_from_variances,
+    spearman,
+    spearman_brown,
+    steps_for_reliability,
+    top_jaccard,
+)
+
+__all__ = [
+    "Concentration",
+    "Effects",
+    "Interval",
+    "Shape",
+    "additive_effects",
+    "ar1",
+    "block_length",
+    "block_totals",
+    "cluster_totals",
+    "coefficient_of_variation",
+    "effective_layers",
+    "effective_size",
+    "ends_to_middle",
+    "expanded_interval",
+    "gini",
+    "headroom",
+    "intraclass_correlation",
+    "jensen_shannon",
+    "kendall_tau",
+    "kendall_w",
+    "page_hinkley",
+    "pearson",
+    "quadratic_fit",
+    "ranks",
+    "reliability_from_variances",
+    "spearman",
+    "spearman_brown",
+    "steps_for_reliability",
+    "t_quantile",
+    "top_jaccard",
+    "top_share",
+    "two_lines",
+    "u_shape",
+]

@@ -1,0 +1,118 @@
+"""The depth profile in words: U, inverted U, ramp, flat, or undecided."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.statistics.bootstrap import Interval
+
+Array = NDArray[np.float64]
+
+# A fitted difference below 5 % between two depths is not worth a name.
+MATERIAL = 0.05
+MIN_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tests of the depth profile on log-scores, x running from −1 (first) to 1 (last layer).
+
+    Attributes
+    ----------
+    curvature, slope
+        Coefficients a₂ and a₁ of the quadratic fit.
+    left, right
+        Slopes of the two lines that meet in the middle layer.
+    verdict
+        ``U``, ``inverted U``, ``ramp``, ``flat`` or ``undecided``.
+    """
+
+    curvature: Interval
+    slope: Interval
+    left: Interval
+    right: Interval
+    verdict: str
+
+
+def depth(layers: int) -> Array:
+    """Relative depth of every layer, −1 … 1."""
+    return np.linspace(-1.0, 1.0, layers) if layers > 1 else np.zeros(layers)
+
+
+def quadratic_fit(values: Array, x: Array) -> Array:
+    """Least-squares coefficients (a₀, a₁, a₂) of values ≈ a₀ + a₁x + a₂x², shape (..., 3)."""
+    basis = np.stack([np.ones_like(x), x, x**2], axis=1)
+    return np.asarray(np.asarray(values) @ np.linalg.pinv(basis).T)
+
+
+def two_lines(values: Array, x: Array, split: float = 0.0) -> Array:
+    """Slopes left and right of `split`, shape (..., 2) (Simonsohn 2018, interrupted regression)."""
+    values = np.asarray(values)
+    slopes = []
+    for side in (x <= split, x >= split):
+        centred = x[side] - x[side].mean()
+        scale = float(centred @ centred)
+        slopes.append((values[..., side] @ centred) / scale if scale > 0 else values[..., 0] * 0)
+    return np.stack(slopes, axis=-1)
+
+
+def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float) -> Shape:
+    """Test a log-profile for a U, its inverse and a ramp.
+
+    Parameters
+    ----------
+    estimate
+        Shape (layers,), log-scores of the layers that are known.
+    samples
+        Shape (replicates, layers), bootstrap samples of it, or None when they are insufficient.
+    x
+        Depth of these layers in [−1, 1].
+    confidence
+        Confidence of the verdict as a whole: each of its three questions (U, inverted U, ramp)
+        takes a third of the error.
+
+    Returns
+    -------
+    Shape
+        ``U`` needs curvature and *both* arms, so that a ramp with a bend does not pass; `flat`
+        is left to the caller, who knows the headroom.
+    """
+    fit = quadratic_fit(estimate, x)
+    vertex = -fit[1] / (2 * fit[2]) if fit[2] else 0.0
+    split = float(vertex) if abs(vertex) < 0.8 else 0.0
+    arms = two_lines(estimate, x, split)
+    linear = _line(estimate, x)
+    if samples is None or len(estimate) < MIN_LAYERS:
+        plain = (Interval(float(v)) for v in (fit[2], linear, arms[0], arms[1]))
+        return Shape(*plain, verdict="undecided")
+    tail = (1 - confidence) / 6
+    fits, sides = quadratic_fit(samples, x), two_lines(samples, x, split)
+    curvature = _interval(fit[2], fits[:, 2], tail)
+    slope = _interval(linear, _line(samples, x), tail)
+    left, right = _interval(arms[0], sides[:, 0], tail), _interval(arms[1], sides[:, 1], tail)
+    verdict = "undecided"
+    if sign(curvature) and sign(left) == -sign(curvature) and sign(right) == sign(curvature):
+        depth_of_arms = min(abs(arms[0]) * (split + 1), abs(arms[1]) * (1 - split))
+        if depth_of_arms > MATERIAL:
+            verdict = "U" if sign(curvature) > 0 else "inverted U"
+    elif sign(slope) and abs(2 * slope.value) > MATERIAL:
+        verdict = "ramp"
+    return Shape(curvature, slope, left, right, verdict)
+
+
+def sign(interval: Interval) -> int:
+    """1 or −1 when the interval lies on one side of zero, else 0."""
+    if interval.low is None or interval.high is None:
+        return 0
+    return int(interval.low > 0) - int(interval.high < 0)
+
+
+def _line(values: Array, x: Array) -> Array:
+    centred = x - x.mean()
+    return np.asarray(np.asarray(values) @ centred / (centred @ centred))
+
+
+def _interval(value: Array | float, samples: Array, tail: float) -> Interval:
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))

@@ -165,10 +165,10 @@ def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = N
     image = ax.imshow(np.ma.masked_invalid(values), norm=_norm(values), cmap=_colormap(), **options)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=12)
     bar.outline.set_visible(False)
-    bar.set_label(label)
+    bar.set_label(style.literal(label))
     if isinstance(image.norm, LogNorm):
         style.log_ticks(bar.ax.yaxis, image.norm.vmin, image.norm.vmax)
-    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set_yticks(range(len(kinds)), [style.literal(kind) for kind in kinds])
     ax.set_xticks(style.layer_ticks(n_layers))
     ax.set_xlabel("layer")
     return style.finish(ax, grid=None)

@@ -77,7 +77,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
         label="mean of the layers",
     )
     _layers_below(ax, len(frame))
-    ax.set_ylabel(str(profile.metric))
+    ax.set_ylabel(style.literal(profile.metric))
     style.legend(ax)
     return ax
 
@@ -103,7 +103,7 @@ def profiles(
             _floats(frame["layer"]),
             score / total,
             color=style.SERIES[look],
-            label=name,
+            label=style.literal(name),
             linestyle=style.DASHES[look],
             marker=style.MARKERS[look],
             markersize=3.2,
@@ -193,7 +193,7 @@ def rank_stability(
                     fontsize="small",
                     color="white" if abs(value) > 0.6 else "black",
                 )
-    names = [_short(str(name)) for name in agreement.index]
+    names = [style.literal(name, 18) for name in agreement.index]
     ax.set_yticks(range(size), names)
     ax.set_xticks(range(size), names, rotation=35, ha="right")
     return style.finish(ax, grid=None)
@@ -229,7 +229,3 @@ def _floats(values: Sequence[float] | pd.Series) -> np.ndarray:
     return pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(
         dtype=np.float64, na_value=np.nan
     )
-
-
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"

@@ -48,7 +48,7 @@ def comparison(
         if not len(series):
             continue
         seeds = f" ({len(members)} runs)" if len(members) > 1 else ""
-        draw_series(ax, series, f"{name}{seeds}", position)
+        draw_series(ax, series, f"{style.literal(name)}{seeds}", position)
         drawn, group = True, max(group, series.group)
     what = "held-out loss" if held_out else QUANTITIES.get(quantity, quantity)
     if not drawn:

@@ -82,6 +82,18 @@ def note(ax: Axes, sentence: str) -> Axes:
     return ax
 
 
+def literal(name: object, most: int = 40) -> str:
+    """Return a name from a run as text that matplotlib draws as it stands.
+
+    Dollar signs would start a formula, a leading underscore would hide the label from the
+    legend, control characters and lone surrogates cannot be drawn.
+    """
+    text = "".join(c if c.isprintable() else "\ufffd" for c in str(name))
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    text = text.replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text
+
+
 def layer_ticks(n_layers: int, most: int = 17) -> list[int]:
     """Layer indices worth a label: an even stride from 0 and always the last layer.
 

@@ -119,7 +119,7 @@ def interval(value: Any, digits: int = 3) -> str:
 
 
 def plain(value: Any) -> str:
-    """Format a figure's datum for its table and CSV: digits that a program reads back.
+    """Format a datum for a table's CSV: digits that a program reads back; of an interval its value.
 
     >>> plain(0.1234567), plain(3.0), plain(float("nan")), plain("x")
     ('0.123457', '3', '', 'x')
@@ -128,7 +128,7 @@ def plain(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    value = float(value)
+    value = float(getattr(value, "value", value))
     return "" if math.isnan(value) else f"{value:.6g}"
 
 

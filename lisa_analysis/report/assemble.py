@@ -1,0 +1,141 @@
+"""Runs -> the template's context: contents of every run, key numbers, comparison, definitions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lisa_analysis.aggregate import step_table
+from lisa_analysis.compare import Comparison, compare
+from lisa_analysis.errors import LisaError
+from lisa_analysis.report import figures
+from lisa_analysis.report.content import STATES, RunContent, gather, reproduction
+from lisa_analysis.report.figures import Budget, ReportFigure
+from lisa_analysis.report.format import count, interval, number, seconds, size
+from lisa_analysis.report.tables import Table, frame_table
+from lisa_analysis.rundir import load
+from lisa_analysis.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
+
+
+def assemble(
+    runs: Sequence[Any], metric: Any, probabilities: Any, title: str | None
+) -> dict[str, Any]:
+    """Gather everything that the page shows; see `lisa_analysis.report.report`."""
+    runs = [load(run) if isinstance(run, str | Path) else run for run in runs]
+    if not runs:
+        raise LisaError("report needs at least one run, got none: give a run directory.")
+    budget = Budget.for_runs(len(runs))
+    alone = len(runs) == 1
+    names = _distinct([str(run.run_id) for run in runs])
+    contents = [
+        gather(run, i, name, metric, budget, alone=alone)
+        for i, (run, name) in enumerate(zip(runs, names, strict=True))
+    ]
+    comparison = compare(runs)
+    learned = None
+    if probabilities is not None:
+        learned = figures.probabilities_figure(
+            "probabilities", probabilities, tuple(probabilities.layer_names)
+        )
+    return {
+        "title": title or _title(runs, names),
+        "runs": contents,
+        "states": STATES,
+        "key_numbers": _key_numbers(comparison, names),
+        "profile_numbers": _profile_numbers(contents),
+        "probabilities": learned,
+        "comparison": [] if alone else _comparison_figures(runs, contents, comparison, budget),
+        "definitions": _definitions(contents),
+        "reproduction": [(content, reproduction(content.run)) for content in contents],
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def _title(runs: Sequence[Any], names: Sequence[str]) -> str:
+    if len(runs) == 1:
+        return names[0]
+    return f"{len(runs)} runs compared"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that occur more than once: every run has one of its own in the page."""
+    return [
+        f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
+
+
+def _key_numbers(comparison: Comparison, names: Sequence[str]) -> Table:
+    frame = comparison.to_frame().reset_index(drop=True).assign(run=list(names))
+    return frame_table(
+        "Key numbers, one row per run",
+        frame,
+        [
+            ("run", "run"),
+            ("method", "method"),
+            ("status", "status"),
+            ("steps", "steps", count),
+            ("tokens", "tokens", count),
+            ("held_out_loss", "held-out loss", lambda v: number(v, 4)),
+            ("seconds", "time", seconds),
+            ("peak_memory_bytes", "peak memory", size),
+        ],
+    )
+
+
+def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
+    """How unequal the layers are; each figure with its interval."""
+    fields = [
+        ("ends_to_middle", "ends / middle"),
+        ("gini", "Gini"),
+        ("gini_floor", "Gini of noise"),
+        ("effective_layers", "effective layers"),
+        ("headroom", "headroom 1 + CV²"),
+    ]
+    rows = []
+    for content in contents:
+        if content.profile is None:
+            continue
+        measures = {name: getattr(content.profile.concentration, name) for name, _ in fields}
+        rows.append({"run": content.name, "verdict": content.profile.verdict, **measures})
+    if not rows:
+        return None
+    columns: list[Any] = [("run", "run"), ("verdict", "shape")]
+    columns += [(name, heading, interval) for name, heading in fields]
+    return frame_table("How unequal the layers are", pd.DataFrame(rows), columns)
+
+
+def _comparison_figures(
+    runs: Sequence[Any], contents: Sequence[RunContent], comparison: Comparison, budget: Budget
+) -> list[ReportFigure]:
+    found: list[ReportFigure | None] = [
+        figures.comparison_figure("all-held-out", runs, "loss", budget, held_out=True),
+        figures.comparison_figure("all-loss", runs, "loss", budget),
+        figures.comparison_figure("all-grad", runs, "grad_norm", budget),
+    ]
+    profiles = {c.name: c.profile for c in contents if c.profile is not None}
+    if len(profiles) > 1:
+        found.append(figures.profiles_figure("all-profiles", profiles))
+    found.append(figures.agreement_figure("all-agreement", comparison.rank_agreement))
+    return [figure for figure in found if figure is not None]
+
+
+def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
+    """What every word in the page means, in the words of the schema and of the metrics."""
+    profiles = [content.profile for content in contents if content.profile is not None]
+    found = {profile.metric: profile.definition for profile in profiles}
+    tables = [step_table(content.run) for content in contents]
+    for column in METRICS_TABLE.columns:
+        if any(column.name in table for table in tables):
+            found.setdefault(column.name, column.meaning)
+    for name in ("loss", "learning_rate", "clip_coef", "peak_memory_bytes"):
+        found[name] = SCALARS_TABLE[name].meaning
+    found["headroom"] = (
+        "1 + CV² of the layer scores: the most that sampling in proportion to them can gain over "
+        "uniform sampling, as a ratio of gradient variances"
+    )
+    found["ends / middle"] = (
+        "mean of the first and last eighth of the layers over the median of the middle half"
+    )
+    return list(found.items())

@@ -1,0 +1,232 @@
+"""What the report says of one run: facts, findings, figures; gathered, never computed here."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_analysis.aggregate import draws, step_table
+from lisa_analysis.diagnostics import Diagnostics, diagnose
+from lisa_analysis.errors import LisaError
+from lisa_analysis.importance import DEFAULT_METRIC, importance
+from lisa_analysis.plots.data import layer_grids
+from lisa_analysis.plots.lines import QUANTITIES
+from lisa_analysis.profile import ImportanceProfile
+from lisa_analysis.report import figures
+from lisa_analysis.report.figures import Budget, ReportFigure
+from lisa_analysis.report.format import redact
+from lisa_analysis.schema import CONFIG, METRICS_TABLE
+
+# Worst first; the words stand beside the icons, never colour alone.
+STATES: Mapping[str, tuple[str, str, str]] = {
+    "fail": ("✗", "problem", "problems"),
+    "warn": ("!", "warning", "warnings"),
+    "could not run": ("?", "could not run", "could not run"),
+    "info": ("i", "note", "notes"),
+    "ok": ("✓", "passed", "passed"),
+}
+
+# A profile by module holds (steps × modules) numbers per column: not for the longest logs.
+_MOST_MODULE_ROWS = 20_000_000
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """Everything that the page shows of one run."""
+
+    run: Any
+    slug: str
+    name: str
+    diagnostics: Diagnostics
+    profile: ImportanceProfile | None
+    why_no_profile: str | None
+    facts: list[tuple[str, Any]]
+    profile_figures: list[ReportFigure]
+    heatmaps: list[ReportFigure]
+    schedule: ReportFigure | None
+    curves: list[ReportFigure]
+    limits: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[Any]:
+        """Findings, worst first; those of one state keep the order of the rules."""
+        order = list(STATES)
+        return sorted(self.diagnostics.findings, key=lambda finding: order.index(finding.state))
+
+    @property
+    def counts(self) -> list[tuple[str, int]]:
+        """(state, number of findings) for the states that occur, worst first."""
+        states = [finding.state for finding in self.diagnostics.findings]
+        return [(state, states.count(state)) for state in STATES if state in states]
+
+    @property
+    def worst(self) -> str:
+        """State of the whole run; a run that could not be checked at all is not ok."""
+        for state in ("fail", "warn"):
+            if any(state == found for found, _ in self.counts):
+                return state
+        return "ok" if any(state in ("ok", "info") for state, _ in self.counts) else "could not run"
+
+    @property
+    def figures(self) -> Iterator[ReportFigure]:
+        """Every figure, in the order of the page."""
+        yield from self.profile_figures
+        yield from self.heatmaps
+        if self.schedule is not None:
+            yield self.schedule
+        yield from self.curves
+
+
+def gather(
+    run: Any, position: int, name: str, metric: Any, budget: Budget, *, alone: bool
+) -> RunContent:
+    """Analyse one run and draw its figures.
+
+    Parameters
+    ----------
+    run
+        An opened run directory.
+    position, name
+        Place among the runs of the report, and what the report calls it.
+    metric
+        Importance metric, or None for the default.
+    budget
+        How finely to draw.
+    alone
+        Whether it is the only run; curves of several runs share their figures instead.
+    """
+    slug = f"r{position}"
+    diagnostics = diagnose(run)
+    profile, why_not = _profile(run, metric)
+    columns = ["grad_norm", "update_norm"]
+    columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
+    grids = layer_grids(run, {*columns, "weight_norm"})
+    names = run.layer_names
+    heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
+    schedule = None
+    if draws(run):
+        schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
+    curves: list[ReportFigure | None] = []
+    if alone:
+        curves = [figures.curve_figure(f"{slug}-{q}", run, q, budget) for q in QUANTITIES]
+        curves.insert(3, figures.ratio_figure(f"{slug}-ratio", grids, budget))
+    return RunContent(
+        run,
+        slug,
+        name,
+        diagnostics,
+        profile,
+        why_not,
+        _facts(run),
+        _profile_figures(run, slug, profile, alone=alone),
+        heatmaps,
+        schedule,
+        [figure for figure in curves if figure is not None],
+        _limits(run),
+    )
+
+
+def _profile(run: Any, metric: Any) -> tuple[ImportanceProfile | None, str | None]:
+    try:
+        return importance(run, metric or DEFAULT_METRIC), None
+    except LisaError as error:
+        return None, str(error)
+
+
+def _profile_figures(
+    run: Any, slug: str, profile: ImportanceProfile | None, *, alone: bool
+) -> list[ReportFigure]:
+    if profile is None:
+        return []
+    found = [figures.profile_figure(f"{slug}-profile", profile, run.layer_names)]
+    if alone and found[0].image is not None and step_table(run).rows <= _MOST_MODULE_ROWS:
+        try:
+            by_module = importance(run, profile.metric, by="module")
+        except LisaError:
+            return found
+        found.append(figures.kind_figure(f"{slug}-kinds", by_module))
+    return found
+
+
+def _has_adapters(run: Any) -> bool:
+    roles = run.parameters["role"]
+    return bool((roles != "base").any())
+
+
+def _facts(run: Any) -> list[tuple[str, Any]]:
+    """Who, what, where and when, from the manifest; what is unknown is left out."""
+    manifest = run.manifest
+    model = _mapping(manifest, "model")
+    hardware = _mapping(manifest, "hardware")
+    dataset = _mapping(manifest, "dataset")
+    device = " ".join(str(hardware[k]) for k in ("device", "name") if hardware.get(k))
+    rows = [
+        ("run", run.run_id),
+        ("model", model.get("name")),
+        ("architecture", model.get("architecture")),
+        ("method", _method(run)),
+        ("layers", run.n_layers),
+        ("data", dataset.get("name")),
+        ("hardware", device or None),
+        ("started", str(manifest.get("created") or "")[:19].replace("T", " ")),
+        ("status", run.status),
+    ]
+    return [(name, value) for name, value in rows if value not in (None, "")]
+
+
+def _method(run: Any) -> str:
+    """Name the method with the settings that define it."""
+    lisa, lora = _mapping(run.manifest, "lisa"), _mapping(run.manifest, "lora")
+    if run.method == "lisa" and lisa:
+        k, interval = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
+        return f"lisa, {k} layers for {interval} steps at a time"
+    if run.method == "lora" and lora:
+        return f"lora, r = {lora.get('r', '?')}"
+    return str(run.method)
+
+
+def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = manifest.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _limits(run: Any) -> list[str]:
+    """What the reader of this run must know was not seen."""
+    limits = [str(warning) for warning in run.warnings]
+    if run.status != "finished":
+        limits.append(f"The run is {run.status}: everything here is as far as it got.")
+    table = step_table(run)
+    if not len(table.steps):
+        return [*limits, "No training step was recorded."]
+    recorded = [c for c in METRICS_TABLE.names[2:] if c in table]
+    missing = [c for c in METRICS_TABLE.names[2:] if c not in table]
+    limits.append(
+        f"{len(table.steps):,} of the optimizer steps up to {table.steps[-1]:,} were recorded, "
+        f"with {', '.join(recorded)}; not measured: {', '.join(missing) or 'nothing'}."
+    )
+    never = [i for i, seen in enumerate(table.trained[:, : run.n_layers].any(axis=0)) if not seen]
+    if never:
+        limits.append(f"Layers never trained while recording: {', '.join(map(str, never))}.")
+    if _has_adapters(run):
+        limits.append(
+            "Norms of an adapter run are those of its adapters: they compare with other adapter "
+            "runs of the same rank, not with full fine-tuning."
+        )
+    return limits
+
+
+def reproduction(run: Any) -> list[tuple[str, str]]:
+    """Command, configuration and versions that repeat the run, secrets redacted."""
+    found = []
+    if run.manifest.get("command"):
+        command = run.manifest["command"]
+        text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
+        found.append(("command", redact(text)))
+    for key in ("versions", "seeds", "hardware", "dataset"):
+        entries = _mapping(run.manifest, key)
+        if entries:
+            found.append((key, "\n".join(f"{k}: {redact(v)}" for k, v in entries.items())))
+    try:
+        config = (run.path / CONFIG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return found
+    return [*found, (CONFIG, redact(config))]

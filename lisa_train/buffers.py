@@ -1,0 +1,100 @@
+"""Measured values on their way to the disk: on the device until one copy brings them over."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+# How a collected sum becomes the number of the schema.
+_ROOTS = frozenset(
+    {
+        "weight_norm", "grad_norm", "update_norm", "delta_norm", "merged_norm", "probe_grad_norm",
+    }
+)  # fmt: skip
+_INTEGERS = frozenset({"opt_steps"})
+
+
+class MetricBuffer:
+    """Collects per-tensor sums by step and turns them into the rows of the metrics table.
+
+    Values arrive as float64 vectors on the device of the tensors, sums of squares for norms;
+    nothing is read by the host before `take`.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[tuple[str, np.ndarray, torch.Tensor]]] = {}
+        self.rows = 0
+
+    def add(self, step: int, column: str, ids: np.ndarray, values: torch.Tensor) -> None:
+        """Add one column's sums of some tensors at one step, both of shape (n,)."""
+        if len(ids):
+            self._pieces.setdefault(step, []).append((column, ids, values))
+            self.rows += len(ids) if column == "weight_norm" else 0
+
+    def measured(self, step: int, column: str) -> set[int]:
+        """Numbers of the tensors that have a value of `column` at `step` in here."""
+        found = (ids for name, ids, _ in self._pieces.get(step, ()) if name == column)
+        return {int(i) for ids in found for i in ids}
+
+    def values(self, step: int, column: str) -> torch.Tensor | None:
+        """All sums of one column at one step, or None."""
+        found = [values for name, _, values in self._pieces.get(step, ()) if name == column]
+        return torch.cat(found) if found else None
+
+    def take(self, before: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield and forget the rows of every step (below `before`), one copy to the host."""
+        steps = sorted(s for s in self._pieces if before is None or s < before)
+        pieces = [piece for step in steps for piece in self._pieces[step]]
+        if not pieces:
+            return
+        home = pieces[0][2].device
+        joined = torch.cat([values.to(home) for _, _, values in pieces]).cpu().numpy()
+        start = 0
+        for step in steps:
+            columns: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+            for name, ids, _ in self._pieces.pop(step):
+                columns.setdefault(name, []).append((ids, joined[start : start + len(ids)]))
+                start += len(ids)
+            yield _rows(step, columns)
+        self.rows = sum(
+            len(ids) for step in self._pieces.values() for n, ids, _ in step if n == "weight_norm"
+        )
+
+
+def _rows(
+    step: int, columns: Mapping[str, list[tuple[np.ndarray, np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """One row per tensor that has any value; what a tensor lacks is masked (null)."""
+    ids = np.unique(np.concatenate([i for parts in columns.values() for i, _ in parts]))
+    rows: dict[str, Any] = {"step": np.full(len(ids), step), "param_id": ids}
+    for name, parts in columns.items():
+        values = np.zeros(len(ids))
+        missing = np.ones(len(ids), dtype=bool)
+        for part_ids, part_values in parts:
+            where = np.searchsorted(ids, part_ids)
+            values[where] = part_values
+            missing[where] = False
+        if name in _ROOTS:
+            values = np.sqrt(values)
+        # Beyond the range of fp32 a norm is recorded as infinite; that is meant, not an accident.
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept = values.astype(np.int32 if name in _INTEGERS else np.float32)
+        rows[name] = np.ma.array(kept, mask=missing)
+    return rows
+
+
+def to_host(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replace the tensors in the lines by numbers, with one copy per device."""
+    where: dict[torch.device, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines):
+        for name, value in line.items():
+            if torch.is_tensor(value):
+                where.setdefault(value.device, []).append((number, name))
+    result = [dict(line) for line in lines]
+    for device, places in where.items():
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        stacked = torch.stack([lines[n][name].detach().reshape(()).to(kind) for n, name in places])
+        for (number, name), value in zip(places, stacked.tolist(), strict=True):
+            result[number][name] = value
+    return result

@@ -1,0 +1,351 @@
+"""The recorder in a transformers Trainer: one callback, and wraps where no callback reaches."""
+
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_analysis.errors import ConfigError, RunDirectoryError
+from lisa_analysis.rundir import load
+from lisa_analysis.schema import MANIFEST
+from lisa_train.config import RecordConfig
+from lisa_train.environment import peak_memory_bytes
+from lisa_train.integration.lisa_callback import LisaCallback
+from lisa_train.layermap import find_layers
+from lisa_train.lisa import Draw
+from lisa_train.recorder import NormRecorder, manifest, outcome
+from lisa_train.tensor_table import TensorTable
+from lisa_train.writer import RunWriter
+
+
+class RecordCallback(TrainerCallback):
+    """Writes the run directory of any `transformers.Trainer` or subclass; see `attach`.
+
+    Gradients are read after the last micro-batch of a step and before clipping, by wrapping
+    `training_step` of this trainer; the clip norm by wrapping its accelerator's
+    `clip_grad_norm_`; and everything is on the disk before `save_model` writes a checkpoint.
+    The wraps go when training ends.
+
+    Parameters
+    ----------
+    trainer
+        The trainer.
+    config
+        What to record, and where.
+    lisa
+        The LISA callback of the same trainer, whose draws become events.
+    manifest
+        Entries for run.json that the trainer does not know.
+    config_yaml
+        Content of config.yaml.
+    resume
+        Continue the run in the directory; also done when training resumes from a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        Under DeepSpeed, whose gradients are out of reach, or without a run directory.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: RecordConfig,
+        *,
+        lisa: LisaCallback | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        config_yaml: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        if getattr(trainer, "is_deepspeed_enabled", False):
+            raise ConfigError(
+                "the recorder cannot read gradients under DeepSpeed; use DDP, FSDP2 or a single "
+                "device, or train without record."
+            )
+        if config.run_dir is None:
+            raise ConfigError("record.run_dir is not set: name the folder to write.")
+        self.config = config
+        self.recorder: NormRecorder | None = None
+        self._trainer = trainer
+        self._run_dir = Path(config.run_dir)
+        self._lisa = lisa
+        self._manifest = dict(manifest or {})
+        self._config_yaml = config_yaml
+        self._resume = resume
+        self._undo: list[Callable[[], None]] = []
+        self._early_draws: list[Draw] = []
+        self._held_out: list[float] = []
+        self._tokens: Any = 0
+        self._loss: torch.Tensor | None = None
+        self._norm: torch.Tensor | None = None
+        self._clip_coef: torch.Tensor | None = None
+        self._step_began = self._began = time.monotonic()
+        if lisa is not None:
+            lisa.on_draw.append(self._on_draw)
+
+    # ------------------------------------------------------------------ begin and end
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the run directory and take the first census."""
+        if not state.is_world_process_zero:
+            return
+        self._unwrap()
+        self._began = time.monotonic()
+        retry = self.recorder is not None and not self.recorder.writer.closed
+        try:
+            self._open(state, args, retry=retry)
+        except RunDirectoryError as error:
+            if self.config.on_record_error == "raise" or not isinstance(error.__cause__, OSError):
+                raise
+            warnings.warn(f"Training goes on unrecorded: {error}", RuntimeWarning, stacklevel=2)
+            return
+        self._wrap()
+        for draw in self._early_draws:
+            self._on_draw(draw)
+        self._early_draws = []
+
+    def _open(self, state: TrainerState, args: TrainingArguments, *, retry: bool) -> None:
+        model = self._trainer.model
+        layer_map = find_layers(model, self._lisa.config.layers if self._lisa else None)
+        table = TensorTable(model, layer_map, self.config.select)
+        step = state.global_step
+        if retry:  # the trainer began again with a smaller batch
+            assert self.recorder is not None
+            writer = self.recorder.writer
+            writer.begin_segment(step)
+        else:
+            resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
+            writer = RunWriter(
+                self._run_dir,
+                manifest=self._entries(model, table, layer_map, args),
+                parameters=table.rows,
+                config_yaml=self._config_yaml,
+                resume=resume,
+                step=step,
+                checkpoint=self._checkpoint_path(args, step) if step else None,
+            )
+            if resume:
+                self._continue(step)
+        self.recorder = NormRecorder(
+            model, self._trainer.optimizer, self.config, writer, layer_map, table=table, step=step
+        )
+
+    def _entries(self, model: Any, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
+        entries = manifest(model, self.config, table, layer_map)
+        entries["hardware"]["processes"] = args.world_size
+        entries["seeds"] = {"seed": args.seed, "data_seed": args.data_seed}
+        if self._lisa is not None:
+            entries["method"] = "lisa"
+        return {**entries, **self._manifest}
+
+    def _continue(self, step: int) -> None:
+        """Take up the running totals where the earlier segments left them."""
+        run = load(self._run_dir)
+        tokens = run.scalars.loc[run.scalars["step"] <= step, "tokens"].dropna()
+        self._tokens = int(tokens.iloc[-1]) if len(tokens) else 0
+        events = run.events
+        if "metrics" in events:
+            metrics = events.loc[events["event"] == "evaluate", "metrics"]
+            found = [m.get("eval_loss") for m in metrics if isinstance(m, dict)]
+            self._held_out = [x for x in found if isinstance(x, float)]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the last census and close the run."""
+        self.close()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the recording; with `error` the run's status says how. Safe to call twice."""
+        self._unwrap()
+        if self.recorder is None:
+            return
+        status, sentence = outcome(error)
+        if self.recorder.writer.closed:
+            if error is not None:
+                self.recorder.writer.update_manifest(status=status, error=sentence)
+            return
+        self.recorder.close(status, sentence, **self._result())
+
+    def _result(self) -> dict[str, Any]:
+        assert self.recorder is not None
+        line = self.recorder.latest_scalars()
+        result = {
+            "steps": self._trainer.state.global_step,
+            "tokens": int(self._tokens),
+            "seconds": round(time.monotonic() - self._began, 3),
+            "recorder_seconds": round(self.recorder.seconds, 3),
+            "loss": line.get("loss"),
+            "first_held_out_loss": self._held_out[0] if self._held_out else None,
+            "last_held_out_loss": self._held_out[-1] if self._held_out else None,
+            "peak_memory_bytes": peak_memory_bytes(self._trainer.args.device),
+        }
+        return {name: value for name, value in result.items() if value is not None}
+
+    def latest_scalars(self) -> dict[str, Any]:
+        """Newest scalars that can be had without waiting for the device."""
+        return {} if self.recorder is None else self.recorder.latest_scalars()
+
+    # ------------------------------------------------------------------ every step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock and the sums of the step."""
+        self._step_began = time.monotonic()
+        self._loss = self._norm = self._clip_coef = None
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the update; the gradients are still there, the schedule has not moved on."""
+        if self.recorder is None:
+            return
+        self.recorder.after_step(
+            state.global_step + 1,
+            clip_coef=self._clip_coef,
+            skipped=bool(self._trainer.accelerator.optimizer_step_was_skipped),
+            loss=self._loss,
+            grad_norm=self._norm,
+            tokens=self._tokens,
+            step_seconds=time.monotonic() - self._step_began,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add what Trainer knows only now."""
+        if self.recorder is not None:
+            self.recorder.amend(epoch=state.epoch)
+
+    def _after_training_step(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+        assert self.recorder is not None
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        accelerator = self._trainer.accelerator
+        if accelerator.sync_gradients:
+            # Until clipping the gradients carry the loss scale; without a scaler it is 1.
+            scaler = getattr(accelerator, "scaler", None)
+            self.recorder.before_step(
+                self._trainer.state.global_step + 1,
+                gradient_scale=scaler.get_scale() if scaler is not None else 1.0,
+                undo=True,
+            )
+
+    def _after_clipping(self, max_norm: float, norm: Any) -> None:
+        if not torch.is_tensor(norm):
+            return
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._norm = norm.detach()
+        # The same expression as in torch.nn.utils.clip_grads_with_norm_.
+        self._clip_coef = (max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+
+    # ------------------------------------------------------------------ events
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write held-out metrics as an event."""
+        if self.recorder is None:
+            return
+        numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+        if isinstance(loss := numbers.get("eval_loss"), float):
+            self._held_out.append(loss)
+        self.recorder.event("evaluate", state.global_step, metrics=numbers)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Announce the checkpoint; what it stands on is on the disk already."""
+        if self.recorder is None:
+            return
+        path = self._checkpoint_path(args, state.global_step)
+        self.recorder.event("checkpoint", state.global_step, path=path)
+        self.recorder.flush()
+
+    def _checkpoint_path(self, args: TrainingArguments, step: int) -> str:
+        path = os.path.join(args.output_dir or ".", f"checkpoint-{step}")
+        return Path(os.path.relpath(path, self._run_dir)).as_posix()
+
+    def _on_draw(self, draw: Draw) -> None:
+        if self.recorder is None:
+            self._early_draws.append(draw)
+            return
+        self.recorder.event(
+            "lisa_draw",
+            draw.step,
+            layers=draw.layers,
+            groups=draw.groups,
+            inclusion_probabilities=draw.inclusion_probabilities,
+            visits=draw.visits,
+        )
+
+    # ------------------------------------------------------------------ wraps
+
+    def _wrap(self) -> None:
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+
+        def training_step(
+            original: Callable[..., Any], model: Any, inputs: Any, *a: Any, **k: Any
+        ) -> Any:
+            count = _tokens(inputs)
+            self._tokens = None if count is None or self._tokens is None else self._tokens + count
+            loss = original(model, inputs, *a, **k)
+            self._after_training_step(inputs, loss)
+            return loss
+
+        def clip(
+            original: Callable[..., Any], parameters: Any, max_norm: float, *a: Any, **k: Any
+        ) -> Any:
+            norm = original(parameters, max_norm, *a, **k)
+            self._after_clipping(max_norm, norm)
+            return norm
+
+        def save_model(original: Callable[..., Any], *a: Any, **k: Any) -> Any:
+            if self.recorder is not None and trainer.is_in_train:
+                self.recorder.checkpoint(trainer.state.global_step)
+            return original(*a, **k)
+
+        self._replace(trainer, "training_step", training_step)
+        self._replace(accelerator, "clip_grad_norm_", clip)
+        self._replace(trainer, "save_model", save_model)
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Put a wrapper on one object (not its class) and note how to take it off."""
+        original = getattr(owner, name)
+        had_own = name in vars(owner)
+        setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+        def undo() -> None:
+            if had_own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
+    def _unwrap(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def _tokens(inputs: Any) -> Any:
+    """Count the tokens of a batch, padding left out, without waiting for the device."""
+    if not isinstance(inputs, Mapping):
+        return None
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        return mask.sum()
+    return ids.numel() if torch.is_tensor(ids) else None

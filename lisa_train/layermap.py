@@ -233,7 +233,7 @@ def _main(stacks: list[_Stack], bare: nn.Module) -> list[_Stack]:
             return deepest
     raise ConfigError(
         f"{type(bare).__name__} has {len(stacks)} stacks of layers ({_listing(stacks)}) and its "
-        f"structure does not say which to train; choose with `layers`, as layers={stacks[0].path!r}."
+        f"structure does not say which to train; choose one with layers={stacks[0].path!r}."
     )
 
 

@@ -11,12 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lisa_analysis.errors import ConfigError, ProbabilitiesError
-from lisa_analysis.layers import canonical_name, kind_of, role_of
+from lisa_analysis.errors import ConfigError
+from lisa_analysis.layers import kind_of
 from lisa_train.config import LisaConfig
+from lisa_train.input_gradients import stop_input_gradients
 from lisa_train.layermap import LayerMap, find_layers, unwrap
-from lisa_train.optimizer_state import FrozenState, unwrap_optimizer
-from lisa_train.samplers import make_sampler, never_drawn, resolve
+from lisa_train.optimizer_state import FrozenState, start_schedule_free, unwrap_optimizer
+from lisa_train.preconditions import (
+    check_optimizer,
+    check_warmup,
+    given_probabilities,
+    is_schedule_free,
+    refuse_adapters_and_quantization,
+)
+from lisa_train.samplers import make_sampler, never_drawn, resolve, seed_word
+from lisa_train.warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
@@ -100,31 +109,33 @@ class Lisa:
         self._on_draw = on_draw
         self._optimizer = unwrap_optimizer(optimizer)
         n_layers = len(self.layer_map)
-        pi = resolve(_probabilities(config, self.layer_map), n_layers, config.activated_layers)
+        pi = resolve(given_probabilities(config, self.layer_map), n_layers, config.activated_layers)
         self._seed = seed if config.seed is None else config.seed
         self._sampler = make_sampler(config.sampling, pi, config.activated_layers, self._seed)
         self._units = _units(model, self.layer_map, config)
         self._check_units()
         check_optimizer(self._optimizer, self._may_train())
+        check_warmup(self._optimizer, config)
         if total_steps is not None:
             self._announce_coverage(total_steps)
         # From here on the model and the optimizer change; nothing above may leave a trace.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._state = FrozenState(self._optimizer, config.optimizer_state)
-        self._input_grads = _stop_input_gradients(model)
+        self._warmup = Warmup(config.warmup_steps)
+        self._input_grads = stop_input_gradients(model)
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
             self._optimizer.register_load_state_dict_post_hook(self._after_optimizer_load),
         ]
+        self._schedule_free = is_schedule_free(self._optimizer)
         self._index: int | None = None
         self._step = 0
         self._layers: tuple[int, ...] = ()
         self._groups: tuple[str, ...] = ()
         self._active: set[torch.Tensor] = set()
         self._activated_at: dict[Unit, int] = {}
-        self._before: list[tuple[torch.Tensor, torch.Tensor, float]] = []
         self._visits = np.zeros(n_layers, dtype=np.int64)
         self._closed = False
 
@@ -151,7 +162,7 @@ class Lisa:
         return self._visits.copy()
 
     def begin_step(self, step: int) -> None:
-        """Prepare the optimizer step after `step` completed ones; draws at 0, K, 2K, …
+        """Prepare the optimizer step after `step` completed ones; draws at 0, K, 2K and so on.
 
         Call it once per optimizer step, before the first forward pass of its micro-batches.
         """
@@ -266,19 +277,17 @@ class Lisa:
         for parameter in self._trainable:
             if parameter not in self._active:
                 parameter.grad = None
-        self._before = [
-            (p, p.detach().clone(), factor)
-            for unit, factor in self._warmup_factors().items()
+            elif self._schedule_free:
+                start_schedule_free(self._optimizer, parameter)
+        self._warmup.before_step(
+            (p, self._step - at)
+            for unit, at in self._activated_at.items()
             for p in self._units[unit]
-            if p.requires_grad
-        ]
+        )
 
-    @torch.no_grad()
     def _after_optimizer_step(self, *_: Any) -> None:
         """Shorten the update of tensors in their warm-up."""
-        for parameter, before, factor in self._before:
-            parameter.copy_(torch.lerp(before, parameter, factor))
-        self._before = []
+        self._warmup.after_step()
 
     def _after_optimizer_load(self, *_: Any) -> None:
         """Sort the state that a checkpoint brought into active and frozen."""
@@ -287,12 +296,6 @@ class Lisa:
             for parameter in self._trainable:
                 if parameter not in self._active:
                     self._state.freeze(parameter)
-
-    def _warmup_factors(self) -> dict[Unit, float]:
-        """Units in their first steps after activation, with the factor of this step's update."""
-        n = self.config.warmup_steps
-        since = {unit: self._step - at for unit, at in self._activated_at.items()}
-        return {unit: (past + 1) / (n + 1) for unit, past in since.items() if past < n}
 
     def _drawn_units(self) -> tuple[Unit, ...]:
         return (*self._layers, *self._groups)
@@ -304,7 +307,7 @@ class Lisa:
         """Groups with a probability of their own that draw `index` takes."""
         drawn = []
         for stream, (group, probability) in enumerate(self.config.group_probabilities.items()):
-            key = [0x115B + stream, abs(2 * self._seed + (self._seed < 0)), index]
+            key = [0x115B + stream, seed_word(self._seed), index]
             if np.random.default_rng(key).random() < probability:
                 drawn.append(group)
         return tuple(drawn)
@@ -369,49 +372,6 @@ class Lisa:
             )  # fmt: skip
 
 
-def refuse_adapters_and_quantization(model: nn.Module) -> None:
-    """`ConfigError` for a model whose own weights cannot train: PEFT adapters, quantized base."""
-    kind = type(unwrap(model)).__name__
-    adapters = next((n for n, _ in model.named_parameters() if role_of(n) != "base"), None)
-    if adapters is not None or hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"LISA trains the weights of the model itself, but {kind} carries PEFT adapters"
-            f"{f' ({adapters})' if adapters else ''}; merge them first (merge_and_unload()), or "
-            "train them without LISA."
-        )
-    packed = next(
-        (n for n, p in model.named_parameters()
-         if not p.is_floating_point() or hasattr(p, "quant_state")), None,
-    )  # fmt: skip
-    if packed is not None or getattr(unwrap(model), "is_quantized", False):
-        raise ConfigError(
-            f"LISA trains the weights of the model itself, but those of {kind} are quantized"
-            f"{f' ({packed})' if packed else ''} and cannot train; load the model without "
-            "quantization, or train adapters (method 'lora')."
-        )
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """`ConfigError` unless every one of `tensors` is in exactly one parameter group."""
-    counts: dict[torch.Tensor, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            counts[parameter] = counts.get(parameter, 0) + 1
-    missing = [name for name, p in tensors.items() if p not in counts]
-    if missing:
-        raise ConfigError(
-            f"the optimizer lacks {len(missing)} of the {len(tensors)} tensors that LISA may train "
-            f"(first: {canonical_name(missing[0])}), so they would never move; build it from all "
-            "parameters of the model, before anything is frozen."
-        )
-    twice = [name for name, p in tensors.items() if counts[p] > 1]
-    if twice:
-        raise ConfigError(
-            f"{len(twice)} tensors are in more than one parameter group of the optimizer (first: "
-            f"{canonical_name(twice[0])}); give each to one group."
-        )
-
-
 def _units(
     model: nn.Module, layer_map: LayerMap, config: LisaConfig
 ) -> dict[Unit, tuple[torch.Tensor, ...]]:
@@ -434,48 +394,3 @@ def _units(
     ]
     units["head"] = tuple(dict.fromkeys((*units["head"], *pick(shared))))
     return units
-
-
-def _probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:
-    """Inclusion probabilities of the configuration, checked against the model's layers."""
-    if not isinstance(config.probabilities, str):
-        return config.probabilities
-    from lisa_analysis.probabilities import SamplingProbabilities
-
-    loaded = SamplingProbabilities.load(config.probabilities)
-    names = tuple(loaded.layer_names)
-    if names != layer_map.names:
-        ours = layer_map.names
-        odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
-        detail = f"{odd[0]} against {odd[1]}" if odd else "the first ones agree"
-        raise ProbabilitiesError(
-            f"{config.probabilities} was made for {len(names)} layers, this model has {len(ours)} "
-            f"({detail}); make probabilities from a run of this model."
-        )
-    if loaded.activated_layers != config.activated_layers:
-        raise ProbabilitiesError(
-            f"{config.probabilities} activates {loaded.activated_layers} layers, but "
-            f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
-        )
-    return tuple(loaded.inclusion_probabilities)
-
-
-def _stop_input_gradients(model: nn.Module) -> bool:
-    """Undo `enable_input_require_grads` while LISA runs; True when there was something to undo.
-
-    Gradient checkpointing turns it on, and backward then runs down to the embeddings however
-    high the lowest active layer is. Only the reentrant kind of checkpointing needs it.
-    """
-    bare = unwrap(model)
-    if not getattr(bare, "_require_grads_hooks", None) or _reentrant_checkpointing(bare):
-        return False
-    bare.disable_input_require_grads()
-    return True
-
-
-def _reentrant_checkpointing(bare: nn.Module) -> bool:
-    for module in bare.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-    return False

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.errors import ConfigError, ProbabilitiesError
+from lisa_train.conditional_poisson import fit_log_weights, log_elementary
 
 # Σπ may miss k by the rounding of a file that keeps six decimals.
 SUM_TOLERANCE = 1e-5
@@ -114,7 +115,7 @@ class Sampler(ABC):
 
     def _rng(self, index: int) -> np.random.Generator:
         """Return a fresh generator of its own for draw `index`."""
-        return np.random.default_rng([_STREAM, _word(self.seed), index])
+        return np.random.default_rng([_STREAM, seed_word(self.seed), index])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the schedule, as plain JSON values."""
@@ -230,8 +231,8 @@ class ConditionalPoissonSampler(Sampler):
 
     def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
         super().__init__(pi, k, seed)
-        self._log_w = _fit_log_weights(self.inclusion_probabilities[self._open], self._open_k)
-        self._log_e = _log_elementary(self._log_w, self._open_k)
+        self._log_w = fit_log_weights(self.inclusion_probabilities[self._open], self._open_k)
+        self._log_e = log_elementary(self._log_w, self._open_k)
 
     def _choose(self, index: int) -> NDArray[np.intp]:
         uniforms = self._rng(index).random(self._open.size)
@@ -269,7 +270,9 @@ class BalancedSampler(Sampler):
 
     def _restart(self) -> None:
         self._next = 0
-        self._credit = np.random.default_rng([_STREAM, _word(self.seed)]).random(self._open.size)
+        self._credit = np.random.default_rng([_STREAM, seed_word(self.seed)]).random(
+            self._open.size
+        )
         self._last = np.empty(0, dtype=np.intp)
 
     def _choose(self, index: int) -> NDArray[np.intp]:
@@ -331,50 +334,9 @@ def never_drawn(sampler: Sampler, draws: int) -> tuple[int, ...]:
     return tuple(sorted(missing))
 
 
-def _word(seed: int) -> int:
+def seed_word(seed: int) -> int:
     """Map any integer seed to the non-negative integers that numpy accepts, one to one."""
     return 2 * seed if seed >= 0 else -2 * seed - 1
-
-
-def _log_elementary(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Logarithms of e_j of the first i weights, shape (n+1, k+1); e_0 = 1, e_j = 0 for j > i."""
-    table = np.full((log_w.size + 1, k + 1), -np.inf)
-    table[:, 0] = 0.0
-    for i, weight in enumerate(log_w):
-        table[i + 1, 1:] = np.logaddexp(table[i, 1:], weight + table[i, :-1])
-    return table
-
-
-def _inclusion(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Inclusion probabilities w_i e_{k-1}(others) / e_k(all) of the conditional Poisson design."""
-    before = _log_elementary(log_w, k)[:-1, :k]
-    after = _log_elementary(log_w[::-1], k)[-2::-1, :k]
-    # e_{k-1} without unit i is a convolution of what precedes and what follows it: only sums of
-    # positive terms, unlike the usual recursion, which subtracts.
-    others = np.logaddexp.reduce(before + after[:, ::-1], axis=1)
-    total = _log_elementary(log_w, k)[-1, k]
-    return np.exp(log_w + others - total)
-
-
-def _fit_log_weights(pi: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Weights whose conditional Poisson design of size `k` has the inclusion probabilities `pi`."""
-    if pi.size == 0:
-        return np.empty(0)
-    target = np.log(pi) - np.log1p(-pi)
-    log_w = target.copy()
-    damping = 1.0 - 1.0 / pi.size
-    for _ in range(500):
-        reached = np.clip(_inclusion(log_w, k), 1e-300, 1.0 - 1e-16)
-        if np.max(np.abs(reached - pi)) < 1e-12:
-            return log_w
-        # Newton's step of the equal-probability design, where conditioning on the size multiplies
-        # the response of the log-odds by n/(n-1): right to first order for any π.
-        log_w += damping * (target - (np.log(reached) - np.log1p(-reached)))
-        log_w -= log_w.mean()
-    raise ProbabilitiesError(
-        f"conditional Poisson weights for {pi.size} layers and {k} per draw did not converge "
-        f"(error {np.max(np.abs(_inclusion(log_w, k) - pi)):.2g}); use sampling='systematic'."
-    )
 
 
 def equal_probabilities(layers: int, activated_layers: int) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from lisa_train.integration.attach import Attachment as Attachment
 from lisa_train.integration.attach import attach as attach
 from lisa_train.integration.lisa_callback import LisaCallback as LisaCallback
 
-__all__ = ["Attachment", "LisaCallback", "RecordCallback", "attach"]  # noqa: F822
+__all__ = ["Attachment", "LisaCallback", "RecordCallback", "attach"]
 
 
 def __getattr__(name: str) -> Any:

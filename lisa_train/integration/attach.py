@@ -12,8 +12,8 @@ from lisa_analysis.errors import ConfigError
 from lisa_train.config import LisaConfig, RecordConfig
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.layermap import find_layers
-from lisa_train.lisa import check_optimizer, refuse_adapters_and_quantization
 from lisa_train.optimizer_state import unwrap_optimizer
+from lisa_train.preconditions import check_optimizer, refuse_adapters_and_quantization
 
 if TYPE_CHECKING:
     from lisa_train.integration.record_callback import RecordCallback

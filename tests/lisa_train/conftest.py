@@ -98,3 +98,29 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(60)
     ]
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """Factory of random fp32 Llamas; equal seeds give equal weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(layers: int = 8, seed: int = 0, **changes):
+        settings = {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+    return build

@@ -1,0 +1,93 @@
+"""What must hold before LISA starts: plain weights, a complete optimizer, fitting numbers."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lisa_analysis.errors import ConfigError, ProbabilitiesError
+from lisa_analysis.layers import canonical_name, role_of
+from lisa_train.config import LisaConfig
+from lisa_train.layermap import LayerMap, unwrap
+
+
+def refuse_adapters_and_quantization(model: nn.Module) -> None:
+    """`ConfigError` for a model whose own weights cannot train: PEFT adapters, quantized base."""
+    kind = type(unwrap(model)).__name__
+    adapters = next((n for n, _ in model.named_parameters() if role_of(n) != "base"), None)
+    if adapters is not None or hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"LISA trains the weights of the model itself, but {kind} carries PEFT adapters"
+            f"{f' ({adapters})' if adapters else ''}; merge them first (merge_and_unload()), or "
+            "train them without LISA."
+        )
+    packed = next(
+        (n for n, p in model.named_parameters()
+         if not p.is_floating_point() or hasattr(p, "quant_state")), None,
+    )  # fmt: skip
+    if packed is not None or getattr(unwrap(model), "is_quantized", False):
+        raise ConfigError(
+            f"LISA trains the weights of the model itself, but those of {kind} are quantized"
+            f"{f' ({packed})' if packed else ''} and cannot train; load the model without "
+            "quantization, or train adapters (method 'lora')."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`ConfigError` unless every one of `tensors` is in exactly one parameter group."""
+    counts: dict[torch.Tensor, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            counts[parameter] = counts.get(parameter, 0) + 1
+    missing = [name for name, p in tensors.items() if p not in counts]
+    if missing:
+        raise ConfigError(
+            f"the optimizer lacks {len(missing)} of the {len(tensors)} tensors that LISA may train "
+            f"(first: {canonical_name(missing[0])}), so they would never move; build it from all "
+            "parameters of the model, before anything is frozen."
+        )
+    twice = [name for name, p in tensors.items() if counts[p] > 1]
+    if twice:
+        raise ConfigError(
+            f"{len(twice)} tensors are in more than one parameter group of the optimizer (first: "
+            f"{canonical_name(twice[0])}); give each to one group."
+        )
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights are an average that the optimizer computes (package schedulefree)."""
+    return "weight_sum" in optimizer.param_groups[0]
+
+
+def check_warmup(optimizer: torch.optim.Optimizer, config: LisaConfig) -> None:
+    """`ConfigError` for a warm-up that an averaging optimizer would undo."""
+    if config.warmup_steps and is_schedule_free(optimizer):
+        raise ConfigError(
+            f"warmup_steps is {config.warmup_steps}, but {type(optimizer).__name__} keeps its "
+            "weights as an average, which shortened updates would break; set warmup_steps to 0 "
+            "and use the optimizer's own warm-up."
+        )
+
+
+def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:
+    """Inclusion probabilities of the configuration, checked against the model's layers."""
+    if not isinstance(config.probabilities, str):
+        return config.probabilities
+    from lisa_analysis.probabilities import SamplingProbabilities
+
+    loaded = SamplingProbabilities.load(config.probabilities)
+    names = tuple(loaded.layer_names)
+    if names != layer_map.names:
+        ours = layer_map.names
+        odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
+        detail = f"{odd[0]} against {odd[1]}" if odd else "the first ones agree"
+        raise ProbabilitiesError(
+            f"{config.probabilities} was made for {len(names)} layers, this model has {len(ours)} "
+            f"({detail}); make probabilities from a run of this model."
+        )
+    if loaded.activated_layers != config.activated_layers:
+        raise ProbabilitiesError(
+            f"{config.probabilities} activates {loaded.activated_layers} layers, but "
+            f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
+        )
+    return tuple(loaded.inclusion_probabilities)

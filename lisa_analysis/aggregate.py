@@ -118,6 +118,11 @@ class StepTable:
         they adapt (LoRA) or are (otherwise); NaN without a census at step 0.
     final
         Shape (groups,): ‖θ‖ of the trained tensors when they were last measured.
+    last
+        ``weight_norm`` and ``delta_norm`` -> shape (tensors,), the last measured value by
+        param_id.
+    ever_trained
+        Shape (tensors,), by param_id.
     first_non_finite
         Column -> (step, param_id) of the first value that is not finite.
     rows
@@ -132,6 +137,8 @@ class StepTable:
     initial: NDArray[np.float64]
     initial_base: NDArray[np.float64]
     final: NDArray[np.float64]
+    last: Mapping[str, NDArray[np.float64]]
+    ever_trained: NDArray[np.bool_]
     first_non_finite: Mapping[str, tuple[int, int]]
     rows: int
 
@@ -183,7 +190,7 @@ class _Reader:
         self.pending: _Chunk | None = None
         size = len(groups.of)
         self.census = np.full(size, np.nan)
-        self.last_norm = np.full(size, np.nan)
+        self.last = {name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm")}
         self.ever_trained = np.zeros(size, dtype=bool)
         self.first_bad: dict[str, tuple[int, int]] = {}
         self.rows = 0
@@ -206,9 +213,7 @@ class _Reader:
         self.ever_trained[ids[trained]] = True
         if not trained.all():
             step, ids = step[trained], ids[trained]
-            columns = {
-                n: (v[trained], None if m is None else m[trained]) for n, (v, m) in columns.items()
-            }
+            columns = _take(columns, trained)
         if len(step):
             self._push(_sum_batch(step, self.groups.of[ids], columns, self.width))
 
@@ -220,12 +225,15 @@ class _Reader:
             if name not in self.first_bad and bad.any():
                 row = int(np.argmax(bad))
                 self.first_bad[name] = (int(step[row]), int(ids[row]))
-        if "weight_norm" in columns:
+        for name, last in self.last.items():
+            if name in columns:
+                values, measured = columns[name]
+                keep = np.ones(len(step), dtype=bool) if measured is None else measured
+                last[ids[keep]] = values[keep]
+        if "weight_norm" in columns and step[0] == 0:
             values, measured = columns["weight_norm"]
-            keep = np.ones(len(step), dtype=bool) if measured is None else measured
-            start = keep & (step == 0)
+            start = step == 0 if measured is None else (step == 0) & measured
             self.census[ids[start]] = values[start]
-            self.last_norm[ids[keep]] = values[keep]
 
     def _push(self, chunk: "_Chunk") -> None:
         if self.pending is not None:
@@ -252,18 +260,30 @@ class _Reader:
             )
             del parts
         empty = np.zeros((0, self.width), dtype=bool)
+        elements, initial, base, final = _group_norms(
+            run, self.groups, self.ever_trained, self.census, self.last["weight_norm"]
+        )
         return StepTable(
-            self.groups,
-            np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in self.chunks)]),
-            measures,
-            np.concatenate([empty, *(chunk.trained for chunk in self.chunks)]),
-            *_group_norms(run, self.groups, self.ever_trained, self.census, self.last_norm),
-            dict(self.first_bad),
-            self.rows,
+            groups=self.groups,
+            steps=np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in self.chunks)]),
+            measures=measures,
+            trained=np.concatenate([empty, *(chunk.trained for chunk in self.chunks)]),
+            numel=elements,
+            initial=initial,
+            initial_base=base,
+            final=final,
+            last=self.last,
+            ever_trained=self.ever_trained,
+            first_non_finite=dict(self.first_bad),
+            rows=self.rows,
         )
 
 
 Columns = dict[str, tuple[NDArray[np.float32], NDArray[np.bool_] | None]]
+
+
+def _take(columns: Columns, rows: NDArray[Any]) -> Columns:
+    return {n: (v[rows], None if m is None else m[rows]) for n, (v, m) in columns.items()}
 
 
 def _unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
@@ -397,15 +417,15 @@ def _group_norms(
         & kept
     )
 
+    width = len(groups.names)
+
     def norm(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
-        width = len(groups.names)
         squares = np.bincount(group[where], weights=values[ids[where]] ** 2, minlength=width)
         squares[np.bincount(group[where], minlength=width) == 0] = np.nan
         return np.sqrt(squares)
 
-    elements = np.bincount(
-        group[is_trained], weights=numel[is_trained], minlength=len(groups.names)
-    )
+    elements = np.bincount(group[is_trained], weights=numel[is_trained], minlength=width)
+    elements = elements.astype(np.float64)
     return elements, norm(census, is_trained), norm(census, is_base), norm(last, is_trained)
 
 

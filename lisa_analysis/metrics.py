@@ -1,5 +1,6 @@
 """Importance metrics: small callables, each with an id and one sentence that defines it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -67,6 +68,7 @@ class WeightNorm:
     scale: ClassVar[Scale] = "linear"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         return data.table["weight_norm"]
 
 
@@ -82,6 +84,7 @@ class GradRms:
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         return data.table["grad_norm"] / _root(data.table.numel)
 
 
@@ -97,6 +100,7 @@ class L1Descent:
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         table = data.table
         if "grad_norm_l1" in table:
             norm = table["grad_norm_l1"]
@@ -121,6 +125,7 @@ class Descent:
     scale: ClassVar[Scale] = "linear"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         return data.table["descent"]
 
 
@@ -136,6 +141,7 @@ class UpdateNorm:
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         return data.table["update_norm"]
 
 
@@ -151,6 +157,7 @@ class UpdateRatio:
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         return _ratio(data.table["update_norm"], data.table["weight_norm"])
 
 
@@ -166,6 +173,7 @@ class DeltaRel:
     scale: ClassVar[Scale] = "total"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         relative = data.table["delta_norm"] / data.table.initial_base.astype(np.float32)
         if data.interval is None:
             return relative
@@ -185,6 +193,7 @@ class Directedness:
     scale: ClassVar[Scale] = "total"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         update = data.table["update_norm"]
         measured = np.isfinite(update)
         recorded = np.cumsum(measured, axis=0)
@@ -205,6 +214,7 @@ class GradSnr:
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         norms = np.asarray(data.table["grad_norm"], dtype=np.float32)
         result = np.full(norms.shape, np.nan, dtype=np.float32)
         mean = np.zeros(norms.shape[1], dtype=np.float32)
@@ -236,6 +246,7 @@ class LisaRatio:
     scale: ClassVar[Scale] = "linear"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         other = _partner(data, self.reference)
         with np.errstate(invalid="ignore"):
             full = _mean_over_steps(other["weight_norm"])
@@ -255,6 +266,7 @@ class LisaDeltaRatio:
     scale: ClassVar[Scale] = "total"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per recorded step and group."""
         other = _partner(data, self.reference)
         return data.table["delta_norm"] / last_known(other["delta_norm"]).astype(np.float32)
 
@@ -395,18 +407,7 @@ def _partner(data: Measurements, reference: Any) -> StepTable:
         column: np.where(np.array(order) >= 0, values[:, order], np.nan)
         for column, values in other.measures.items()
     }
-    return StepTable(
-        own,
-        other.steps,
-        reordered,
-        other.trained,
-        other.numel,
-        other.initial,
-        other.initial_base,
-        other.final,
-        other.first_non_finite,
-        other.rows,
-    )
+    return dataclasses.replace(other, groups=own, measures=reordered)
 
 
 def _root(values: Array) -> NDArray[np.float32]:

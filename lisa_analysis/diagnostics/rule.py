@@ -109,6 +109,7 @@ class Rule:
         return self.methods is None or run.method in self.methods
 
     def __call__(self, evidence: Evidence) -> Finding:
+        """Check, and put the outcome together with the texts of the rule."""
         try:
             outcome = self.check(evidence)
         except CouldNotRunError as reason:

@@ -1,5 +1,6 @@
-"""Rules on the realised updates: did the weights move, and by a sensible amount?"""
+"""Rules on the realised updates: that the weights moved, and by a sensible amount."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,10 +34,9 @@ class SampledNotUpdated(Rule):
         gradient, update = evidence.column("grad_norm"), evidence.column("update_norm")
         names = evidence.table.groups.names
         due = gradient > 0
-        try:
+        # Without a logged rate every recorded step counts.
+        with suppress(CouldNotRunError):
             due &= (evidence.learning_rate() > 0)[:, None]
-        except CouldNotRunError:
-            pass  # Without a logged rate every recorded step counts.
         due &= np.isfinite(update)
         moved = due & (update > 0)
         interval = evidence.interval if evidence.draws else np.zeros(len(update), dtype=np.int64)

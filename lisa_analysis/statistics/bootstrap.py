@@ -29,8 +29,8 @@ class Interval:
 
     def __str__(self) -> str:
         if not self.sufficient:
-            return f"{self.value:.3g} (insufficient data for an interval)"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+            return f"{self.value:.4g} (insufficient data for an interval)"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def block_totals(

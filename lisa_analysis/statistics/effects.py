@@ -92,13 +92,28 @@ def _connected(laplacian: Array, seen: NDArray[np.bool_]) -> bool:
     return bool(reached[seen].all())
 
 
+def _laplacian_inverse(laplacian: Array, seen: NDArray[np.bool_]) -> Array:
+    """Pseudo-inverse of the Laplacian of a connected graph, zero for layers never observed.
+
+    Its null space is known to be the constant vector; shifting that one eigenvalue avoids the
+    choice of a cut-off, which rounding would decide.
+    """
+    part = laplacian[np.ix_(seen, seen)]
+    n = len(part)
+    constant = np.full((n, n), 1 / n)
+    shift = float(np.trace(part)) / n
+    inverse = np.zeros_like(laplacian)
+    inverse[np.ix_(seen, seen)] = np.linalg.inv(part + shift * constant) - constant / shift
+    return inverse
+
+
 def _by_steps(
     filled: Array, mask: Array, observed: NDArray[np.bool_], together: Array, laplacian: Array
 ) -> Effects:
     """Eliminate a free mean per step."""
     seen = observed.any(axis=0)
     totals = filled.sum(axis=1)
-    inverse = np.linalg.pinv(laplacian, hermitian=True)
+    inverse = _laplacian_inverse(laplacian, seen)
     layer = inverse @ (filled.sum(axis=0) - together.T @ totals)
     layer -= layer[seen].mean()
     size = np.maximum(mask.sum(axis=1), 1)

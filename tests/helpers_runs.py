@@ -23,9 +23,9 @@ from lisa_analysis.schema import (
 from lisa_analysis.shards import arrow_schema
 
 KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm")
-SPELLING = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-            "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-            "mlp.down": "mlp.down_proj", "norm": "input_layernorm"}  # fmt: skip
+SPELLING = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+            "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
+            "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj", "norm": "input_layernorm"}  # fmt: skip
 
 
 def write_run(
@@ -158,9 +158,9 @@ def _write_events(path, draws, interval, n_layers, k, steps):
         lines.append({"event": "lisa_draw", "step": index * interval, "time": 1.0 + index,
                       "layers": layers, "inclusion_probabilities": [k / n_layers] * n_layers,
                       "visits": visits.tolist()})  # fmt: skip
-    for step in range(0, steps + 1, max(steps // 4, 1)):
-        lines.append({"event": "evaluate", "step": step, "time": 2.0 + step,
-                      "metrics": {"eval_loss": 2.0 + np.exp(-step / steps)}})  # fmt: skip
+    lines += [{"event": "evaluate", "step": step, "time": 2.0 + step,
+               "metrics": {"eval_loss": 2.0 + np.exp(-step / steps)}}
+              for step in range(0, steps + 1, max(steps // 4, 1))]  # fmt: skip
     (path / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -179,5 +179,10 @@ def _write_scalars(path, rng, steps):
 
 def _write(path, frame, table):
     schema = pa.schema([f for f in arrow_schema(table) if f.name in frame])
-    data = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+    # NaN is a measured value in this contract: only pandas' own NA becomes null.
+    arrays = [
+        pa.array(frame[field.name], field.type, from_pandas=table is not METRICS_TABLE)
+        for field in schema
+    ]
+    data = pa.Table.from_arrays(arrays, schema=schema)
     pq.write_table(data.replace_schema_metadata({"schema_version": SCHEMA_VERSION}), path)

@@ -26,7 +26,7 @@ QUANTITIES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "memory": "peak memory (GiB)",
-    "recorder": "share of the step spent recording (%)",
+    "recorder": "time spent recording (%)",
 }
 
 
@@ -178,7 +178,9 @@ def curve_frame(run: Any, quantity: str) -> pd.DataFrame:
     if quantity == "memory":
         value = column("peak_memory_bytes") / 2**30
     elif quantity == "recorder":
-        value = 100 * column("recorder_seconds") / column("step_seconds")
+        # Steps that record nothing cost nothing: their zeros would hide what recording costs.
+        spent = column("recorder_seconds")
+        value = 100 * spent.where(spent > 0) / column("step_seconds")
     else:
         value = column(quantity)
     return pd.DataFrame({"step": column("step"), "value": value, "clip_coef": column("clip_coef")})
@@ -245,5 +247,6 @@ def _log_if_positive(ax: Axes, values: np.ndarray) -> None:
 def _finish(ax: Axes, label: str, group: int, *, band: bool = True) -> Axes:
     ax.set_ylabel(label)
     ax.set_xlabel(step_label(group, band=band))
+    ax.margins(x=0.01)
     style.thousands(ax)
     return style.finish(ax)

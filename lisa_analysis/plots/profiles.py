@@ -82,26 +82,24 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def profiles(
-    profiles: Mapping[str, Any], *, ax: Axes | None = None, label: str | None = None
-) -> Axes:
-    """Draw several profiles as shares of their own total, so that runs of any scale compare.
+def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """Draw several profiles over their own means, so that runs of any scale compare.
 
-    `profiles` maps a label to an `ImportanceProfile`; the dashed line is an even share.
+    `profiles` maps a label to an `ImportanceProfile`. The dashed line is a layer like the mean;
+    models of different depth are laid over each other from the bottom (0) to the top (1).
     """
     ax = style.axes_or_new(ax)
-    n_layers = 0
-    for position, (name, item) in enumerate(profiles.items()):
-        frame = item.to_frame()
-        score = _floats(frame["score"])
-        total = np.nansum(score)
-        if not np.isfinite(total) or total == 0:
-            continue
-        n_layers = max(n_layers, len(frame))
+    frames = {name: relative_scores(item) for name, item in profiles.items()}
+    frames = {name: frame for name, frame in frames.items() if frame["relative"].notna().any()}
+    if not frames:
+        return style.note(ax, "No run has a profile to compare.")
+    depths = {len(frame) for frame in frames.values()}
+    for position, (name, frame) in enumerate(frames.items()):
         look = position % len(style.SERIES)
+        x = frame["layer"] if len(depths) == 1 else np.linspace(0, 1, len(frame))
         ax.plot(
-            _floats(frame["layer"]),
-            score / total,
+            x,
+            frame["relative"],
             color=style.SERIES[look],
             label=style.literal(name),
             linestyle=style.DASHES[look],
@@ -109,14 +107,26 @@ def profiles(
             markersize=3.2,
             linewidth=1.2,
         )
-    if not n_layers:
-        return style.note(ax, "No run has a profile to compare.")
-    ax.axhline(1 / n_layers, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    _layers_below(ax, n_layers)
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel(label or "share of the layers' total")
+    ax.axhline(1, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    if len(depths) == 1:
+        _layers_below(ax, depths.pop())
+    else:
+        ax.set_xlabel("depth in the stack (0 = bottom, 1 = top)")
+        style.finish(ax)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    ax.set_ylabel("score over the layers' mean")
     style.legend(ax, columns=3)
     return ax
+
+
+def relative_scores(profile: Any) -> pd.DataFrame:
+    """Return ``layer`` and ``relative``, the score over the mean of the layers that have one."""
+    frame = profile.to_frame()
+    score = _floats(frame["score"])
+    known = np.isfinite(score)
+    mean = score[known].mean() if known.any() else np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return pd.DataFrame({"layer": frame["layer"], "relative": score / mean})
 
 
 def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
@@ -161,11 +171,25 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
 def rank_stability(
     agreement: pd.DataFrame, *, label: str = "Kendall's τ", ax: Axes | None = None
 ) -> Axes:
-    """Draw a square table of rank agreements (runs, seeds or parts of a run) as colour.
+    """Draw how well profiles agree on the order of the layers.
 
-    `agreement` holds values from −1 to 1 with the same labels on rows and columns; the number
-    is written into each cell as long as it fits.
+    Parameters
+    ----------
+    agreement
+        ``Comparison.rank_agreement`` (one row per pair, with ``run_a``, ``run_b``, ``kendall``),
+        or a square table of values from −1 to 1 with the same labels on rows and columns.
+    label
+        What the values are.
+    ax
+        Where to draw; a new figure when None.
+
+    Returns
+    -------
+    Axes
+        The number is written into each cell as long as it fits.
     """
+    if "run_a" in agreement:
+        agreement = agreement_square(agreement)
     size = len(agreement)
     ax = style.axes_or_new(ax, (1.9 + 0.42 * max(size, 3), 1.2 + 0.36 * max(size, 3)))
     if not size:
@@ -197,6 +221,15 @@ def rank_stability(
     ax.set_yticks(range(size), names)
     ax.set_xticks(range(size), names, rotation=35, ha="right")
     return style.finish(ax, grid=None)
+
+
+def agreement_square(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Turn one row per pair (``run_a``, ``run_b``, ``kendall``) into a symmetric table."""
+    names = list(dict.fromkeys([*pairs["run_a"], *pairs["run_b"]]))
+    square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for a, b, value in zip(pairs["run_a"], pairs["run_b"], pairs["kendall"], strict=True):
+        square.loc[a, b] = square.loc[b, a] = value
+    return square
 
 
 def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.ndarray) -> None:

@@ -56,6 +56,7 @@ def comparison(
     style.legend(ax, columns=3)
     ax.set_ylabel(what)
     ax.set_xlabel(step_label(group))
+    ax.margins(x=0.01)
     style.thousands(ax)
     return style.finish(ax)
 

@@ -106,7 +106,7 @@ def layer_ticks(n_layers: int, most: int = 17) -> list[int]:
         return list(range(n_layers))
     stride = next(s for s in (2, 4, 5, 8, 10, 16, 20, 25, 50, 100, n_layers) if n_layers / s < most)
     ticks = list(range(0, n_layers, stride))
-    if n_layers - 1 - ticks[-1] < stride / 2:
+    if n_layers - 1 - ticks[-1] <= stride / 2:
         ticks.pop()
     return [*ticks, n_layers - 1]
 
@@ -129,8 +129,21 @@ def log_ticks(axis: mpl.axis.Axis, low: float, high: float) -> None:
     if decades < 0.6:
         subs = (1, 1.5, 2, 3, 4, 5, 7)
     axis.set_major_locator(mpl.ticker.LogLocator(subs=subs, numticks=9))
-    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: plain_power(value)))
     axis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def plain_power(value: float) -> str:
+    """Write a number as people do.
+
+    >>> plain_power(0.002), plain_power(5e-06)
+    ('0.002', '5×10⁻⁶')
+    """
+    mantissa, _, power = f"{value:g}".partition("e")
+    if not power:
+        return mantissa
+    superscript = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{superscript}" if mantissa == "1" else f"{mantissa}×10{superscript}"
 
 
 def thousands(ax: Axes) -> None:

@@ -6,11 +6,20 @@ from typing import Any
 
 import pandas as pd
 
+from lisa_analysis import outcomes
 from lisa_analysis.aggregate import step_table
 from lisa_analysis.compare import Comparison, compare
 from lisa_analysis.errors import LisaError
+from lisa_analysis.importance import DEFAULT_METRIC
 from lisa_analysis.report import figures
-from lisa_analysis.report.content import STATES, RunContent, gather, reproduction
+from lisa_analysis.report.content import (
+    METHODS,
+    STATES,
+    RunContent,
+    gather,
+    mapping,
+    reproduction,
+)
 from lisa_analysis.report.figures import Budget, ReportFigure
 from lisa_analysis.report.format import count, interval, number, seconds, size
 from lisa_analysis.report.tables import Table, frame_table
@@ -27,12 +36,12 @@ def assemble(
         raise LisaError("report needs at least one run, got none: give a run directory.")
     budget = Budget.for_runs(len(runs))
     alone = len(runs) == 1
-    names = _distinct([str(run.run_id) for run in runs])
+    names = outcomes.distinct([str(run.run_id) for run in runs])
     contents = [
         gather(run, i, name, metric, budget, alone=alone)
         for i, (run, name) in enumerate(zip(runs, names, strict=True))
     ]
-    comparison = compare(runs)
+    comparison = None if alone else compare(runs, metric or DEFAULT_METRIC)
     learned = None
     if probabilities is not None:
         learned = figures.probabilities_figure(
@@ -42,10 +51,12 @@ def assemble(
         "title": title or _title(runs, names),
         "runs": contents,
         "states": STATES,
-        "key_numbers": _key_numbers(comparison, names),
+        "key_numbers": _key_numbers(runs, names, comparison),
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,
-        "comparison": [] if alone else _comparison_figures(runs, contents, comparison, budget),
+        "comparison": comparison,
+        "comparison_figures": _comparison_figures(runs, contents, comparison, budget),
+        "seeds": _seeds(comparison),
         "definitions": _definitions(contents),
         "reproduction": [(content, reproduction(content.run)) for content in contents],
         "schema_version": SCHEMA_VERSION,
@@ -53,33 +64,46 @@ def assemble(
 
 
 def _title(runs: Sequence[Any], names: Sequence[str]) -> str:
-    if len(runs) == 1:
-        return names[0]
-    return f"{len(runs)} runs compared"
+    if len(runs) > 1:
+        return f"{len(runs)} runs compared"
+    model = mapping(runs[0].manifest, "model").get("name")
+    method = METHODS.get(runs[0].method, runs[0].method)
+    return f"{Path(str(model)).name}, {method}" if model else names[0]
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number the names that occur more than once: every run has one of its own in the page."""
-    return [
-        f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
+def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparison | None) -> Table:
+    if comparison is None:
+        frame = outcomes.table([outcomes.Outcome.of(runs[0], names[0])])
+    else:
+        frame = comparison.to_frame()
+    columns: list[Any] = [
+        ("run", "run"),
+        ("method", "method"),
+        ("status", "status"),
+        ("steps", "steps", count),
+        ("tokens", "tokens", count),
+        ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
     ]
+    if comparison is not None:
+        columns.append(("loss_at_equal_steps", "at equal steps", lambda value: number(value, 4)))
+    columns += [("seconds", "time", seconds), ("peak_memory_bytes", "peak memory", size)]
+    return frame_table("Key numbers, one row per run", frame, columns)
 
 
-def _key_numbers(comparison: Comparison, names: Sequence[str]) -> Table:
-    frame = comparison.to_frame().reset_index(drop=True).assign(run=list(names))
+def _seeds(comparison: Comparison | None) -> Table | None:
+    """Repetitions of one configuration together; None when nothing was repeated."""
+    if comparison is None or comparison.seeds["runs"].max() < 2:
+        return None
     return frame_table(
-        "Key numbers, one row per run",
-        frame,
+        "Repetitions of one configuration, with an interval over seeds from three runs on",
+        comparison.seeds,
         [
-            ("run", "run"),
-            ("method", "method"),
-            ("status", "status"),
-            ("steps", "steps", count),
-            ("tokens", "tokens", count),
-            ("held_out_loss", "held-out loss", lambda v: number(v, 4)),
-            ("seconds", "time", seconds),
-            ("peak_memory_bytes", "peak memory", size),
+            ("configuration", "configuration"),
+            ("runs", "runs", count),
+            ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
+            ("low", "low", lambda value: number(value, 4)),
+            ("high", "high", lambda value: number(value, 4)),
+            ("kendall", "agreement of rankings (τ)", lambda value: number(value, 2)),
         ],
     )
 
@@ -107,18 +131,36 @@ def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
 
 
 def _comparison_figures(
-    runs: Sequence[Any], contents: Sequence[RunContent], comparison: Comparison, budget: Budget
+    runs: Sequence[Any],
+    contents: Sequence[RunContent],
+    comparison: Comparison | None,
+    budget: Budget,
 ) -> list[ReportFigure]:
+    if comparison is None:
+        return []
+    groups = _groups(runs, comparison)
     found: list[ReportFigure | None] = [
-        figures.comparison_figure("all-held-out", runs, "loss", budget, held_out=True),
-        figures.comparison_figure("all-loss", runs, "loss", budget),
-        figures.comparison_figure("all-grad", runs, "grad_norm", budget),
+        figures.comparison_figure("all-held-out", groups, "loss", budget, held_out=True),
+        figures.comparison_figure("all-loss", groups, "loss", budget),
+        figures.comparison_figure("all-grad", groups, "grad_norm", budget),
     ]
     profiles = {c.name: c.profile for c in contents if c.profile is not None}
     if len(profiles) > 1:
         found.append(figures.profiles_figure("all-profiles", profiles))
     found.append(figures.agreement_figure("all-agreement", comparison.rank_agreement))
     return [figure for figure in found if figure is not None]
+
+
+def _groups(runs: Sequence[Any], comparison: Comparison) -> dict[str, list[Any]]:
+    """Runs of one configuration together: by method, or by name where a method has several."""
+    table = comparison.table.reset_index(drop=True)
+    shared = table.groupby("method")["configuration"].nunique()
+    groups = {}
+    for _, rows in table.groupby("configuration", sort=False):
+        method, first = rows["method"].iloc[0], rows["run"].iloc[0]
+        name = METHODS.get(method, method) if shared[method] == 1 else first
+        groups[str(name)] = [runs[i] for i in rows.index]
+    return groups
 
 
 def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:

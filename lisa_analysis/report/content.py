@@ -9,7 +9,6 @@ from lisa_analysis.diagnostics import Diagnostics, diagnose
 from lisa_analysis.errors import LisaError
 from lisa_analysis.importance import DEFAULT_METRIC, importance
 from lisa_analysis.plots.data import layer_grids
-from lisa_analysis.plots.lines import QUANTITIES
 from lisa_analysis.profile import ImportanceProfile
 from lisa_analysis.report import figures
 from lisa_analysis.report.figures import Budget, ReportFigure
@@ -23,6 +22,17 @@ STATES: Mapping[str, tuple[str, str, str]] = {
     "could not run": ("?", "could not run", "could not run"),
     "info": ("i", "note", "notes"),
     "ok": ("✓", "passed", "passed"),
+}
+
+METHODS = {"lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning"}
+
+# What a shape says in words; "score" because a metric may be of gradients or of weights.
+SHAPES: Mapping[str, str] = {
+    "U": "The ends of the stack score highest",
+    "inverted U": "The middle of the stack scores highest",
+    "ramp": "One end of the stack scores higher than the other",
+    "flat": "The layers score alike",
+    "undecided": "No shape can be claimed from these data",
 }
 
 # A profile by module holds (steps × modules) numbers per column: not for the longest logs.
@@ -67,6 +77,14 @@ class RunContent:
         return "ok" if any(state in ("ok", "info") for state, _ in self.counts) else "could not run"
 
     @property
+    def headline(self) -> str:
+        """The verdict in a few words."""
+        if self.profile is None:
+            return "No profile"
+        verdict = self.profile.verdict
+        return f"{SHAPES[verdict]} ({verdict})" if verdict in SHAPES else verdict
+
+    @property
     def figures(self) -> Iterator[ReportFigure]:
         """Every figure, in the order of the page."""
         yield from self.profile_figures
@@ -107,8 +125,13 @@ def gather(
         schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
     curves: list[ReportFigure | None] = []
     if alone:
-        curves = [figures.curve_figure(f"{slug}-{q}", run, q, budget) for q in QUANTITIES]
-        curves.insert(3, figures.ratio_figure(f"{slug}-ratio", grids, budget))
+        curves = [
+            figures.curve_figure(f"{slug}-loss", run, "loss", budget),
+            figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
+            figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
+            figures.ratio_figure(f"{slug}-ratio", grids, budget),
+            figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
+        ]
     return RunContent(
         run,
         slug,
@@ -155,9 +178,9 @@ def _has_adapters(run: Any) -> bool:
 def _facts(run: Any) -> list[tuple[str, Any]]:
     """Who, what, where and when, from the manifest; what is unknown is left out."""
     manifest = run.manifest
-    model = _mapping(manifest, "model")
-    hardware = _mapping(manifest, "hardware")
-    dataset = _mapping(manifest, "dataset")
+    model = mapping(manifest, "model")
+    hardware = mapping(manifest, "hardware")
+    dataset = mapping(manifest, "dataset")
     device = " ".join(str(hardware[k]) for k in ("device", "name") if hardware.get(k))
     rows = [
         ("run", run.run_id),
@@ -175,16 +198,17 @@ def _facts(run: Any) -> list[tuple[str, Any]]:
 
 def _method(run: Any) -> str:
     """Name the method with the settings that define it."""
-    lisa, lora = _mapping(run.manifest, "lisa"), _mapping(run.manifest, "lora")
+    lisa, lora = mapping(run.manifest, "lisa"), mapping(run.manifest, "lora")
     if run.method == "lisa" and lisa:
         k, interval = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
-        return f"lisa, {k} layers for {interval} steps at a time"
+        return f"LISA, {k} layers for {interval} steps at a time"
     if run.method == "lora" and lora:
-        return f"lora, r = {lora.get('r', '?')}"
-    return str(run.method)
+        return f"LoRA, r = {lora.get('r', '?')}"
+    return str(METHODS.get(run.method, run.method))
 
 
-def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Entry of a manifest that should be a mapping; empty when it is absent or is not."""
     value = manifest.get(key)
     return value if isinstance(value, dict) else {}
 
@@ -222,7 +246,7 @@ def reproduction(run: Any) -> list[tuple[str, str]]:
         text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
         found.append(("command", redact(text)))
     for key in ("versions", "seeds", "hardware", "dataset"):
-        entries = _mapping(run.manifest, key)
+        entries = mapping(run.manifest, key)
         if entries:
             found.append((key, "\n".join(f"{k}: {redact(v)}" for k, v in entries.items())))
     try:

@@ -20,7 +20,8 @@ from lisa_analysis.plots.lines import (
     held_out_frame,
     update_ratio_grid,
 )
-from lisa_analysis.plots.runs import by_method, group_series
+from lisa_analysis.plots.profiles import agreement_square, relative_scores
+from lisa_analysis.plots.runs import group_series
 from lisa_analysis.report import svg
 from lisa_analysis.report.format import count, number
 from lisa_analysis.report.tables import Table, frame_table, grid_table, series_table
@@ -67,8 +68,8 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
         plots.profile(profile, ax=ax)
         image = svg.to_svg(ax.figure, slug, title, _extremes("Bar chart.", scores), layer_names)
     caption = (
-        f"{profile.definition} Whiskers are {profile.confidence:.0%} intervals; an open circle "
-        "means that the run is too short for one."
+        f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals; an open "
+        "circle means that the run is too short for one."
     )
     if "initial" in frame and pd.to_numeric(frame["initial"], errors="coerce").gt(0).any():
         caption += " The hatched part was already there before the first step."
@@ -183,7 +184,7 @@ _CURVE_NOTES = {
     "learning_rate": "The rate that each step used.",
     "grad_norm": "Norm over all tensors, before clipping; marks at the bottom are clipped steps.",
     "memory": "Peak so far: on a GPU of allocated memory, on a CPU of the process.",
-    "recorder": "What measuring cost: time spent recording over the time of the step.",
+    "recorder": "What measuring costs the steps that are recorded, as a share of their time.",
 }
 
 
@@ -251,10 +252,14 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
 
 
 def comparison_figure(
-    slug: str, runs: Sequence[Any], quantity: str, budget: Budget, *, held_out: bool = False
+    slug: str,
+    groups: Mapping[str, Sequence[Any]],
+    quantity: str,
+    budget: Budget,
+    *,
+    held_out: bool = False,
 ) -> ReportFigure | None:
-    """One quantity of all runs; None when no run logged it."""
-    groups = by_method(runs)
+    """One quantity of all runs, repetitions together; None when no run logged it."""
     named = []
     for name, members in groups.items():
         series = group_series(members, quantity, held_out=held_out, most=budget.points)
@@ -269,7 +274,7 @@ def comparison_figure(
         plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
         _short_label(ax)
         image = svg.to_svg(ax.figure, slug, title, f"Line chart of {len(named)} groups of runs.")
-    caption = "One line per method: mean over its runs; the band is the range of its seeds."
+    caption = "One line per configuration: mean over its runs; the band is the range of its seeds."
     caption += _thinned(max(series.group for _, series in named), "point")
     return ReportFigure(slug, title, caption, image, series_table(title, named))
 
@@ -282,30 +287,44 @@ def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
         ax = style.axes_or_new(None, (_WIDE, 3.4))
         plots.profiles(profiles, ax=ax)
         image = svg.to_svg(ax.figure, slug, title, f"Line chart of {len(profiles)} profiles.")
-    columns = {}
-    for name, profile in profiles.items():
-        scores = profile.to_frame().set_index("layer")["score"].astype(float)
-        columns[name] = scores / scores.sum()
+    columns = {
+        name: relative_scores(profile).set_index("layer")["relative"]
+        for name, profile in profiles.items()
+    }
     frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
-    caption = f"Each line is a run's {metrics} as a share of its own total; dashed: an even share."
+    caption = f"Each line is a run's {metrics} over the mean of its layers (dashed)."
     table = frame_table(title, frame, [(c, str(c)) for c in frame], layer="layer")
     return ReportFigure(slug, title, caption, image, table)
 
 
-def agreement_figure(slug: str, agreement: pd.DataFrame) -> ReportFigure | None:
-    """Rank agreement of the profiles; None for fewer than two."""
-    if agreement is None or len(agreement) < 2:
+def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
+    """Rank agreement of the profiles; None when no two runs can be compared."""
+    if pairs.empty or not pairs["kendall"].notna().any():
         return None
     title = "Do the runs rank the layers alike?"
-    size = len(agreement)
+    square = agreement_square(pairs)
+    size = len(square)
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (min(_WIDE, 3.4 + 0.5 * size), 1.6 + 0.42 * size))
-        plots.rank_stability(agreement, ax=ax)
+        ax = style.axes_or_new(None, (min(_WIDE, 3.6 + 0.5 * size), 1.6 + 0.42 * size))
+        plots.rank_stability(square, ax=ax)
         image = svg.to_svg(ax.figure, slug, title, f"Colour map of {size} by {size} runs.")
-    frame = agreement.rename_axis("run").reset_index()
-    table = frame_table(title, frame, [(c, str(c)) for c in frame])
+    table = frame_table(
+        title,
+        pairs,
+        [
+            ("run_a", "run"),
+            ("run_b", "and run"),
+            ("kendall", "Kendall's τ"),
+            ("kendall_low", "low"),
+            ("kendall_high", "high"),
+            ("spearman", "Spearman"),
+            ("top_overlap", "top quarter in common"),
+            ("divergence", "divergence"),
+            ("noise_floor", "divergence of noise"),
+        ],
+    )
     caption = "Kendall's τ between the layer scores: 1 same order, 0 unrelated, −1 reversed."
-    return ReportFigure(slug, title, caption, image, table, wide=size > 6)
+    return ReportFigure(slug, title, caption, image, table)
 
 
 def _grid_height(n_layers: int) -> float:

@@ -13,6 +13,8 @@ _SECRET_KEY = re.compile(
     r"[\"']?\s*(?:[:=]|\s)\s*)(\"[^\"]*\"|'[^']*'|[^\s,}]+)"
 )
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[abp]-|AKIA)[A-Za-z0-9_\-]{12,}")
+# One letter, then a subscript: θ_t, W_0, θ_{t+1}; not the underscores of names.
+_SUBSCRIPT = re.compile(r"(?<![^\W_])([^\W\d_])_(?:\{([^{}]+)\}|([^\W_]))(?![^\W])")
 # Counts and settings that only sound like a secret.
 _HARMLESS = re.compile(
     r"(?i)(max|num|pad|eos|bos|unk|n|seen|per)[_-]?\w*tokens?|tokens?_(seen|per)|tokenizer|tokens\b|token_id"
@@ -105,7 +107,7 @@ def interval(value: Any, digits: int = 3) -> str:
 
     >>> from types import SimpleNamespace as N
     >>> interval(N(value=0.5, low=0.4, high=0.61)), interval(N(value=0.5, low=None, high=None))
-    ('0.5 (0.4 to 0.61)', '0.5 (too little data for an interval)')
+    ('0.5 (0.4 to 0.61)', '0.5 (no interval)')
     """
     if value is None:
         return NOTHING
@@ -113,8 +115,10 @@ def interval(value: Any, digits: int = 3) -> str:
     middle = number(value.value, digits)
     if middle == NOTHING:
         return middle
+    if middle == "NaN":
+        return NOTHING
     if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return f"{middle} (too little data for an interval)"
+        return f"{middle} (no interval)"
     return f"{middle} ({number(low, digits)} to {number(high, digits)})"
 
 
@@ -150,6 +154,15 @@ def breakable(name: Any) -> Markup:
     return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
 
 
+def formula(text: Any) -> Markup:
+    """Escape a sentence and set the subscripts of its formulas.
+
+    >>> print(formula("‖θ_{t+1} − θ_t‖ of lora_B <b>"))
+    ‖θ<sub>t+1</sub> − θ<sub>t</sub>‖ of lora_B &lt;b&gt;
+    """
+    return Markup(_SUBSCRIPT.sub(r"\1<sub>\2\3</sub>", str(escape(text))))
+
+
 def _float(value: Any) -> float | None:
     """Return `value` as a float, None when it is missing or no number."""
     if value is None or isinstance(value, str | bool):
@@ -160,7 +173,5 @@ def _float(value: Any) -> float | None:
         return None
 
 
-FILTERS = {
-    function.__name__: function
-    for function in (number, count, percent, seconds, size, interval, plain, redact, breakable)
-}
+_ALL = (number, count, percent, seconds, size, interval, plain, redact, breakable, formula)
+FILTERS = {function.__name__: function for function in _ALL}

@@ -115,8 +115,11 @@ def _with_head(text: str, slug: str, title: str, description: str) -> str:
     head, body = text.split(">", 1)
     box = re.search(r'viewBox="([^"]+)"', head)
     view = box[1] if box else "0 0 720 300"
+    # The page shows a point as 1.4 px: figures of any width have letters of one size.
+    width = 1.4 * float(view.split()[2])
     return (
-        f'<svg viewBox="{view}" role="img" aria-labelledby="{slug}-title {slug}-desc" '
+        f'<svg viewBox="{view}" style="max-width:{width:.0f}px" role="img" '
+        f'aria-labelledby="{slug}-title {slug}-desc" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
         f'<title id="{slug}-title">{escape(title)}</title>'
         f'<desc id="{slug}-desc">{escape(description)}</desc>{body.rstrip()}'

@@ -65,9 +65,7 @@ def frame_table(
         Column that holds the layer index of a row, for highlighting.
     """
     present = [(*entry, None)[:3] for entry in columns if entry[0] in frame]
-    heads = tuple(
-        Column(title, _is_numeric(frame[name])) for name, title, _ in present
-    )
+    heads = tuple(Column(title, _is_numeric(frame[name])) for name, title, _ in present)
     rows = tuple(
         tuple(cell(value, formatter) for value, (_, _, formatter) in zip(row, present, strict=True))
         for row in zip(*(frame[name].tolist() for name, _, _ in present), strict=True)

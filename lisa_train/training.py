@@ -53,6 +53,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     arguments = _trainer_arguments(config, run_dir)
     peft_config = lora_config(config) if config.method == "lora" else None
     model, tokenizer = load_model(config)
+    if config.method == "lisa":
+        _check_lisa(model, config)
     data = load_data(config)
     trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
     manifest = _manifest(config, model, data, arguments)
@@ -102,6 +104,18 @@ def _check_inputs(config: TrainConfig) -> None:
         from lisa_analysis.probabilities import SamplingProbabilities
 
         SamplingProbabilities.load(config.lisa.probabilities)
+
+
+def _check_lisa(model: "PreTrainedModel", config: TrainConfig) -> None:
+    """Refuse numbers and probabilities that do not fit the model before anything is written."""
+    from lisa_train.layermap import find_layers
+    from lisa_train.preconditions import given_probabilities
+    from lisa_train.samplers import make_sampler, resolve
+
+    layer_map = find_layers(model, config.lisa.layers)
+    k = config.lisa.activated_layers
+    pi = resolve(given_probabilities(config.lisa, layer_map), len(layer_map), k)
+    make_sampler(config.lisa.sampling, pi, k, config.seed)
 
 
 def _run_dir(config: TrainConfig, *, resume: bool) -> Path:
@@ -208,6 +222,8 @@ def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
         for name in known & set(TrainConfig.__dataclass_fields__)
         if name not in ("output_dir", "trainer_args", "report_to", "trust_remote_code")
     }
+    if "activation_checkpointing" in known:  # the name that transformers 6 keeps
+        same_name["activation_checkpointing"] = same_name.pop("gradient_checkpointing")
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     settings = {
         **same_name,

@@ -101,7 +101,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     ]
 
 
-def _pairs_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, int]]:
+def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, int]]:
     scaling = getattr(module, "scaling", None)
     if not isinstance(scaling, dict) or not hasattr(module, "get_base_layer"):
         return

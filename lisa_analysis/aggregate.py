@@ -6,23 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
+from lisa_analysis.accumulate import MEASURES, Accumulator
+from lisa_analysis.draws import draw_events as draw_events
+from lisa_analysis.draws import draws as draws
 from lisa_analysis.errors import LisaError, suggest
 from lisa_analysis.layers import module_of
-from lisa_analysis.schema import METRICS_TABLE
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-# Norms of disjoint tensors add as squares, these as they are.
-ADDITIVE = ("grad_norm_l1", "descent", "grad_noise")
 LEVELS = ("layer", "kind", "module", "tensor")
 OUTSIDE = ("embed", "head", "norm", "other")
-_KEYS = ("step", "param_id")
-MEASURES = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
 
 
 @dataclass(frozen=True)
@@ -174,215 +170,39 @@ def step_table(run: Any, level: str = "layer") -> StepTable:
 
 def _read(run: Any, level: str) -> StepTable:
     groups = grouping(run, level)
-    reader = _Reader(groups)
+    sums = Accumulator(groups.of, len(groups.names))
     for batch in run.iter_metrics(columns=list(MEASURES)):
-        reader.add(batch)
-    return reader.table(run)
-
-
-class _Reader:
-    """Accumulates batches; a step cut by the end of a batch is completed by the next one."""
-
-    def __init__(self, groups: Grouping) -> None:
-        self.groups = groups
-        self.width = len(groups.names)
-        self.chunks: list[_Chunk] = []
-        self.pending: _Chunk | None = None
-        size = len(groups.of)
-        self.census = np.full(size, np.nan)
-        self.last = {name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm")}
-        self.ever_trained = np.zeros(size, dtype=bool)
-        self.first_bad: dict[str, tuple[int, int]] = {}
-        self.rows = 0
-
-    def add(self, batch: "pa.RecordBatch | pd.DataFrame") -> None:
-        """Sum one batch, rows in step order."""
-        step, ids, columns = _unpack(batch)
-        if not len(step):
-            return
-        self.rows += len(step)
-        if (np.diff(step) < 0).any():
-            order = np.argsort(step, kind="stable")
-            step, ids = step[order], ids[order]
-            columns = {
-                n: (v[order], None if m is None else m[order]) for n, (v, m) in columns.items()
-            }
-        self._note_norms(step, ids, columns)
-        trained = _trained_rows(columns, len(step))
-        trained &= (step > 0) & (self.groups.of[ids] >= 0)
-        self.ever_trained[ids[trained]] = True
-        if not trained.all():
-            step, ids = step[trained], ids[trained]
-            columns = _take(columns, trained)
-        if len(step):
-            self._push(_sum_batch(step, self.groups.of[ids], columns, self.width))
-
-    def _note_norms(self, step: Ids, ids: Ids, columns: "Columns") -> None:
-        for name, (values, measured) in columns.items():
-            bad = ~np.isfinite(values)
-            if measured is not None:
-                bad &= measured
-            if name not in self.first_bad and bad.any():
-                row = int(np.argmax(bad))
-                self.first_bad[name] = (int(step[row]), int(ids[row]))
-        for name, last in self.last.items():
-            if name in columns:
-                values, measured = columns[name]
-                keep = np.ones(len(step), dtype=bool) if measured is None else measured
-                last[ids[keep]] = values[keep]
-        if "weight_norm" in columns and step[0] == 0:
-            values, measured = columns["weight_norm"]
-            start = step == 0 if measured is None else (step == 0) & measured
-            self.census[ids[start]] = values[start]
-
-    def _push(self, chunk: "_Chunk") -> None:
-        if self.pending is not None:
-            if self.pending.steps[-1] == chunk.steps[0]:
-                chunk.absorb(self.pending)
-                self.pending = self.pending.head()
-            if len(self.pending.steps):
-                self.chunks.append(self.pending.finished())
-        self.pending = chunk
-
-    def table(self, run: Any) -> StepTable:
-        """Join the chunks."""
-        if self.pending is not None:
-            self.chunks.append(self.pending.finished())
-        names = [n for n in MEASURES if any(n in chunk.sums for chunk in self.chunks)]
-        measures: dict[str, Array] = {}
-        for name in names:
-            parts = [chunk.sums.pop(name, None) for chunk in self.chunks]
-            measures[name] = np.concatenate(
-                [
-                    np.full(chunk.trained.shape, np.nan, np.float32) if part is None else part
-                    for part, chunk in zip(parts, self.chunks, strict=True)
-                ]
-            )
-            del parts
-        empty = np.zeros((0, self.width), dtype=bool)
-        elements, initial, base, final = _group_norms(
-            run, self.groups, self.ever_trained, self.census, self.last["weight_norm"]
+        sums.add(batch)
+    chunks = sums.finish()
+    measures: dict[str, Array] = {}
+    for name in [n for n in MEASURES if any(n in chunk.sums for chunk in chunks)]:
+        # Popped one column at a time: the table is never in memory twice.
+        parts = [chunk.sums.pop(name, None) for chunk in chunks]
+        measures[name] = np.concatenate(
+            [
+                np.full(chunk.trained.shape, np.nan, np.float32) if part is None else part
+                for part, chunk in zip(parts, chunks, strict=True)
+            ]
         )
-        return StepTable(
-            groups=self.groups,
-            steps=np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in self.chunks)]),
-            measures=measures,
-            trained=np.concatenate([empty, *(chunk.trained for chunk in self.chunks)]),
-            numel=elements,
-            initial=initial,
-            initial_base=base,
-            final=final,
-            last=self.last,
-            ever_trained=self.ever_trained,
-            first_non_finite=dict(self.first_bad),
-            rows=self.rows,
-        )
-
-
-Columns = dict[str, tuple[NDArray[np.float32], NDArray[np.bool_] | None]]
-
-
-def _take(columns: Columns, rows: NDArray[Any]) -> Columns:
-    return {n: (v[rows], None if m is None else m[rows]) for n, (v, m) in columns.items()}
-
-
-def _unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
-    """Keys and measured columns as numpy; a column without any measured value is left out."""
-    if isinstance(batch, pd.DataFrame):
-        batch = pa.RecordBatch.from_pandas(batch, preserve_index=False)
-    columns: Columns = {}
-    for name in batch.schema.names:
-        if name in _KEYS or name not in MEASURES:
-            continue
-        column = batch.column(name)
-        if column.null_count == len(column):
-            continue
-        measured = None
-        if column.null_count:
-            measured = column.is_valid().to_numpy(zero_copy_only=False)
-        values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-        columns[name] = (values, measured)
-    step = batch.column("step").to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-    ids = batch.column("param_id").to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-    return step, ids, columns
-
-
-def _trained_rows(columns: Columns, size: int) -> NDArray[np.bool_]:
-    """Rows of tensors that trained: census rows carry norms of weights and nothing else."""
-    trained = np.zeros(size, dtype=bool)
-    for name in ("grad_norm", "update_norm", "grad_norm_l1", "descent", "opt_steps"):
-        if name in columns:
-            measured = columns[name][1]
-            if measured is None:
-                return np.ones(size, dtype=bool)
-            trained |= measured
-    return trained
-
-
-@dataclass
-class _Chunk:
-    """Sums over the tensors of each group, float64 until `finished`, for a run of steps."""
-
-    steps: Ids
-    sums: dict[str, Any]
-    counts: dict[str, Any]
-    trained: NDArray[np.bool_]
-
-    def absorb(self, before: "_Chunk") -> None:
-        """Add the rows of the first step that `before` held as its last."""
-        self.trained[0] |= before.trained[-1]
-        for name in before.sums:
-            if name not in self.sums:
-                self.sums[name] = np.zeros(self.trained.shape)
-                self.counts[name] = np.zeros(self.trained.shape)
-            # Columns without nulls share one array of counts.
-            self.counts[name] = self.counts[name].copy()
-            self.sums[name][0] += before.sums[name][-1]
-            self.counts[name][0] += before.counts[name][-1]
-
-    def head(self) -> "_Chunk":
-        """All but the last step."""
-        return _Chunk(
-            self.steps[:-1],
-            {name: value[:-1] for name, value in self.sums.items()},
-            {name: value[:-1] for name, value in self.counts.items()},
-            self.trained[:-1],
-        )
-
-    def finished(self) -> "_Chunk":
-        """Norms as float32: NaN where not measured, inf where not finite."""
-        result = {}
-        for name, total in self.sums.items():
-            count = self.counts[name]
-            if name == "opt_steps":
-                total = total / np.maximum(count, 1)
-            elif name not in ADDITIVE:
-                total = np.sqrt(total)
-            values = np.where(np.isfinite(total), total, np.inf).astype(np.float32)
-            values[count == 0] = np.nan
-            result[name] = values
-        return _Chunk(self.steps, result, {}, self.trained)
-
-
-def _sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> _Chunk:
-    """Sum the rows of a batch per step and group: squares of norms, plain sums otherwise."""
-    first = np.concatenate([[True], step[1:] != step[:-1]])
-    steps = step[first]
-    key = (np.cumsum(first) - 1) * width + group
-    size = len(steps) * width
-    shape = (len(steps), width)
-    rows = np.bincount(key, minlength=size).reshape(shape)
-    sums, counts = {}, {}
-    for name, (values, measured) in columns.items():
-        where = key if measured is None else key[measured]
-        weights = (values if measured is None else values[measured]).astype(np.float64)
-        if name not in ADDITIVE and name != "opt_steps":
-            np.square(weights, out=weights)
-        sums[name] = np.bincount(where, weights=weights, minlength=size).reshape(shape)
-        counts[name] = (
-            rows if measured is None else np.bincount(where, minlength=size).reshape(shape)
-        )
-    return _Chunk(steps, sums, counts, rows > 0)
+        del parts
+    elements, initial, base, final = _group_norms(
+        run, groups, sums.ever_trained, sums.census, sums.last["weight_norm"]
+    )
+    empty = np.zeros((0, len(groups.names)), dtype=bool)
+    return StepTable(
+        groups=groups,
+        steps=np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in chunks)]),
+        measures=measures,
+        trained=np.concatenate([empty, *(chunk.trained for chunk in chunks)]),
+        numel=elements,
+        initial=initial,
+        initial_base=base,
+        final=final,
+        last=sums.last,
+        ever_trained=sums.ever_trained,
+        first_non_finite=dict(sums.first_bad),
+        rows=sums.rows,
+    )
 
 
 def _group_norms(
@@ -427,32 +247,3 @@ def _group_norms(
     elements = np.bincount(group[is_trained], weights=numel[is_trained], minlength=width)
     elements = elements.astype(np.float64)
     return elements, norm(census, is_trained), norm(census, is_base), norm(last, is_trained)
-
-
-def draws(run: Any) -> list[tuple[int, tuple[int, ...]]]:
-    """LISA's draws in order, (step, layers); the later of two draws at one step counts."""
-    return [(step, layers) for step, layers, _ in draw_events(run)]
-
-
-def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64] | None]]:
-    """LISA's draws with the inclusion probabilities π that were in force, None if not logged."""
-    events = run.events
-    if not len(events) or "event" not in events or "layers" not in events:
-        return []
-    found: dict[int, tuple[tuple[int, ...], NDArray[np.float64] | None]] = {}
-    chosen = events[events["event"] == "lisa_draw"]
-    pis = chosen.get("inclusion_probabilities", None)
-    for index, (step, layers) in enumerate(zip(chosen["step"], chosen["layers"], strict=True)):
-        pi = None if pis is None else pis.iloc[index]
-        usable = pi is not None and np.ndim(pi) == 1
-        found[int(step)] = (
-            tuple(int(layer) for layer in layers),
-            np.asarray(pi, dtype=np.float64) if usable else None,
-        )
-    return [(step, *found[step]) for step in sorted(found)]
-
-
-def intervals(run: Any, steps: Ids) -> Ids:
-    """Index of the draw that ruled every step (a draw at step d rules d+1 …), −1 before any."""
-    starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
-    return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.aggregate import StepTable, draws, intervals, step_table
+from lisa_analysis.aggregate import StepTable, step_table
+from lisa_analysis.draws import draws, intervals
 from lisa_analysis.errors import LisaError, suggest
 
 Array = NDArray[np.float64]

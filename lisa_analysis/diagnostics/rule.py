@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lisa_analysis.aggregate import StepTable, draw_events, intervals, step_table
+from lisa_analysis.aggregate import StepTable, step_table
 from lisa_analysis.diagnostics.finding import Finding, State
+from lisa_analysis.draws import draw_events, intervals
 
 Array = NDArray[Any]
 

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C."""
     try:
         command = parse(sys.argv[1:] if argv is None else list(argv))
+        _quiet()
         from lisa_train.training import summary, train
 
         run_dir = train(command.config, resume=command.resume)
@@ -54,6 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(summary(run_dir))
     return 0
+
+
+def _quiet() -> None:
+    """Leave the terminal to this command: one progress bar, no notes between libraries."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
+    from transformers.utils import logging
+
+    disable_datasets_bars()
+    logging.disable_progress_bar()
 
 
 def parse(argv: Sequence[str]) -> Command:

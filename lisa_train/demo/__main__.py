@@ -52,6 +52,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     shared = [
         "--config", SETTINGS, "--model_name_or_path", model, "--dataset_name", data,
         f"--max_steps={arguments.steps}", precision,
+        f"--max_train_samples={4 * arguments.steps}",  # what is never reached need not be read
     ]  # fmt: skip
     pilot, uniform, learned = (
         folder / "lora-pilot",

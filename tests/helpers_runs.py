@@ -25,7 +25,8 @@ from lisa_analysis.shards import arrow_schema
 KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm")
 SPELLING = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
             "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
-            "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj", "norm": "input_layernorm"}  # fmt: skip
+            "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
+            "mlp.down": "mlp.down_proj", "norm": "input_layernorm"}  # fmt: skip
 
 
 def write_run(
@@ -57,13 +58,16 @@ def write_run(
     draws = [sorted(rng.choice(n_layers, k, replace=False).tolist())
              for _ in range(0, steps, interval)] if method == "lisa" else []  # fmt: skip
     _write_events(path, draws, interval, n_layers, k, steps)
-    _write_scalars(path, rng, steps)
     recorded = [s for s in range(1, steps + 1) if s == 1 or s % every == 0]
     _write(path / METRICS_DIR / shard_name(0, 0), _census(table), METRICS_TABLE)
+    norms: dict[int, float] = {}
     for start in range(0, len(recorded), 2000):
         chunk = np.array(recorded[start : start + 2000])
         rows = _rows(chunk, table, draws, interval, rng, n_layers, nan_at)
         _write(path / METRICS_DIR / shard_name(0, int(chunk[0])), rows, METRICS_TABLE)
+        squares = (rows["grad_norm"] ** 2).groupby(rows["step"]).sum(min_count=1)
+        norms |= np.sqrt(squares).to_dict()
+    _write_scalars(path, rng, steps, norms)
     return path
 
 
@@ -164,14 +168,19 @@ def _write_events(path, draws, interval, n_layers, k, steps):
     (path / EVENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _write_scalars(path, rng, steps):
+def _write_scalars(path, rng, steps, norms):
     loss = 2 + np.exp(-np.arange(steps) / steps * 3) + 0.1 * rng.standard_normal(steps)
-    norm = np.exp(0.3 * rng.standard_normal(steps))
+    # Recorded steps log the norm of their rows, so that the two agree as in a real run.
+    typical = np.nanmedian(list(norms.values()))
+    norm = typical * np.exp(0.3 * rng.standard_normal(steps))
+    for step, value in norms.items():
+        norm[step - 1] = value
     with (path / SCALARS).open("w") as file:
         for i in range(steps):
             line = {"step": i + 1, "epoch": i / steps, "loss": round(loss[i], 5),
-                    "learning_rate": 1e-4 * (1 - i / steps), "grad_norm": round(norm[i], 5),
-                    "clip_coef": round(min(1.0, 1.3 / norm[i]), 5), "tokens": 512 * (i + 1),
+                    "learning_rate": 1e-4 * (1 - i / steps),
+                    "grad_norm": norm[i] if np.isfinite(norm[i]) else "NaN",
+                    "clip_coef": min(1.0, 1.3 * typical / norm[i]), "tokens": 512 * (i + 1),
                     "step_seconds": 0.25, "recorder_seconds": 0.004 * (i % 10 == 0),
                     "peak_memory_bytes": 2_500_000_000}  # fmt: skip
             file.write(json.dumps(line) + "\n")

@@ -111,11 +111,10 @@ def _seeds(comparison: Comparison | None) -> Table | None:
 def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
     """How unequal the layers are; each figure with its interval."""
     fields = [
+        ("headroom", "headroom"),
         ("ends_to_middle", "ends / middle"),
-        ("gini", "Gini"),
-        ("gini_floor", "Gini of noise"),
         ("effective_layers", "effective layers"),
-        ("headroom", "headroom 1 + CV²"),
+        ("gini", "Gini"),
     ]
     rows = []
     for content in contents:

@@ -146,7 +146,8 @@ def heatmap_figure(
     caption = f"{_GRID_NOTES.get(grid.column, name)}, per layer and recorded step"
     caption += ", on a logarithmic colour scale. Grey: frozen or not measured."
     if grid.non_finite.any():
-        caption += f" Red: NaN or infinite, in {count(grid.non_finite.sum())} cells."
+        found = int(grid.non_finite.sum())
+        caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
     caption += _thinned(group, "column")
     table = grid_table(f"{title}, at up to 24 of {count(len(shown))} columns", shown)
     return ReportFigure(slug, title, caption, image, table)

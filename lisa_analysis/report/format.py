@@ -107,7 +107,7 @@ def interval(value: Any, digits: int = 3) -> str:
 
     >>> from types import SimpleNamespace as N
     >>> interval(N(value=0.5, low=0.4, high=0.61)), interval(N(value=0.5, low=None, high=None))
-    ('0.5 (0.4 to 0.61)', '0.5 (no interval)')
+    ('0.5 (0.4–0.61)', '0.5 (no interval)')
     """
     if value is None:
         return NOTHING
@@ -119,7 +119,7 @@ def interval(value: Any, digits: int = 3) -> str:
         return NOTHING
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return f"{middle} (no interval)"
-    return f"{middle} ({number(low, digits)} to {number(high, digits)})"
+    return f"{middle} ({number(low, digits)}–{number(high, digits)})"
 
 
 def plain(value: Any) -> str:

@@ -16,7 +16,7 @@ _WRAPPERS = re.compile(
 )
 _BASE_LAYER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
-# Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight` or `<module>.lora_embedding_A.<adapter>`.
+# Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight`, or without `.weight`.
 _ADAPTER = re.compile(
     r"\.(?P<part>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector|lora_E|ranknum|"
     r"ia3_l|oft_[A-Za-z]+|boft_[A-Za-z]+|hada_[A-Za-z0-9_]+|lokr_[A-Za-z0-9_]+|vera_lambda_[bd]|"
@@ -25,34 +25,45 @@ _ADAPTER = re.compile(
 )
 _ROLE_NAMES = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 
-# (kind, pattern on the module path below the layer), first match wins. Order is specific to
-# general: `mlp.down` before anything that also contains `proj`.
-_IN_LAYER: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("norm", r"(norm|layernorm|layer_norm|(^|\.)ln(_?\w+)?)$|(^|\.)(ln_\w+|norm\d*)$"),
-        ("moe.router", r"(^|\.)(router|gate|wg)$"),
-        ("attn.qkv", r"(c_attn|qkv_proj|query_key_value|w_?qkv|in_proj|qkv)(_weight|_bias)?$"),
-        ("attn.q", r"(attn|attention|crossattention|encdecattention|^)?.*\.?(q_proj|q_lin|query|wq|to_q|q)$"),
-        ("attn.k", r"(k_proj|k_lin|key|wk|to_k|(^|\.)k)$"),
-        ("attn.v", r"(v_proj|v_lin|value|wv|to_v|(^|\.)v)$"),
-        ("attn.o", r"(attn|attention)\w*\.(.*\.)?(o_proj|out_proj|out_lin|c_proj|dense|wo|to_out|o|proj)(\.\d+)?$"),
-        ("attn.o", r"(^|\.)o_proj$"),
-        ("mlp.gate_up", r"(gate_up_proj|input_linear|wi_fused)(_bias)?$"),
-        ("mlp.gate", r"(gate_proj|w1|wi_0|gate_linear)$"),
-        ("mlp.up", r"(up_proj|w3|wi_1|wi|fc1|lin1|c_fc|dense_h_to_4h|intermediate(_dense|\.dense)?|ffn)$"),
-        ("mlp.down", r"(down_proj|w2|wo|fc2|lin2|c_proj|dense_4h_to_h|output(_dense|\.dense)?|ffn_output|output_linear)(_bias)?$"),
-    )
+_ATTENTION = r"(attn|attention)\w*\.(.*\.)?"
+
+
+def _last(names: str, prefix: str = r"(^|\.)") -> re.Pattern[str]:
+    """Match a path whose last component is one of `names`; fused experts spell `<name>_bias`."""
+    return re.compile(rf"{prefix}({names})(_weight|_bias)?$")
+
+
+# (kind, pattern on the lower-case module path below the layer), first match wins: from specific
+# to general, `attn.o` before the `dense` and `wo` of the feed-forward part.
+_IN_LAYER: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("norm", re.compile(r"norm(_?\w+|\d*)$|(^|\.)ln(_?\w+)?$")),
+    ("moe.router", _last(r"router|gate|wg|shared_expert_gate|gate\.e_score_correction_bias")),
+    ("attn.qkv", _last(r"c_attn|qkv_proj|query_key_value|w_?qkv|qkv|kv_a_proj_with_mqa|kv_b_proj")),
+    ("attn.qkv", _last("in_proj", _ATTENTION)),
+    ("attn.q", _last("q_proj|q_[ab]_proj|q_lin|query|wq|to_q|q")),
+    ("attn.k", _last("k_proj|k_lin|key|wk|to_k|k")),
+    ("attn.v", _last("v_proj|v_lin|value|wv|to_v|v")),
+    ("attn.o", _last(r"(out_proj|out_lin|c_proj|dense|wo|to_out|o|proj)(\.\d+)?", _ATTENTION)),
+    ("attn.o", _last("o_proj")),
+    ("mlp.gate_up", _last("gate_up_proj|input_linear|wi_fused")),
+    ("mlp.gate", _last("gate_proj|w1|wi_0|gate_linear")),
+    ("mlp.up", _last("up_proj|w3|wi_1|wi|fc1|lin1|c_fc|dense_h_to_4h|intermediate_dense|ffn")),
+    ("mlp.up", _last(r"intermediate(\.dense)?")),
+    ("mlp.down", _last("down_proj|w2|wo|fc2|lin2|c_proj|dense_4h_to_h|output_dense|ffn_output")),
+    ("mlp.down", _last(r"output(\.dense)?|output_linear")),
 )
-_OUTSIDE: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("head", r"(^|\.)(lm_head|embed_out|score|classifier|cls|qa_outputs|output_projection|"
-                 r"proj_out|v_head|generator_lm_head|pre_classifier|classification_head)(\.|$)"),
-        ("norm", r"(^|[._])(norm|layernorm|layer_norm|ln_f|ln_\w+|final_layer_norm)\w*$"),
-        ("embed", r"(^|[._])(wte|wpe|embed\w*|shared|word_embeddings|position_embeddings?|"
-                  r"token_type_embeddings|patch_embed\w*|cls_token|pos_embed\w*)(\.|$)"),
-    )
+_HEADS = (
+    "lm_head|embed_out|score|classifier|cls|qa_outputs|output_projection|proj_out|v_head|"
+    "generator_lm_head|pre_classifier|classification_head|pooler"
+)
+_EMBEDDINGS = (
+    r"wte|wpe|embed\w*|shared|word_embeddings|position_embeddings?|token_type_embeddings|"
+    r"patch_embed\w*|cls_token|pos_embed\w*"
+)
+_OUTSIDE: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("head", re.compile(rf"(^|\.)({_HEADS})(\.|$)")),
+    ("norm", re.compile(r"(^|[._])(norm|layernorm|layer_norm|ln_\w+)\w*$", re.IGNORECASE)),
+    ("embed", re.compile(rf"(^|[._])({_EMBEDDINGS})(\.|$)")),
 )
 
 

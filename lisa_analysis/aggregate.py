@@ -240,7 +240,9 @@ def _group_norms(
     width = len(groups.names)
 
     def norm(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
+        # Without any row bincount gives integers, which hold no NaN.
         squares = np.bincount(group[where], weights=values[ids[where]] ** 2, minlength=width)
+        squares = squares.astype(np.float64)
         squares[np.bincount(group[where], minlength=width) == 0] = np.nan
         return np.sqrt(squares)
 

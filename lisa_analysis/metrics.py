@@ -216,21 +216,16 @@ class GradSnr:
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
-        norms = np.asarray(data.table["grad_norm"], dtype=np.float32)
+        norms = data.table["grad_norm"]
         result = np.full(norms.shape, np.nan, dtype=np.float32)
-        mean = np.zeros(norms.shape[1], dtype=np.float32)
-        deviation = np.zeros_like(mean)
-        seen = np.zeros(norms.shape[1], dtype=np.int64)
-        for step, norm in enumerate(norms):
-            now = np.isfinite(norm)
-            seen += now
-            fresh = now & (seen == 1)
-            mean[fresh] = norm[fresh]
-            mean[now] += (1 - self.decay) * (norm[now] - mean[now])
-            deviation[now] += (1 - self.decay) * (np.abs(norm[now] - mean[now]) - deviation[now])
+        for column in range(norms.shape[1]):
+            rows = np.flatnonzero(np.isfinite(norms[:, column]))
+            values = norms[rows, column].astype(np.float64)
+            mean = running_mean(values, self.decay, start=values[:1])
+            deviation = running_mean(np.abs(values - mean), self.decay)
             # Until both averages have filled up the ratio says when the layer was first seen.
-            ready = now & (seen > 2 / (1 - self.decay)) & (deviation > 0)
-            result[step, ready] = mean[ready] / deviation[ready]
+            ready = (np.arange(len(rows)) > 2 / (1 - self.decay)) & (deviation > 0)
+            result[rows[ready], column] = mean[ready] / deviation[ready]
         return result
 
 
@@ -376,6 +371,30 @@ def growth_exponent(
             products += float((x - x.mean()) @ (y - y.mean()))
             squares += float((x - x.mean()) @ (x - x.mean()))
     return float(np.clip(products / squares, 0.5, 1.0)) if squares > 0 else 1.0
+
+
+def running_mean(values: Array, decay: float, start: Array | None = None) -> Array:
+    """Exponential moving average y_t = decay·y_{t−1} + (1 − decay)·x_t; y_0 is `start` or 0."""
+    inputs = (1 - decay) * values
+    if start is not None:
+        inputs[:1] = start
+    return _recurrence(inputs, decay)
+
+
+def _recurrence(inputs: Array, factor: float, block: int = 64) -> Array:
+    """y_t = factor·y_{t−1} + inputs_t, in blocks: a few long vector operations, not n short ones."""
+    n = len(inputs)
+    if n <= block:
+        total = inputs.copy()
+        for t in range(1, n):
+            total[t] += factor * total[t - 1]
+        return total
+    parts = np.concatenate([inputs, np.zeros(-n % block)]).reshape(-1, block)
+    for t in range(1, block):
+        parts[:, t] += factor * parts[:, t - 1]
+    carry = _recurrence(parts[:, -1], factor**block, block)
+    parts[1:] += carry[:-1, None] * factor ** np.arange(1, block + 1)
+    return parts.ravel()[:n]
 
 
 def last_known(values: NDArray[Any]) -> Array:

@@ -24,6 +24,8 @@ class LoraPair:
         The PEFT layer and the adapter's name: the scaling s is read from them at every use.
     experts
         Number of weights that the factors adapt side by side (fused experts), else 1.
+    transposed
+        Whether the module holds Wᵀ (embeddings, GPT-2's Conv1D).
     """
 
     name_b: str
@@ -32,6 +34,7 @@ class LoraPair:
     module: Any
     adapter: str
     experts: int = 1
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         self._weight_version: tuple[int, int] | None = None
@@ -75,11 +78,9 @@ class LoraPair:
             return None
         weight = weight.detach().flatten(1)
         [(a, b)] = self.factors()
-        if weight.shape == (b.shape[0], a.shape[1]):
-            return weight
-        if weight.T.shape == (b.shape[0], a.shape[1]):  # embeddings, GPT-2's Conv1D
-            return weight.T
-        return None
+        if self.transposed:
+            weight = weight.T
+        return weight if weight.shape == (b.shape[0], a.shape[1]) else None
 
     @property
     def module_is_wrapper(self) -> bool:
@@ -94,14 +95,14 @@ def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     """
     names = {id(p): name for name, p in model.named_parameters()}
     return [
-        LoraPair(names[id(b)], a, b, module, adapter, experts)
+        LoraPair(names[id(b)], a, b, module, adapter, experts, transposed)
         for module in model.modules()
-        for adapter, a, b, experts in _pairs_of(module)
+        for adapter, a, b, experts, transposed in _pairs_of(module)
         if id(a) in names and id(b) in names
     ]
 
 
-def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, int]]:
+def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, int, bool]]:
     scaling = getattr(module, "scaling", None)
     if not isinstance(scaling, dict) or not hasattr(module, "get_base_layer"):
         return
@@ -109,13 +110,14 @@ def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, in
     if getattr(module.get_base_layer(), "groups", 1) != 1:
         return
     for kind in ("", "embedding_"):
+        transposed = bool(kind) or bool(getattr(module, "fan_in_fan_out", False))
         firsts = getattr(module, f"lora_{kind}A", {})
         seconds = getattr(module, f"lora_{kind}B", {})
         for adapter in firsts:
             if adapter in seconds and adapter in scaling:
                 a, b = _factor(firsts[adapter]), _factor(seconds[adapter])
                 if a is not None and b is not None:
-                    yield adapter, a, b, experts
+                    yield adapter, a, b, experts, transposed
 
 
 def _factor(part: Any) -> nn.Parameter | None:

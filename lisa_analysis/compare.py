@@ -127,7 +127,7 @@ def compare(
     runs = list(runs)
     if not runs:
         raise LisaError("compare needs at least one run, got none.")
-    labels = outcomes.distinct([str(run.run_id) for run in runs])
+    labels = outcomes.labels(runs)
     summaries = [outcomes.Outcome.of(run, label) for run, label in zip(runs, labels, strict=True)]
     table = outcomes.table(summaries)
     profiles: dict[str, ImportanceProfile] = {}

@@ -17,7 +17,8 @@ from lisa_analysis.profile import ImportanceProfile
 
 Array = NDArray[np.float64]
 
-DEFAULT_METRIC = "update_norm"
+# Under Adam every layer moves by about the learning rate, so update norms say little about layers.
+DEFAULT_METRIC = "grad_rms"
 
 
 def importance(

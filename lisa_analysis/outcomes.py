@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,14 @@ def configuration(run: Any) -> str:
         keys = ("model", "method", "lisa", "lora", "dataset", "recording")
         text = json.dumps({key: run.manifest.get(key) for key in keys}, sort_keys=True, default=str)
     return f"{run.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def labels(runs: Sequence[Any]) -> list[str]:
+    """Name every run by its directory, which its owner chose; by its id where that is no name."""
+    names = [Path(run.path).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.run_id) for run in runs]
+    return distinct(names)
 
 
 def distinct(names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ BAR_WIDTH = 24
 def findings(run: "Run", diagnostics: "Diagnostics") -> str:
     """Header of a run and what is wrong with it, worst first; rules that passed are counted."""
     model = (run.manifest.get("model") or {}).get("name", "unknown model")
-    lines = [f"{run.run_id}: {run.method} on {Path(str(model)).name}, {run.status}"]
+    name = run.path.resolve().name
+    lines = [f"{name}: {run.method} on {Path(str(model)).name}, {run.status}"]
     lines += [f"  {warning}" for warning in run.warnings]
     by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in _ORDER}
     for state in ("fail", "warn", "info"):
@@ -57,10 +59,23 @@ def profile(profile: "ImportanceProfile", probabilities: "SamplingProbabilities 
         else:
             shown, drawn = f"{'unseen':>9}", ""
         lines.append(f"{name!s:<{name_width}}  {shown}  {chance}  {drawn}".rstrip())
-    lines += ["", profile.statement]
+    said = [ends_to_middle(profile), profile.statement]
     if probabilities is not None:
-        lines.append(probabilities.statement)
+        said.append(probabilities.statement)
+    lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
     return "\n".join(lines) + "\n"
+
+
+def ends_to_middle(profile: "ImportanceProfile") -> str:
+    """Say how the bottom and top of the stack compare with its middle, with the number."""
+    ratio = profile.concentration.ends_to_middle
+    if not math.isfinite(ratio.value):
+        return "Bottom and top against the middle: unknown, too few layers were seen."
+    known = ratio.low is not None and ratio.high is not None
+    interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if known else " (no interval: too few steps)"
+    return (
+        f"Bottom and top eighth of the layers score ×{ratio.value:.2f}{interval} the middle half."
+    )
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:

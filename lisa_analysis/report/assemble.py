@@ -36,7 +36,7 @@ def assemble(
         raise LisaError("report needs at least one run, got none: give a run directory.")
     budget = Budget.for_runs(len(runs))
     alone = len(runs) == 1
-    names = outcomes.distinct([str(run.run_id) for run in runs])
+    names = outcomes.labels(runs)
     contents = [
         gather(run, i, name, metric, budget, alone=alone)
         for i, (run, name) in enumerate(zip(runs, names, strict=True))

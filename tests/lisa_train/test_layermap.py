@@ -136,7 +136,9 @@ ARCHITECTURES = {
     ),
     "qwen3_moe": (
         lambda: hf.Qwen3MoeForCausalLM(
-            hf.Qwen3MoeConfig(**HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+            hf.Qwen3MoeConfig(
+                **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
+            )
         ),
         {"model.layers": 3},
         UNTIED,

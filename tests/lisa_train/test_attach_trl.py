@@ -1,0 +1,113 @@
+"""One line attaches LISA to TRL's trainers: SFT, DPO and reward."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import lisa_train as lt
+
+# 2026-11-23: raised inside TRL, peft and transformers; nothing of it is called here directly
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+ARGUMENTS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven"]
+
+
+def texts(n, shift=0):
+    return [" ".join(WORDS[(i * 3 + j + shift) % len(WORDS)] for j in range(6)) for i in range(n)]
+
+
+def preference():
+    return Dataset.from_dict(
+        {"prompt": texts(16), "chosen": texts(16, 1), "rejected": texts(16, 5)}
+    )
+
+
+def sft(folder, out):
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    data = Dataset.from_dict({"text": texts(16)})
+    return SFTTrainer(
+        model,
+        SFTConfig(str(out), **ARGUMENTS),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def dpo(folder, out):
+    from trl import DPOConfig, DPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return DPOTrainer(
+        model,
+        args=DPOConfig(str(out), **ARGUMENTS),
+        train_dataset=preference(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def reward(folder, out):
+    from trl import RewardConfig, RewardTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    data = Dataset.from_dict({"chosen": texts(16, 1), "rejected": texts(16, 5)})
+    return RewardTrainer(
+        model,
+        RewardConfig(str(out), **ARGUMENTS),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+
+
+@pytest.mark.parametrize("build", [sft, dpo, reward])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_one_line_trains_the_drawn_layers_and_only_them(
+    tiny_model_dir, tmp_path, build, checkpointing
+):
+    trainer = build(tiny_model_dir, tmp_path)
+    trainer.args.gradient_checkpointing = checkpointing
+    trainer.args.activation_checkpointing = checkpointing
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    attached = lt.attach(trainer, lisa=lt.LisaConfig(1, 2, always_active=("norm",)))
+    drawn = []
+    attached.engine_callback.on_draw.append(drawn.append)
+    trainer.train()
+    layer_map = attached.engine_callback.engine.layer_map
+    assert [draw.step for draw in drawn] == [0, 2, 4]
+    ever = {i for draw in drawn for i in draw.layers}
+    expected = {n for i in ever for n in layer_map.layers[i]} | set(layer_map.groups["norm"])
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == expected
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_lisa_and_an_adapter_are_refused(tiny_model_dir, tmp_path):
+    import peft
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        SFTConfig(str(tmp_path), **ARGUMENTS),
+        train_dataset=Dataset.from_dict({"text": texts(16)}),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        peft_config=peft.LoraConfig(target_modules=["q_proj"]),
+    )
+    with pytest.raises(lt.LisaError, match=r"PEFT adapters.*merge"):
+        lt.attach(trainer, lisa=lt.LisaConfig(1, 2))

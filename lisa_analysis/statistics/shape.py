@@ -110,7 +110,8 @@ def sign(interval: Interval) -> int:
 
 def _line(values: Array, x: Array) -> Array:
     centred = x - x.mean()
-    return np.asarray(np.asarray(values) @ centred / (centred @ centred))
+    with np.errstate(divide="ignore", invalid="ignore"):  # one layer has no slope
+        return np.asarray(np.asarray(values) @ centred / (centred @ centred))
 
 
 def _interval(value: Array | float, samples: Array, tail: float) -> Interval:

@@ -226,3 +226,29 @@ def parse_version(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"not a schema version: {text!r}")
     return int(match[1]), int(match[2])
+
+
+def to_markdown(table: Table) -> str:
+    """Write a table's columns as Markdown, as README.md shows them."""
+    lines = ["| column | type | null | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{c.name}` | {c.type} | {'yes' if c.nullable else 'no'} | {c.meaning} |"
+        for c in table.columns
+    ]
+    return "\n".join(lines)
+
+
+def layout_to_markdown() -> str:
+    """Write the files of a run directory as Markdown, as README.md shows them."""
+    events = ", ".join(f"`{name}`" for name in EVENT_FIELDS)
+    rows = (
+        (MANIFEST, ", ".join(MANIFEST_FIELDS)),
+        (CONFIG, "the resolved configuration; `lisa-train --config` repeats the run with it"),
+        (PARAMETERS, PARAMETERS_TABLE.meaning),
+        (f"{METRICS_DIR}/{shard_name(0, 1)}", METRICS_TABLE.meaning + "; never rewritten"),
+        (SCALARS, SCALARS_TABLE.meaning),
+        (EVENTS, f"{EVENTS_TABLE.meaning}: {events}"),
+        (f"{CHECKPOINTS_DIR}/ {ADAPTER_DIR}/", "the layouts of transformers and PEFT, untouched"),
+    )
+    lines = ["| file | what it holds |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in rows)])

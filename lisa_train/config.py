@@ -324,7 +324,8 @@ class TrainConfig:
     report_to
         Trackers: ``tensorboard``, ``wandb``, ``trackio``, …
     progress_bar
-        Show a progress bar; None shows one when standard error is a terminal.
+        True shows a bar, false nothing; None shows a bar in a terminal and a notebook, and a few
+        lines elsewhere.
     trainer_args
         Any other field of TRL's `SFTConfig`.
     lisa

@@ -270,13 +270,14 @@ def _build_trainer(
 
 
 def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:
-    from lisa_train.progress import EvaluateAtEnd, ProgressBar
+    from lisa_train.progress import EvaluateAtEnd, ProgressBar, ProgressLines
 
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluateAtEnd())
-    show = sys.stderr.isatty() if config.progress_bar is None else config.progress_bar
-    if show:
-        trainer.add_callback(ProgressBar(attached.latest_scalars, attached.active_layers))
+    if config.progress_bar is not False:
+        bar = config.progress_bar or sys.stderr.isatty() or "ipykernel" in sys.modules
+        kind = ProgressBar if bar else ProgressLines
+        trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 
 def _manifest(

@@ -90,6 +90,9 @@ def shape(fit: Fit, confidence: float, found: Concentration, by: str) -> Shape:
     x = shapes.depth(n)[seen]
     effect = fit.effect[seen]
     samples = fit.samples
+    if by != "layer" or not len(effect):
+        nothing = Interval(float("nan"))
+        return Shape(nothing, nothing, nothing, nothing, "undecided")
     if not fit.log:
         positive = len(effect) > 0 and bool((effect > 0).all())
         # Signed scores have no logarithm; their relative size keeps the meaning of a slope.
@@ -99,9 +102,6 @@ def shape(fit: Fit, confidence: float, found: Concentration, by: str) -> Shape:
             if positive
             else (effect / scale, None if samples is None else samples / scale)
         )
-    if by != "layer" or not len(effect):
-        nothing = Interval(float("nan"))
-        return Shape(nothing, nothing, nothing, nothing, "undecided")
     result = st.u_shape(effect, samples, x, confidence)
     high = found.headroom.high
     if result.verdict == "undecided" and high is not None and high <= WORTHWHILE_HEADROOM:

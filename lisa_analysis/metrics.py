@@ -382,7 +382,7 @@ def running_mean(values: Array, decay: float, start: Array | None = None) -> Arr
 
 
 def _recurrence(inputs: Array, factor: float, block: int = 64) -> Array:
-    """y_t = factor·y_{t−1} + inputs_t, in blocks: a few long vector operations, not n short ones."""
+    """y_t = factor·y_{t−1} + inputs_t, in blocks: few long vector operations, not n short ones."""
     n = len(inputs)
     if n <= block:
         total = inputs.copy()

@@ -51,7 +51,8 @@ def two_lines(values: Array, x: Array, split: float = 0.0) -> Array:
     values = np.asarray(values)
     slopes = []
     for side in (x <= split, x >= split):
-        centred = x[side] - x[side].mean()
+        # A side with fewer than two layers (unseen ones are missing) has no slope.
+        centred = x[side] - x[side].mean() if side.any() else x[side]
         scale = float(centred @ centred)
         slopes.append((values[..., side] @ centred) / scale if scale > 0 else values[..., 0] * 0)
     return np.stack(slopes, axis=-1)
@@ -78,14 +79,19 @@ def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float)
         ``U`` needs curvature and *both* arms, so that a ramp with a bend does not pass; `flat`
         is left to the caller, who knows the headroom.
     """
+    if len(estimate) < MIN_LAYERS:
+        unknown = Interval(float("nan"))
+        return Shape(unknown, unknown, unknown, unknown, "undecided")
     fit = quadratic_fit(estimate, x)
     vertex = -fit[1] / (2 * fit[2]) if fit[2] else 0.0
     split = float(vertex) if abs(vertex) < 0.8 else 0.0
     arms = two_lines(estimate, x, split)
     linear = _line(estimate, x)
-    if samples is None or len(estimate) < MIN_LAYERS:
-        plain = (Interval(float(v)) for v in (fit[2], linear, arms[0], arms[1]))
-        return Shape(*plain, verdict="undecided")
+    if samples is None:
+        curvature, slope, left, right = (
+            Interval(float(v)) for v in (fit[2], linear, arms[0], arms[1])
+        )
+        return Shape(curvature, slope, left, right, "undecided")
     tail = (1 - confidence) / 6
     fits, sides = quadratic_fit(samples, x), two_lines(samples, x, split)
     curvature = _interval(fit[2], fits[:, 2], tail)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -152,6 +153,23 @@ def redact(text: Any) -> str:
 def breakable(name: Any) -> Markup:
     """Escape a long dotted name and allow line breaks after its separators."""
     return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
+
+
+def clean(text: str) -> str:
+    r"""Replace characters that could disturb the page or deceive its reader although escaped.
+
+    Control characters and lone surrogates are not HTML; directional overrides show a name in an
+    order in which it is not written.
+
+    >>> clean("a\u202eb\x07")
+    'a�b�'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd"
+        for c in text
+    )
 
 
 def formula(text: Any) -> Markup:

@@ -3,7 +3,6 @@
 import base64
 import functools
 import hashlib
-import unicodedata
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lisa_analysis.report.format import FILTERS
+from lisa_analysis.report.format import FILTERS, clean
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -33,7 +32,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_clean,
+        finalize=_finalize,
     )
     environment.filters.update(FILTERS)
     return environment
@@ -48,21 +47,5 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _clean(value: Any) -> Any:
-    """Replace what could disturb the page or deceive its reader although it is escaped.
-
-    Control characters and lone surrogates are not HTML; directional overrides show a name in an
-    order in which it is not written.
-    """
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isascii():
-        return value if not isinstance(value, str) or value.isprintable() else _visible(value)
-    return _visible(value)
-
-
-def _visible(text: str) -> str:
-    if isinstance(text, Markup):
-        return text
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd"
-        for c in text
-    )
+def _finalize(value: Any) -> Any:
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value

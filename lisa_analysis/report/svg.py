@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import matplotlib as mpl
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lisa_analysis.plots import style
+from lisa_analysis.report.format import clean
 
 # A colour that no plot uses: the page's own text colour takes its place.
 _INK = "#010203"
@@ -78,7 +80,8 @@ def to_svg(
         matplotlib's XML writer or here.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # `savefig` would lay out and draw everything twice.
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -104,7 +107,7 @@ def _mark(text: str, layer_names: Sequence[str]) -> str:
 
     def replace(match: re.Match[str]) -> str:
         layer = int(match[1])
-        name = f" · {layer_names[layer]}" if layer < len(layer_names) else ""
+        name = f" · {clean(layer_names[layer])}" if layer < len(layer_names) else ""
         return f'<g class="layer" data-layer="{layer}"><title>layer {layer}{escape(name)}</title>'
 
     return re.sub(r'<g id="layer-(\d+)">', replace, text)
@@ -121,6 +124,6 @@ def _with_head(text: str, slug: str, title: str, description: str) -> str:
         f'<svg viewBox="{view}" style="max-width:{width:.0f}px" role="img" '
         f'aria-labelledby="{slug}-title {slug}-desc" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
-        f'<title id="{slug}-title">{escape(title)}</title>'
+        f'<title id="{slug}-title">{escape(clean(title))}</title>'
         f'<desc id="{slug}-desc">{escape(description)}</desc>{body.rstrip()}'
     )

@@ -25,9 +25,7 @@ def test_layer_norms_are_roots_of_summed_squares(make_run, method):
     run = make_run(method=method, steps=40, profile=5)
     table = step_table(run)
     for column, power in (("grad_norm", 2), ("update_norm", 2), ("descent", 1)):
-        np.testing.assert_allclose(
-            table[column][:, :5], by_pandas(run, column, power), rtol=1e-6
-        )
+        np.testing.assert_allclose(table[column][:, :5], by_pandas(run, column, power), rtol=1e-6)
     assert table.rows == len(run.metrics(["weight_norm"]))
 
 

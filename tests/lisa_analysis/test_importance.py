@@ -1,0 +1,391 @@
+"""Profiles: definitions against the raw rows, LISA corrected for sampling, verdicts, step 0."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lisa_analysis as la
+from lisa_analysis.errors import LisaError
+from lisa_analysis.metrics import METRICS, find_metric
+
+X = np.linspace(-1, 1, 12)
+ONE_RUN = [name for name in METRICS if not name.startswith("lisa_")]
+
+
+def layer_rows(run, column, layer):
+    frame = run.metrics([column]).merge(run.parameters, on="param_id")
+    frame = frame[(frame["layer"] == layer) & (frame["step"] > 0)]
+    return frame.pivot_table(index="step", columns="param_id", values=column).to_numpy(float)
+
+
+class TestDefinitions:
+    """Every metric from the raw rows, by hand."""
+
+    @pytest.fixture
+    def run(self, make_run):
+        return make_run(steps=50, profile=np.exp(0.3 * X), seed=3)
+
+    def score(self, run, metric, layer=4, **options):
+        return la.importance(run, metric, **options).scores[layer]
+
+    def norm(self, run, column, layer=4):
+        return np.sqrt((layer_rows(run, column, layer) ** 2).sum(axis=1))
+
+    def test_update_norm(self, run):
+        expected = np.exp(np.log(self.norm(run, "update_norm")).mean())
+        assert self.score(run, "update_norm") == pytest.approx(expected, rel=1e-6)
+
+    def test_grad_rms(self, run):
+        expected = np.exp(np.log(self.norm(run, "grad_norm") / np.sqrt(20_000)).mean())
+        assert self.score(run, "grad_rms") == pytest.approx(expected, rel=1e-6)
+
+    def test_l1_descent(self, run):
+        expected = np.exp(np.log(1e-3 * layer_rows(run, "grad_norm_l1", 4).sum(axis=1)).mean())
+        assert self.score(run, "l1_descent") == pytest.approx(expected, rel=1e-6)
+
+    def test_l1_descent_without_the_l1_norm(self, make_run):
+        run = make_run(steps=30, edit=lambda frame: frame.drop(columns="grad_norm_l1"))
+        norm = 1e-3 * self.norm(run, "grad_norm") * np.sqrt(2 * 20_000 / np.pi)
+        expected = np.exp(np.log(norm).mean())
+        assert self.score(run, "l1_descent") == pytest.approx(expected, rel=1e-6)
+
+    def test_descent(self, run):
+        expected = layer_rows(run, "descent", 4).sum(axis=1).mean()
+        assert self.score(run, "descent") == pytest.approx(expected, rel=1e-6)
+
+    def test_descent_may_be_negative(self, make_run):
+        def flip(frame):
+            frame.loc[frame["param_id"].isin([1, 2]), "descent"] *= -1
+            return frame
+
+        profile = la.importance(make_run(steps=60, edit=flip), "descent")
+        assert profile.scores[0] < 0
+        assert np.isfinite(profile.concentration.gini.value)
+
+    def test_update_ratio(self, run):
+        ratio = self.norm(run, "update_norm") / self.norm(run, "weight_norm")
+        assert self.score(run, "update_ratio") == pytest.approx(np.exp(np.log(ratio).mean()))
+
+    def test_weight_norm_is_the_papers_mean(self, run):
+        expected = self.norm(run, "weight_norm").mean()
+        assert self.score(run, "weight_norm") == pytest.approx(expected, rel=1e-6)
+
+    def test_delta_rel(self, run):
+        start = np.sqrt(2) * 0.02 * 100
+        expected = self.norm(run, "delta_norm")[-1] / start
+        assert self.score(run, "delta_rel") == pytest.approx(expected, rel=1e-5)
+
+    def test_directedness_of_a_straight_line_and_a_random_walk(self, make_run):
+        straight = make_run(steps=100, noise=0, common=0, directed=1.0)
+        assert self.score(straight, "directedness") == pytest.approx(10, rel=1e-4)
+        walk = make_run(steps=100, noise=0, common=0, directed=0.5)
+        assert self.score(walk, "directedness") == pytest.approx(1, rel=1e-4)
+
+    def test_directedness_counts_the_steps_between_records(self, make_run):
+        sparse = make_run(steps=100, every=10, noise=0, common=0, directed=1.0)
+        assert self.score(sparse, "directedness") == pytest.approx(10, rel=1e-4)
+
+    def test_grad_snr_is_higher_for_the_steadier_layer(self, make_run):
+        def roughen(frame):
+            rough = frame["param_id"].isin([1, 2])
+            factor = np.exp(np.random.default_rng(0).standard_normal(int(rough.sum())))
+            frame.loc[rough, "grad_norm"] *= factor
+            return frame
+
+        scores = la.importance(make_run(steps=200, edit=roughen), "grad_snr").scores
+        assert scores[0] < scores[1:].min() / 2
+
+    def test_two_run_ratios(self, make_run):
+        full = make_run(method="full", steps=30)
+        lora = make_run(method="lora", steps=40)
+        printed = self.score(lora, "lisa_ratio", reference=full)
+        adapters = la.importance(lora, "weight_norm").scores[4]
+        weights = la.importance(full, "weight_norm").scores[4]
+        assert printed == pytest.approx(adapters / weights, rel=1e-6)
+        repaired = self.score(lora, "lisa_delta_ratio", reference=full)
+        ba = np.sqrt(np.nansum(layer_rows(lora, "delta_norm", 4)[-1] ** 2))
+        dw = self.norm(full, "delta_norm")[-1]
+        assert repaired == pytest.approx(ba / dw, rel=1e-5)
+
+    def test_ratios_need_a_reference_of_the_same_model(self, make_run):
+        lora = make_run(method="lora", steps=5)
+        with pytest.raises(LisaError, match="reference="):
+            la.importance(lora, "lisa_ratio")
+        with pytest.raises(LisaError, match="different layers"):
+            la.importance(lora, "lisa_ratio", reference=make_run(steps=5, profile=3))
+
+    def test_a_callable_is_a_metric(self, run):
+        def largest_gradient(data):
+            """Gradient norm, the whole layer."""
+            return data.table["grad_norm"]
+
+        profile = la.importance(run, largest_gradient)
+        assert profile.metric == "largest_gradient"
+        assert profile.definition == "Gradient norm, the whole layer."
+        expected = np.exp(np.log(self.norm(run, "grad_norm")).mean())
+        assert profile.scores[4] == pytest.approx(expected, rel=1e-6)
+
+    def test_every_definition_is_one_sentence(self, make_run):
+        for name, metric in METRICS.items():
+            assert metric.definition.endswith("."), name
+            assert ". " not in metric.definition, name
+
+
+class TestBadInput:
+    def test_unknown_metric(self, make_run):
+        with pytest.raises(LisaError, match="Did you mean 'update_norm'"):
+            la.importance(make_run(steps=2), "update_nrm")
+
+    def test_column_that_was_not_recorded(self, make_run):
+        run = make_run(steps=5, edit=lambda frame: frame.drop(columns="descent"))
+        with pytest.raises(LisaError, match="descent was not recorded"):
+            la.importance(run, "descent")
+
+    def test_confidence(self, make_run):
+        with pytest.raises(LisaError, match="confidence is 95"):
+            la.importance(make_run(steps=2), confidence=95)
+
+    def test_a_metric_of_the_wrong_shape(self, make_run):
+        with pytest.raises(LisaError, match="returned an array of shape"):
+            la.importance(make_run(steps=2), lambda data: data.table["grad_norm"][0])
+
+    def test_metrics_by_id(self):
+        assert find_metric("descent").id == "descent"
+
+
+class TestLisa:
+    """Corrected for sampling."""
+
+    @pytest.mark.parametrize("metric", ["update_norm", "grad_rms", "l1_descent", "update_ratio"])
+    def test_identical_layers_come_out_equal_however_often_drawn(self, make_run, metric):
+        rng = np.random.default_rng(0)
+        weights = np.array([8, 4, 2, 1, 1, 1]) / 17
+        draws = [sorted(rng.choice(6, 2, replace=False, p=weights).tolist()) for _ in range(60)]
+        run = make_run(method="lisa", steps=600, draws=draws, profile=6, noise=0, trend=-2.0)
+        frame = la.importance(run, metric).to_frame()
+        assert frame["visits"].max() > 3 * frame["visits"].min()
+        assert np.ptp(np.log(frame["score"])) < 1e-3
+
+    @pytest.mark.parametrize("directed", [0.5, 1.0])
+    def test_visits_are_divided_out_of_the_total_change(self, make_run, directed):
+        rng = np.random.default_rng(1)
+        weights = np.array([8, 4, 2, 1, 1, 1]) / 17
+        draws = [sorted(rng.choice(6, 2, replace=False, p=weights).tolist()) for _ in range(60)]
+        run = make_run(method="lisa", steps=600, draws=draws, profile=6, noise=0, common=0,
+                       directed=directed)  # fmt: skip
+        profile = la.importance(run, "delta_rel")
+        raw = [np.sqrt((layer_rows(run, "delta_norm", i)[-1] ** 2).sum()) for i in range(6)]
+        assert max(raw) > 1.7 * min(raw)
+        assert np.ptp(np.log(profile.scores)) < 0.02
+
+    def test_a_layer_is_judged_on_its_active_steps(self, make_run):
+        truth = np.exp(0.5 * X**2)
+        run = make_run(method="lisa", steps=1500, k=3, interval=10, profile=truth, trend=-1.0)
+        scores = la.importance(run, "update_norm").scores
+        relative = np.log(scores / truth)
+        assert np.ptp(relative) < 0.15
+
+    def test_unseen_is_unknown(self, make_run):
+        run = make_run(method="lisa", steps=20, interval=10, profile=5, draws=[[0, 1], [1, 2]])
+        profile = la.importance(run)
+        frame = profile.to_frame()
+        assert profile.unseen == (3, 4)
+        assert frame["score"].isna().tolist() == [False, False, False, True, True]
+        assert frame["visits"].tolist() == [1, 2, 1, 0, 0]
+        assert "Never observed training" in profile.statement
+        assert profile.verdict == "undecided"
+
+    def test_one_layer_at_a_time(self, make_run):
+        run = make_run(method="lisa", steps=600, k=1, interval=5, profile=6, noise=0, common=0,
+                       trend=-1.0)  # fmt: skip
+        assert np.ptp(np.log(la.importance(run).scores)) < 0.02
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("truth", "verdict"),
+        [
+            (0.4 * X**2, "U"),
+            (-0.4 * X**2, "inverted U"),
+            (0.4 * X, "ramp"),
+            (0 * X, "flat"),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+    def test_planted_effects_are_found(self, make_run, truth, verdict, method):
+        """400 steps for every layer, or 1600 LISA steps with 3 of 12 layers active."""
+        steps = 1600 if method == "lisa" else 400
+        run = make_run(profile=np.exp(truth), steps=steps, rho=0.5, k=3, method=method)
+        assert la.importance(run, "grad_rms").verdict == verdict
+
+    def test_a_short_pilot_is_undecided_and_still_shows_scores(self, make_run):
+        run = make_run(profile=np.exp(0.4 * X**2), steps=60, rho=0.9)
+        profile = la.importance(run)
+        assert profile.verdict == "undecided"
+        assert "insufficient" in profile.statement
+        assert profile.to_frame()["low"].isna().any()
+        assert np.isfinite(profile.scores).all()
+        assert not profile.concentration.headroom.sufficient
+
+    @pytest.mark.parametrize("steps", [1, 2, 3, 5])
+    @pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+    @pytest.mark.parametrize("metric", ONE_RUN)
+    def test_the_shortest_runs_do_not_crash(self, make_run, steps, method, metric):
+        profile = la.importance(make_run(steps=steps, method=method), metric)
+        assert profile.verdict in ("undecided", "flat")
+        assert len(profile.to_frame()) == 8
+        json.dumps(profile.to_dict(), allow_nan=False)
+
+    def test_a_run_without_steps_is_unknown(self, make_run):
+        run = make_run(steps=3, edit=lambda frame: frame.iloc[:0].assign(grad_norm=[]))
+        profile = la.importance(run, lambda data: np.ones(data.table.trained.shape))
+        assert profile.unseen == tuple(range(8))
+        assert "nothing is known" in profile.statement
+
+    def test_one_layer_model(self, make_run):
+        profile = la.importance(make_run(steps=100, profile=1))
+        assert profile.n_layers == 1
+
+    def test_drift_is_flagged_and_located(self, make_run):
+        def swap(frame):
+            late = (frame["step"] > 300) & frame["param_id"].isin([1, 2])
+            frame.loc[late, ["grad_norm", "update_norm"]] *= 2.0
+            return frame
+
+        drifting = la.importance(make_run(steps=600, edit=swap)).reliability
+        assert drifting.drift
+        assert 290 < drifting.drift_step < 360
+        steady = la.importance(make_run(steps=600)).reliability
+        assert steady.drift is False
+        assert steady.drift_step is None
+
+    def test_reliability_of_a_strong_and_of_no_profile(self, make_run):
+        strong = la.importance(make_run(profile=np.exp(X), steps=400)).reliability
+        assert strong.split_half > 0.99
+        assert strong.steps_needed == 0
+        assert strong.enough
+        nothing = la.importance(make_run(profile=12, steps=400)).reliability
+        assert nothing.split_half < 0.8
+        assert nothing.steps_needed > 400
+        assert not nothing.enough
+
+    def test_steps_still_needed_are_about_enough(self, make_run):
+        """After as many steps as were asked for, the split-half reliability is near 0.9."""
+        truth = np.exp(0.03 * np.random.default_rng(5).standard_normal(24))
+        first = la.importance(make_run(profile=truth, steps=150, noise=0.3, seed=1)).reliability
+        assert first.split_half < 0.9
+        needed = first.steps_needed
+        assert 100 < needed < 3000
+        later = make_run(profile=truth, steps=150 + int(needed), noise=0.3, seed=2)
+        assert la.importance(later).reliability.split_half > 0.8
+
+
+class TestInitialisation:
+    """How much was there at step 0?"""
+
+    def test_raw_adapter_norms_are_called_initialisation(self, make_run):
+        profile = la.importance(make_run(method="lora", steps=80, rank=16), "weight_norm")
+        start = profile.initialisation
+        assert start.explained
+        assert start.share > 0.99
+        assert start.level > 0.95
+        assert "explained by adapter initialisation" in profile.statement
+        # √(r/3) for each of two adapted linear maps, √(hidden·r) for the embedding (PEFT).
+        np.testing.assert_allclose(start.expected, np.sqrt(2 * 16 / 3))
+        outside = profile.outside.set_index("name")
+        assert outside.loc["embed", "initial"] == pytest.approx(np.sqrt(100 * 16), rel=0.05)
+        np.testing.assert_allclose(profile.to_frame()["initial"], start.expected, rtol=0.05)
+        assert not la.sampling_probabilities(profile).justified
+
+    def test_learned_adapter_norms_are_not(self, make_run):
+        def learn(frame):
+            growth = 1 + 4 * (frame["param_id"] % 7) * frame["step"] / 80
+            frame["weight_norm"] *= growth
+            return frame
+
+        run = make_run(method="lora", steps=80, edit=learn)
+        start = la.importance(run, "weight_norm").initialisation
+        assert not start.explained
+        assert start.level < 0.9
+
+    def test_adapter_change_has_no_initial_profile(self, make_run):
+        assert la.importance(make_run(method="lora"), "delta_rel").initialisation is None
+
+    def test_full_fine_tuning_norms_are_pretrained(self, make_run):
+        profile = la.importance(make_run(), "weight_norm")
+        assert not profile.initialisation.explained
+        assert "pretrained weights" in profile.statement
+
+    def test_first_gradients_are_those_of_the_untrained_weights(self, make_run):
+        strong = la.importance(make_run(profile=np.exp(X), steps=100), "grad_rms")
+        assert strong.initialisation.share > 0.8
+        noise = la.importance(make_run(profile=12, steps=100), "grad_rms")
+        assert noise.initialisation.share < 0.2
+
+    def test_without_a_census_nothing_is_claimed(self, make_run):
+        run = make_run(method="lora", census=False)
+        assert la.importance(run, "weight_norm").initialisation is None
+
+
+class TestProfileObject:
+    @pytest.fixture
+    def profile(self, make_run):
+        return la.importance(make_run(profile=np.exp(X), steps=200))
+
+    def test_frame_has_the_agreed_columns(self, profile):
+        frame = profile.to_frame()
+        assert list(frame)[:8] == [
+            "layer", "name", "score", "low", "high", "n_eff", "visits", "initial",
+        ]  # fmt: skip
+        assert frame["layer"].tolist() == list(range(12))
+        assert (frame["low"] < frame["score"]).all()
+        assert (frame["score"] < frame["high"]).all()
+        frame["score"] = 0
+        assert (profile.to_frame()["score"] > 0).all()
+
+    def test_embedding_and_norm_are_apart(self, profile):
+        assert profile.outside["name"].tolist() == ["embed", "norm"]
+        assert profile.outside["layer"].isna().all()
+        assert "embed" not in set(profile.to_frame()["name"])
+
+    def test_save_and_read_back(self, profile, tmp_path):
+        saved = json.loads(profile.save(tmp_path / "p.json").read_text())
+        assert saved["verdict"] == "ramp"
+        assert len(saved["layers"]) == 12
+        table = pd.read_csv(profile.save(tmp_path / "p.csv"))
+        assert len(table) == 14
+        with pytest.raises(LisaError, match=r"use \.csv or \.json"):
+            profile.save(tmp_path / "p.txt")
+
+    def test_the_same_run_gives_the_same_profile(self, make_run):
+        run = make_run(steps=60)
+        assert la.importance(run).to_dict() == la.importance(run).to_dict()
+
+    def test_repr_is_short_and_html_is_escaped(self, make_run):
+        profile = la.importance(make_run(steps=20, run_id="<script>alert(1)</script>"))
+        assert len(repr(profile)) < 200
+        assert "<script>" not in profile._repr_html_()
+
+    @pytest.mark.parametrize("by", ["kind", "module", "tensor"])
+    def test_other_levels(self, make_run, by):
+        profile = la.importance(make_run(steps=40), by=by)
+        assert profile.n_layers == {"kind": 2, "module": 16, "tensor": 16}[by]
+        assert profile.verdict == "undecided"
+        assert "by layer only" in profile.statement
+
+    def test_a_running_run_is_analysed_so_far(self, make_run):
+        run = make_run(steps=30, manifest={"status": "running"})
+        assert np.isfinite(la.importance(run).scores).all()
+
+    def test_zeros_of_a_warm_up_are_left_out(self, make_run):
+        def warm_up(frame):
+            frame.loc[frame["step"] == 1, "update_norm"] = 0.0
+            return frame
+
+        plain, warm = make_run(steps=40), make_run(steps=40, edit=warm_up)
+        frame = la.importance(warm, "update_norm").to_frame()
+        assert (frame["steps"] == 39).all()
+        expected = la.importance(plain, "update_norm").scores
+        np.testing.assert_allclose(frame["score"], expected, rtol=0.1)

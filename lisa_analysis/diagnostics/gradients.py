@@ -89,8 +89,8 @@ class NonFinite(Rule):
         if found:
             step, column, param = min(found)
             row = evidence.run.parameters.set_index("param_id").loc[param]
-            where = "" if _missing(row["layer"]) else f" of layer {int(row['layer'])}"
-            layers = () if _missing(row["layer"]) else (int(row["layer"]),)
+            where = "" if pd.isna(row["layer"]) else f" of layer {int(row['layer'])}"
+            layers = () if pd.isna(row["layer"]) else (int(row["layer"]),)
             parts.append(f"First {column} at step {step}: {row['name']}{where}.")
             others = sorted({c for _, c, _ in found} - {column})
             if others:
@@ -276,7 +276,3 @@ def _bad_losses(scalars: pd.DataFrame) -> list[int]:
     if "skipped" in scalars:
         bad &= ~scalars["skipped"].eq(True).to_numpy(dtype=bool)
     return [int(step) for step in scalars["step"][bad]]
-
-
-def _missing(value: object) -> bool:
-    return value is None or value != value or str(value) == "<NA>"

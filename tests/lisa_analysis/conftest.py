@@ -159,15 +159,11 @@ class RunMaker:
             events.append({"event": "lisa_draw", "step": index * interval, "time": 0.0,
                            "layers": list(layers), "visits": visits.tolist(),
                            "inclusion_probabilities": [k / n_layers] * n_layers})  # fmt: skip
-        for step in (0, steps):
-            events.append(
-                {
-                    "event": "evaluate",
-                    "step": step,
-                    "time": 1.0 + step / 4,
-                    "metrics": {"eval_loss": 2.0 + float(np.exp(-3 * step / steps))},
-                }
-            )
+        events += [
+            {"event": "evaluate", "step": step, "time": 1.0 + step / 4,
+             "metrics": {"eval_loss": 2.0 + float(np.exp(-3 * step / steps))}}
+            for step in (0, steps)
+        ]  # fmt: skip
         if edit_events is not None:
             events = edit_events(events)
         _lines(path / EVENTS, events)
@@ -274,7 +270,9 @@ def _write(path: Path, frame: pd.DataFrame, table: Any) -> None:
             continue
         # Null: a census row, or what LoRA does not have; a planted NaN stays NaN.
         numbers = values.to_numpy(dtype=np.float32)
-        null = np.isnan(numbers) & ((frame["step"] == 0) | (field.name == "delta_norm"))
+        null = np.isnan(numbers) & (
+            (frame["step"] == 0) | (field.name in ("delta_norm", "merged_norm"))
+        )
         columns.append(pa.array(numbers, type=field.type, mask=null.to_numpy()))
     data = pa.Table.from_arrays(columns, schema=schema)
     pq.write_table(data.replace_schema_metadata({"schema_version": SCHEMA_VERSION}), path)

@@ -283,7 +283,7 @@ class TestVerdicts:
 
 
 class TestInitialisation:
-    """How much was there at step 0?"""
+    """How much of a profile was there at step 0."""
 
     def test_raw_adapter_norms_are_called_initialisation(self, make_run):
         profile = la.importance(make_run(method="lora", steps=80, rank=16), "weight_norm")

@@ -72,6 +72,8 @@ def last_valid_steps(starts: Mapping[int, int], shards: Iterable[Shard]) -> dict
     for shard in shards:
         if shard.segment and shard.segment not in begins:
             begins[shard.segment] = shard.first - 1
+    # Who starts again from nothing takes the census anew as well.
+    begins = {segment: start or -1 for segment, start in begins.items()}
     limits: dict[int, int] = {}
     for segment in range(max(begins, default=0)):
         later = [start for number, start in begins.items() if number > segment]

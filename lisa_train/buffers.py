@@ -1,6 +1,7 @@
 """Measured values on their way to the disk: on the device until one copy brings them over."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,16 @@ _ROOTS = frozenset(
 _INTEGERS = frozenset({"opt_steps"})
 
 
+@dataclass
+class Piece:
+    """Sums of one column for some tensors at one step; `merged` when all processes are in."""
+
+    column: str
+    ids: np.ndarray
+    values: torch.Tensor
+    merged: bool = False
+
+
 class MetricBuffer:
     """Collects per-tensor sums by step and turns them into the rows of the metrics table.
 
@@ -23,23 +34,30 @@ class MetricBuffer:
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[int, list[tuple[str, np.ndarray, torch.Tensor]]] = {}
-        self.rows = 0
+        self._pieces: dict[int, list[Piece]] = {}
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that wait, roughly: rows of a step hold one weight norm each."""
+        pieces = (piece for step in self._pieces.values() for piece in step)
+        return sum(len(piece.ids) for piece in pieces if piece.column == "weight_norm")
 
     def add(self, step: int, column: str, ids: np.ndarray, values: torch.Tensor) -> None:
         """Add one column's sums of some tensors at one step, both of shape (n,)."""
         if len(ids):
-            self._pieces.setdefault(step, []).append((column, ids, values))
-            self.rows += len(ids) if column == "weight_norm" else 0
+            self._pieces.setdefault(step, []).append(Piece(column, ids, values))
+
+    def unmerged(self) -> list[Piece]:
+        """Pieces that hold this process's part only."""
+        return [piece for step in self._pieces.values() for piece in step if not piece.merged]
 
     def measured(self, step: int, column: str) -> set[int]:
         """Numbers of the tensors that have a value of `column` at `step` in here."""
-        found = (ids for name, ids, _ in self._pieces.get(step, ()) if name == column)
-        return {int(i) for ids in found for i in ids}
+        return {int(i) for p in self._pieces.get(step, ()) if p.column == column for i in p.ids}
 
     def values(self, step: int, column: str) -> torch.Tensor | None:
         """All sums of one column at one step, or None."""
-        found = [values for name, _, values in self._pieces.get(step, ()) if name == column]
+        found = [p.values for p in self._pieces.get(step, ()) if p.column == column]
         return torch.cat(found) if found else None
 
     def take(self, before: int | None = None) -> Iterator[dict[str, np.ndarray]]:
@@ -48,18 +66,16 @@ class MetricBuffer:
         pieces = [piece for step in steps for piece in self._pieces[step]]
         if not pieces:
             return
-        home = pieces[0][2].device
-        joined = torch.cat([values.to(home) for _, _, values in pieces]).cpu().numpy()
+        home = pieces[0].values.device
+        joined = torch.cat([piece.values.to(home) for piece in pieces]).cpu().numpy()
         start = 0
         for step in steps:
             columns: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-            for name, ids, _ in self._pieces.pop(step):
-                columns.setdefault(name, []).append((ids, joined[start : start + len(ids)]))
-                start += len(ids)
+            for piece in self._pieces.pop(step):
+                values = joined[start : start + len(piece.ids)]
+                columns.setdefault(piece.column, []).append((piece.ids, values))
+                start += len(piece.ids)
             yield _rows(step, columns)
-        self.rows = sum(
-            len(ids) for step in self._pieces.values() for n, ids, _ in step if n == "weight_norm"
-        )
 
 
 def _rows(

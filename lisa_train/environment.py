@@ -1,5 +1,6 @@
 """What run.json says about the machine, the packages and the model."""
 
+import dataclasses
 import os
 import platform
 import resource
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_train.config import RecordConfig
 from lisa_train.layermap import LayerMap, unwrap
+from lisa_train.tensor_table import TensorTable
 
 _PACKAGES = ("lisa-toolkit", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -73,6 +76,21 @@ def layer_entries(layer_map: LayerMap) -> list[dict[str, Any]]:
     """Return the layer table of run.json."""
     pairs = zip(layer_map.names, layer_map.stacks, strict=True)
     return [{"index": i, "name": name, "stack": stack} for i, (name, stack) in enumerate(pairs)]
+
+
+def manifest(
+    model: nn.Module, config: RecordConfig, table: TensorTable, layer_map: LayerMap
+) -> dict[str, Any]:
+    """Entries of run.json that the model and the machine tell."""
+    recording = {k: v for k, v in dataclasses.asdict(config).items() if k != "run_dir"}
+    return {
+        "method": method_of(model),
+        "model": describe_model(model),
+        "versions": versions(),
+        "hardware": hardware(table.tensors[0][1].device),
+        "layers": layer_entries(layer_map),
+        "recording": recording,
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

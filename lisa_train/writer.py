@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import math
-import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -22,14 +20,14 @@ from lisa_analysis.schema import (
     METRICS_DIR,
     METRICS_TABLE,
     PARAMETERS,
-    PARAMETERS_TABLE,
     SCALARS,
     SCALARS_TABLE,
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.shards import arrow_schema, read_parameters
+from lisa_analysis.shards import read_parameters
 from lisa_analysis.streams import read_manifest
+from lisa_train.encoding import metrics_table, parameter_table, plain
 from lisa_train.storage import LineFile, RunLock, describe_os_error, replace_file
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ class RunWriter:
             )
         if resume and not exists:
             raise RunDirectoryError(f"{self.path} holds no run to resume: give its directory.")
-        table = _parameter_table(parameters)
+        table = parameter_table(parameters)
         if resume:
             self.manifest, _ = read_manifest(self.path / MANIFEST)
             self._check_same_tensors(table)
@@ -136,6 +134,8 @@ class RunWriter:
             if config_yaml is not None:
                 replace_file(self.path / CONFIG, lambda path: path.write_text(config_yaml))
         self.segment: int = self.manifest["segment"]
+        for leftover in (self.path / METRICS_DIR).glob("*.tmp"):
+            leftover.unlink()  # of a kill in the middle of a flush
         self._scalars = LineFile(self.path / SCALARS)
         self._events = LineFile(self.path / EVENTS)
         self._save_manifest(status="running")
@@ -195,7 +195,7 @@ class RunWriter:
             self._flush_lines()
 
     def _line(self, fields: Mapping[str, Any]) -> str:
-        line = {key: _plain(value) for key, value in fields.items() if value is not None}
+        line = {key: plain(value) for key, value in fields.items() if value is not None}
         if self.segment:
             line["segment"] = self.segment
         return json.dumps(line, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
@@ -223,7 +223,7 @@ class RunWriter:
             raise describe_os_error(self.path, error) from error
 
     def _write_shard(self) -> None:
-        table = _metrics_table(self._rows)
+        table = metrics_table(self._rows)
         first = int(table["step"][0].as_py())
         path = self.path / METRICS_DIR / shard_name(self.segment, first)
         if path.exists():
@@ -276,7 +276,7 @@ class RunWriter:
     def _save_manifest(self, **fields: Any) -> None:
         self.manifest.update(fields)
         self.manifest["updated"] = _now()
-        text = json.dumps(_plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n"))
 
     def close(self, status: str = "finished", **fields: Any) -> None:
@@ -301,55 +301,32 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _parameter_table(parameters: Sequence[Mapping[str, Any]]) -> "pa.Table":
-    import pyarrow as pa
+class SilentWriter:
+    """Stands in for the writer in every process but the first: takes everything, writes nothing."""
 
-    rows = [{name: row.get(name) for name in PARAMETERS_TABLE.names} for row in parameters]
-    return pa.Table.from_pylist(rows, schema=arrow_schema(PARAMETERS_TABLE))
+    def __init__(self, segment: int = 0) -> None:
+        self.segment = segment
+        self.closed = False
 
+    def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Take rows."""
 
-def _metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
-    """Join collected rows into one Arrow table in the order of steps; absent columns are null.
+    def scalars(self, line: Mapping[str, Any]) -> None:
+        """Take a line."""
 
-    Columns that no row measured are left out of the file: the reader fills them with null.
-    """
-    import pyarrow as pa
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Take an event."""
 
-    schema = arrow_schema(METRICS_TABLE)
-    present = [n for n in METRICS_TABLE.names if any(n in block for block in rows)]
-    arrays = []
-    for name in present:
-        kind = schema.field(name).type
-        parts = [
-            np.ma.masked_all(len(block["step"]), kind.to_pandas_dtype())
-            if name not in block
-            else block[name]
-            for block in rows
-        ]
-        joined = np.ma.concatenate(parts)
-        mask = np.ma.getmaskarray(joined)
-        arrays.append(
-            pa.array(joined.data, type=kind, mask=mask if mask.any() else None, from_pandas=False)
-        )
-    table = pa.table(
-        arrays,
-        schema=pa.schema(
-            [schema.field(n) for n in present],
-        ),
-    )
-    return table.sort_by([("step", "ascending"), ("param_id", "ascending")])
+    def flush(self) -> None:
+        """Do nothing."""
 
+    def begin_segment(self, step: int, checkpoint: str | None = None) -> None:
+        """Count a segment."""
+        self.segment += 1
 
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: plain numbers, non-finite ones as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    def update_manifest(self, **fields: Any) -> None:
+        """Do nothing."""
+
+    def close(self, status: str = "finished", **fields: Any) -> None:
+        """Be closed."""
+        self.closed = True

@@ -15,13 +15,16 @@ from lisa_analysis.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir import load
 from lisa_analysis.schema import MANIFEST
 from lisa_train.config import RecordConfig
+from lisa_train.environment import manifest as describe
 from lisa_train.environment import peak_memory_bytes
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.layermap import find_layers
 from lisa_train.lisa import Draw
-from lisa_train.recorder import NormRecorder, manifest, outcome
+from lisa_train.outcome import outcome
+from lisa_train.processes import Processes
+from lisa_train.recorder import NormRecorder
 from lisa_train.tensor_table import TensorTable
-from lisa_train.writer import RunWriter
+from lisa_train.writer import RunWriter, SilentWriter
 
 
 class RecordCallback(TrainerCallback):
@@ -84,6 +87,9 @@ class RecordCallback(TrainerCallback):
         self._tokens: Any = 0
         self._loss: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
+        self._probe_inputs: Any = None
+        # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
+        self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
         self._clip_coef: torch.Tensor | None = None
         self._step_began = self._began = time.monotonic()
         if lisa is not None:
@@ -95,51 +101,76 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
-        if not state.is_world_process_zero:
-            return
         self._unwrap()
         self._began = time.monotonic()
-        retry = self.recorder is not None and not self.recorder.writer.closed
+        model = self._trainer.model
+        layer_map = find_layers(model, self._lisa.config.layers if self._lisa else None)
+        table = TensorTable(model, layer_map, self.config.select)
+        processes = Processes(table)
+        problem: Exception | None = None
+        writer: RunWriter | SilentWriter | None = None
         try:
-            self._open(state, args, retry=retry)
+            writer = self._open(state, args, layer_map, table, first=processes.first)
         except RunDirectoryError as error:
-            if self.config.on_record_error == "raise" or not isinstance(error.__cause__, OSError):
-                raise
-            warnings.warn(f"Training goes on unrecorded: {error}", RuntimeWarning, stacklevel=2)
+            problem = error
+        if not processes.agree(problem is None):
+            self._unrecorded(problem)
             return
+        self.recorder = NormRecorder(
+            model,
+            self._trainer.optimizer,
+            self.config,
+            writer,
+            layer_map,
+            table=table,
+            step=state.global_step,
+        )
         self._wrap()
         for draw in self._early_draws:
             self._on_draw(draw)
         self._early_draws = []
 
-    def _open(self, state: TrainerState, args: TrainingArguments, *, retry: bool) -> None:
-        model = self._trainer.model
-        layer_map = find_layers(model, self._lisa.config.layers if self._lisa else None)
-        table = TensorTable(model, layer_map, self.config.select)
-        step = state.global_step
-        if retry:  # the trainer began again with a smaller batch
-            assert self.recorder is not None
-            writer = self.recorder.writer
-            writer.begin_segment(step)
-        else:
-            resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
-            writer = RunWriter(
-                self._run_dir,
-                manifest=self._entries(model, table, layer_map, args),
-                parameters=table.rows,
-                config_yaml=self._config_yaml,
-                resume=resume,
-                step=step,
-                checkpoint=self._checkpoint_path(args, step) if step else None,
-            )
-            if resume:
-                self._continue(step)
-        self.recorder = NormRecorder(
-            model, self._trainer.optimizer, self.config, writer, layer_map, table=table, step=step
-        )
+    def _unrecorded(self, problem: Exception | None) -> None:
+        """Refuse to train, or train without a recording where the disk is to blame."""
+        if problem is None:
+            return  # the first process says it
+        disk = isinstance(problem.__cause__, OSError)
+        if self.config.on_record_error == "raise" or not disk:
+            raise problem
+        warnings.warn(f"Training goes on unrecorded: {problem}", RuntimeWarning, stacklevel=3)
 
-    def _entries(self, model: Any, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
-        entries = manifest(model, self.config, table, layer_map)
+    def _open(
+        self,
+        state: TrainerState,
+        args: TrainingArguments,
+        layer_map: Any,
+        table: Any,
+        *,
+        first: bool,
+    ) -> RunWriter | SilentWriter:
+        step = state.global_step
+        if self.recorder is not None and not self.recorder.writer.closed:
+            # The trainer begins again with a smaller batch.
+            self.recorder.writer.begin_segment(step)
+            return self.recorder.writer
+        resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
+        if not first:
+            return SilentWriter(int(resume))
+        writer = RunWriter(
+            self._run_dir,
+            manifest=self._entries(table, layer_map, args),
+            parameters=table.rows,
+            config_yaml=self._config_yaml,
+            resume=resume,
+            step=step,
+            checkpoint=self._checkpoint_path(args, step) if step else None,
+        )
+        if resume:
+            self._continue(step)
+        return writer
+
+    def _entries(self, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
+        entries = describe(self._trainer.model, self.config, table, layer_map)
         entries["hardware"]["processes"] = args.world_size
         entries["seeds"] = {"seed": args.seed, "data_seed": args.data_seed}
         if self._lisa is not None:
@@ -180,7 +211,7 @@ class RecordCallback(TrainerCallback):
         line = self.recorder.latest_scalars()
         result = {
             "steps": self._trainer.state.global_step,
-            "tokens": int(self._tokens),
+            "tokens": line.get("tokens"),
             "seconds": round(time.monotonic() - self._began, 3),
             "recorder_seconds": round(self.recorder.seconds, 3),
             "loss": line.get("loss"),
@@ -223,21 +254,36 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add what Trainer knows only now."""
-        if self.recorder is not None:
-            self.recorder.amend(epoch=state.epoch)
+        if self.recorder is None:
+            return
+        self.recorder.amend(epoch=state.epoch)
+        if self._probe_inputs is not None:
+            inputs, self._probe_inputs = self._probe_inputs, None
+            self.recorder.probe(state.global_step, lambda: self._probe_pass(inputs))
 
-    def _after_training_step(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+    def _probe_pass(self, inputs: Any) -> None:
+        """One forward and backward pass of the bare model: nothing that a trainer counts moves."""
+        model = self._trainer.model
+        with self._trainer.compute_loss_context_manager():
+            outputs = model(**inputs)
+        outputs["loss"].backward()
+
+    def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
         assert self.recorder is not None
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        accelerator = self._trainer.accelerator
-        if accelerator.sync_gradients:
-            # Until clipping the gradients carry the loss scale; without a scaler it is 1.
-            scaler = getattr(accelerator, "scaler", None)
-            self.recorder.before_step(
-                self._trainer.state.global_step + 1,
-                gradient_scale=scaler.get_scale() if scaler is not None else 1.0,
-                undo=True,
-            )
+        accelerator, step = self._trainer.accelerator, self._trainer.state.global_step + 1
+        if not accelerator.sync_gradients:
+            self.recorder.micro_batch(step)
+            return
+        # Until clipping the gradients carry the loss scale; without a scaler it is 1.
+        scaler = getattr(accelerator, "scaler", None)
+        self.recorder.before_step(
+            step,
+            gradient_scale=scaler.get_scale() if scaler is not None else 1.0,
+            undo=not self._sharded,
+        )
+        if self.config.probe_every and step % self.config.probe_every == 0:
+            self._probe_inputs = self._trainer._prepare_inputs(inputs)
 
     def _after_clipping(self, max_norm: float, norm: Any) -> None:
         if not torch.is_tensor(norm):
@@ -318,7 +364,14 @@ class RecordCallback(TrainerCallback):
                 self.recorder.checkpoint(trainer.state.global_step)
             return original(*a, **k)
 
+        def log(original: Callable[..., Any], logs: dict[str, float], *a: Any, **k: Any) -> Any:
+            if "loss" in logs and self.recorder is not None:
+                logs = {**logs, **self.recorder.aggregates}
+            return original(logs, *a, **k)
+
         self._replace(trainer, "training_step", training_step)
+        if trainer.args.report_to:
+            self._replace(trainer, "log", log)
         self._replace(accelerator, "clip_grad_norm_", clip)
         self._replace(trainer, "save_model", save_model)
 

@@ -1,0 +1,69 @@
+"""Values as Arrow and JSON hold them: null apart from NaN, NaN apart from nothing."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lisa_analysis.schema import METRICS_TABLE, PARAMETERS_TABLE
+from lisa_analysis.shards import arrow_schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def parameter_table(parameters: Sequence[Mapping[str, Any]]) -> "pa.Table":
+    """Return the parameters table; absent columns are null."""
+    import pyarrow as pa
+
+    rows = [{name: row.get(name) for name in PARAMETERS_TABLE.names} for row in parameters]
+    return pa.Table.from_pylist(rows, schema=arrow_schema(PARAMETERS_TABLE))
+
+
+def metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
+    """Join collected rows into one Arrow table in the order of steps; absent columns are null.
+
+    Columns that no row measured are left out of the file: the reader fills them with null.
+    """
+    import pyarrow as pa
+
+    schema = arrow_schema(METRICS_TABLE)
+    present = [n for n in METRICS_TABLE.names if any(n in block for block in rows)]
+    arrays = []
+    for name in present:
+        kind = schema.field(name).type
+        parts = [
+            np.ma.masked_all(len(block["step"]), kind.to_pandas_dtype())
+            if name not in block
+            else block[name]
+            for block in rows
+        ]
+        joined = np.ma.concatenate(parts)
+        mask = np.ma.getmaskarray(joined)
+        arrays.append(
+            pa.array(joined.data, type=kind, mask=mask if mask.any() else None, from_pandas=False)
+        )
+    table = pa.table(
+        arrays,
+        schema=pa.schema(
+            [schema.field(n) for n in present],
+        ),
+    )
+    return table.sort_by([("step", "ascending"), ("param_id", "ascending")])
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: plain numbers, non-finite ones as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -15,6 +15,7 @@ Sampling = Literal[
     "uniform", "bernoulli", "cyclic", "systematic", "conditional_poisson", "balanced"
 ]
 OptimizerState = Literal["reset", "keep", "offload"]
+ActivePrecision = Literal["model", "fp32_active"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class LisaConfig:
     layers
         Path of the list of layers to rotate, as ``model.vision_tower.encoder.layers``; several
         separated by commas. Needed only where the structure of a model leaves a choice.
+    precision
+        ``model`` trains in the precision of the weights. ``fp32_active`` holds the active tensors
+        of a bf16 model in fp32, computes under bf16 autocast, and rounds them stochastically to
+        bf16 when they are frozen: pure bf16 rounds most of a small update away. Checkpoints of a
+        running training hold the active tensors in fp32; the trained model is bf16 again.
     """
 
     activated_layers: int = 2
@@ -66,6 +72,7 @@ class LisaConfig:
     embed_probability: float | None = None
     head_probability: float | None = None
     layers: str | None = None
+    precision: ActivePrecision = "model"
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -76,6 +83,7 @@ class LisaConfig:
                 )
         _one_of("lisa.sampling", self.sampling, get_args(Sampling))
         _one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
+        _one_of("lisa.precision", self.precision, get_args(ActivePrecision))
         if isinstance(self.always_active, str):
             raise ConfigError(
                 f"lisa.always_active is the text {self.always_active!r}, but must be a list of "

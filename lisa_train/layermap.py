@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -172,15 +173,16 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile, data-parallel and PEFT wrappers."""
+    bare: Any = model
     while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            return model.get_base_model()
+        if isinstance(getattr(bare, "_orig_mod", None), nn.Module):
+            bare = bare._orig_mod
+        elif isinstance(bare, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            bare = bare.module
+        elif hasattr(bare, "peft_config") and hasattr(bare, "get_base_model"):
+            bare = bare.get_base_model()
         else:
-            return model
+            return bare
 
 
 def _numel(parameter: torch.Tensor) -> int:

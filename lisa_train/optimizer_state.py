@@ -1,5 +1,6 @@
 """The optimizer state of frozen tensors: freed, kept aside, or moved to host memory."""
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -57,6 +58,23 @@ class FrozenState:
         for key, device in self._devices.pop(parameter, {}).items():
             state[key] = state[key].to(device)
         self._optimizer.state[parameter] = state
+
+    def replace(self, states: Mapping[int, dict[str, Any]], active: Set[torch.Tensor]) -> None:
+        """Take over states by parameter position, as `state_dict` numbers them, uncast."""
+        self.forget()
+        self._optimizer.state.clear()
+        numbering = (p for group in self._optimizer.param_groups for p in group["params"])
+        for position, parameter in enumerate(numbering):
+            if position in states:
+                state = {
+                    key: value.to(parameter.device)
+                    if torch.is_tensor(value) and value.ndim
+                    else value
+                    for key, value in states[position].items()
+                }
+                self._optimizer.state[parameter] = state
+                if parameter not in active:
+                    self.freeze(parameter)
 
     def forget(self) -> None:
         """Drop everything set aside: another checkpoint is about to take its place."""

@@ -1,6 +1,6 @@
 """What must hold before LISA starts: plain weights, a complete optimizer, fitting numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -51,6 +51,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torc
         raise ConfigError(
             f"{len(twice)} tensors are in more than one parameter group of the optimizer (first: "
             f"{canonical_name(twice[0])}); give each to one group."
+        )
+
+
+def check_units(
+    units: Mapping[int | str, Sequence[torch.Tensor]], layer_map: LayerMap, config: LisaConfig
+) -> None:
+    """`ConfigError` for what would leave an interval, or a layer, with nothing to train."""
+    for i, name in enumerate(layer_map.names):
+        if not units[i]:
+            raise ConfigError(
+                f"layer {name} has no parameter that requires gradients, so drawing it would train "
+                "nothing; unfreeze the model (requires_grad_(True)) before LISA starts."
+            )
+    if config.head_probability is not None and not layer_map.groups["head"]:
+        raise ConfigError(
+            f"head_probability is {config.head_probability:g}, but this model's head is its "
+            "embedding matrix (tied): set embed_probability instead."
+        )
+    if config.sampling == "bernoulli" and not any(units[g] for g in config.always_active):
+        raise ConfigError(
+            f"sampling='bernoulli' draws no layer at all in some intervals, and always_active = "
+            f"{list(config.always_active)} trains nothing in this model; keep a group active or "
+            "use sampling='uniform'."
         )
 
 

@@ -1,8 +1,10 @@
 """One line for somebody else's Trainer: attach LISA, the recorder, or both."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -131,17 +133,20 @@ def _attach_lisa(trainer: Trainer, config: LisaConfig) -> LisaCallback:
 
 
 def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:
-    """Wrap `trainer.train`: Trainer tells its callbacks nothing of exceptions."""
+    """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
+    engine = attachment.engine_callback
 
     @functools.wraps(train)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
+            engine.checkpoint = Path(resume_from_checkpoint)
         try:
-            return train(*args, **kwargs)
+            return train(resume_from_checkpoint, *args, **kwargs)
         except BaseException as error:
             attachment.close(error)
             raise
         finally:
-            if attachment.engine_callback is not None:
-                attachment.engine_callback.close()
+            if engine is not None:
+                engine.close()
 
     return wrapped

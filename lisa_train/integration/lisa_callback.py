@@ -1,17 +1,25 @@
 """LISA in a transformers Trainer: the engine as one callback."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_train.config import LisaConfig
-from lisa_train.lisa import Draw, Lisa
+from lisa_train.lisa import Lisa
+from lisa_train.schedule import Draw
 
 # Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
 # Trainer restores those only on request, by building a new callback without listeners.
 STATE_KEY = "lisa_toolkit"
+# Beside it with precision="fp32_active": what a bf16 model cannot hold.
+TENSORS_FILE = "lisa.pt"
+
+logger = logging.getLogger(__name__)
 
 
 class LisaCallback(TrainerCallback):
@@ -31,13 +39,16 @@ class LisaCallback(TrainerCallback):
     engine
         The running `Lisa`, None before training begins.
     on_draw
-        Listeners, called with every `lisa_train.lisa.Draw`.
+        Listeners, called with every `lisa_train.schedule.Draw`.
+    checkpoint
+        Folder that training resumes from, where that is not `output_dir/checkpoint-<step>`.
     """
 
     def __init__(self, config: LisaConfig | None = None) -> None:
         self.config = config or LisaConfig()
         self.engine: Lisa | None = None
         self.on_draw: list[Callable[[Draw], None]] = []
+        self.checkpoint: Path | None = None
 
     def close(self) -> None:
         """End LISA: every `requires_grad` flag is as it was before training."""
@@ -66,6 +77,8 @@ class LisaCallback(TrainerCallback):
         )
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
+            if self.config.precision == "fp32_active":
+                self._load_tensors(self.checkpoint or _folder(args, state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,6 +94,14 @@ class LisaCallback(TrainerCallback):
         assert self.engine is not None
         state.stateful_callbacks[STATE_KEY] = self.engine.state_dict()
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the fp32 tensors beside the checkpoint of a bf16 model."""
+        assert self.engine is not None
+        if self.config.precision == "fp32_active" and state.is_world_process_zero:
+            torch.save(self.engine.tensors(), _folder(args, state) / TENSORS_FILE)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -90,3 +111,18 @@ class LisaCallback(TrainerCallback):
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:
             listener(draw)
+
+    def _load_tensors(self, checkpoint: Path) -> None:
+        assert self.engine is not None
+        file = checkpoint / TENSORS_FILE
+        if file.is_file():
+            self.engine.load_tensors(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(
+                "%s is missing: the active layers go on from weights rounded to bf16", file
+            )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Checkpoint folder of the present step."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

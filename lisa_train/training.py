@@ -1,7 +1,11 @@
 """`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
 
+import contextlib
 import dataclasses
+import errno
 import sys
+import tempfile
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
+
+_STORAGE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+)
 
 # What may differ between a run and its continuation without making it another computation.
 _MAY_CHANGE = frozenset(
@@ -50,15 +58,35 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     _check_inputs(config)
     run_dir = _run_dir(config, resume=resume)
     checkpoint = _last_checkpoint(run_dir) if resume else None
+    with _no_trace_of_a_refused_run(run_dir):
+        trainer, attached = _prepare(config, run_dir, resume=resume)
+    try:
+        with attached:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if config.save_final_model:
+                folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
+                trainer.save_model(str(run_dir / folder))
+    except Exception as error:
+        if not _is_storage_error(error):
+            raise
+        raise RunDirectoryError(
+            f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
+            "some room and resume the run, or start it elsewhere."
+        ) from error
+    return run_dir
+
+
+def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTTrainer, Any]":
+    """Build the trainer with LISA and the recorder attached; refuse what cannot be trained."""
     arguments = _trainer_arguments(config, run_dir)
     peft_config = lora_config(config) if config.method == "lora" else None
     model, tokenizer = load_model(config)
     if config.method == "lisa":
         _check_lisa(model, config)
     data = load_data(config)
+    manifest = _manifest(config, model, data)
     trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
-    manifest = _manifest(config, model, data, arguments)
-    config = _claim(config, run_dir, resume=resume)
+    kept = _keep_inputs(config, run_dir, resume=resume)
 
     from lisa_train.integration import attach
 
@@ -67,16 +95,43 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         lisa=config.lisa if config.method == "lisa" else None,
         record=dataclasses.replace(config.record, run_dir=str(run_dir)),
         manifest=manifest,
-        config_yaml=to_yaml(config),
+        config_yaml=to_yaml(kept),
         resume=resume,
     )
     _add_progress(trainer, config, attached)
-    with attached:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if config.save_final_model:
-            folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
-            trainer.save_model(str(run_dir / folder))
-    return run_dir
+    return trainer, attached
+
+
+@contextlib.contextmanager
+def _no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
+    """Make the run directory, and take it away again when the run is refused before it starts."""
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
+            "that this user can write to, on a disk with room."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if not (run_dir / schema.MANIFEST).exists():
+            for path in (run_dir / schema.CHECKPOINTS_DIR, *new):
+                with contextlib.suppress(OSError):  # a folder that holds something stays
+                    path.rmdir()
+        raise
+
+
+def _is_storage_error(error: Exception) -> bool:
+    """Whether a file could not be written; each library that writes has an error of its own."""
+    return (
+        (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS)
+        or type(error).__name__ == "SafetensorError"
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    )
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -154,11 +209,10 @@ def _last_checkpoint(run_dir: Path) -> Path:
     return Path(found)
 
 
-def _claim(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
-    """Make the run directory this run's own; return the configuration as it will be kept.
+def _keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
+    """Return the configuration that repeats the run from anywhere; keep what it needs.
 
-    The kept configuration repeats the run from anywhere: local paths are absolute, and the
-    probabilities file is a copy inside the run directory.
+    Local paths are made absolute, and the probabilities file is copied into the run directory.
     """
     config = dataclasses.replace(
         config,
@@ -166,19 +220,12 @@ def _claim(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
         model_name_or_path=_absolute(config.model_name_or_path),
         dataset_name=_absolute(config.dataset_name),
     )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if isinstance(config.lisa.probabilities, str):
-            kept = run_dir / INPUT_PROBABILITIES
-            if not resume:
-                kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
-            lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
-            config = dataclasses.replace(config, lisa=lisa)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
-            "that this user can write to, on a disk with room."
-        ) from error
+    if isinstance(config.lisa.probabilities, str):
+        kept = run_dir / INPUT_PROBABILITIES
+        if not resume:
+            kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
+        lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
+        config = dataclasses.replace(config, lisa=lisa)
     if resume:
         _check_same(config, run_dir / schema.CONFIG)
     return config
@@ -280,9 +327,7 @@ def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> 
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 
-def _manifest(
-    config: TrainConfig, model: "PreTrainedModel", data: TrainingData, arguments: "SFTConfig"
-) -> dict[str, Any]:
+def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData) -> dict[str, Any]:
     """Collect the entries of run.json that only this module knows."""
     lisa_seed = config.seed if config.lisa.seed is None else config.lisa.seed
     entries: dict[str, Any] = {

@@ -1,0 +1,130 @@
+"""README.md: its tables are those of the schema, and its code runs."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lisa_analysis import schema
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = {
+    "layout": schema.layout_to_markdown(),
+    "metrics": schema.to_markdown(schema.METRICS_TABLE),
+    "scalars": schema.to_markdown(schema.SCALARS_TABLE),
+}
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced code blocks with exactly this info string."""
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone from inside, so that nothing lands in this one."""
+    (tmp_path / "tests" / "data").mkdir(parents=True)
+    shutil.copytree(ROOT / "tests/data/golden-run", tmp_path / "tests/data/golden-run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_the_schema(name: str) -> None:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert found, f"README.md has no section {name}"
+    assert found[1].strip() == TABLES[name].strip(), "run: python tests/contract/test_readme.py"
+
+
+def test_the_tour_in_the_shell_runs(clone: Path) -> None:
+    from lisa_analysis.cli import main
+
+    line = next(x for x in blocks("sh")[2].splitlines() if x.startswith("lisa-analyze tests/data"))
+    assert main(line.split()[1:]) == 0
+    assert (clone / "report.html").stat().st_size > 0
+    assert (clone / "probabilities.json").stat().st_size > 0
+
+
+def test_the_tour_in_python_runs(clone: Path) -> None:
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert (clone / "report.html").exists()
+
+
+def test_every_command_line_of_the_loop_is_one_that_lisa_train_takes() -> None:
+    from lisa_train.cli import parse
+
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    lines = [x.split("#")[0].split() for x in text.splitlines() if x.startswith("lisa-train")]
+    assert len(lines) >= 3
+    for line in lines:
+        if "runs/learned/config.yaml" not in line:
+            assert parse(line[1:]).config.model_name_or_path == "MODEL"
+
+
+def test_the_plain_loop_runs_and_trains_only_what_was_drawn() -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+            num_attention_heads=2, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.arange(24).reshape(2, 12)
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "batches": [{"input_ids": ids, "labels": ids}] * 5,
+    }
+    exec(compile(blocks("python loop")[0], "README.md", "exec"), names)
+    changed = {
+        int(name.split(".")[2])
+        for name, p in model.named_parameters()
+        if name.startswith("model.layers.") and not torch.equal(p, before[name])
+    }
+    assert changed == {i for i, n in enumerate(names["engine"].visits) if n}
+    assert len(changed) == 1
+
+
+def test_the_query_runs_in_duckdb(clone: Path) -> None:
+    import duckdb
+    import numpy as np
+
+    import lisa_analysis as la
+
+    rows = duckdb.sql(blocks("sql duckdb")[0]).fetchall()
+    run = la.load("tests/data/golden-run")
+    frame = run.metrics(columns=["grad_norm"]).dropna()
+    frame["layer"] = frame["param_id"].map(run.parameters.set_index("param_id")["layer"])
+    expected = (
+        frame.dropna()
+        .assign(square=lambda f: f["grad_norm"].astype(float) ** 2)
+        .groupby(["layer", "step"])["square"]
+        .sum()
+    )
+    assert len(rows) == len(expected)
+    for layer, step, value in rows:
+        assert value == pytest.approx(np.sqrt(expected[layer, step]), rel=1e-5)
+
+
+def write_tables() -> None:
+    """Put the schema's tables into README.md."""
+    text = README
+    for name, table in TABLES.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, table=table: f"{m[1]}{table}\n{m[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tables()

@@ -12,6 +12,7 @@ from lisa_analysis.compare import Comparison, compare
 from lisa_analysis.errors import LisaError
 from lisa_analysis.importance import DEFAULT_METRIC
 from lisa_analysis.report import figures
+from lisa_analysis.report.comparing import comparison_figures, seeds_table
 from lisa_analysis.report.content import (
     METHODS,
     STATES,
@@ -20,7 +21,7 @@ from lisa_analysis.report.content import (
     mapping,
     reproduction,
 )
-from lisa_analysis.report.figures import Budget, ReportFigure
+from lisa_analysis.report.figures import Budget
 from lisa_analysis.report.format import count, interval, number, seconds, size
 from lisa_analysis.report.tables import Table, frame_table
 from lisa_analysis.rundir import load
@@ -55,8 +56,8 @@ def assemble(
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,
         "comparison": comparison,
-        "comparison_figures": _comparison_figures(runs, contents, comparison, budget),
-        "seeds": _seeds(comparison),
+        "comparison_figures": comparison_figures(runs, contents, comparison, budget),
+        "seeds": seeds_table(comparison),
         "definitions": _definitions(contents),
         "reproduction": [(content, reproduction(content.run)) for content in contents],
         "schema_version": SCHEMA_VERSION,
@@ -78,7 +79,7 @@ def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparis
         frame = comparison.to_frame()
     columns: list[Any] = [
         ("run", "run"),
-        ("method", "method"),
+        ("method", "method", lambda value: METHODS.get(value, str(value))),
         ("status", "status"),
         ("steps", "steps", count),
         ("tokens", "tokens", count),
@@ -88,24 +89,6 @@ def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparis
         columns.append(("loss_at_equal_steps", "at equal steps", lambda value: number(value, 4)))
     columns += [("seconds", "time", seconds), ("peak_memory_bytes", "peak memory", size)]
     return frame_table("Key numbers, one row per run", frame, columns)
-
-
-def _seeds(comparison: Comparison | None) -> Table | None:
-    """Repetitions of one configuration together; None when nothing was repeated."""
-    if comparison is None or comparison.seeds["runs"].max() < 2:
-        return None
-    return frame_table(
-        "Repetitions of one configuration, with an interval over seeds from three runs on",
-        comparison.seeds,
-        [
-            ("configuration", "configuration"),
-            ("runs", "runs", count),
-            ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
-            ("low", "low", lambda value: number(value, 4)),
-            ("high", "high", lambda value: number(value, 4)),
-            ("kendall", "agreement of rankings (τ)", lambda value: number(value, 2)),
-        ],
-    )
 
 
 def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
@@ -127,39 +110,6 @@ def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
     columns: list[Any] = [("run", "run"), ("verdict", "shape")]
     columns += [(name, heading, interval) for name, heading in fields]
     return frame_table("How unequal the layers are", pd.DataFrame(rows), columns)
-
-
-def _comparison_figures(
-    runs: Sequence[Any],
-    contents: Sequence[RunContent],
-    comparison: Comparison | None,
-    budget: Budget,
-) -> list[ReportFigure]:
-    if comparison is None:
-        return []
-    groups = _groups(runs, comparison)
-    found: list[ReportFigure | None] = [
-        figures.comparison_figure("all-held-out", groups, "loss", budget, held_out=True),
-        figures.comparison_figure("all-loss", groups, "loss", budget),
-        figures.comparison_figure("all-grad", groups, "grad_norm", budget),
-    ]
-    profiles = {c.name: c.profile for c in contents if c.profile is not None}
-    if len(profiles) > 1:
-        found.append(figures.profiles_figure("all-profiles", profiles))
-    found.append(figures.agreement_figure("all-agreement", comparison.rank_agreement))
-    return [figure for figure in found if figure is not None]
-
-
-def _groups(runs: Sequence[Any], comparison: Comparison) -> dict[str, list[Any]]:
-    """Runs of one configuration together: by method, or by name where a method has several."""
-    table = comparison.table.reset_index(drop=True)
-    shared = table.groupby("method")["configuration"].nunique()
-    groups = {}
-    for _, rows in table.groupby("configuration", sort=False):
-        method, first = rows["method"].iloc[0], rows["run"].iloc[0]
-        name = METHODS.get(method, method) if shared[method] == 1 else first
-        groups[str(name)] = [runs[i] for i in rows.index]
-    return groups
 
 
 def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lisa_analysis.aggregate import draws, step_table
 from lisa_analysis.diagnostics import Diagnostics, diagnose
@@ -184,16 +187,21 @@ def _facts(run: Any) -> list[tuple[str, Any]]:
     device = " ".join(str(hardware[k]) for k in ("device", "name") if hardware.get(k))
     rows = [
         ("run", run.run_id),
-        ("model", model.get("name")),
+        ("model", _last_part(model.get("name"))),
         ("architecture", model.get("architecture")),
         ("method", _method(run)),
         ("layers", run.n_layers),
-        ("data", dataset.get("name")),
+        ("data", _last_part(dataset.get("name"))),
         ("hardware", device or None),
         ("started", str(manifest.get("created") or "")[:19].replace("T", " ")),
         ("status", run.status),
     ]
     return [(name, value) for name, value in rows if value not in (None, "")]
+
+
+def _last_part(name: Any) -> str | None:
+    """Name of a folder without the way to it; other names, as ``org/model``, stay whole."""
+    return Path(str(name)).name if name and Path(str(name)).is_absolute() else name
 
 
 def _method(run: Any) -> str:
@@ -227,7 +235,8 @@ def _limits(run: Any) -> list[str]:
         f"{len(table.steps):,} of the optimizer steps up to {table.steps[-1]:,} were recorded, "
         f"with {', '.join(recorded)}; not measured: {', '.join(missing) or 'nothing'}."
     )
-    never = [i for i, seen in enumerate(table.trained[:, : run.n_layers].any(axis=0)) if not seen]
+    trained = np.asarray(table.trained[:, : run.n_layers].any(axis=0))
+    never = np.flatnonzero(~trained).tolist()
     if never:
         limits.append(f"Layers never trained while recording: {', '.join(map(str, never))}.")
     if _has_adapters(run):

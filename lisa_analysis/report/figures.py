@@ -20,13 +20,11 @@ from lisa_analysis.plots.lines import (
     held_out_frame,
     update_ratio_grid,
 )
-from lisa_analysis.plots.profiles import agreement_square, relative_scores
-from lisa_analysis.plots.runs import group_series
 from lisa_analysis.report import svg
 from lisa_analysis.report.format import count, number
 from lisa_analysis.report.tables import Table, frame_table, grid_table, series_table
 
-_WIDE, _HALF = 9.4, 4.9
+WIDE, HALF = 9.4, 4.9
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,15 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
     if not np.isfinite(scores.to_numpy(dtype=float)).any():
         return ReportFigure(slug, title, "No layer has a score: nothing was recorded.", None, None)
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, 3.3))
+        ax = style.axes_or_new(None, (WIDE, 3.3))
         plots.profile(profile, ax=ax)
-        image = svg.to_svg(ax.figure, slug, title, _extremes("Bar chart.", scores), layer_names)
+        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", scores), layer_names)
     caption = (
         f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals; an open "
         "circle means that the run is too short for one."
     )
     if "initial" in frame and pd.to_numeric(frame["initial"], errors="coerce").gt(0).any():
-        caption += " The hatched part was already there before the first step."
+        caption += " Grey: what the score was at step 0 already."
     return ReportFigure(slug, title, caption, image, profile_table(profile))
 
 
@@ -112,9 +110,9 @@ def kind_figure(slug: str, profile: Any) -> ReportFigure:
         return ReportFigure(slug, title, "No module has a score.", None, None)
     kinds = frame["kind"].nunique()
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, 0.9 + 0.26 * max(kinds, 2)))
+        ax = style.axes_or_new(None, (WIDE, 0.9 + 0.26 * max(kinds, 2)))
         plots.kind_grid(frame, label=profile.metric, ax=ax)
-        image = svg.to_svg(ax.figure, slug, title, _extremes("Colour map.", frame["score"]))
+        image = svg.to_svg(ax, slug, title, _extremes("Colour map.", frame["score"]))
     wide = frame.pivot_table(index="layer", columns="kind", values="score").reset_index()
     table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
     return ReportFigure(slug, title, "Grey: no such module, or never measured.", image, table)
@@ -138,17 +136,17 @@ def heatmap_figure(
         return ReportFigure(slug, title, f"The run recorded no {name}.", None, None)
     shown, group = grid.thinned(budget.columns)
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, _grid_height(len(grid.values))))
+        ax = style.axes_or_new(None, (WIDE, _grid_height(len(grid.values))))
         plots.heatmap(grid, ax=ax, most=budget.columns)
         svg.mark_layers(ax, len(grid.values))
         text = _extremes("Colour map, layers upwards, steps to the right.", shown.values)
-        image = svg.to_svg(ax.figure, slug, title, text, layer_names)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
     caption = f"{_GRID_NOTES.get(grid.column, name)}, per layer and recorded step"
     caption += ", on a logarithmic colour scale. Grey: frozen or not measured."
     if grid.non_finite.any():
         found = int(grid.non_finite.sum())
         caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
-    caption += _thinned(group, "column")
+    caption += thinned(group, "column")
     table = grid_table(f"{title}, at up to 24 of {count(len(shown))} columns", shown)
     return ReportFigure(slug, title, caption, image, table)
 
@@ -162,11 +160,11 @@ def schedule_figure(
     if not visits["observed"].any():
         return ReportFigure(slug, title, "The run drew no layers.", None, None)
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, _grid_height(run.n_layers)))
+        ax = style.axes_or_new(None, (WIDE, _grid_height(run.n_layers)))
         plots.schedule(run, ax=ax, most=budget.columns)
         svg.mark_layers(ax, run.n_layers)
         text = _extremes("Raster of active layers with visit counts.", visits["observed"])
-        image = svg.to_svg(ax.figure, slug, title, text, layer_names)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
     caption = (
         "Blue: active during the interval that begins at that step. Right: draws of each layer "
         "(bar) and the number that its inclusion probabilities add up to (mark)."
@@ -200,14 +198,19 @@ def curve_figure(slug: str, run: Any, quantity: str, budget: Budget) -> ReportFi
     series = thin(frame["step"].to_numpy(), frame["value"].to_numpy(), budget.points)
     wide = quantity == "loss"
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE if wide else _HALF, 3.2 if wide else 2.7))
+        ax = style.axes_or_new(None, (WIDE if wide else HALF, 3.2 if wide else 2.7))
         plots.curves(run, quantity, ax=ax, most=budget.points)
-        _short_label(ax)
-        image = svg.to_svg(ax.figure, slug, title, _extremes("Line chart.", frame["value"]))
+        short_label(ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", frame["value"]))
     named = [("training" if quantity == "loss" else name, series)]
     if not held_out.empty:
-        named.append(("held-out", thin(held_out["step"], held_out["value"], budget.points)))
-    caption = _CURVE_NOTES[quantity] + _thinned(series.group, "point")
+        named.append(
+            (
+                "held-out",
+                thin(held_out["step"].to_numpy(), held_out["value"].to_numpy(), budget.points),
+            )
+        )
+    caption = _CURVE_NOTES[quantity] + thinned(series.group, "point")
     return ReportFigure(slug, title, caption, image, series_table(title, named), wide)
 
 
@@ -222,15 +225,15 @@ def ratio_figure(slug: str, grids: Mapping[str, LayerGrid], budget: Budget) -> R
         for name, part in depth_bands(len(grid.values)).items()
     ]
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_HALF, 2.7))
+        ax = style.axes_or_new(None, (HALF, 2.7))
         plots.update_ratio(grid, ax=ax, most=budget.points)
-        _short_label(ax)
-        image = svg.to_svg(ax.figure, slug, title, _extremes("Line chart.", grid.values))
+        short_label(ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", grid.values))
     caption = (
         "Thirds of the stack: mean and range of their layers. The dotted line at 10⁻³ is a rule "
         "of thumb for Adam, not a limit."
     )
-    caption += _thinned(max(series.group for _, series in named), "point")
+    caption += thinned(max(series.group for _, series in named), "point")
     return ReportFigure(slug, title, caption, image, series_table(title, named), wide=False)
 
 
@@ -239,9 +242,9 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
     title = "How often to sample each layer next time"
     pi = np.asarray(probabilities.inclusion_probabilities, dtype=float)
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, 3.0))
+        ax = style.axes_or_new(None, (WIDE, 3.0))
         plots.probabilities(probabilities, ax=ax)
-        image = svg.to_svg(ax.figure, slug, title, _extremes("Bar chart.", pi), layer_names)
+        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", pi), layer_names)
     frame = probabilities.to_frame()
     if "layer" not in frame:
         frame = frame.reset_index(names="layer")
@@ -252,92 +255,17 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
     return ReportFigure(slug, title, probabilities.statement, image, table)
 
 
-def comparison_figure(
-    slug: str,
-    groups: Mapping[str, Sequence[Any]],
-    quantity: str,
-    budget: Budget,
-    *,
-    held_out: bool = False,
-) -> ReportFigure | None:
-    """One quantity of all runs, repetitions together; None when no run logged it."""
-    named = []
-    for name, members in groups.items():
-        series = group_series(members, quantity, held_out=held_out, most=budget.points)
-        if len(series):
-            named.append((name, series))
-    if not named:
-        return None
-    name = "held-out loss" if held_out else QUANTITIES[quantity]
-    title = f"{name[:1].upper()}{name[1:]} of all runs"
-    with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, 3.2))
-        plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
-        _short_label(ax)
-        image = svg.to_svg(ax.figure, slug, title, f"Line chart of {len(named)} groups of runs.")
-    caption = "One line per configuration: mean over its runs; the band is the range of its seeds."
-    caption += _thinned(max(series.group for _, series in named), "point")
-    return ReportFigure(slug, title, caption, image, series_table(title, named))
-
-
-def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
-    """Profiles of all runs as shares of their own total."""
-    title = "Profiles side by side"
-    metrics = ", ".join(sorted({str(p.metric) for p in profiles.values()}))
-    with svg.ink(slug):
-        ax = style.axes_or_new(None, (_WIDE, 3.4))
-        plots.profiles(profiles, ax=ax)
-        image = svg.to_svg(ax.figure, slug, title, f"Line chart of {len(profiles)} profiles.")
-    columns = {
-        name: relative_scores(profile).set_index("layer")["relative"]
-        for name, profile in profiles.items()
-    }
-    frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
-    caption = f"Each line is a run's {metrics} over the mean of its layers (dashed)."
-    table = frame_table(title, frame, [(c, str(c)) for c in frame], layer="layer")
-    return ReportFigure(slug, title, caption, image, table)
-
-
-def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
-    """Rank agreement of the profiles; None when no two runs can be compared."""
-    if pairs.empty or not pairs["kendall"].notna().any():
-        return None
-    title = "Do the runs rank the layers alike?"
-    square = agreement_square(pairs)
-    size = len(square)
-    with svg.ink(slug):
-        ax = style.axes_or_new(None, (min(_WIDE, 3.6 + 0.5 * size), 1.6 + 0.42 * size))
-        plots.rank_stability(square, ax=ax)
-        image = svg.to_svg(ax.figure, slug, title, f"Colour map of {size} by {size} runs.")
-    table = frame_table(
-        title,
-        pairs,
-        [
-            ("run_a", "run"),
-            ("run_b", "and run"),
-            ("kendall", "Kendall's τ"),
-            ("kendall_low", "low"),
-            ("kendall_high", "high"),
-            ("spearman", "Spearman"),
-            ("top_overlap", "top quarter in common"),
-            ("divergence", "divergence"),
-            ("noise_floor", "divergence of noise"),
-        ],
-    )
-    caption = "Kendall's τ between the layer scores: 1 same order, 0 unrelated, −1 reversed."
-    return ReportFigure(slug, title, caption, image, table)
-
-
 def _grid_height(n_layers: int) -> float:
     return float(np.clip(1.1 + 0.085 * n_layers, 2.3, 5.4))
 
 
-def _short_label(ax: Axes) -> None:
+def short_label(ax: Axes) -> None:
     """The caption tells of thinning; below a half-width figure the sentence would not fit."""
     ax.set_xlabel("optimizer step")
 
 
-def _thinned(group: int, what: str) -> str:
+def thinned(group: int, what: str) -> str:
+    """Sentence for a caption when points or columns were merged."""
     return "" if group <= 1 else f" Thinned: each {what} is the mean of {count(group)} records."
 
 

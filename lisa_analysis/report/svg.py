@@ -4,12 +4,12 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from lisa_analysis.plots import style
 from lisa_analysis.report.format import clean
@@ -34,7 +34,7 @@ def ink(slug: str) -> Iterator[None]:
 
     `slug` seeds matplotlib's ids, so that the same figure gives the same bytes.
     """
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": slug,
         "image.composite_image": False,
@@ -58,14 +58,14 @@ def mark_layers(ax: Axes, n_layers: int) -> None:
 
 
 def to_svg(
-    figure: Figure, slug: str, title: str, description: str, layer_names: Sequence[str] = ()
+    ax: Axes, slug: str, title: str, description: str, layer_names: Sequence[str] = ()
 ) -> Markup:
-    """Convert `figure` for embedding in a page.
+    """Convert the figure of `ax` for embedding in a page.
 
     Parameters
     ----------
-    figure
-        Drawn under `ink`.
+    ax
+        Axes of a figure drawn under `ink`.
     slug
         Unique in the page; every id in the SVG starts with it.
     title, description
@@ -81,7 +81,9 @@ def to_svg(
     """
     buffer = io.StringIO()
     # `savefig` would lay out and draw everything twice.
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(ax.get_figure(root=True)).print_svg(
+        buffer, metadata={"Date": None, "Creator": None}
+    )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

@@ -1,0 +1,146 @@
+"""Figures and tables of the report that put several runs side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lisa_analysis import plots
+from lisa_analysis.compare import Comparison
+from lisa_analysis.plots import style
+from lisa_analysis.plots.lines import QUANTITIES
+from lisa_analysis.plots.profiles import agreement_square, relative_scores
+from lisa_analysis.plots.runs import group_series
+from lisa_analysis.report import svg
+from lisa_analysis.report.content import METHODS, RunContent
+from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, short_label, thinned
+from lisa_analysis.report.format import count, number
+from lisa_analysis.report.tables import Table, frame_table, series_table
+
+
+def comparison_figures(
+    runs: Sequence[Any],
+    contents: Sequence[RunContent],
+    comparison: Comparison | None,
+    budget: Budget,
+) -> list[ReportFigure]:
+    """Loss, gradient norm, profiles and their agreement; nothing for a run alone."""
+    if comparison is None:
+        return []
+    groups = _groups(runs, comparison)
+    found: list[ReportFigure | None] = [
+        comparison_figure("all-held-out", groups, "loss", budget, held_out=True),
+        comparison_figure("all-loss", groups, "loss", budget),
+        comparison_figure("all-grad", groups, "grad_norm", budget),
+    ]
+    profiles = {c.name: c.profile for c in contents if c.profile is not None}
+    if len(profiles) > 1:
+        found.append(profiles_figure("all-profiles", profiles))
+    found.append(agreement_figure("all-agreement", comparison.rank_agreement))
+    return [figure for figure in found if figure is not None]
+
+
+def _groups(runs: Sequence[Any], comparison: Comparison) -> dict[str, list[Any]]:
+    """Runs of one configuration together: by method, or by name where a method has several."""
+    table = comparison.table.reset_index(drop=True)
+    shared = table.groupby("method")["configuration"].nunique()
+    groups = {}
+    for _, rows in table.groupby("configuration", sort=False):
+        method, first = rows["method"].iloc[0], rows["run"].iloc[0]
+        name = METHODS.get(method, method) if shared[method] == 1 else first
+        groups[str(name)] = [runs[i] for i in rows.index]
+    return groups
+
+
+def seeds_table(comparison: Comparison | None) -> Table | None:
+    """Repetitions of one configuration together; None when nothing was repeated."""
+    if comparison is None or comparison.seeds["runs"].max() < 2:
+        return None
+    return frame_table(
+        "Repetitions of one configuration, with an interval over seeds from three runs on",
+        comparison.seeds,
+        [
+            ("configuration", "configuration"),
+            ("runs", "runs", count),
+            ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
+            ("low", "low", lambda value: number(value, 4)),
+            ("high", "high", lambda value: number(value, 4)),
+            ("kendall", "agreement of rankings (τ)", lambda value: number(value, 2)),
+        ],
+    )
+
+
+def comparison_figure(
+    slug: str,
+    groups: Mapping[str, Sequence[Any]],
+    quantity: str,
+    budget: Budget,
+    *,
+    held_out: bool = False,
+) -> ReportFigure | None:
+    """One quantity of all runs, repetitions together; None when no run logged it."""
+    named = []
+    for name, members in groups.items():
+        series = group_series(members, quantity, held_out=held_out, most=budget.points)
+        if len(series):
+            named.append((name, series))
+    if not named:
+        return None
+    name = "held-out loss" if held_out else QUANTITIES[quantity]
+    title = f"{name[:1].upper()}{name[1:]} of all runs"
+    with svg.ink(slug):
+        ax = style.axes_or_new(None, (WIDE, 3.2))
+        plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
+        short_label(ax)
+        image = svg.to_svg(ax, slug, title, f"Line chart of {len(named)} groups of runs.")
+    caption = "One line per configuration: mean over its runs; the band is the range of its seeds."
+    caption += thinned(max(series.group for _, series in named), "point")
+    return ReportFigure(slug, title, caption, image, series_table(title, named))
+
+
+def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
+    """Profiles of all runs as shares of their own total."""
+    title = "Profiles side by side"
+    metrics = ", ".join(sorted({str(p.metric) for p in profiles.values()}))
+    with svg.ink(slug):
+        ax = style.axes_or_new(None, (WIDE, 3.4))
+        plots.profiles(profiles, ax=ax)
+        image = svg.to_svg(ax, slug, title, f"Line chart of {len(profiles)} profiles.")
+    columns = {
+        name: relative_scores(profile).set_index("layer")["relative"]
+        for name, profile in profiles.items()
+    }
+    frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
+    caption = f"Each line is a run's {metrics} over the mean of its layers (dashed)."
+    table = frame_table(title, frame, [(str(c), str(c)) for c in frame], layer="layer")
+    return ReportFigure(slug, title, caption, image, table)
+
+
+def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
+    """Rank agreement of the profiles; None when no two runs can be compared."""
+    if pairs.empty or not pairs["kendall"].notna().any():
+        return None
+    title = "Do the runs rank the layers alike?"
+    square = agreement_square(pairs)
+    size = len(square)
+    with svg.ink(slug):
+        ax = style.axes_or_new(None, (min(WIDE, 3.6 + 0.5 * size), 1.6 + 0.42 * size))
+        plots.rank_stability(square, ax=ax)
+        image = svg.to_svg(ax, slug, title, f"Colour map of {size} by {size} runs.")
+    table = frame_table(
+        title,
+        pairs,
+        [
+            ("run_a", "run"),
+            ("run_b", "and run"),
+            ("kendall", "Kendall's τ"),
+            ("kendall_low", "low"),
+            ("kendall_high", "high"),
+            ("spearman", "Spearman"),
+            ("top_overlap", "top quarter in common"),
+            ("divergence", "divergence"),
+            ("noise_floor", "divergence of noise"),
+        ],
+    )
+    caption = "Kendall's τ between the layer scores: 1 same order, 0 unrelated, −1 reversed."
+    return ReportFigure(slug, title, caption, image, table)

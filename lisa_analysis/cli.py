@@ -51,6 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="layers per interval that the probabilities are for (default: the run's own, or 2)",
     )  # fmt: skip
     parser.add_argument(
+        "--ignore-intervals", action="store_true",
+        help="make the probabilities from the scores as if they were certain; without this, what "
+        "the intervals leave open is sampled uniformly",
+    )  # fmt: skip
+    parser.add_argument(
         "--fail-on", choices=("never", "warn", "fail"), default="never",
         help="exit with 1 when a finding is at least this bad (default: never)",
     )  # fmt: skip
@@ -138,7 +143,9 @@ class _Result:
         k = arguments.activated_layers or (run.manifest.get("lisa") or {}).get("activated_layers")
         try:
             result.probabilities = la.sampling_probabilities(
-                result.profile, activated_layers=k or min(2, run.n_layers)
+                result.profile,
+                activated_layers=k or min(2, run.n_layers),
+                use_intervals=not arguments.ignore_intervals,
             )
         except LisaError as error:
             if arguments.activated_layers:

@@ -62,6 +62,11 @@ def profile(profile: "ImportanceProfile", probabilities: "SamplingProbabilities 
     said = [ends_to_middle(profile), profile.statement]
     if probabilities is not None:
         said.append(probabilities.statement)
+        if len(set(probabilities.inclusion_probabilities)) == 1:
+            said.append(
+                "The probabilities are therefore uniform; --ignore-intervals takes the scores as "
+                "they are."
+            )
     lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
     return "\n".join(lines) + "\n"
 

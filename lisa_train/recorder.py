@@ -276,6 +276,9 @@ class NormRecorder:
     @_measured
     def flush(self, *, everything: bool = False) -> None:
         """Put on the disk what was measured up to the step before the newest (or all of it)."""
+        self._write(everything)
+
+    def _write(self, everything: bool) -> None:
         for rows in self._buffer.take(None if everything else self._step):
             self.aggregates = aggregates(rows, self._groups) or self.aggregates
             self.writer.write_metrics(rows)
@@ -317,7 +320,7 @@ class NormRecorder:
                 self._local_lines = []
             else:
                 self.census(self._step)
-            self.flush(everything=True)
+            self._write(everything=True)
         except Exception as failure:
             problem = failure
         fields: dict[str, Any] = {"result": result} if result else {}

@@ -121,6 +121,8 @@ class RunWriter:
         if resume:
             self.manifest, _ = read_manifest(self.path / MANIFEST)
             self._check_same_tensors(table)
+            for field in ("error", "result"):  # of how the earlier segment ended
+                self.manifest.pop(field, None)
             self.manifest["segment"] = int(self.manifest.get("segment", 0)) + 1
         else:
             self.manifest = {

@@ -95,7 +95,7 @@ class Witness(Trainer):
         previous = {n: p.grad.double() for n, p in self._named() if p.grad is not None}
         loss = super().training_step(model, inputs, *args, **kwargs)
         step = self.state.global_step + 1
-        self.tokens[step] = self.tokens.get(step, self.tokens[step - 1]) + tokens
+        self.tokens[step] = self.tokens.get(step, self.tokens.get(step - 1, 0)) + tokens
         self.losses[step] = self.losses.get(step, 0.0) + float(loss)
         gradients = {n: p.grad.double().clone() for n, p in self._named() if p.grad is not None}
         if step not in self.seen:

@@ -1,0 +1,501 @@
+"""The recorder in a Trainer: events, status, resume, and a trainer left as it was found."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers_recording import Witness, arguments, compare, examples, llama
+
+import lisa_train as lt
+from lisa_analysis.errors import ConfigError, RunDirectoryError
+from lisa_analysis.rundir import load
+
+
+def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
+    trainer = Witness(
+        model or llama(),
+        arguments(folder / "run" / "checkpoints", **changes),
+        train_dataset=examples(),
+        eval_dataset=examples(8),
+    )
+    settings = {"run_dir": str(folder / "run"), "every": 1, **(record or {})}
+    attached = lt.attach(
+        trainer, lisa=lisa, record=lt.RecordConfig(**settings), resume=resume, manifest=manifest
+    )
+    return trainer, attached
+
+
+def test_events_manifest_and_result(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, eval_on_start=True, manifest={"dataset": {"name": "d"}, "method": "mine"},
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()  # after the end: the run takes it still
+    run = load(tmp_path / "run")
+    assert run.status == "finished"
+    kinds = list(zip(run.events["event"], run.events["step"], strict=True))
+    assert kinds == [
+        ("evaluate", 0), ("evaluate", 2), ("checkpoint", 2), ("evaluate", 4), ("checkpoint", 4),
+        ("evaluate", 4),
+    ]  # fmt: skip
+    checkpoint = run.events.set_index("event").loc["checkpoint", "path"].iloc[0]
+    assert (run.path / checkpoint / "trainer_state.json").exists()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    found = [m["eval_loss"] for m in run.events["metrics"].dropna()]
+    assert found == losses
+    result = run.manifest["result"]
+    assert result["first_held_out_loss"] == losses[0]
+    assert result["last_held_out_loss"] == losses[2]
+    assert result["steps"] == 4
+    assert result["tokens"] == trainer.tokens[4]
+    assert run.manifest["dataset"] == {"name": "d"}
+    assert run.method == "mine"
+    assert run.manifest["model"]["architecture"] == "LlamaForCausalLM"
+    assert run.manifest["recording"]["every"] == 1
+    assert run.manifest["versions"]["torch"] == torch.__version__
+    assert run.scalars["epoch"].tolist() == pytest.approx([2 * s / 64 for s in range(1, 5)])
+
+
+def test_due_steps_and_censuses(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=10, record={"every": 4}, save_strategy="steps", save_steps=5
+    )
+    trainer.train()
+    run = load(tmp_path / "run")
+    counts = run.metrics(["weight_norm", "grad_norm"]).groupby("step").count()
+    assert counts.index.tolist() == [0, 1, 4, 5, 8, 10]
+    assert counts["grad_norm"].tolist() == [0, 30, 30, 0, 30, 0]
+    assert (counts["weight_norm"] == 30).all()
+    assert run.scalars["step"].tolist() == list(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("out\nof luck"), "failed")],
+)
+def test_how_a_run_ended(tmp_path, error, status):
+    trainer, _ = make(tmp_path, max_steps=6)
+    original = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise error
+        return original(*args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(type(error)):
+        trainer.train()
+    run = load(tmp_path / "run")
+    assert run.status == status
+    assert run.manifest.get("error") == (
+        "RuntimeError: out of luck" if status == "failed" else None
+    )
+    assert run.scalars["step"].tolist() == [1, 2, 3]
+    assert run.metrics()["step"].unique().tolist() == [0, 1, 2, 3]
+    trainer.compute_loss = original
+    compare_steps = {s: v for s, v in trainer.seen.items() if s <= 3}
+    trainer.seen = compare_steps
+    compare(tmp_path / "run", trainer)
+
+
+def test_what_fails_after_training_shows_in_the_status(tmp_path):
+    trainer, attached = make(tmp_path, max_steps=2)
+
+    def train_and_save():
+        with attached:
+            trainer.train()
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        train_and_save()
+    run = load(tmp_path / "run")
+    assert (run.status, run.manifest["error"]) == ("failed", "OSError: no room")
+
+
+def test_the_trainer_is_left_as_it_was(tmp_path):
+    trainer, _ = make(tmp_path, max_steps=2)
+    wrapped = {"training_step", "save_model", "log"}
+    before = set(vars(trainer)) & wrapped, set(vars(trainer.accelerator))
+    trainer.train()
+    assert (set(vars(trainer)) & wrapped, set(vars(trainer.accelerator))) == before
+    assert trainer.training_step.__func__ is Witness.training_step
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert not any(p._backward_hooks for p in trainer.model.parameters())
+
+
+def test_recording_changes_nothing_of_the_training(tmp_path):
+    recorded, _ = make(
+        tmp_path, max_steps=6, record={"probe_every": 2, "grad_noise": True},
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    recorded.train()
+    plain = Witness(
+        llama(), arguments(tmp_path / "plain", max_steps=6, gradient_accumulation_steps=2),
+        train_dataset=examples(),
+    )  # fmt: skip
+    plain.train()
+    for (name, a), b in zip(
+        recorded.model.named_parameters(), plain.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    losses = [line["loss"] for line in recorded.state.log_history if "loss" in line]
+    assert losses == [line["loss"] for line in plain.state.log_history if "loss" in line]
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    lisa = lt.LisaConfig(activated_layers=1, interval_steps=3)
+    first, _ = make(tmp_path, lisa=lisa, max_steps=10, save_strategy="steps", save_steps=4)
+    original = first.compute_loss
+
+    def fail(*args, **kwargs):
+        if first.state.global_step == 7:
+            raise RuntimeError("power cut")
+        return original(*args, **kwargs)
+
+    first.compute_loss = fail
+    with pytest.raises(RuntimeError):
+        first.train()
+    second, _ = make(tmp_path, lisa=lisa, max_steps=10, save_strategy="steps", save_steps=4)
+    second.train(resume_from_checkpoint=True)
+    run = load(tmp_path / "run")
+    assert run.status == "finished"
+    assert "error" not in run.manifest
+    assert run.manifest["segment"] == 1
+    assert run.scalars["step"].tolist() == list(range(1, 11))
+    resume = run.events[run.events["event"] == "resume"].iloc[0]
+    assert (resume["step"], resume["checkpoint"]) == (4, "checkpoints/checkpoint-4")
+    assert run.events.loc[run.events["event"] == "lisa_draw", "step"].tolist() == [0, 3, 6, 9]
+    second.seen.update({s: v for s, v in first.seen.items() if s <= 4})
+    compare(tmp_path / "run", second)
+
+    straight, _ = make(tmp_path / "straight", lisa=lisa, max_steps=10)
+    straight.train()
+    whole = load(tmp_path / "straight" / "run")
+    keys = ["step", "param_id"]
+    merged = run.metrics().merge(whole.metrics(), on=keys, how="outer", suffixes=("", "_"))
+    merged = merged[merged["grad_norm_"].notna()]
+    for column in ("weight_norm", "grad_norm", "update_norm", "opt_steps"):
+        assert np.allclose(merged[column], merged[f"{column}_"], rtol=1e-6), column
+    assert run.scalars["tokens"].tolist() == whole.scalars["tokens"].tolist()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_before_anything_happens(tmp_path):
+    make(tmp_path, max_steps=2)[0].train()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    trainer, _ = make(tmp_path, max_steps=2)
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_retry_with_a_smaller_batch_is_a_new_segment(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=4, auto_find_batch_size=True, per_device_train_batch_size=4
+    )
+    original = trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) == 4 and trainer.state.global_step == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    run = load(tmp_path / "run")
+    assert run.manifest["segment"] == 1
+    assert run.scalars["step"].tolist() == [1, 2, 3, 4]
+    assert run.metrics(["grad_norm"]).groupby("step").size().tolist() == [30] * 5
+
+
+# --- recording goes wrong -----------------------------------------------------------------------
+
+
+def full_disk(monkeypatch, after):
+    """No room from step `after` on."""
+    import lisa_train.storage as storage
+
+    original = storage.os.fsync
+    calls = {"n": 0}
+
+    def fsync(descriptor):
+        calls["n"] += 1
+        if calls["n"] > after:
+            raise OSError(28, "No space left on device")
+        return original(descriptor)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+
+
+def test_a_full_disk_lets_training_go_on(tmp_path, monkeypatch):
+    trainer, _ = make(tmp_path, max_steps=6, record={"flush_seconds": 0})
+    full_disk(monkeypatch, after=13)
+    with pytest.warns(RuntimeWarning, match=r"Recording: .*No space left on device") as caught:
+        trainer.train()
+    assert len([w for w in caught if "No space" in str(w.message)]) == 1
+    assert trainer.state.global_step == 6
+    monkeypatch.undo()
+    run = load(tmp_path / "run")
+    assert run.status == "interrupted"
+    steps = run.metrics()["step"].unique().tolist()
+    assert steps[:2] == [0, 1]
+    assert len(steps) < 7
+
+
+def test_a_full_disk_stops_training_if_asked_to(tmp_path, monkeypatch):
+    trainer, _ = make(
+        tmp_path, max_steps=6, record={"flush_seconds": 0, "on_record_error": "raise"}
+    )
+    full_disk(monkeypatch, after=13)
+    with pytest.raises(RunDirectoryError, match="No space left on device"):
+        trainer.train()
+    assert 1 <= trainer.state.global_step < 6
+    monkeypatch.undo()
+    assert 1 in load(tmp_path / "run").metrics()["step"].tolist()
+
+
+def test_a_disk_with_room_again_gets_everything(tmp_path, monkeypatch):
+    import lisa_train.storage as storage
+
+    trainer, _ = make(tmp_path, max_steps=6, record={"flush_seconds": 0})
+    original = storage.os.fsync
+
+    def fsync(descriptor):
+        if trainer.state.global_step in (2, 3):
+            raise OSError(28, "No space left on device")
+        return original(descriptor)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    with pytest.warns(RuntimeWarning, match="No space"):
+        trainer.train()
+    run = compare(tmp_path / "run", trainer)
+    assert run.status == "finished"
+    assert run.scalars["step"].tolist() == list(range(1, 7))
+    assert run.events["event"].tolist() == ["warning"]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "run").write_text("a file")
+
+    def trainer(**record):
+        made = Witness(llama(), arguments(tmp_path / "out", max_steps=2), train_dataset=examples())
+        lt.attach(made, record=lt.RecordConfig(str(tmp_path / "run"), **record))
+        return made
+
+    with pytest.warns(RuntimeWarning, match="Training goes on unrecorded: .* cannot be written"):
+        trainer().train()
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        trainer(on_record_error="raise").train()
+
+
+def test_an_error_in_the_recorder_itself_stops_the_recording_only(tmp_path, monkeypatch):
+    trainer, _ = make(tmp_path, max_steps=6)
+    original = lt.recorder.StepMeasure.update
+
+    def update(self, step, clip_coef):
+        if step == 3:
+            raise RuntimeError("not thought of")
+        return original(self, step, clip_coef)
+
+    monkeypatch.setattr("lisa_train.measure.StepMeasure.update", update)
+    with pytest.warns(RuntimeWarning, match="Recording stopped, training goes on: RuntimeError"):
+        trainer.train()
+    run = load(tmp_path / "run")
+    assert trainer.state.global_step == 6
+    assert run.scalars["step"].tolist() == [1, 2]
+    assert "not thought of" in run.events.loc[run.events["event"] == "warning", "message"].iloc[0]
+
+
+def test_deepspeed_is_refused_in_words(tmp_path):
+    trainer = Witness(llama(), arguments(tmp_path), train_dataset=examples())
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ConfigError, match="cannot read gradients under DeepSpeed; use DDP, FSDP2"):
+        lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run")))
+
+
+# --- what else can be recorded ------------------------------------------------------------------
+
+
+def test_select_measures_a_part(tmp_path):
+    trainer, _ = make(tmp_path, max_steps=2, record={"select": (0, "attn.q", r"embed_tokens")})
+    trainer.train()
+    run = load(tmp_path / "run")
+    measured = set(run.metrics()["param_id"])
+    table = run.parameters
+    expected = table[
+        (table["layer"] == 0) | (table["kind"] == "attn.q") | (table["kind"] == "embed")
+    ]
+    assert measured == set(expected["param_id"])
+    assert len(table) == 30
+    trainer, _ = make(tmp_path / "other", record={"select": ("attn.g",)})
+    with pytest.raises(ConfigError, match=r"nothing in the model matches 'attn.g'.*Did you mean"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("quantity", ["weight_norm", "grad_norm", "grad_norm_l1", "update_norm",
+                                      "descent", "opt_steps"])  # fmt: skip
+def test_one_quantity_alone(tmp_path, quantity):
+    trainer, _ = make(tmp_path, max_steps=2, record={"quantities": (quantity,)})
+    trainer.train()
+    whole, _ = make(tmp_path / "whole", max_steps=2)
+    whole.train()
+    found = load(tmp_path / "run").metrics(steps=slice(1, 3))
+    expected = load(tmp_path / "whole" / "run").metrics([quantity], steps=slice(1, 3))
+    if quantity != "weight_norm":
+        found = found[found[quantity].notna()]
+    assert np.allclose(found[quantity], expected[quantity], rtol=1e-6)
+    assert len(found) == len(expected)
+
+
+def test_gradient_noise_is_the_variance_between_micro_batches(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=1, gradient_accumulation_steps=4, record={"grad_noise": True}
+    )
+    trainer.train()
+    run = load(tmp_path / "run")
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["grad_noise"], steps=[1])
+    assert len(rows) == 30
+    for row in rows.itertuples():
+        gradients = torch.stack([4 * micro[names[row.param_id]] for micro in trainer.micro])
+        expected = float(gradients.var(dim=0, unbiased=True).sum())
+        assert row.grad_noise == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_probe_sees_what_lisa_froze(tmp_path):
+    lisa = lt.LisaConfig(activated_layers=1, interval_steps=2)
+    trainer, _ = make(
+        tmp_path, lisa=lisa, max_steps=4, record={"probe_every": 2}, per_device_train_batch_size=4
+    )
+    batches = {}
+    original = trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        batches[trainer.state.global_step + 1] = inputs
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    run = load(tmp_path / "run")
+    rows = run.metrics(["probe_grad_norm"]).dropna()
+    assert sorted(rows["step"].unique()) == [2, 4]
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    for step, group in rows.groupby("step"):
+        assert len(group) == 30
+        model = llama().double()
+        model.load_state_dict(trainer.seen[step]["after"])
+        model(**batches[step]).loss.backward()
+        gradients = {n: float(p.grad.norm()) for n, p in model.named_parameters()}
+        for row in group.itertuples():
+            assert row.probe_grad_norm == pytest.approx(gradients[names[row.param_id]], rel=1e-4)
+    assert not any(p.grad is not None for p in trainer.model.parameters())
+
+
+def test_a_probe_never_holds_two_gradients():
+    import lisa_train.measure as measure
+    from lisa_train.buffers import MetricBuffer
+    from lisa_train.layermap import find_layers
+    from lisa_train.tensor_table import TensorTable
+
+    model = llama()
+    model.model.layers[0].requires_grad_(False)
+    table = TensorTable(model, find_layers(model), None)
+    buffer = MetricBuffer()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    probe = measure.StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
+    held = []
+    original = measure.squares
+
+    def squares(tensors):
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        return original(tensors)
+
+    measure.squares = squares
+    try:
+        batch = {k: v[None] for k, v in examples(1)[0].items()}
+        state = torch.random.get_rng_state()
+        probe.probe(3, lambda: (torch.rand(5), model(**batch).loss.backward()))
+    finally:
+        measure.squares = original
+    assert len(held) == 30
+    assert max(held) == 1
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[1].mlp.up_proj.weight.requires_grad
+
+
+def test_the_distance_from_the_base_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    llama(tied=True).save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    start = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    trainer, _ = make(tmp_path, model, max_steps=3, record={"base_delta": True, "every": 2})
+    trainer.train()
+    run = load(tmp_path / "run")
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["delta_norm"]).dropna()
+    assert rows["step"].unique().tolist() == [0, 3]
+    assert (rows.loc[rows["step"] == 0, "delta_norm"] == 0).all()
+    last = rows[rows["step"] == 3]
+    assert len(last) == len(start)
+    for row in last.itertuples():
+        name = names[row.param_id]
+        exact = float((trainer.seen[3]["after"][name] - start[name]).norm())
+        assert row.delta_norm == pytest.approx(exact, rel=1e-5)
+
+
+def test_without_a_base_checkpoint_nothing_is_made_up(tmp_path):
+    trainer, _ = make(tmp_path, max_steps=1, record={"base_delta": True})
+    with pytest.warns(RuntimeWarning, match=r"base_delta: no safetensors checkpoint"):
+        trainer.train()
+    assert load(tmp_path / "run").metrics(["delta_norm"])["delta_norm"].isna().all()
+
+
+def test_trackers_get_a_few_aggregates(tmp_path):
+    trainer, _ = make(tmp_path, max_steps=4, record={"flush_seconds": 0})
+    trainer.args.report_to = ["some_tracker"]
+    trainer.train()
+    # What was flushed last: the step before the one that the flush stood in front of.
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    shown = {key for key in logs[-1] if "/" in key}
+    groups = ("layers_first", "layers_middle", "layers_last", "embed", "head", "norm")
+    assert shown == {f"{c}/{g}" for c in ("grad_norm", "update_norm") for g in groups}
+    run = load(tmp_path / "run")
+    frame = run.metrics(["grad_norm"], layers=0, steps=[2])
+    expected = np.sqrt((frame["grad_norm"].astype(float) ** 2).sum())
+    assert logs[-1]["grad_norm/layers_first"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_sft_trainer_needs_one_line(tmp_path, tiny_model_dir):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+            args=SFTConfig(
+                str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+                report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+                gradient_accumulation_steps=2, bf16=False, gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_list([{"text": f"one two three {i}"} for i in range(32)]),
+            processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        )  # fmt: skip
+        lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+        trainer.train()
+    run = load(tmp_path / "run")
+    logged = {line["step"]: line for line in trainer.state.log_history if "loss" in line}
+    squares = run.metrics(["grad_norm"]).groupby("step")["grad_norm"].agg(lambda x: (x**2).sum())
+    for line in run.scalars.itertuples():
+        assert line.loss == pytest.approx(logged[line.step]["loss"], rel=1e-6)
+        assert np.sqrt(squares[line.step]) == pytest.approx(line.grad_norm, rel=1e-5)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["method"] == "full"

@@ -105,18 +105,21 @@ def fit_series(
     counts = np.isfinite(series).sum(axis=0)
     rho = st.ar1(residuals)
     if labels is None:
-        known = rho[np.isfinite(rho)]
-        length = st.block_length(len(series), float(np.quantile(known, 0.75)) if len(known) else 0)
+        known = rho[np.isfinite(rho)] if np.isfinite(rho).any() else np.zeros(1)
+        length = st.block_length(len(series), float(np.quantile(known, 0.75)))
+        shown = st.block_deflation(float(np.median(known)), length)
         # However strong the correlation, what was seen was seen once.
         n_eff = np.maximum(np.nan_to_num(st.effective_size(counts, rho)), np.minimum(counts, 1))
         units = np.full(series.shape[1], len(series) / length)
         block = np.arange(len(series)) // length
     else:
-        length = 1
+        length, shown = 1, 1.0
         block = labels
         n_eff, units = _cluster_size(residuals, labels, counts)
     enough = (n_eff >= MIN_EFFECTIVE) & (units >= MIN_VISITS)
     noise = _noise(residuals, labels, length, effects.inverse, rng, replicates)
+    if noise is not None:
+        noise /= np.sqrt(shown)
     low, high = _bounds(effects.layer, noise, units, enough, confidence)
     seen = np.isfinite(effects.layer)
     complete = bool(seen.all() and enough.all()) and noise is not None

@@ -38,11 +38,18 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         centre = fit.effect.mean()
         noise = fit.scale(centre + fit.samples - fit.effect)
 
-    def interval(measure: Callable[[Array], Array], equal: float | None, sign: int = 1) -> Interval:
+    def interval(
+        measure: Callable[[Array], Array], equal: float | None, sign: int = 1, power: int = 1
+    ) -> Interval:
         value = float(measure(scores))
         if samples is None or noise is None:
             return Interval(value)
-        return _against_noise(value, measure(samples), measure(noise), equal, sign, confidence)
+        if equal is None:
+            return _either_way(value, measure(samples), confidence)
+        excess = [sign * (measure(part) - equal) for part in (scores, samples, noise)]
+        low, high = _excess_bounds(*(np.maximum(e, 0) ** power for e in excess), confidence)
+        bounds = equal + sign * low ** (1 / power), equal + sign * high ** (1 / power)
+        return Interval(value, min(bounds), max(bounds))
 
     n = len(scores)
     floor = Interval(float("nan"))
@@ -52,35 +59,41 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         floor = Interval(float(null.mean()), float(low), float(high))
     return Concentration(
         ends_to_middle=interval(st.ends_to_middle, None),
-        gini=interval(st.gini, 0.0),
+        gini=interval(st.gini, 0.0, power=2),
         gini_floor=floor,
         top_share=interval(st.top_share, max(1, round(0.1 * n)) / n),
         effective_layers=interval(st.effective_layers, float(n), -1),
-        cv=interval(st.coefficient_of_variation, 0.0),
+        cv=interval(st.coefficient_of_variation, 0.0, power=2),
         headroom=interval(st.headroom, 1.0),
     )
 
 
-def _against_noise(
-    value: float, samples: Array, noise: Array, equal: float | None, sign: int, confidence: float
-) -> Interval:
-    tail = (1 - confidence) / 2
+def _either_way(value: float, samples: Array, confidence: float) -> Interval:
+    """Percentile and basic bounds together, for a ratio with a median whose bias has no sign."""
     samples = samples[np.isfinite(samples)]
     if not len(samples):
         return Interval(value)
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    if equal is None:
-        return Interval(value, float(low), float(high))
-    # Basic bootstrap: the samples overstate the inequality as much as the estimate does.
-    low, high = 2 * value - high, 2 * value - low
-    reach = float(np.quantile(sign * (noise - equal), confidence))
-    if sign * (value - equal) <= reach:
-        # Consistent with equal layers; the truth may still be as large as noise could hide.
-        far = equal + sign * max(reach, sign * (value - equal))
-        low, high = (equal, max(high, far)) if sign > 0 else (min(low, far), equal)
-    if sign > 0:
-        return Interval(value, float(max(low, equal)), float(max(high, low, equal)))
-    return Interval(value, float(min(low, high, equal)), float(min(high, equal)))
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(min(low, 2 * value - high)), float(max(high, 2 * value - low)))
+
+
+def _excess_bounds(
+    value: Array, samples: Array, noise: Array, confidence: float
+) -> tuple[float, float]:
+    """Bounds of an inequality measured as its excess over equal layers, not negative.
+
+    Noise adds to a variance-like excess, so the samples overstate it as much as the estimate
+    does, and the basic bootstrap takes that off (measures that act like a standard deviation come
+    squared). Where the excess is within what noise alone reaches, equal layers are not excluded,
+    and the truth may still be as large as noise could hide.
+    """
+    excess = float(value)
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = max(2 * excess - float(high), 0.0), max(2 * excess - float(low), 0.0)
+    reach = float(np.quantile(noise, confidence))
+    if excess <= reach:
+        low, high = 0.0, max(high, reach, excess)
+    return low, max(low, high)
 
 
 def shape(fit: Fit, confidence: float, found: Concentration, by: str) -> Shape:

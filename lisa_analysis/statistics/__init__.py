@@ -2,6 +2,7 @@
 
 from lisa_analysis.statistics.autocorrelation import (
     ar1,
+    block_deflation,
     block_length,
     effective_size,
     intraclass_correlation,
@@ -45,6 +46,7 @@ __all__ = [
     "Shape",
     "additive_effects",
     "ar1",
+    "block_deflation",
     "block_length",
     "block_totals",
     "cluster_totals",

@@ -63,6 +63,16 @@ def block_length(n: int, rho: float) -> int:
     return int(np.clip(np.ceil(max(optimal, n / MAX_BLOCKS)), 1, max(n // 4, 1)))
 
 
+def block_deflation(rho: float, length: int) -> float:
+    """Share of the variance of an AR(1) mean that blocks of `length` can show.
+
+    Correlation across the edges of blocks is lost: 1 − (1/b) Σ|k|ρ^|k| / Σρ^|k| =
+    1 − 2ρ/((1 − ρ²) b), the leading bias of the block bootstrap (Künsch 1989). At least one half.
+    """
+    rho = float(np.clip(np.nan_to_num(rho), 0.0, MAX_RHO))
+    return max(1 - 2 * rho / ((1 - rho**2) * length), 0.5)
+
+
 def intraclass_correlation(residuals: Array, clusters: NDArray[np.int64]) -> float:
     """Share of the residual variance that observations of one cluster have in common.
 

@@ -1,6 +1,7 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -31,10 +32,12 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C."""
+    """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
     try:
         command = parse(sys.argv[1:] if argv is None else list(argv))
         _quiet()
+        # A cluster ends a job with SIGTERM: the run is closed as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         from lisa_train.training import summary, train
 
         run_dir = train(command.config, resume=command.resume)

@@ -19,8 +19,9 @@ def command(model: Path, data: Path, out: Path, *words: str) -> list[str]:
             "--eval_on_start", "false", *words]  # fmt: skip
 
 
-def test_ctrl_c_leaves_a_readable_run_that_says_interrupted(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_stopped_run_is_readable_and_says_interrupted(
+    number: signal.Signals, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     words = command(tiny_model_dir, text_file, out, "--max_steps", "100000",
@@ -33,7 +34,7 @@ def test_ctrl_c_leaves_a_readable_run_that_says_interrupted(
     while not (scalars.exists() and scalars.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("lisa-train: interrupted")

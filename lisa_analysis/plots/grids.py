@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 
 from lisa_analysis.aggregate import draw_events
@@ -76,8 +77,7 @@ def heatmap(
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=18)
     bar.outline.set_visible(False)
     bar.set_label(title)
-    if isinstance(image.norm, LogNorm):
-        style.log_ticks(bar.ax.yaxis, image.norm.vmin, image.norm.vmax)
+    _label_colors(bar, image.norm)
     _label_layers(ax, len(shown.values))
     _label_steps(ax, shown.steps, group)
     return ax
@@ -166,8 +166,7 @@ def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = N
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=12)
     bar.outline.set_visible(False)
     bar.set_label(style.literal(label))
-    if isinstance(image.norm, LogNorm):
-        style.log_ticks(bar.ax.yaxis, image.norm.vmin, image.norm.vmax)
+    _label_colors(bar, image.norm)
     ax.set_yticks(range(len(kinds)), [style.literal(kind) for kind in kinds])
     ax.set_xticks(style.layer_ticks(n_layers))
     ax.set_xlabel("layer")
@@ -203,6 +202,11 @@ def _norm(values: np.ndarray) -> Normalize:
     if high <= low * (1 + 1e-9):
         low, high = low * 0.9, high * 1.1
     return LogNorm(low, high, clip=True)
+
+
+def _label_colors(bar: Colorbar, norm: Any) -> None:
+    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
+        style.log_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
 
 
 def _raster(shape: tuple[int, ...]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        Bars are scores, whiskers their intervals, the hatched part was there before training.
+        Bars are scores, whiskers their intervals, the grey part was there before training.
         A layer without an interval (too little data) has an open mark instead of a whisker;
         a layer without a score has a cross on the axis.
     """
@@ -233,22 +233,20 @@ def agreement_square(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.ndarray) -> None:
-    """Hatch the part of each bar that step 0 already held."""
+    """Shade the part of each bar that step 0 already held, with a line at its level."""
     if "initial" not in frame:
         return
     initial = _floats(frame["initial"])
     known = np.isfinite(initial) & np.isfinite(score) & (initial > 0)
-    if known.any():
-        ax.bar(
-            layer[known],
-            np.minimum(initial, score)[known],
-            width=0.78,
-            facecolor="none",
-            edgecolor=style.MUTED,
-            hatch="////",
-            linewidth=0,
-            label="already there at step 0",
-        )
+    if not known.any():
+        return
+    part = np.minimum(initial, score)[known]
+    ax.bar(
+        layer[known], part, width=0.78, color=style.MUTED, alpha=0.4, linewidth=0, label="at step 0"
+    )
+    ax.hlines(
+        initial[known], layer[known] - 0.39, layer[known] + 0.39, color=style.MUTED, linewidth=1.2
+    )
 
 
 def _layers_below(ax: Axes, n_layers: int) -> None:

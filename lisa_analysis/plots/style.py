@@ -1,6 +1,7 @@
 """Colours, axes and ticks that every plot shares."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -42,7 +43,7 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes
     return figure.add_subplot()
 
 
-def finish(ax: Axes, *, grid: str | None = "y") -> Axes:
+def finish(ax: Axes, *, grid: Literal["x", "y"] | None = "y") -> Axes:
     """Remove the box around `ax` and put a faint grid behind the data."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

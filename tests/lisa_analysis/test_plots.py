@@ -1,6 +1,7 @@
 """Plots: what is drawn is the data; nothing leaks, reads files, overlaps or parses names."""
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,11 +135,14 @@ def test_profile_draws_bars_intervals_the_initial_part_and_the_unseen():
     source = profile(8, unseen=(3,))
     ax = plots.profile(source)
     frame = source.to_frame()
-    solid = [bar for bar in ax.patches if not bar.get_hatch()]
-    hatched = [bar for bar in ax.patches if bar.get_hatch()]
-    assert [bar.get_height() for bar in solid] == frame["score"].dropna().tolist()
-    assert [bar.get_height() for bar in hatched] == [0.4] * 7
-    ends = [path.vertices[:, 1].tolist() for path in ax.collections[0].get_paths()]
+    grey = to_rgba(style.MUTED)[:3]
+    bars = [bar for bar in ax.patches if bar.get_facecolor()[:3] != grey]
+    initial = [bar for bar in ax.patches if bar.get_facecolor()[:3] == grey]
+    assert [bar.get_height() for bar in bars] == frame["score"].dropna().tolist()
+    assert [bar.get_height() for bar in initial] == [0.4] * 7
+    level, intervals = ax.collections
+    assert {path.vertices[0, 1] for path in level.get_paths()} == {0.4}
+    ends = [path.vertices[:, 1].tolist() for path in intervals.get_paths()]
     assert ends == frame.dropna(subset=["score"])[["low", "high"]].to_numpy().tolist()
     labels = ax.get_legend_handles_labels()[1]
     assert "never measured" in labels
@@ -208,7 +212,7 @@ def test_tick_labels_do_not_touch(n_layers, n_steps):
     ax.figure.canvas.draw()
     for axis in (ax.xaxis, ax.yaxis):
         boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
-        for first, second in zip(boxes, boxes[1:], strict=False):
+        for first, second in pairwise(boxes):
             assert not first.overlaps(second)
     figure = ax.figure.bbox
     for label in [*ax.get_xticklabels(), ax.xaxis.label, ax.yaxis.label]:

@@ -1,0 +1,209 @@
+"""The recorder in a plain PyTorch loop, against float64 recomputation in the loop itself."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_recording import examples, llama
+
+import lisa_train as lt
+from lisa_analysis.errors import ConfigError, RunDirectoryError
+from lisa_analysis.rundir import load
+
+
+def batches(n):
+    rows = examples(2 * n)
+    for i in range(n):
+        pair = rows[2 * i : 2 * i + 2]
+        yield {key: torch.stack([row[key] for row in pair]) for key in pair[0]}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_plain_loop(tmp_path, optimizer, set_to_none):
+    model = llama(tied=True)
+    make = {
+        "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+        "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    }[optimizer]
+    optimizer = make(model.parameters())
+    exact = {}
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=2)) as recorder:
+        for step, batch in enumerate(batches(5), 1):
+            loss = model(**batch).loss
+            loss.backward()
+            gradients = {n: p.grad.double().clone() for n, p in model.named_parameters()}
+            before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+            recorder.before_step(step)
+            torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)  # no factor undoes this
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            recorder.after_step(step, loss=loss)
+            exact[step] = {
+                n: (gradients[n], p.detach().double() - before[n], p.detach().double().norm())
+                for n, p in model.named_parameters()
+            }
+    run = load(tmp_path)
+    assert run.status == "finished"
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    frame = run.metrics()
+    assert sorted(frame["step"].unique()) == [0, 1, 2, 4, 5]
+    for row in frame[frame["grad_norm"].notna()].itertuples():
+        gradient, update, weight = exact[row.step][names[row.param_id]]
+        assert row.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-5)
+        assert row.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
+        assert row.weight_norm == pytest.approx(float(weight), rel=1e-5)
+        product = gradient * update
+        assert row.descent == pytest.approx(
+            -float(product.sum()), rel=1e-5, abs=1e-5 * float(product.abs().sum())
+        )
+    for step in (1, 2, 4):
+        total = np.sqrt(sum(float(g.norm() ** 2) for g, _, _ in exact[step].values()))
+        assert run.scalars.set_index("step").loc[step, "grad_norm"] == pytest.approx(total)
+    assert run.scalars["grad_norm"].isna().tolist() == [False, False, True, False, True]
+    assert (run.scalars["learning_rate"] == optimizer.param_groups[0]["lr"]).all()
+    assert (run.scalars["step_seconds"] > 0).all()
+
+
+def test_a_loop_that_fails_leaves_a_run_that_says_so(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loop():
+        with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path))) as recorder:
+            recorder.before_step(1)
+            recorder.after_step(1, loss=2.0)
+            raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    run = load(tmp_path)
+    assert (run.status, run.manifest["error"]) == (
+        "failed", "ZeroDivisionError: division by zero",
+    )  # fmt: skip
+    assert run.scalars["loss"].tolist() == [2.0]
+
+
+def test_skipped_steps_have_no_update(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1)) as recorder:
+        model(**next(batches(1))).loss.backward()
+        scale = 1024.0
+        for p in model.parameters():
+            p.grad.mul_(scale)
+        gradients = {n: float(p.grad.norm()) / scale for n, p in model.named_parameters()}
+        recorder.before_step(1, gradient_scale=scale)
+        recorder.after_step(1, skipped=True)
+    run = load(tmp_path)
+    rows = run.metrics(steps=[1])
+    assert rows["update_norm"].isna().all()
+    assert rows["descent"].isna().all()
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    for row in rows.itertuples():
+        assert row.grad_norm == pytest.approx(gradients[names[row.param_id]], rel=1e-5)
+        assert row.weight_norm > 0
+    assert run.scalars["skipped"].tolist() == [True]
+
+
+def test_accumulation_in_a_plain_loop(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path), every=1, grad_noise=True)
+    micro = []
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        for i, batch in enumerate(batches(3)):
+            before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            (model(**batch).loss / 3).backward()
+            micro.append([
+                p.grad.double() - (0 if b is None else b.double())
+                for p, b in zip(model.parameters(), before, strict=True)
+            ])  # fmt: skip
+            if i < 2:
+                recorder.micro_batch(1)
+        recorder.before_step(1)
+        optimizer.step()
+        recorder.after_step(1)
+    rows = load(tmp_path).metrics(["grad_noise"], steps=[1]).set_index("param_id")
+    for number, parts in enumerate(zip(*micro, strict=True)):
+        expected = float((3 * torch.stack(parts)).var(dim=0, unbiased=True).sum())
+        assert rows.loc[number, "grad_noise"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_lies_in_memory_is_bounded_by_the_flush(tmp_path, monkeypatch):
+    monkeypatch.setattr("lisa_train.recorder.MAX_BUFFERED_ROWS", 200)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    config = lt.RecordConfig(str(tmp_path), every=1, flush_seconds=1e9)
+    most = 0
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        model(**next(batches(1))).loss.backward()
+        for step in range(1, 60):
+            recorder.before_step(step)
+            optimizer.step()
+            recorder.after_step(step)
+            most = max(most, recorder._buffer.rows)
+            assert len(recorder._lines) < 20
+    assert most <= 200 + 30
+    assert load(tmp_path).metrics()["step"].nunique() == 60
+
+
+def test_the_loss_of_a_step_does_not_keep_its_graph(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path))) as recorder:
+        loss = model(**next(batches(1))).loss
+        assert loss.grad_fn is not None
+        recorder.before_step(1)
+        recorder.after_step(1, loss=loss)
+        assert recorder._lines[-1]["loss"].grad_fn is None
+
+
+def test_a_loop_continues_its_run(tmp_path):
+    from lisa_train.writer import RunWriter
+
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path), every=1)
+    recorder = lt.NormRecorder(model, optimizer, config)
+    for step in (1, 2):
+        recorder.after_step(step, loss=1.0)
+    recorder.checkpoint(2)
+    recorder.after_step(3, loss=1.0)
+    recorder.close("interrupted")
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        lt.NormRecorder(model, optimizer, config)
+    writer = RunWriter(tmp_path, manifest={}, parameters=recorder.table.rows, resume=True, step=2)
+    with lt.NormRecorder(model, optimizer, config, writer, step=2) as recorder:
+        recorder.after_step(3, loss=9.0)
+    run = load(tmp_path)
+    assert run.scalars["loss"].tolist() == [1.0, 1.0, 9.0]
+    frame = run.metrics()
+    assert not frame.duplicated(["step", "param_id"]).any()
+    assert frame["step"].unique().tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"every": 0}, "record.every is 0: give a whole number of at least 1"),
+        ({"every": 2.5}, "record.every is 2.5"),
+        ({"quantities": ("grad_nrm",)}, "Did you mean 'grad_norm'"),
+        ({"quantities": "grad_norm"}, "give a list of names"),
+        ({"select": ("(",)}, "record.select holds"),
+        ({"select": ()}, "record.select is empty"),
+        ({"probe_every": -1}, "record.probe_every is -1"),
+        ({"flush_seconds": -1}, "record.flush_seconds is -1"),
+        ({"flush_seconds": float("nan")}, "record.flush_seconds is nan"),
+        ({"on_record_error": "ignore"}, "give 'warn' or 'raise'"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        lt.RecordConfig("x", **changes)
+    assert words in str(caught.value)
+
+
+def test_a_run_directory_is_needed():
+    model = llama()
+    with pytest.raises(ConfigError, match="run_dir is not set"):
+        lt.NormRecorder(model, torch.optim.SGD(model.parameters(), 0.1), lt.RecordConfig())

@@ -20,11 +20,17 @@ def sentence(n: int) -> str:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random four-layer Llama (fp32, tied) and a trained BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    build_tiny_model(folder, layers=4)
+    return folder
+
+
+def build_tiny_model(folder: Path, *, layers: int) -> None:
+    """Save a random Llama of a few layers with a tokenizer trained on `sentence`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -52,7 +58,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=4,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=128,
@@ -63,7 +69,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     model.save_pretrained(folder)
-    return folder
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -12,6 +12,7 @@ Array = NDArray[np.float64]
 
 REPLICATES = 1000
 MAX_CLUSTERS = 2000
+CHUNK = 250
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,14 @@ def block_totals(
     full, rest = divmod(n, length)
     wrapped = np.concatenate([filled, filled[:length]])
     prefix = np.concatenate([np.zeros((1, filled.shape[1])), np.cumsum(wrapped, axis=0)])
+    block_sums = prefix[length : length + n] - prefix[:n]
     totals = np.empty((replicates, filled.shape[1]))
-    for index in range(replicates):
-        starts = rng.integers(0, n, size=full)
-        totals[index] = (prefix[starts + length] - prefix[starts]).sum(axis=0)
+    for first in range(0, replicates, CHUNK):
+        rows = min(CHUNK, replicates - first)
+        starts = rng.integers(0, n, size=(rows, full)) + n * np.arange(rows)[:, None]
+        # How often every block was drawn, times its sum: one matrix product for all columns.
+        drawn = np.bincount(starts.ravel(), minlength=rows * n).reshape(rows, n)
+        totals[first : first + rows] = drawn.astype(np.float64) @ block_sums
     if rest:
         starts = rng.integers(0, n, size=replicates)
         totals += prefix[starts + rest] - prefix[starts]

@@ -193,7 +193,8 @@ def sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> Chunk:
     size, shape = len(steps) * width, (len(steps), width)
 
     def scatter(per_run: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(key, weights=per_run, minlength=size).reshape(shape)
+        totals = np.bincount(key, weights=per_run, minlength=size)
+        return np.asarray(totals, dtype=np.float64).reshape(shape)
 
     rows = scatter(np.diff(starts, append=len(step)))
     sums, counts = {}, {}

@@ -211,7 +211,7 @@ def _group_norms(
     trained: NDArray[np.bool_],
     census: NDArray[np.float64],
     last: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], ...]:
+) -> tuple[NDArray[Any], ...]:
     """Elements, ‖θ_0‖, ‖θ_0‖ of the adapted base weights and last ‖θ‖ per group."""
     frame = run.parameters
     ids = frame["param_id"].to_numpy(dtype=np.int64)

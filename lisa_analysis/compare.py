@@ -191,7 +191,7 @@ def _pair(
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, (len(a.samples), len(b.samples)), size=(PAIRS, 2))
     first, second = a.samples[rows[:, 0]], b.samples[rows[:, 1]]
-    taus = st.kendall_tau(first, second)
+    taus = st.kendall_taus(first, second)
     taus = taus[np.isfinite(taus)]
     if len(taus):
         tail = (1 - confidence) / 2
@@ -269,7 +269,7 @@ def _statement(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     parts = []
     losses = table.dropna(subset=["loss_at_equal_steps"])
     if len(losses) > 1:
-        best = losses.loc[losses["loss_at_equal_steps"].idxmin()]
+        best = losses.iloc[int(losses["loss_at_equal_steps"].argmin())]
         parts.append(
             f"At equal steps {best['run']} has the lowest held-out loss "
             f"({best['loss_at_equal_steps']:.4f})."
@@ -284,9 +284,7 @@ def _statement(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
             if np.isnan(row["kendall_low"])
             else f"{row['kendall_low']:.2f} … {row['kendall_high']:.2f}"
         )
-        parts.append(
-            f"Their rankings of the layers agree with τ = {row['kendall']:.2f} ({bounds})."
-        )
+        parts.append(f"Their rankings of layers agree with τ = {row['kendall']:.2f} ({bounds}).")
     elif len(known):
         parts.append(
             f"Rankings of the layers agree with τ from {known['kendall'].min():.2f} to "

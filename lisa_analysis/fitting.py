@@ -134,8 +134,8 @@ def fit_series(
 
 
 def condense(
-    series: Array, clusters: NDArray[np.int64] | None
-) -> tuple[Array, NDArray[np.int64] | None]:
+    series: NDArray[np.floating], clusters: NDArray[np.int64] | None
+) -> tuple[NDArray[np.floating], NDArray[np.int64] | None]:
     """Average neighbouring rows (never across an activation interval) down to about MAX_ROWS."""
     n = len(series)
     if n <= MAX_ROWS:
@@ -157,7 +157,7 @@ def condense(
     return means, None if clusters is None else clusters[rows]
 
 
-def _prepare(values: NDArray[np.floating], log: bool) -> Array:
+def _prepare(values: NDArray[np.floating], log: bool) -> NDArray[np.floating]:
     """Mask what is not finite; take logarithms."""
     values = np.where(np.isfinite(values), values, np.nan)
     if not log:
@@ -225,7 +225,7 @@ def _block_means(residuals: Array, effect: Array, block: NDArray[np.int64]) -> A
         return np.zeros((0, residuals.shape[1]))
     totals, counts = st.autocorrelation.cluster_sums(residuals, block)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(counts > 0, totals / counts, np.nan) + effect
+        return np.asarray(np.where(counts > 0, totals / counts, np.nan) + effect)
 
 
 def _halves(series: Array, block: NDArray[np.int64], remove_common: bool) -> Array | None:

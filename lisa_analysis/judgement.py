@@ -46,8 +46,11 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
             return Interval(value)
         if equal is None:
             return _either_way(value, measure(samples), confidence)
-        excess = [sign * (measure(part) - equal) for part in (scores, samples, noise)]
-        low, high = _excess_bounds(*(np.maximum(e, 0) ** power for e in excess), confidence)
+        excess = [
+            np.maximum(sign * (measure(part) - equal), 0.0) ** power
+            for part in (scores, samples, noise)
+        ]
+        low, high = _excess_bounds(float(excess[0]), excess[1], excess[2], confidence)
         bounds = equal + sign * low ** (1 / power), equal + sign * high ** (1 / power)
         return Interval(value, min(bounds), max(bounds))
 
@@ -78,7 +81,7 @@ def _either_way(value: float, samples: Array, confidence: float) -> Interval:
 
 
 def _excess_bounds(
-    value: Array, samples: Array, noise: Array, confidence: float
+    excess: float, samples: Array, noise: Array, confidence: float
 ) -> tuple[float, float]:
     """Bounds of an inequality measured as its excess over equal layers, not negative.
 
@@ -87,7 +90,6 @@ def _excess_bounds(
     squared). Where the excess is within what noise alone reaches, equal layers are not excluded,
     and the truth may still be as large as noise could hide.
     """
-    excess = float(value)
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = max(2 * excess - float(high), 0.0), max(2 * excess - float(low), 0.0)
     reach = float(np.quantile(noise, confidence))
@@ -133,7 +135,7 @@ def reliability(
         overlap = st.top_jaccard(*fit.halves)
     rank_low = nan
     if fit.samples is not None and fit.effect.size > 2:
-        taus = st.kendall_tau(fit.samples[:200], fit.effect)
+        taus = st.kendall_taus(fit.samples[:200], fit.effect)
         rank_low = float(np.quantile(taus[np.isfinite(taus)], 0.05)) if np.ptp(fit.effect) else nan
     divergence, floor, drift = nan, nan, None
     if fit.samples is not None and fit.log and len(fit.blocks) >= MIN_BLOCKS and interval is None:

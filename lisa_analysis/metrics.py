@@ -327,11 +327,11 @@ def measurements(run: Any, by: str = "layer") -> Measurements:
 
 def _exposure(
     run: Any, table: StepTable, interval: NDArray[np.int64] | None
-) -> tuple[Array, Array]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Activation intervals and optimizer steps behind every group at every recorded step."""
     shape = table.trained.shape
-    visits = np.ones(shape, dtype=np.float32)
-    active = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
+    visits: NDArray[Any] = np.ones(shape, dtype=np.float32)
+    active: NDArray[Any] = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
     drawn = draws(run)
     if interval is None or not drawn or not len(table.steps):
         return visits, active
@@ -351,7 +351,7 @@ def _exposure(
 
 
 def growth_exponent(
-    relative: Array, visits: Array, interval: NDArray[np.int64], inside: int
+    relative: NDArray[Any], visits: NDArray[Any], interval: NDArray[np.int64], inside: int
 ) -> float:
     """Power of the number of activations with which the layers' change grows, in [½, 1].
 

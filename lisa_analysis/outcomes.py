@@ -142,18 +142,22 @@ def _at_steps(scalars: pd.DataFrame, column: str, steps: pd.Series, *, running: 
     return np.interp(steps.to_numpy(dtype=np.float64), x, y)
 
 
+def _logged(frame: pd.DataFrame, column: str) -> Any:
+    return frame[column].dropna() if column in frame else pd.Series(dtype=np.float64)
+
+
 def _last(frame: pd.DataFrame, column: str) -> Any:
-    values = frame[column].dropna() if column in frame else []
+    values = _logged(frame, column)
     return values.iloc[-1] if len(values) else None
 
 
 def _total(frame: pd.DataFrame, column: str) -> Any:
-    values = frame[column].dropna() if column in frame else []
+    values = _logged(frame, column)
     return values.sum() if len(values) else None
 
 
 def _largest(frame: pd.DataFrame, column: str) -> Any:
-    values = frame[column].dropna() if column in frame else []
+    values = _logged(frame, column)
     return values.max() if len(values) else None
 
 

@@ -114,7 +114,7 @@ class SamplingProbabilities:
         )
 
     def _repr_html_(self) -> str:
-        table = self.to_frame().to_html(index=False, float_format="%.4g", border=0)
+        table = self.to_frame().to_html(index=False, float_format=lambda v: f"{v:.4g}", border=0)
         return (
             f"<section><p>{html.escape(repr(self))}</p><p>{html.escape(self.statement)}</p>"
             f"<details><summary>stages</summary>{table}</details></section>"

@@ -182,7 +182,7 @@ class ImportanceProfile:
         )
 
     def _repr_html_(self) -> str:
-        table = self.layers.to_html(index=False, float_format="%.3g", border=0)
+        table = self.layers.to_html(index=False, float_format=lambda v: f"{v:.3g}", border=0)
         return (
             f"<section><h3>{html.escape(self.metric)} of {html.escape(self.run_id)}</h3>"
             f"<p>{html.escape(self.statement)}</p>"

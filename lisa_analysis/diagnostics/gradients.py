@@ -85,7 +85,8 @@ class NonFinite(Rule):
         loss = _bad_losses(scalars)
         if not found and not loss:
             return Outcome("ok", f"All {table.rows:,} recorded rows are finite.")
-        parts, layers = [], ()
+        parts: list[str] = []
+        layers: tuple[int, ...] = ()
         if found:
             step, column, param = min(found)
             row = evidence.run.parameters.set_index("param_id").loc[param]

@@ -28,6 +28,7 @@ from lisa_analysis.statistics.shape import Shape, quadratic_fit, two_lines, u_sh
 from lisa_analysis.statistics.stability import (
     jensen_shannon,
     kendall_tau,
+    kendall_taus,
     kendall_w,
     page_hinkley,
     pearson,
@@ -60,6 +61,7 @@ __all__ = [
     "intraclass_correlation",
     "jensen_shannon",
     "kendall_tau",
+    "kendall_taus",
     "kendall_w",
     "page_hinkley",
     "pearson",

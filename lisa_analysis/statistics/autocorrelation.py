@@ -126,4 +126,5 @@ def cluster_sums(values: Array, clusters: NDArray[np.int64]) -> tuple[Array, Arr
     size = len(labels) * columns
     totals = np.bincount(key, weights=values[observed], minlength=size)
     counts = np.bincount(key, minlength=size).astype(np.float64)
-    return totals.reshape(-1, columns), counts.reshape(-1, columns)
+    shape = (len(labels), columns)
+    return np.asarray(totals, np.float64).reshape(shape), counts.reshape(shape)

@@ -55,7 +55,7 @@ def additive_effects(values: Array, *, remove_common: bool = True) -> Effects:
     """
     values = np.asarray(values, dtype=np.float64)
     observed = np.isfinite(values)
-    seen = observed.any(axis=0)
+    seen: NDArray[np.bool_] = np.asarray(observed.any(axis=0))
     mask = observed.astype(np.float64)
     filled = np.where(observed, values, 0.0)
     counts = mask.sum(axis=0)
@@ -111,7 +111,7 @@ def _by_steps(
     filled: Array, mask: Array, observed: NDArray[np.bool_], together: Array, laplacian: Array
 ) -> Effects:
     """Eliminate a free mean per step."""
-    seen = observed.any(axis=0)
+    seen: NDArray[np.bool_] = np.asarray(observed.any(axis=0))
     totals = filled.sum(axis=1)
     inverse = _laplacian_inverse(laplacian, seen)
     layer = inverse @ (filled.sum(axis=0) - together.T @ totals)

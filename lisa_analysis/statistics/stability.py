@@ -28,19 +28,19 @@ def spearman(a: Array, b: Array) -> float:
 
 
 def kendall_tau(a: Array, b: Array) -> float:
-    """Kendall's τ_b of two rankings, shapes (..., layers); O(layers²), NaN without variation.
+    """Kendall's τ_b of two rankings; O(layers²), NaN when either side does not vary."""
+    return float(kendall_taus(np.asarray(a)[None], np.asarray(b))[0])
 
-    Leading dimensions are compared pairwise and returned averaged only by the caller: for arrays
-    of shape (replicates, layers) the result has shape (replicates,).
-    """
+
+def kendall_taus(a: Array, b: Array) -> Array:
+    """Kendall's τ_b of every row of `a`, shape (samples, layers), with `b` or its same row."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     first, second = np.triu_indices(a.shape[-1], k=1)
     x = np.sign(a[..., first] - a[..., second])
     y = np.sign(b[..., first] - b[..., second])
     scale = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        tau = np.where(scale > 0, (x * y).sum(axis=-1) / scale, np.nan)
-    return tau if tau.ndim else float(tau)  # type: ignore[return-value]
+        return np.asarray(np.where(scale > 0, (x * y).sum(axis=-1) / scale, np.nan))
 
 
 def kendall_w(profiles: Array) -> float:

@@ -25,14 +25,14 @@ def parameter_table(parameters: Sequence[Mapping[str, Any]]) -> "pa.Table":
 def metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
     """Join collected rows into one Arrow table in the order of steps; absent columns are null.
 
-    Columns that no row measured are left out of the file: the reader fills them with null.
+    Every column of the schema is there, all null where nothing was measured, so that tools that
+    read `metrics/*.parquet` at once find the same columns in every file.
     """
     import pyarrow as pa
 
     schema = arrow_schema(METRICS_TABLE)
-    present = [n for n in METRICS_TABLE.names if any(n in block for block in rows)]
     arrays = []
-    for name in present:
+    for name in METRICS_TABLE.names:
         kind = schema.field(name).type
         parts = [
             np.ma.masked_all(len(block["step"]), kind.to_pandas_dtype())
@@ -45,12 +45,7 @@ def metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
         arrays.append(
             pa.array(joined.data, type=kind, mask=mask if mask.any() else None, from_pandas=False)
         )
-    table = pa.table(
-        arrays,
-        schema=pa.schema(
-            [schema.field(n) for n in present],
-        ),
-    )
+    table = pa.table(arrays, schema=schema)
     return table.sort_by([("step", "ascending"), ("param_id", "ascending")])
 
 

@@ -33,7 +33,7 @@ def main() -> None:
                 str(model), str(data), method="full", output_dir=str(Path(folder) / "run"),
                 max_steps=240, per_device_train_batch_size=8, max_length=32, learning_rate=2e-3,
                 warmup_steps=0.1, eval_steps=80, save_final_model=False,
-                record=lt.RecordConfig(every=3, flush_seconds=3600),
+                record=lt.RecordConfig(every=3, base_delta=True, flush_seconds=3600),
             )
         )  # fmt: skip
         _forget_where(run_dir, Path(folder))

@@ -1,10 +1,10 @@
 """Let the backward pass stop at the lowest active layer, under gradient checkpointing too."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from lisa_train.layermap import unwrap
+from lisa_train.module_tree import unwrap
 
 
 class InputGradients:
@@ -15,7 +15,7 @@ class InputGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: Any = unwrap(model)
+        self._model = cast(Any, unwrap(model))
         enabled = bool(getattr(self._model, "_require_grads_hooks", None))
         self._undone = enabled and not _reentrant_checkpointing(self._model)
         if self._undone:

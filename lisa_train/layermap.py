@@ -3,13 +3,26 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from lisa_analysis.errors import ConfigError, suggest
 from lisa_analysis.layers import canonical_name, kind_of
+from lisa_train.module_tree import (
+    Stack,
+    below,
+    common_path,
+    embeddings_path,
+    is_list,
+    module_from,
+    output_head,
+    parameter_ids,
+    resting_tower,
+    shared_depth,
+    stacks,
+)
+from lisa_train.module_tree import unwrap as unwrap
 
 GROUPS = ("embed", "head", "norm", "other")
 
@@ -107,14 +120,6 @@ def _summary(names: tuple[str, ...]) -> str:
     return shown + (f", … ({len(names) - 2} more)" if len(names) > 2 else "")
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """A list of repeated blocks: its canonical path and the blocks."""
-
-    path: str
-    blocks: tuple[nn.Module, ...]
-
-
 def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
     """Find the layers of a model from its structure.
 
@@ -140,83 +145,42 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
         When there is no stack, when several are equally plausible, or `layers` names none.
     """
     bare = unwrap(model)
-    stacks = _stacks(model)
-    chosen = _named(stacks, layers, model) if layers else _main(stacks, bare)
+    found = stacks(model)
+    chosen = _named(found, layers, model) if layers else _main(found, bare)
     layer_ids: dict[int, int] = {}
     blocks = [block for stack in chosen for block in stack.blocks]
     for i, block in enumerate(blocks):
         for parameter in block.parameters():
             layer_ids.setdefault(id(parameter), i)  # a tensor shared by layers stays in the first
-    found: list[list[str]] = [[] for _ in blocks]
+    inside: list[list[str]] = [[] for _ in blocks]
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
-    group_of = _Grouping(model, bare, stacks, chosen)
+    group_of = _Grouping(model, bare, found, chosen)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in owners:
             tied[name] = owners[id(parameter)]
             continue
         owners[id(parameter)] = name
         if id(parameter) in layer_ids:
-            found[layer_ids[id(parameter)]].append(name)
+            inside[layer_ids[id(parameter)]].append(name)
         else:
             groups[group_of(name, parameter)].append(name)
     return LayerMap(
         names=tuple(f"{stack.path}.{i}" for stack in chosen for i in range(len(stack.blocks))),
         stacks=tuple(stack.path for stack in chosen for _ in stack.blocks),
-        layers=tuple(tuple(names) for names in found),
+        layers=tuple(tuple(names) for names in inside),
         groups={group: tuple(names) for group, names in groups.items()},
         tied=tied,
         sizes={name: _numel(p) for name, p in model.named_parameters()},
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile, data-parallel and PEFT wrappers."""
-    bare: Any = model
-    while True:
-        if isinstance(getattr(bare, "_orig_mod", None), nn.Module):
-            bare = bare._orig_mod
-        elif isinstance(bare, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            bare = bare.module
-        elif hasattr(bare, "peft_config") and hasattr(bare, "get_base_model"):
-            bare = bare.get_base_model()
-        else:
-            return bare
-
-
 def _numel(parameter: torch.Tensor) -> int:
     return int(parameter.numel())
 
 
-def _stacks(model: nn.Module) -> list[_Stack]:
-    """Outermost lists of blocks, in the order of `named_modules`."""
-    found: list[_Stack] = []
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        children = list(module.named_children())
-        if id(module) in inside or not _is_list(children):
-            continue
-        blocks = tuple(child for _, child in children)
-        if all(_matrices(block) >= 2 for block in blocks):
-            found.append(_Stack(canonical_name(name), blocks))
-            inside.update(id(part) for part in module.modules())
-    return found
-
-
-def _is_list(children: list[tuple[str, nn.Module]]) -> bool:
-    """Whether children are numbered 0, 1, …: `ModuleList`, `Sequential` and their subclasses."""
-    return bool(children) and [name for name, _ in children] == [
-        str(i) for i in range(len(children))
-    ]
-
-
-def _matrices(block: nn.Module) -> int:
-    """Number of weights with two or more dimensions: a convolution with its norm has one."""
-    return sum(p.ndim >= 2 or hasattr(p, "quant_state") for p in block.parameters())
-
-
-def _main(stacks: list[_Stack], bare: nn.Module) -> list[_Stack]:
+def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
     """Choose the stack, or both of an encoder-decoder, whose layers LISA rotates."""
     if not stacks:
         raise ConfigError(
@@ -228,8 +192,8 @@ def _main(stacks: list[_Stack], bare: nn.Module) -> list[_Stack]:
     config = getattr(bare, "config", None)
     if len(stacks) == 2 and getattr(config, "is_encoder_decoder", False):
         return stacks
-    if (embeddings := _embeddings(bare)) is not None and _head(bare) is not None:
-        depth = {stack.path: _shared_depth(stack.path, embeddings) for stack in stacks}
+    if (embeddings := embeddings_path(bare)) is not None and output_head(bare) is not None:
+        depth = {stack.path: shared_depth(stack.path, embeddings) for stack in stacks}
         deepest = [s for s in stacks if depth[s.path] == max(depth.values())]
         if len(deepest) == 1:
             return deepest
@@ -239,16 +203,16 @@ def _main(stacks: list[_Stack], bare: nn.Module) -> list[_Stack]:
     )
 
 
-def _listing(stacks: list[_Stack]) -> str:
+def _listing(stacks: list[Stack]) -> str:
     return ", ".join(f"{stack.path}: {len(stack.blocks)} layers" for stack in stacks)
 
 
-def _named(stacks: list[_Stack], layers: str, model: nn.Module) -> list[_Stack]:
+def _named(stacks: list[Stack], layers: str, model: nn.Module) -> list[Stack]:
     """Stacks that the user names, found among all lists of the model."""
     lists = {
         canonical_name(name): tuple(module.children())
         for name, module in model.named_modules()
-        if name and _is_list(list(module.named_children()))
+        if name and is_list(list(module.named_children()))
     }
     chosen = []
     for path in (part.strip() for part in layers.split(",")):
@@ -257,40 +221,8 @@ def _named(stacks: list[_Stack], layers: str, model: nn.Module) -> list[_Stack]:
                 f"layers={path!r} is not a list of modules of {type(unwrap(model)).__name__}; the "
                 f"candidates are {_listing(stacks) or 'none'}.{suggest(path, lists)}"
             )
-        chosen.append(_Stack(path, lists[path]))
+        chosen.append(Stack(path, lists[path]))
     return chosen
-
-
-def _embeddings(bare: nn.Module) -> str | None:
-    """Canonical path of the token embeddings, or None when the model has none."""
-    return _path(bare, _call(bare, "get_input_embeddings"))
-
-
-def _head(bare: nn.Module) -> nn.Module | None:
-    """Return the output embeddings (`lm_head`), or None."""
-    return _call(bare, "get_output_embeddings")
-
-
-def _call(bare: nn.Module, method: str) -> nn.Module | None:
-    try:
-        module = getattr(bare, method)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return module if isinstance(module, nn.Module) else None
-
-
-def _path(bare: nn.Module, module: nn.Module | None) -> str | None:
-    return next((canonical_name(n) for n, m in bare.named_modules() if m is module), None)
-
-
-def _shared_depth(a: str, b: str) -> int:
-    """Number of leading path components that two modules share."""
-    depth = 0
-    for x, y in zip(a.split("."), b.split("."), strict=False):
-        if x != y:
-            break
-        depth += 1
-    return depth
 
 
 class _Grouping:
@@ -302,21 +234,23 @@ class _Grouping:
     """
 
     def __init__(
-        self, model: nn.Module, bare: nn.Module, stacks: list[_Stack], chosen: list[_Stack]
+        self, model: nn.Module, bare: nn.Module, stacks: list[Stack], chosen: list[Stack]
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._embed = _ids(_call(bare, "get_input_embeddings"))
-        head = _head(bare)
+        self._embed = parameter_ids(module_from(bare, "get_input_embeddings"))
+        head = output_head(bare)
         base = getattr(bare, "base_model", None)
         outside = isinstance(base, nn.Module) and base is not bare
-        self._head = _ids(head)
-        self._in_base = _ids(base) if outside else None
+        self._head = parameter_ids(head)
+        self._in_base = parameter_ids(base) if outside else None
         rotating = [stack.path for stack in chosen]
         others = [stack.path for stack in stacks if stack.path not in rotating]
-        self._frozen = tuple(_tower(path, rotating) for path in others)
+        self._frozen = tuple(resting_tower(path, rotating) for path in others)
         # With a second stack about, only what surrounds the rotating one belongs to it.
-        embeddings = _embeddings(bare)
-        self._home = _common([*rotating, *([embeddings] if embeddings else [])]) if others else ""
+        embeddings = embeddings_path(bare)
+        self._home = (
+            common_path([*rotating, *([embeddings] if embeddings else [])]) if others else ""
+        )
 
     def __call__(self, name: str, parameter: nn.Parameter) -> str:
         if id(parameter) in self._embed:
@@ -324,11 +258,11 @@ class _Grouping:
         if id(parameter) in self._head:
             return "head"
         path = canonical_name(name)
-        if any(_below(path, tower) for tower in self._frozen):
+        if any(below(path, tower) for tower in self._frozen):
             return "other"
         if self._in_base is not None and id(parameter) not in self._in_base:
             return "head"
-        if self._home and not _below(path, self._home):
+        if self._home and not below(path, self._home):
             return "other"
         owner = self._modules[name.rpartition(".")[0]]
         kind = kind_of(name, layer_path=None)
@@ -339,29 +273,3 @@ class _Grouping:
         if re.search("norm", type(owner).__name__, re.IGNORECASE):
             return "norm"
         return kind if kind in GROUPS else "other"
-
-
-def _ids(module: nn.Module | None) -> frozenset[int]:
-    return frozenset(id(p) for p in module.parameters()) if module is not None else frozenset()
-
-
-def _below(path: str, ancestor: str) -> bool:
-    return path == ancestor or path.startswith(ancestor + ".")
-
-
-def _common(paths: list[str]) -> str:
-    """Longest module path that all paths start with."""
-    shared = paths[0].split(".")
-    for path in paths[1:]:
-        shared = shared[: _shared_depth(".".join(shared), path)]
-    return ".".join(shared)
-
-
-def _tower(path: str, rotating: list[str]) -> str:
-    """Highest ancestor of a resting stack that holds no rotating one: `model.vision_tower`."""
-    parts = path.split(".")
-    for depth in range(1, len(parts) + 1):
-        ancestor = ".".join(parts[:depth])
-        if not any(_below(stack, ancestor) for stack in rotating):
-            return ancestor
-    return path

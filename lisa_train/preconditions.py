@@ -8,7 +8,8 @@ from torch import nn
 from lisa_analysis.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.layers import canonical_name, role_of
 from lisa_train.config import LisaConfig
-from lisa_train.layermap import LayerMap, unwrap
+from lisa_train.layermap import LayerMap
+from lisa_train.module_tree import unwrap
 
 
 def refuse_adapters_and_quantization(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from lisa_analysis.errors import ConfigError
 from lisa_train.config import LisaConfig
-from lisa_train.samplers import make_sampler, never_drawn, resolve, seed_word
+from lisa_train.inclusion import resolve
+from lisa_train.samplers import make_sampler, never_drawn, seed_word
 
 # A unit is what is drawn as a whole: a layer by its index, or a group by its name.
 Unit = int | str

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-# Imported here, not on first use: the function must win over the submodule of the same name.
-from lisa_train.integration.attach import Attachment as Attachment
-from lisa_train.integration.attach import attach as attach
+from lisa_train.integration.attachment import Attachment as Attachment
+from lisa_train.integration.attachment import attach as attach
 from lisa_train.integration.lisa_callback import LisaCallback as LisaCallback
 
 __all__ = ["Attachment", "LisaCallback", "RecordCallback", "attach"]

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lisa_analysis.errors import ConfigError, ProbabilitiesError
-from lisa_train.samplers import (
-    SAMPLERS,
-    SystematicSampler,
-    check_probabilities,
-    equal_probabilities,
-    make_sampler,
-    never_drawn,
-    resolve,
-)
+from lisa_train.inclusion import check_probabilities, equal_probabilities, resolve
+from lisa_train.samplers import SAMPLERS, SystematicSampler, make_sampler, never_drawn
 
 # importance.md's example: naive weighted choice gives the first layer .681 instead of .8.
 SKEWED = np.array([0.8, 0.4, 0.3, 0.2, 0.2, 0.1])

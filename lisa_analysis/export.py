@@ -67,7 +67,7 @@ def _run(result: Any) -> dict[str, Any]:
 
 
 def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    return frame.to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
 def _strict(value: Any) -> Any:

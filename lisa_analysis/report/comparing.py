@@ -13,7 +13,7 @@ from lisa_analysis.plots.profiles import agreement_square, relative_scores
 from lisa_analysis.plots.runs import group_series
 from lisa_analysis.report import svg
 from lisa_analysis.report.content import METHODS, RunContent
-from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, short_label, thinned
+from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, canvas, short_label, thinned
 from lisa_analysis.report.format import count, number
 from lisa_analysis.report.tables import Table, frame_table, series_table
 
@@ -89,7 +89,7 @@ def comparison_figure(
     name = "held-out loss" if held_out else QUANTITIES[quantity]
     title = f"{name[:1].upper()}{name[1:]} of all runs"
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (WIDE, 3.2))
+        ax = canvas(WIDE, 3.2)
         plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
         short_label(ax)
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(named)} groups of runs.")
@@ -103,7 +103,7 @@ def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
     title = "Profiles side by side"
     metrics = ", ".join(sorted({str(p.metric) for p in profiles.values()}))
     with svg.ink(slug):
-        ax = style.axes_or_new(None, (WIDE, 3.4))
+        ax = canvas(WIDE, 3.4)
         plots.profiles(profiles, ax=ax)
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(profiles)} profiles.")
     columns = {

@@ -247,6 +247,11 @@ class Lisa:
 
     def _before_optimizer_step(self, *_: Any) -> None:
         """Drop gradients that somebody gave to frozen tensors; note where a warm-up starts."""
+        if self._schedule.index is None:
+            raise ConfigError(
+                "the optimizer steps before LISA has drawn any layer; call begin_step(step) before "
+                "the forward pass of every optimizer step."
+            )
         for parameter in self._trainable:
             if parameter not in self._active:
                 parameter.grad = None

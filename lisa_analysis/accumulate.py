@@ -69,7 +69,8 @@ class Accumulator:
             step, ids, group = step[trained], ids[trained], group[trained]
             columns = _take(columns, trained)
         if len(step):
-            self.ever_trained[ids] = True
+            if not self.ever_trained[ids].all():
+                self.ever_trained[ids] = True
             self._push(sum_batch(step, group, columns, self.width))
 
     def finish(self) -> "list[Chunk]":
@@ -91,13 +92,19 @@ class Accumulator:
             if bad.any():
                 row = int(np.argmax(bad))
                 self.first_bad[name] = (int(step[row]), int(ids[row]))
+        # The last row of a tensor counts: where the last step holds them all, that step will do.
+        final = slice(int(np.searchsorted(step, step[-1])), None)
+        present = np.zeros(len(self.group_of), dtype=bool)
+        present[ids[final]] = True
         for name, last in self.last.items():
             if name in columns:
                 values, measured = columns[name]
-                if measured is None:
-                    last[ids] = values
-                else:
+                if measured is not None:
                     last[ids[measured]] = values[measured]
+                elif present[ids].all():
+                    last[ids[final]] = values[final]
+                else:
+                    last[ids] = values
         if "weight_norm" in columns and step[0] == 0:
             values, measured = columns["weight_norm"]
             start = step == 0 if measured is None else (step == 0) & measured
@@ -199,12 +206,11 @@ def sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> Chunk:
     rows = scatter(np.diff(starts, append=len(step)))
     sums, counts = {}, {}
     for name, (values, measured) in columns.items():
-        weights = values.astype(np.float64)
         if measured is not None:
-            weights[~measured] = 0.0
+            values = np.where(measured, values, np.float32(0))
         if name not in ADDITIVE and name != "opt_steps":
-            np.square(weights, out=weights)
-        sums[name] = scatter(np.add.reduceat(weights, starts))
+            values = np.multiply(values, values, dtype=np.float64)
+        sums[name] = scatter(np.add.reduceat(values, starts, dtype=np.float64))
         counts[name] = (
             rows if measured is None else scatter(np.add.reduceat(measured, starts, dtype=np.int64))
         )

@@ -197,9 +197,10 @@ class Directedness:
         """Return one value per recorded step and group."""
         update = data.table["update_norm"]
         measured = np.isfinite(update)
-        recorded = np.cumsum(measured, axis=0)
-        mean_step = np.cumsum(np.where(measured, update, 0.0), axis=0) / np.maximum(recorded, 1)
-        return _ratio(data.table["delta_norm"], mean_step * np.sqrt(data.active_steps))
+        path = np.cumsum(np.where(measured, update, 0), axis=0, dtype=np.float64)
+        path /= np.maximum(np.cumsum(measured, axis=0, dtype=np.float32), 1)
+        path *= np.sqrt(data.active_steps)
+        return _ratio(data.table["delta_norm"], path)
 
 
 @dataclass(frozen=True)

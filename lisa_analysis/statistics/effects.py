@@ -32,7 +32,7 @@ class Effects:
     adjusted: str
 
 
-def additive_effects(values: Array, *, remove_common: bool = True) -> Effects:
+def additive_effects(values: NDArray[np.floating], *, remove_common: bool = True) -> Effects:
     """Separate layers from the course of training.
 
     With every layer observed at every step the effects are plain means over time. With few

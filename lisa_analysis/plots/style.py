@@ -1,5 +1,6 @@
 """Colours, axes and ticks that every plot shares."""
 
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,9 +36,17 @@ COLORMAP = "viridis"
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes:
-    """Return `ax`, or the axes of a new figure that pyplot does not know about."""
+    """Return `ax`, or the axes of a new figure.
+
+    In a notebook pyplot makes the figure, so that it appears below the cell; elsewhere pyplot
+    does not know about it, so that it goes when the caller lets it go.
+    """
     if ax is not None:
         return ax
+    if "ipykernel" in sys.modules:
+        from matplotlib import pyplot
+
+        return pyplot.subplots(figsize=size, layout="constrained")[1]
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.add_subplot()

@@ -309,7 +309,7 @@ def _build_trainer(
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"The trainer refuses this combination: {reason}") from error
     trainer.remove_callback(PrinterCallback)

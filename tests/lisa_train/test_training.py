@@ -201,6 +201,8 @@ def test_probabilities_of_another_model_are_refused_before_anything_is_written(
         (["--lora.rank", "3", "--method", "lora"], "lora.rank is not a field"),
         (["--trainer_args.adam_beta", "0.9"], "Did you mean 'adam_beta"),
         (["--lr_scheduler_type", "cosin"], "refuses these settings"),
+        (["--report_to", "[comet_ml]"], "comet-ml"),
+        (["--report_to", "[tensorbord]"], "tensorbord"),
         (["--method", "lisa", "--lisa.activated_layers", "9"], "9"),
         (["--method", "lisa", "--lisa.probabilities", "gone.json"], "gone.json"),
     ],

@@ -161,7 +161,7 @@ def heatmap_figure(
         found = int(grid.non_finite.sum())
         caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
     caption += thinned(group, "column")
-    table = grid_table(f"{title}, at up to 24 of {count(len(shown))} columns", shown)
+    table = grid_table(title, shown)
     return ReportFigure(slug, title, caption, image, table)
 
 
@@ -271,7 +271,7 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
 
 
 def _grid_height(n_layers: int) -> float:
-    return float(np.clip(1.1 + 0.085 * n_layers, 2.3, 5.4))
+    return float(np.clip(1.3 + 0.085 * n_layers, 2.7, 5.6))
 
 
 def short_label(ax: Axes) -> None:

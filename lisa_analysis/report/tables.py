@@ -85,6 +85,8 @@ def cell(value: Any, formatter: Callable[[Any], str] | None = None) -> Cell:
 
 def grid_table(caption: str, grid: LayerGrid) -> Table:
     """Layers as rows, at most `TABLE_COLUMNS` recorded steps as columns, picked evenly."""
+    if len(grid) > TABLE_COLUMNS:
+        caption += f", {TABLE_COLUMNS} of {len(grid):,} columns"
     picked = np.unique(np.linspace(0, len(grid) - 1, min(len(grid), TABLE_COLUMNS)).astype(int))
     heads = (Column("layer"), *(Column(f"step {grid.steps[i]:,}") for i in picked))
     rows = []

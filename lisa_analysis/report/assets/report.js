@@ -109,10 +109,10 @@
     highlight(menu.value);
   });
 
-  // Paper has no clicks: everything is open while printing.
+  // Paper has no clicks: everything is open while printing, but for tables of many pages.
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = all("details:not([open])");
+    opened = all("details:not([open]):not(.long)");
     opened.forEach((details) => { details.open = true; });
   });
   addEventListener("afterprint", () => opened.forEach((details) => { details.open = false; }));

@@ -87,7 +87,8 @@ METRICS_TABLE = Table(
     "metrics",
     METRICS_DIR,
     "one row per recorded step and tensor; null = not measured, NaN or inf = measured and "
-    "non-finite; a frozen tensor is absent from a training step, never zero",
+    "non-finite; a frozen tensor is absent from a training step, never zero; numbers have 18 "
+    "significant bits (relative 4e-6)",
     (
         Column("step", "int64", False, "completed optimizer steps; 0 = before training"),
         Column("param_id", "int32", False, "the tensor, see the parameters table"),

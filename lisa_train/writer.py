@@ -253,20 +253,24 @@ class RunWriter:
 
         floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         others = [name for name in table.schema.names if name not in floats]
-        table = table.replace_schema_metadata({"schema_version": SCHEMA_VERSION})
-        replace_file(
-            path,
-            lambda temporary: pq.write_table(
-                table,
+        table = table.replace_schema_metadata(None)
+
+        def write(temporary: Path) -> None:
+            with pq.ParquetWriter(
                 temporary,
+                table.schema,
                 compression="zstd",
-                compression_level=3,
                 use_dictionary=others,
                 # Exponents compress well once they lie side by side.
                 use_byte_stream_split=floats,
-                store_schema=True,
-            ),
-        )
+                # The types are Parquet's own; the Arrow schema would be half of a small shard.
+                store_schema=False,
+                write_statistics=[name for name in ("step", "param_id") if name in others],
+            ) as file:
+                file.write_table(table)
+                file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
+
+        replace_file(path, write)
 
     def update_manifest(self, **fields: Any) -> None:
         """Change entries of run.json and rewrite it in one move."""

@@ -5,6 +5,7 @@ is asserted here, where the process that was killed is known.
 """
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -50,13 +51,22 @@ def train(folder, pipe):
         (int(path.name.split("-")[1]), path)
         for path in (folder / "checkpoints").glob("checkpoint-*")
         # Trainer makes one step too many when it continues from the very last one.
-        if (path / "trainer_state.json").exists() and not path.name.endswith(f"-{STEPS}")
+        if is_whole(path) and not path.name.endswith(f"-{STEPS}")
     )
     lisa = lt.LisaConfig(activated_layers=1, interval_steps=4)
     record = lt.RecordConfig(str(folder), every=1, flush_seconds=FLUSH)
     resume = (folder / "run.json").exists()
     lt.attach(trainer, lisa=lisa, record=record, resume=resume)
     trainer.train(resume_from_checkpoint=str(saved[-1][1]) if saved else None)
+
+
+def is_whole(checkpoint):
+    """Whether the kill left this checkpoint of Trainer's, whose last file is this one, whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def run(folder, moment=None):

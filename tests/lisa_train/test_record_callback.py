@@ -181,7 +181,7 @@ def test_a_resumed_run_is_one_run(tmp_path):
     merged = run.metrics().merge(whole.metrics(), on=keys, how="outer", suffixes=("", "_"))
     merged = merged[merged["grad_norm_"].notna()]
     for column in ("weight_norm", "grad_norm", "update_norm", "opt_steps"):
-        assert np.allclose(merged[column], merged[f"{column}_"], rtol=1e-6), column
+        assert np.allclose(merged[column], merged[f"{column}_"], rtol=1e-5), column
     assert run.scalars["tokens"].tolist() == whole.scalars["tokens"].tolist()
 
 
@@ -349,7 +349,7 @@ def test_one_quantity_alone(tmp_path, quantity):
     expected = load(tmp_path / "whole" / "run").metrics([quantity], steps=slice(1, 3))
     if quantity != "weight_norm":
         found = found[found[quantity].notna()]
-    assert np.allclose(found[quantity], expected[quantity], rtol=1e-6)
+    assert np.allclose(found[quantity], expected[quantity], rtol=1e-5)
     assert len(found) == len(expected)
 
 
@@ -470,7 +470,7 @@ def test_trackers_get_a_few_aggregates(tmp_path):
     run = load(tmp_path / "run")
     frame = run.metrics(["grad_norm"], layers=0, steps=[2])
     expected = np.sqrt((frame["grad_norm"].astype(float) ** 2).sum())
-    assert logs[-1]["grad_norm/layers_first"] == pytest.approx(expected, rel=1e-6)
+    assert logs[-1]["grad_norm/layers_first"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_sft_trainer_needs_one_line(tmp_path, tiny_model_dir):

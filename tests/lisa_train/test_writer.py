@@ -283,3 +283,96 @@ def test_a_forked_worker_does_not_keep_the_run_alive(tmp_path):
     assert load(tmp_path / "run").status == "interrupted"
     os.close(write_end)
     os.waitpid(child, 0)
+
+
+# --- precision and other tools ------------------------------------------------------------------
+
+
+def test_numbers_keep_eighteen_bits():
+    from lisa_train.encoding import round_bits
+
+    values = np.random.default_rng(0).lognormal(0, 10, 100_000).astype(np.float32)
+    values[::2] *= -1
+    rounded = round_bits(values)
+    assert np.abs(rounded.astype(float) / values.astype(float) - 1).max() <= 2.0**-18
+    assert abs((rounded.astype(float) / values - 1).mean()) < 1e-7  # to the nearest, not down
+    assert (round_bits(rounded) == rounded).all()
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0], np.float32)
+    np.testing.assert_array_equal(round_bits(special), special)
+
+
+def test_a_recorded_tensor_and_step_is_twelve_bytes(tmp_path):
+    """The default quantities with mantissas as random as those of a real run."""
+    rng = np.random.default_rng(0)
+    n, steps = 200, 50
+    writer = RunWriter(tmp_path / "run", manifest=MANIFEST, parameters=parameters(n))
+    scale = rng.lognormal(0, 1, n)
+    for step in range(10, 10 * (steps + 1), 10):
+        columns = {"step": np.full(n, step), "param_id": np.arange(n)}
+        for name in ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent"):
+            # Weights hardly move from one recorded step to the next; all else jumps.
+            spread = 1e-4 if name == "weight_norm" else 0.2
+            columns[name] = (scale * rng.lognormal(0, spread, n)).astype(np.float32)
+        columns["opt_steps"] = np.full(n, step, np.int32)
+        writer.write_metrics(columns)
+    writer.close()
+    [shard] = (tmp_path / "run" / "metrics").iterdir()
+    assert shard.stat().st_size / (n * steps) <= 12
+
+
+@pytest.fixture
+def three_steps(tmp_path):
+    writer = open_run(tmp_path / "run")
+    for step in (1, 2, 3):
+        writer.write_metrics(rows(step, value=float(step)))
+        writer.scalars({"step": step, "loss": float("nan") if step == 2 else 1.0 / step})
+        writer.flush()
+    writer.close()
+    return str(tmp_path / "run")
+
+
+def test_duckdb_reads_the_files(three_steps):
+    import duckdb
+
+    query = f"""
+        SELECT p.layer, m.step, sqrt(sum(m.grad_norm ** 2)) AS grad_norm
+        FROM '{three_steps}/metrics/*.parquet' m
+        JOIN '{three_steps}/parameters.parquet' p USING (param_id)
+        WHERE m.step >= 2 GROUP BY ALL ORDER BY ALL
+    """
+    found = duckdb.sql(query).fetchall()
+    expected = [(layer, step, step * 2**0.5) for layer in (0, 1) for step in (2, 3)]
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    assert [row[2] for row in found] == pytest.approx([row[2] for row in expected])
+    loss = duckdb.sql(f"SELECT step, loss::DOUBLE FROM '{three_steps}/scalars.jsonl'").fetchall()
+    assert [step for step, _ in loss] == [1, 2, 3]
+    assert np.isnan(loss[1][1])
+
+
+def test_polars_reads_the_files(three_steps):
+    import polars as pl
+
+    metrics = pl.scan_parquet(f"{three_steps}/metrics/*.parquet")
+    parameters = pl.scan_parquet(f"{three_steps}/parameters.parquet")
+    found = (
+        metrics.filter(pl.col("step") >= 2)
+        .join(parameters, on="param_id")
+        .group_by("layer", "step")
+        .agg((pl.col("grad_norm") ** 2).sum().sqrt())
+        .sort("layer", "step")
+        .collect()
+    )
+    assert found["step"].to_list() == [2, 3, 2, 3]
+    assert found["grad_norm"].to_list() == pytest.approx([s * 2**0.5 for s in (2, 3, 2, 3)])
+
+
+def test_pandas_reads_the_files(three_steps):
+    import pandas as pd
+
+    metrics = pd.read_parquet(f"{three_steps}/metrics")
+    parameters = pd.read_parquet(f"{three_steps}/parameters.parquet")
+    joined = metrics.merge(parameters, on="param_id")
+    found = joined.groupby(["layer", "step"])["grad_norm"].agg(lambda x: (x**2).sum() ** 0.5)
+    assert found.loc[1, 3] == pytest.approx(3 * 2**0.5)
+    scalars = pd.read_json(f"{three_steps}/scalars.jsonl", lines=True)
+    assert scalars["step"].tolist() == [1, 2, 3]

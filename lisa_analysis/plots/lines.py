@@ -221,17 +221,16 @@ def _mark_clipped(ax: Axes, frame: pd.DataFrame) -> None:
 
 def draw_series(ax: Axes, series: Series, name: str, position: int) -> None:
     """Draw a thinned series as a line, with a band where it stands for more than itself."""
-    look = position % len(style.SERIES)
-    color = style.SERIES[look]
+    color, dashes, marker = style.look(position)
     if (series.high > series.low).any():
         ax.fill_between(series.x, series.low, series.high, color=color, alpha=0.18, linewidth=0)
     ax.plot(
         series.x,
         series.middle,
         color=color,
-        linestyle=style.DASHES[look],
+        linestyle=dashes,
         linewidth=1.3,
-        marker=style.MARKERS[look] if len(series) < 30 else None,
+        marker=marker if len(series) < 30 else None,
         markersize=3.5,
         label=name,
     )

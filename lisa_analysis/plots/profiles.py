@@ -95,15 +95,15 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         return style.note(ax, "No run has a profile to compare.")
     depths = {len(frame) for frame in frames.values()}
     for position, (name, frame) in enumerate(frames.items()):
-        look = position % len(style.SERIES)
+        color, dashes, marker = style.look(position)
         x = frame["layer"] if len(depths) == 1 else np.linspace(0, 1, len(frame))
         ax.plot(
             x,
             frame["relative"],
-            color=style.SERIES[look],
+            color=color,
             label=style.literal(name),
-            linestyle=style.DASHES[look],
-            marker=style.MARKERS[look],
+            linestyle=dashes,
+            marker=marker,
             markersize=3.2,
             linewidth=1.2,
         )

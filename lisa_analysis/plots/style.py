@@ -35,6 +35,20 @@ NON_FINITE = "#e5004d"
 COLORMAP = "viridis"
 
 
+def look(position: int) -> tuple[str, str | tuple[int, tuple[int, ...]], str]:
+    """Colour, dashes and marker of the position-th line; 49 lines all differ.
+
+    >>> len({look(position) for position in range(49)})
+    49
+    """
+    turn = position // len(SERIES)
+    return (
+        SERIES[position % len(SERIES)],
+        DASHES[(position + turn) % len(DASHES)],
+        MARKERS[(position + turn) % len(MARKERS)],
+    )
+
+
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes:
     """Return `ax`, or the axes of a new figure.
 

@@ -430,10 +430,11 @@ def _check_method(config: TrainConfig) -> None:
 def _check_precision(config: TrainConfig) -> None:
     if config.bf16 and config.fp16:
         raise ConfigError("bf16 and fp16 are both true; choose one precision to compute in.")
-    if config.fp16 and config.dtype == "float16":
+    if config.dtype == "float16" and config.method != "lora":
         raise ConfigError(
-            "fp16 is true and dtype is float16: gradient scaling needs fp32 weights; "
-            "set dtype to float32, or fp16 to false."
+            f"dtype is float16 and method is {config.method}: fp16 weights cannot be trained, "
+            "small updates and Adam's epsilon vanish; set dtype to float32 and fp16 to true, or "
+            "use bfloat16."
         )
 
 

@@ -27,7 +27,7 @@ def test_configurations_are_frozen_values() -> None:
         ({"method": "full", "lora": {"r": 8}}, "lora.r is set but method is 'full'"),
         ({"method": "lora", "lisa": LisaConfig(activated_layers=3)}, "lisa.activated_layers"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
-        ({"fp16": True, "dtype": "float16"}, "gradient scaling needs fp32 weights"),
+        ({"dtype": "float16", "method": "full"}, "fp16 weights cannot be trained"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; expected 0 or more"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"per_device_train_batch_size": 0}, "expected at least 1"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import lisa_analysis as la
 from lisa_analysis.errors import ConfigError, RunDirectoryError
 from lisa_train.cli import main, parse
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
-from lisa_train.training import train
+from lisa_train.training import _trainer_arguments, train
 
 FAST: dict[str, Any] = {
     "max_steps": 6,
@@ -104,7 +105,7 @@ def test_every_layout_trains(
     assert la.load(run_dir).scalars["loss"].notna().all()
 
 
-@pytest.mark.parametrize("precision", [{"bf16": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True}, {"dtype": "bfloat16"}])
 def test_lower_precision_trains(
     precision: dict[str, Any], tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +252,69 @@ def test_resume_refuses_other_settings_and_missing_checkpoints(
     train(kept)
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.5"):
         train(dataclasses.replace(kept, learning_rate=0.5), resume=True)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    method: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    extra: dict[str, Any] = {"lisa": LISA} if method == "lisa" else {}
+    losses = []
+    for on in (False, True):
+        out = tmp_path / str(on)
+        settings = config(
+            tiny_model_dir, text_file, out, method=method, gradient_checkpointing=on, **extra
+        )
+        losses.append(list(la.load(train(settings)).scalars["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_accumulation_and_schedules_reach_the_trainer(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Half the batch twice is the whole batch; the logged rates are the cosine's."""
+    settings = {"method": "full", "lr_scheduler_type": "cosine", "eval_steps": None}
+    whole = config(tiny_model_dir, text_file, tmp_path / "a", **settings)
+    halves = config(
+        tiny_model_dir, text_file, tmp_path / "b", **settings,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    a, b = (la.load(train(c)).scalars for c in (whole, halves))
+    assert list(a["loss"]) == pytest.approx(list(b["loss"]), rel=1e-4)
+    expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert list(a["learning_rate"]) == pytest.approx(expected)
+
+
+def test_trackers_are_passed_through(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = config(
+        tiny_model_dir, text_file, tmp_path, method="full", report_to=("tensorboard", "trackio")
+    )
+    assert _trainer_arguments(settings, tmp_path).report_to == ["tensorboard", "trackio"]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tiny_model_dir, text_file, tmp_path / "run", method="lisa", lisa=LISA))
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
+    assert next(x for x in lines if "held-out loss" in x).startswith("step 0: held-out loss")
+    last = next(x for x in reversed(lines) if "left" in x)
+    draws = la.load(tmp_path / "run").events.query("event == 'lisa_draw'")["layers"]
+    assert last.startswith("step 6/6, loss ")
+    assert f"layers {','.join(map(str, draws.iloc[-1]))}, 0 s left" in last
+
+
+def test_progress_is_a_bar_when_asked_for(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(
+        tiny_model_dir, text_file, tmp_path / "run", method="lisa", lisa=LISA, progress_bar=True
+    )
+    train(settings)
+    written = capsys.readouterr()
+    assert "6/6" in written.err
+    assert "layers=" in written.err
+    assert "held-out loss" in written.out + written.err
 
 
 def test_the_command_line_repeats_what_python_does(

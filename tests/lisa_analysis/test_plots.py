@@ -200,8 +200,8 @@ def test_names_from_a_run_are_drawn_literally(name):
     assert not text._preprocess_math(text.get_text())[1]
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 12, 32, 33, 80, 126])
-@pytest.mark.parametrize("n_steps", [1, 8, 1000, 100_000])
+@pytest.mark.parametrize("n_layers", [1, 12, 33, 80, 126])
+@pytest.mark.parametrize("n_steps", [1, 1000, 100_000])
 def test_tick_labels_do_not_touch(n_layers, n_steps):
     steps = np.arange(1, n_steps + 1)
     values = np.ones((n_layers, min(n_steps, 2000)))

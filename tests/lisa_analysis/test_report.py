@@ -259,7 +259,7 @@ def test_same_run_gives_the_same_bytes(pages, folder):
 
 
 def test_ten_runs_stay_below_5_mb(pages, tmp_path):
-    runs = [write_run(tmp_path / f"r{i}", n_layers=32, steps=1000, every=5, kinds=("attn.q",),
+    runs = [write_run(tmp_path / f"r{i}", n_layers=32, steps=1000, every=10, kinds=("attn.q",),
                       method="full", seed=i) for i in range(10)]  # fmt: skip
     assert len(la.report(runs).html.encode()) < 5e6
 

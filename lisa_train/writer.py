@@ -260,6 +260,7 @@ class RunWriter:
                 temporary,
                 table.schema,
                 compression="zstd",
+                compression_level=9,
                 use_dictionary=others,
                 # Exponents compress well once they lie side by side.
                 use_byte_stream_split=floats,

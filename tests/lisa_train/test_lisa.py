@@ -203,6 +203,7 @@ def test_frozen_layers_are_bit_identical_over_their_interval(make_llama, name, s
                 }
                 refrozen += len({engine.layer_map.layer_of(n) for n in held} & seen)
                 seen.update(engine.active_layers)
+            assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
             if not set_to_none:  # a loop that hands every tensor a gradient of zeros
                 for parameter in model.parameters():
                     if parameter.grad is None:
@@ -539,6 +540,22 @@ def test_a_run_resumed_inside_an_interval_is_bit_identical(make_llama, name, pol
         assert states.keys() == final.keys()
         for position, state in states.items():
             assert_same_state(state, final[position])
+
+
+def test_going_back_to_a_checkpoint_in_a_running_engine_leaves_nothing_behind(make_llama):
+    model = make_llama(layers=6)
+    optimizer = adamw(model.parameters())
+    config = lt.LisaConfig(1, 2, "cyclic", optimizer_state="keep")
+    with Lisa(model, optimizer, config) as engine:
+        train(model, optimizer, engine, range(3))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), engine.state_dict()))
+        losses = train(model, optimizer, engine, range(3, 12))
+        final = snapshot(model)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        engine.load_state_dict(saved[2])
+        assert train(model, optimizer, engine, range(3, 12)) == losses
+        assert changed(final, model) == set()
 
 
 def test_a_run_that_starts_late_without_saved_state_trains_the_layers_of_its_interval(make_llama):

@@ -23,6 +23,8 @@ _KEYS = ("step", "param_id")
 MEASURES = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
 # Norms of disjoint tensors add as squares, these as they are.
 ADDITIVE = ("grad_norm_l1", "descent", "grad_noise")
+# A measuring pass has gradients of frozen tensors as well: it is summed apart.
+PROBE = "probe_grad_norm"
 _TRAINING = ("grad_norm", "update_norm", "grad_norm_l1", "descent", "opt_steps")
 
 
@@ -39,8 +41,7 @@ class Accumulator:
 
     def __init__(self, group_of: Ids, width: int) -> None:
         self.group_of, self.width = group_of, width
-        self.chunks: list[Chunk] = []
-        self.pending: Chunk | None = None
+        self.steps, self.probes = Chain(), Chain()
         size = len(group_of)
         self.complete = bool((group_of >= 0).all())
         self.census = np.full(size, np.nan)
@@ -62,6 +63,7 @@ class Accumulator:
         self._note(step, ids, columns)
         trained = _trained_rows(columns, len(step))
         group = self.group_of[ids]
+        self._probe(step, group, columns)
         if step[0] == 0 or not self.complete:
             kept = (step > 0) & (group >= 0)
             trained = kept if trained is None else trained & kept
@@ -71,14 +73,18 @@ class Accumulator:
         if len(step):
             if not self.ever_trained[ids].all():
                 self.ever_trained[ids] = True
-            self._push(sum_batch(step, group, columns, self.width))
+            columns.pop(PROBE, None)
+            self.steps.push(sum_batch(step, group, columns, self.width))
 
-    def finish(self) -> "list[Chunk]":
-        """All steps summed so far, in order."""
-        if self.pending is not None:
-            self.chunks.append(self.pending.finished())
-            self.pending = None
-        return self.chunks
+    def _probe(self, step: Ids, group: Ids, columns: Columns) -> None:
+        """Sum the gradients of a measuring pass, which frozen tensors have too."""
+        if PROBE not in columns:
+            return
+        values, measured = columns[PROBE]
+        rows = group >= 0 if measured is None else measured & (group >= 0)
+        if rows.any():
+            part: Columns = {PROBE: (values[rows], None)}
+            self.probes.push(sum_batch(step[rows], group[rows], part, self.width))
 
     def _note(self, step: Ids, ids: Ids, columns: Columns) -> None:
         """Remember the first non-finite value of a column, and the norms of single tensors."""
@@ -110,14 +116,30 @@ class Accumulator:
             start = step == 0 if measured is None else (step == 0) & measured
             self.census[ids[start]] = values[start]
 
-    def _push(self, chunk: "Chunk") -> None:
-        if self.pending is not None:
-            if self.pending.steps[-1] == chunk.steps[0]:
-                chunk.absorb(self.pending)
-                self.pending = self.pending.head()
-            if len(self.pending.steps):
-                self.chunks.append(self.pending.finished())
-        self.pending = chunk
+
+class Chain:
+    """Chunks in the order of steps; the last one waits for the rest of its last step."""
+
+    def __init__(self) -> None:
+        self._done: list[Chunk] = []
+        self._pending: Chunk | None = None
+
+    def push(self, chunk: "Chunk") -> None:
+        """Append; the two parts of a step that a batch cut are added."""
+        if self._pending is not None:
+            if self._pending.steps[-1] == chunk.steps[0]:
+                chunk.absorb(self._pending)
+                self._pending = self._pending.head()
+            if len(self._pending.steps):
+                self._done.append(self._pending.finished())
+        self._pending = chunk
+
+    def finish(self) -> "list[Chunk]":
+        """All chunks, as norms."""
+        if self._pending is not None:
+            self._done.append(self._pending.finished())
+            self._pending = None
+        return self._done
 
 
 @dataclass

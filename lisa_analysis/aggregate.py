@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from lisa_analysis.accumulate import MEASURES, Accumulator
+from lisa_analysis.accumulate import MEASURES, PROBE, Accumulator
 from lisa_analysis.draws import draw_events as draw_events
 from lisa_analysis.draws import draws as draws
 from lisa_analysis.errors import LisaError, suggest
@@ -107,6 +108,9 @@ class StepTable:
         measured, inf where any measured value was not finite.
     trained
         Shape (n, groups): whether a tensor of the group was trained at the step.
+    probe_steps, probe
+        Steps of measuring passes, shape (m,), and ‖g‖ in them, shape (m, groups): gradients of
+        frozen groups too.
     numel
         Shape (groups,): elements of the tensors that were ever trained.
     initial, initial_base
@@ -114,6 +118,8 @@ class StepTable:
         they adapt (LoRA) or are (otherwise); NaN without a census at step 0.
     final
         Shape (groups,): ‖θ‖ of the trained tensors when they were last measured.
+    final_delta
+        Shape (groups,): ‖W − W_0‖ when it was last measured (LoRA: of the product).
     last
         ``weight_norm`` and ``delta_norm`` -> shape (tensors,), the last measured value by
         param_id.
@@ -129,10 +135,13 @@ class StepTable:
     steps: Ids
     measures: Mapping[str, Array]
     trained: NDArray[np.bool_]
+    probe_steps: Ids
+    probe: Array
     numel: NDArray[np.float64]
     initial: NDArray[np.float64]
     initial_base: NDArray[np.float64]
     final: NDArray[np.float64]
+    final_delta: NDArray[np.float64]
     last: Mapping[str, NDArray[np.float64]]
     ever_trained: NDArray[np.bool_]
     first_non_finite: Mapping[str, tuple[int, int]]
@@ -173,7 +182,7 @@ def _read(run: Any, level: str) -> StepTable:
     sums = Accumulator(groups.of, len(groups.names))
     for batch in run.iter_metrics(columns=list(MEASURES)):
         sums.add(batch)
-    chunks = sums.finish()
+    chunks, probes = sums.steps.finish(), sums.probes.finish()
     measures: dict[str, Array] = {}
     for name in [n for n in MEASURES if any(n in chunk.sums for chunk in chunks)]:
         # Popped one column at a time: the table is never in memory twice.
@@ -185,19 +194,17 @@ def _read(run: Any, level: str) -> StepTable:
             ]
         )
         del parts
-    elements, initial, base, final = _group_norms(
-        run, groups, sums.ever_trained, sums.census, sums.last["weight_norm"]
-    )
-    empty = np.zeros((0, len(groups.names)), dtype=bool)
+    norms = _group_norms(run, groups, sums)
+    width = len(groups.names)
+    empty, nothing = np.zeros((0, width), dtype=bool), np.zeros((0, width), dtype=np.float32)
     return StepTable(
         groups=groups,
         steps=np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in chunks)]),
         measures=measures,
         trained=np.concatenate([empty, *(chunk.trained for chunk in chunks)]),
-        numel=elements,
-        initial=initial,
-        initial_base=base,
-        final=final,
+        probe_steps=np.concatenate([np.zeros(0, np.int64), *(chunk.steps for chunk in probes)]),
+        probe=np.concatenate([nothing, *(chunk.sums[PROBE] for chunk in probes)]),
+        **norms,
         last=sums.last,
         ever_trained=sums.ever_trained,
         first_non_finite=dict(sums.first_bad),
@@ -205,47 +212,38 @@ def _read(run: Any, level: str) -> StepTable:
     )
 
 
-def _group_norms(
-    run: Any,
-    groups: Grouping,
-    trained: NDArray[np.bool_],
-    census: NDArray[np.float64],
-    last: NDArray[np.float64],
-) -> tuple[NDArray[Any], ...]:
-    """Elements, ‖θ_0‖, ‖θ_0‖ of the adapted base weights and last ‖θ‖ per group."""
+def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDArray[np.float64]]:
+    """Elements and norms of single tensors before and after training, summed per group."""
     frame = run.parameters
     ids = frame["param_id"].to_numpy(dtype=np.int64)
     group = groups.of[ids]
-    kept = group >= 0
-    is_trained = trained[ids] & kept
-    numel = frame["numel"].to_numpy(dtype=np.float64)
-    roles, names = frame["role"].astype(str).tolist(), frame["name"].astype(str).tolist()
-    modules = [module_of(name) for name in names]
-    adapted = {
-        module
-        for module, role, t in zip(modules, roles, is_trained, strict=True)
-        if t and role != "base"
-    }
-    is_base = (
-        np.array(
-            [
-                role == "base" and (module in adapted or bool(t))
-                for module, role, t in zip(modules, roles, is_trained, strict=True)
-            ],
-            dtype=bool,
-        )
-        & kept
-    )
-
+    trained = sums.ever_trained[ids] & (group >= 0)
+    base = _adapted_or_trained(frame, trained) & (group >= 0)
     width = len(groups.names)
 
-    def norm(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def total(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
         # Without any row bincount gives integers, which hold no NaN.
-        squares = np.bincount(group[where], weights=values[ids[where]] ** 2, minlength=width)
-        squares = squares.astype(np.float64)
+        found = np.bincount(group[where], weights=values[where], minlength=width)
+        return found.astype(np.float64)
+
+    def norm(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
+        squares = total(values[ids] ** 2, where)
         squares[np.bincount(group[where], minlength=width) == 0] = np.nan
         return np.sqrt(squares)
 
-    elements = np.bincount(group[is_trained], weights=numel[is_trained], minlength=width)
-    elements = elements.astype(np.float64)
-    return elements, norm(census, is_trained), norm(census, is_base), norm(last, is_trained)
+    delta = sums.last["delta_norm"]
+    return {
+        "numel": total(frame["numel"].to_numpy(dtype=np.float64), trained),
+        "initial": norm(sums.census, trained),
+        "initial_base": norm(sums.census, base),
+        "final": norm(sums.last["weight_norm"], trained),
+        "final_delta": norm(delta, trained & ~np.isnan(delta[ids])),
+    }
+
+
+def _adapted_or_trained(frame: pd.DataFrame, trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Base weights that train, or whose module has an adapter that trains."""
+    base = (frame["role"] == "base").to_numpy()
+    modules = [module_of(name) for name in frame["name"].astype(str)]
+    adapted = {module for module, t in zip(modules, trained & ~base, strict=True) if t}
+    return base & (trained | np.array([module in adapted for module in modules], dtype=bool))

@@ -75,9 +75,12 @@ def importance(
     name = str(getattr(chosen, "id", getattr(chosen, "__name__", type(chosen).__name__)))
     values = _evaluate(chosen, name, data)
     scale = getattr(chosen, "scale", "log")
+    probes = getattr(chosen, "rows", "steps") == "probes"
+    steps = data.table.probe_steps if probes else data.table.steps
+    interval = None if probes else data.interval
     rng = np.random.default_rng(seed)
     inside = data.table.groups.inside
-    fit = _fit(values[:, :inside], scale, data.interval, confidence, rng)
+    fit = _fit(values[:, :inside], scale, interval, confidence, rng)
     outside = [
         _fit(values[:, [column]], scale, None, confidence, rng)
         for column in range(inside, values.shape[1])
@@ -87,7 +90,7 @@ def importance(
     start = initialisation(name, data, scores, initial)
     concentration = judgement.concentration(fit, confidence)
     shape = judgement.shape(fit, confidence, concentration, by)
-    reliability = judgement.reliability(fit, data.table.steps, data.interval, rng)
+    reliability = judgement.reliability(fit, steps, interval, rng)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
     layers = _frame(data.table.groups, slice(0, inside), [fit], visits, initial)
@@ -122,7 +125,7 @@ def _evaluate(chosen: Any, name: str, data: Measurements) -> NDArray[np.floating
             f"importance metric {name!r} cannot be computed for run {data.run.run_id}: "
             f"{error.args[0]}; choose another metric or record the column."
         ) from None
-    if values.shape != data.table.trained.shape:
+    if values.shape not in (data.table.trained.shape, data.table.probe.shape):
         raise LisaError(
             f"importance metric {name!r} returned an array of shape {values.shape}: expected "
             f"(recorded steps, groups) = {data.table.trained.shape}."

@@ -5,12 +5,13 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics import Measurements
 from lisa_analysis.profile import Initialisation
+from lisa_analysis.statistics.shape import MATERIAL
 
 Array = NDArray[np.float64]
 
 # The share of a profile above which it is called that of its initialisation.
 EXPLAINED = 0.9
-_GRADIENT = ("grad_rms", "l1_descent")
+_GRADIENT = ("grad_rms", "l1_descent", "probe_rms")
 
 
 def initial_scores(metric: str, data: Measurements, values: NDArray[np.floating]) -> Array:
@@ -22,7 +23,9 @@ def initial_scores(metric: str, data: Measurements, values: NDArray[np.floating]
     """
     if metric == "weight_norm":
         return data.table.initial.copy()
-    if metric in _GRADIENT and len(data.table.steps) and data.table.steps[0] == 1:
+    if metric == "probe_rms" and len(values) and data.table.probe_steps[0] == 0:
+        return np.asarray(values[0], dtype=np.float64)
+    if metric in _GRADIENT[:2] and len(data.table.steps) and data.table.steps[0] == 1:
         first = np.asarray(values[0], dtype=np.float64)
         return np.where(np.isfinite(first), first, np.nan)
     return np.full(values.shape[1], np.nan)
@@ -48,8 +51,11 @@ def initialisation(
     change = final - start
     level = float(min(np.exp(-abs(change.mean())), 1.0))
     spread = float(final.var())
-    # Differences below 0.1 % are rounding of equal norms, not a profile.
-    share = float(np.clip(1 - change.var() / spread, 0, 1)) if spread > 1e-6 else float("nan")
+    # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
+    differs = spread > MATERIAL**2
+    share = float(np.clip(1 - change.var() / spread, 0, 1)) if differs else float("nan")
+    if metric in _GRADIENT and not differs:
+        return None
     raw_adapters = metric == "weight_norm" and data.run.method == "lora"
     measure = level if np.isnan(share) else share
     explained = raw_adapters and measure >= EXPLAINED and level >= EXPLAINED
@@ -84,15 +90,15 @@ def default_lora_norms(data: Measurements) -> Array:
 def _words(metric: str, share: float, level: float, explained: bool, raw_adapters: bool) -> str:
     if metric in _GRADIENT:
         return (
-            f"{share:.0%} of the spread of this profile is that of the first step, whose gradient "
+            f"{share:.0%} of the spread of this profile is that of the first gradient, which "
             "belongs to the untrained weights (one step, its noise included)."
         )
     part = (
-        "the groups do not differ, at step 0 or after it"
+        f"layers, embedding and head differ by less than {MATERIAL:.0%}"
         if np.isnan(share)
         else f"{share:.0%} of the spread between layers, embedding and head was there at step 0"
     )
-    text = f"{part[0].upper()}{part[1:]}, and {level:.0%} of its level."
+    text = f"{part[0].upper()}{part[1:]}; {level:.0%} of the level was there at step 0."
     if explained:
         return (
             f"{text} This profile is explained by adapter initialisation: it shows how A and B "

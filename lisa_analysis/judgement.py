@@ -225,9 +225,9 @@ def statement(
         )
     sentences.append(_shape_words(shape, found, by))
     if stable.steps_needed is not None and not stable.enough:
-        if np.isinf(stable.steps_needed):
+        if np.isinf(stable.steps_needed) and fit.samples is not None:
             sentences.append(f"The {by}s do not differ beyond noise.")
-        elif stable.steps_needed > 0:
+        elif 0 < stable.steps_needed < np.inf:
             sentences.append(
                 f"About {stable.steps_needed:,.0f} more steps like these would make the ranking "
                 "reliable (0.9)."

@@ -36,6 +36,8 @@ class Measurements:
         Shape (n, groups): optimizer steps that trained the group up to the step.
     interval
         Shape (n,): index of the activation interval of every step, or None without LISA.
+    all_numel
+        Shape (groups,): elements of all tensors of a group, trained or not.
     """
 
     run: Any
@@ -44,6 +46,7 @@ class Measurements:
     visits: Array
     active_steps: Array
     interval: NDArray[np.int64] | None
+    all_numel: Array
 
 
 class Metric(Protocol):
@@ -87,6 +90,25 @@ class GradRms:
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
         return data.table["grad_norm"] / _root(data.table.numel)
+
+
+@dataclass(frozen=True)
+class ProbeRms:
+    """Gradient per element in passes that see all layers, frozen ones too."""
+
+    id: ClassVar[str] = "probe_rms"
+    definition: ClassVar[str] = (
+        "Geometric mean over measuring passes of ‖g‖/√N with all layers unfrozen: comparable "
+        "between layers however a LISA run drew them (record.probe_every)."
+    )
+    scale: ClassVar[Scale] = "log"
+    rows: ClassVar[str] = "probes"
+
+    def __call__(self, data: Measurements) -> NDArray[Any]:
+        """Return one value per measuring pass and group."""
+        if not len(data.table.probe_steps):
+            raise KeyError("probe_grad_norm was not recorded")
+        return data.table.probe / _root(data.all_numel)
 
 
 @dataclass(frozen=True)
@@ -175,11 +197,16 @@ class DeltaRel:
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
-        relative = data.table["delta_norm"] / data.table.initial_base.astype(np.float32)
-        if data.interval is None:
+        table = data.table
+        relative = _at_the_end(data, _final_delta(data) / table.initial_base)
+        if data.interval is None or not len(relative):
             return relative
-        power = growth_exponent(relative, data.visits, data.interval, data.table.groups.inside)
-        return relative / data.visits**power
+        power = 1.0
+        if "delta_norm" in table:
+            power = growth_exponent(
+                table["delta_norm"], data.visits, data.interval, table.groups.inside
+            )
+        return relative / np.maximum(data.visits, 1) ** power
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,7 @@ class Directedness:
         path = np.cumsum(np.where(measured, update, 0), axis=0, dtype=np.float64)
         path /= np.maximum(np.cumsum(measured, axis=0, dtype=np.float32), 1)
         path *= np.sqrt(data.active_steps)
-        return _ratio(data.table["delta_norm"], path)
+        return _ratio(_at_the_end(data, _final_delta(data)), path)
 
 
 @dataclass(frozen=True)
@@ -265,7 +292,9 @@ class LisaDeltaRatio:
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
         other = _partner(data, self.reference)
-        return data.table["delta_norm"] / last_known(other["delta_norm"]).astype(np.float32)
+        if np.isnan(other.final_delta).all():
+            raise KeyError(f"delta_norm was not recorded in {self.reference.run_id}")
+        return _at_the_end(data, _final_delta(data) / other.final_delta)
 
 
 METRICS: dict[str, Callable[..., Metric]] = {
@@ -273,6 +302,7 @@ METRICS: dict[str, Callable[..., Metric]] = {
     for cls in (
         UpdateNorm,
         GradRms,
+        ProbeRms,
         L1Descent,
         Descent,
         DeltaRel,
@@ -323,7 +353,14 @@ def measurements(run: Any, by: str = "layer") -> Measurements:
         if len(known):
             rate = known.reindex(table.steps, method="nearest").to_numpy(dtype=np.float64)
     interval = intervals(run, table.steps) if draws(run) else None
-    return Measurements(run, table, rate, *_exposure(run, table, interval), interval)
+    visits, active = _exposure(run, table, interval)
+    frame = run.parameters
+    group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]
+    inside = (group >= 0) & (frame["role"] == "base").to_numpy()
+    width = len(table.groups.names)
+    weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
+    elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
+    return Measurements(run, table, rate, visits, active, interval, elements)
 
 
 def _exposure(
@@ -428,7 +465,22 @@ def _partner(data: Measurements, reference: Any) -> StepTable:
         column: np.where(np.array(order) >= 0, values[:, order], np.nan)
         for column, values in other.measures.items()
     }
-    return dataclasses.replace(other, groups=own, measures=reordered)
+    delta = np.where(np.array(order) >= 0, other.final_delta[order], np.nan)
+    return dataclasses.replace(other, groups=own, measures=reordered, final_delta=delta)
+
+
+def _final_delta(data: Measurements) -> Array:
+    """‖W_T − W_0‖ of every group; `KeyError` when no step and no census measured it."""
+    if np.isnan(data.table.final_delta).all():
+        raise KeyError("delta_norm was not recorded (for weights, record.base_delta)")
+    return data.table.final_delta
+
+
+def _at_the_end(data: Measurements, values: Array) -> NDArray[Any]:
+    """Values of the end of the run as a series that knows nothing before it."""
+    series = np.full(data.table.trained.shape, np.nan, dtype=np.float32)
+    series[-1:] = values
+    return series
 
 
 def _root(values: Array) -> NDArray[np.float32]:

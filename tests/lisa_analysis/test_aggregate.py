@@ -85,7 +85,7 @@ def test_census_rows_of_frozen_tensors_do_not_count_as_training(make_run):
     for part in (frame, census):
         measured = part.drop(columns=[c for c in part if part[c].isna().all()])
         batches.add(pa.RecordBatch.from_pandas(measured, preserve_index=False))
-    chunks = batches.finish()
+    chunks = batches.steps.finish()
     assert sum(len(chunk.steps) for chunk in chunks) == 15
 
 
@@ -103,7 +103,7 @@ def test_steps_cut_by_batches_are_completed(make_run):
             rows = frame.iloc[part]
             rows = rows.drop(columns=[c for c in rows if rows[c].isna().all()])
             sums.add(pa.RecordBatch.from_pandas(rows, preserve_index=False))
-        chunks = sums.finish()
+        chunks = sums.steps.finish()
         joined = np.concatenate([chunk.sums["grad_norm"] for chunk in chunks])
         np.testing.assert_allclose(joined, whole, rtol=1e-6)
 
@@ -114,7 +114,7 @@ def test_rows_in_any_order_within_a_batch(make_run):
     rows = run.metrics(["grad_norm"], steps=slice(1, 10)).sample(frac=1, random_state=0)
     sums = Accumulator(groups.of, len(groups.names))
     sums.add(rows)
-    (chunk,) = sums.finish()
+    (chunk,) = sums.steps.finish()
     np.testing.assert_allclose(chunk.sums["grad_norm"], step_table(run)["grad_norm"], rtol=1e-6)
     assert chunk.steps.tolist() == list(range(1, 10))
 

@@ -11,7 +11,7 @@ from lisa_analysis.errors import LisaError
 from lisa_analysis.metrics import METRICS, find_metric
 
 X = np.linspace(-1, 1, 12)
-ONE_RUN = [name for name in METRICS if not name.startswith("lisa_")]
+ONE_RUN = [name for name in METRICS if not name.startswith(("lisa_", "probe_"))]
 
 
 def layer_rows(run, column, layer):
@@ -322,7 +322,7 @@ class TestInitialisation:
         strong = la.importance(make_run(profile=np.exp(X), steps=100), "grad_rms")
         assert strong.initialisation.share > 0.8
         noise = la.importance(make_run(profile=12, steps=100), "grad_rms")
-        assert noise.initialisation.share < 0.2
+        assert noise.initialisation is None
 
     def test_without_a_census_nothing_is_claimed(self, make_run):
         run = make_run(method="lora", census=False)
@@ -389,3 +389,63 @@ class TestProfileObject:
         assert (frame["steps"] == 39).all()
         expected = la.importance(plain, "update_norm").scores
         np.testing.assert_allclose(frame["score"], expected, rtol=0.1)
+
+
+class TestProbes:
+    """Measuring passes see frozen layers too."""
+
+    @staticmethod
+    def with_probes(frame, every=5):
+        """Add a pass every few steps: layer i has the gradient i + 1, trained or not."""
+        steps = range(0, 1 + int(frame["step"].max()), every)
+        rows = pd.DataFrame(
+            [
+                (step, 1 + 2 * layer + part, (layer + 1) / np.sqrt(2))
+                for step in steps
+                for layer in range(4)
+                for part in range(2)
+            ],
+            columns=["step", "param_id", "probe_grad_norm"],
+        )
+        frame = frame.drop(columns="probe_grad_norm")
+        return frame.merge(rows, how="outer", on=["step", "param_id"])
+
+    @pytest.fixture
+    def run(self, make_run, monkeypatch):
+        import pyarrow as pa
+
+        run = make_run(method="lisa", steps=20, profile=4, draws=[[0, 1], [1, 2]])
+        frame = self.with_probes(run.metrics())
+        columns = [pa.array(frame[name], from_pandas=True) for name in frame]
+        batch = pa.RecordBatch.from_arrays(columns, names=list(frame))
+        monkeypatch.setattr(run, "iter_metrics", lambda columns: [batch])
+        return run
+
+    def test_layers_that_never_trained_are_measured(self, run):
+        profile = la.importance(run, "probe_rms")
+        expected = np.arange(1, 5) / np.sqrt(20_000)
+        np.testing.assert_allclose(profile.scores, expected, rtol=1e-6)
+        np.testing.assert_allclose(profile.to_frame()["initial"], expected, rtol=1e-6)
+        assert (profile.to_frame()["steps"] == 5).all()
+
+    def test_probes_are_no_training(self, run):
+        assert la.importance(run, "grad_rms").unseen == (3,)
+        assert la.diagnose(run)["schedule_mismatch"].state == "ok"
+        assert la.diagnose(run)["norm_mismatch"].state == "ok"
+
+    def test_without_probes(self, make_run):
+        with pytest.raises(LisaError, match="probe_grad_norm was not recorded"):
+            la.importance(make_run(steps=5), "probe_rms")
+
+
+def test_total_change_measured_by_the_census_alone(make_run):
+    """Full fine-tuning measures ‖W − W_0‖ in the census rows only, frozen tensors included."""
+
+    def census_only(frame):
+        last = frame["step"] == frame["step"].max()
+        return frame.assign(delta_norm=frame["delta_norm"].where(last))
+
+    steady, sparse = make_run(steps=40), make_run(steps=40, edit=census_only)
+    for metric in ("delta_rel", "directedness"):
+        expected = la.importance(steady, metric).scores
+        np.testing.assert_allclose(la.importance(sparse, metric).scores, expected)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lisa_train.demo.sources import CHITCHAT, cache_dir, fetch
 
-TURNS = 4  # turns per example: about 70 tokens
+TURNS = 3  # turns per example: about 75 tokens
 # Said instead of the model's own, longer, system prompt: tokens cost time on a CPU.
 SYSTEM = {"role": "system", "content": "Two people chat."}
 HELD_OUT_EVERY = 10  # conversations; whole ones, so that no conversation is in both splits

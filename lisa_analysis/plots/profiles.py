@@ -101,7 +101,7 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
             x,
             frame["relative"],
             color=color,
-            label=style.literal(name),
+            label=style.literal(name, 24),
             linestyle=dashes,
             marker=marker,
             markersize=3.2,
@@ -115,7 +115,7 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         style.finish(ax)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     ax.set_ylabel("score over the layers' mean")
-    style.legend(ax, columns=3)
+    style.legend(ax)
     return ax
 
 

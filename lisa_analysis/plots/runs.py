@@ -48,12 +48,12 @@ def comparison(
         if not len(series):
             continue
         seeds = f" ({len(members)} runs)" if len(members) > 1 else ""
-        draw_series(ax, series, f"{style.literal(name)}{seeds}", position)
+        draw_series(ax, series, f"{style.literal(name, 24)}{seeds}", position)
         drawn, group = True, max(group, series.group)
     what = "held-out loss" if held_out else QUANTITIES.get(quantity, quantity)
     if not drawn:
         return style.note(ax, f"No run has a {what} to compare.")
-    style.legend(ax, columns=3)
+    style.legend(ax)
     ax.set_ylabel(what)
     ax.set_xlabel(step_label(group))
     ax.margins(x=0.01)

@@ -25,6 +25,8 @@ DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
 )
 MARKERS = "osD^vPX"
 
+LEGEND_COLUMNS = 4
+
 # Greys and the alarm colour have one meaning each; the report gives them a second value for
 # its dark theme by looking for exactly these codes.
 MUTED = "#949494"
@@ -79,7 +81,7 @@ def finish(ax: Axes, *, grid: Literal["x", "y"] | None = "y") -> Axes:
     return ax
 
 
-def legend(ax: Axes, *, columns: int = 4, **options: object) -> None:
+def legend(ax: Axes, *, columns: int = LEGEND_COLUMNS) -> None:
     """Put the legend above the axes, where no data can be under it."""
     handles, labels = ax.get_legend_handles_labels()
     if not handles:
@@ -95,7 +97,6 @@ def legend(ax: Axes, *, columns: int = 4, **options: object) -> None:
         borderaxespad=0.3,
         columnspacing=1.4,
         handlelength=2.2,
-        **options,
     )
 
 

@@ -22,7 +22,7 @@ from lisa_analysis.report.content import (
     reproduction,
 )
 from lisa_analysis.report.figures import Budget
-from lisa_analysis.report.format import count, interval, number, seconds, size
+from lisa_analysis.report.format import count, interval, loss, seconds, size
 from lisa_analysis.report.tables import Table, frame_table
 from lisa_analysis.rundir import load
 from lisa_analysis.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
@@ -59,6 +59,7 @@ def assemble(
         "comparison_figures": comparison_figures(runs, contents, comparison, budget),
         "seeds": seeds_table(comparison),
         "definitions": _definitions(contents),
+        "limits": _limits(contents),
         "reproduction": [(content, reproduction(content.run)) for content in contents],
         "schema_version": SCHEMA_VERSION,
     }
@@ -83,10 +84,10 @@ def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparis
         ("status", "status"),
         ("steps", "steps", count),
         ("tokens", "tokens", count),
-        ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
+        ("held_out_loss", "held-out loss", loss),
     ]
     if comparison is not None:
-        columns.append(("loss_at_equal_steps", "at equal steps", lambda value: number(value, 4)))
+        columns.append(("loss_at_equal_steps", "at equal steps", loss))
     columns += [("seconds", "time", seconds), ("peak_memory_bytes", "peak memory", size)]
     return frame_table("Key numbers, one row per run", frame, columns)
 
@@ -110,6 +111,18 @@ def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
     columns: list[Any] = [("run", "run"), ("verdict", "shape")]
     columns += [(name, heading, interval) for name, heading in fields]
     return frame_table("How unequal the layers are", pd.DataFrame(rows), columns)
+
+
+def _limits(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
+    """(runs, sentence): every sentence once, with the runs that it is about unless it is all."""
+    about: dict[str, list[str]] = {}
+    for content in contents:
+        for sentence in content.limits:
+            about.setdefault(sentence, []).append(content.name)
+    return [
+        ("" if len(names) == len(contents) else ", ".join(names), sentence)
+        for sentence, names in about.items()
+    ]
 
 
 def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:

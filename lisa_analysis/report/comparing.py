@@ -1,5 +1,6 @@
 """Figures and tables of the report that put several runs side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from lisa_analysis.plots.runs import group_series
 from lisa_analysis.report import svg
 from lisa_analysis.report.content import METHODS, RunContent
 from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, canvas, short_label, thinned
-from lisa_analysis.report.format import count, number
+from lisa_analysis.report.format import count, known, loss
 from lisa_analysis.report.tables import Table, frame_table, series_table
 
 
@@ -27,11 +28,11 @@ def comparison_figures(
     """Loss, gradient norm, profiles and their agreement; nothing for a run alone."""
     if comparison is None:
         return []
-    groups = _groups(runs, comparison)
+    grouped = {name: [runs[i] for i in at] for name, at in groups(comparison).items()}
     found: list[ReportFigure | None] = [
-        comparison_figure("all-held-out", groups, "loss", budget, held_out=True),
-        comparison_figure("all-loss", groups, "loss", budget),
-        comparison_figure("all-grad", groups, "grad_norm", budget),
+        comparison_figure("all-held-out", grouped, "loss", budget, held_out=True),
+        comparison_figure("all-loss", grouped, "loss", budget),
+        comparison_figure("all-grad", grouped, "grad_norm", budget),
     ]
     profiles = {c.name: c.profile for c in contents if c.profile is not None}
     if len(profiles) > 1:
@@ -40,16 +41,20 @@ def comparison_figures(
     return [figure for figure in found if figure is not None]
 
 
-def _groups(runs: Sequence[Any], comparison: Comparison) -> dict[str, list[Any]]:
-    """Runs of one configuration together: by method, or by name where a method has several."""
+def groups(comparison: Comparison) -> dict[str, list[int]]:
+    """Positions of the runs of each configuration, under a name that people recognise.
+
+    A configuration is called by its method, or by its first run where a method has several; the
+    order is that of ``Comparison.seeds``.
+    """
     table = comparison.table.reset_index(drop=True)
     shared = table.groupby("method")["configuration"].nunique()
-    groups = {}
+    found = {}
     for _, rows in table.groupby("configuration", sort=False):
         method, first = rows["method"].iloc[0], rows["run"].iloc[0]
         name = METHODS.get(method, method) if shared[method] == 1 else first
-        groups[str(name)] = [runs[i] for i in rows.index]
-    return groups
+        found[str(name)] = rows.index.tolist()
+    return found
 
 
 def seeds_table(comparison: Comparison | None) -> Table | None:
@@ -58,14 +63,14 @@ def seeds_table(comparison: Comparison | None) -> Table | None:
         return None
     return frame_table(
         "Repetitions of one configuration, with an interval over seeds from three runs on",
-        comparison.seeds,
+        comparison.seeds.assign(configuration=list(groups(comparison))),
         [
             ("configuration", "configuration"),
             ("runs", "runs", count),
-            ("held_out_loss", "held-out loss", lambda value: number(value, 4)),
-            ("low", "low", lambda value: number(value, 4)),
-            ("high", "high", lambda value: number(value, 4)),
-            ("kendall", "agreement of rankings (τ)", lambda value: number(value, 2)),
+            ("held_out_loss", "held-out loss", loss),
+            ("low", "low", loss),
+            ("high", "high", loss),
+            ("kendall", "agreement of rankings (τ)", lambda value: known(value, 2)),
         ],
     )
 
@@ -89,7 +94,7 @@ def comparison_figure(
     name = "held-out loss" if held_out else QUANTITIES[quantity]
     title = f"{name[:1].upper()}{name[1:]} of all runs"
     with svg.ink(slug):
-        ax = canvas(WIDE, 3.2)
+        ax = canvas(WIDE, 3.2, top=_legend_room(len(groups)))
         plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
         short_label(ax)
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(named)} groups of runs.")
@@ -103,7 +108,7 @@ def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
     title = "Profiles side by side"
     metrics = ", ".join(sorted({str(p.metric) for p in profiles.values()}))
     with svg.ink(slug):
-        ax = canvas(WIDE, 3.4)
+        ax = canvas(WIDE, 3.4, top=_legend_room(len(profiles)))
         plots.profiles(profiles, ax=ax)
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(profiles)} profiles.")
     columns = {
@@ -114,6 +119,11 @@ def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
     caption = f"Each line is a run's {metrics} over the mean of its layers (dashed)."
     table = frame_table(title, frame, [(str(c), str(c)) for c in frame], layer="layer")
     return ReportFigure(slug, title, caption, image, table)
+
+
+def _legend_room(entries: int) -> float:
+    """Inches above the axes that a legend of so many entries takes."""
+    return 0.2 + 0.17 * math.ceil(entries / style.LEGEND_COLUMNS)
 
 
 def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:

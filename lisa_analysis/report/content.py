@@ -88,6 +88,21 @@ class RunContent:
         return f"{SHAPES[verdict]} ({verdict})" if verdict in SHAPES else verdict
 
     @property
+    def why(self) -> str:
+        """The reasons behind the headline, in sentences."""
+        if self.profile is None:
+            return f"There is no profile: {self.why_no_profile}"
+        return self.profile.statement
+
+    @property
+    def start_statement(self) -> str | None:
+        """What was there at step 0, in words; None when the verdict says it already."""
+        start = None if self.profile is None else self.profile.initialisation
+        if self.profile is None or start is None or start.statement in self.profile.statement:
+            return None
+        return start.statement
+
+    @property
     def figures(self) -> Iterator[ReportFigure]:
         """Every figure, in the order of the page."""
         yield from self.profile_figures

@@ -84,7 +84,9 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
         "circle means that the run is too short for one."
     )
     if "initial" in frame and pd.to_numeric(frame["initial"], errors="coerce").gt(0).any():
-        caption += " Grey: what the score was at step 0 already."
+        caption += (
+            " Grey: the score at step 0; a line above its bar is a score that has fallen since."
+        )
     return ReportFigure(slug, title, caption, image, profile_table(profile))
 
 

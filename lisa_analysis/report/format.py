@@ -48,6 +48,25 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{mantissa}×10{superscript}".replace("-", _MINUS)
 
 
+def known(value: Any, digits: int = 3) -> str:
+    """Format like `number` where NaN means that the value is unknown.
+
+    >>> known(float("nan")), known(0.5)
+    ('–', '0.5')
+    """
+    value = _float(value)
+    return NOTHING if value is None or math.isnan(value) else number(value, digits)
+
+
+def loss(value: Any) -> str:
+    """Format a loss, to four digits: the third is where runs differ.
+
+    >>> loss(2.34567)
+    '2.346'
+    """
+    return known(value, 4)
+
+
 def count(value: Any) -> str:
     """Format a whole number with separators.
 

@@ -40,17 +40,17 @@ _IN_LAYER: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("moe.router", _last(r"router|gate|wg|shared_expert_gate|gate\.e_score_correction_bias")),
     ("attn.qkv", _last(r"c_attn|qkv_proj|query_key_value|w_?qkv|qkv|kv_a_proj_with_mqa|kv_b_proj")),
     ("attn.qkv", _last("in_proj", _ATTENTION)),
-    ("attn.q", _last("q_proj|q_[ab]_proj|q_lin|query|wq|to_q|q")),
-    ("attn.k", _last("k_proj|k_lin|key|wk|to_k|k")),
-    ("attn.v", _last("v_proj|v_lin|value|wv|to_v|v")),
+    ("attn.q", _last("q_proj|q_[ab]_proj|q_lin|query|query_proj|wq|to_q|q")),
+    ("attn.k", _last("k_proj|k_lin|key|key_proj|wk|to_k|k")),
+    ("attn.v", _last("v_proj|v_lin|value|value_proj|wv|to_v|v")),
     ("attn.o", _last(r"(out_proj|out_lin|c_proj|dense|wo|to_out|o|proj)(\.\d+)?", _ATTENTION)),
     ("attn.o", _last("o_proj")),
     ("mlp.gate_up", _last("gate_up_proj|input_linear|wi_fused")),
     ("mlp.gate", _last("gate_proj|w1|wi_0|gate_linear")),
     ("mlp.up", _last("up_proj|w3|wi_1|wi|fc1|lin1|c_fc|dense_h_to_4h|intermediate_dense|ffn")),
-    ("mlp.up", _last(r"intermediate(\.dense)?")),
+    ("mlp.up", _last(r"intermediate(\.dense)?|linear1")),
     ("mlp.down", _last("down_proj|w2|wo|fc2|lin2|c_proj|dense_4h_to_h|output_dense|ffn_output")),
-    ("mlp.down", _last(r"output(\.dense)?|output_linear")),
+    ("mlp.down", _last(r"output(\.dense)?|output_linear|linear2")),
 )
 _HEADS = (
     "lm_head|embed_out|score|classifier|cls|qa_outputs|output_projection|proj_out|v_head|"

@@ -60,7 +60,7 @@ def test_a_source_that_cannot_be_fetched_is_one_sentence(
     monkeypatch.setenv("LISA_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: hashes do not match\n")
     monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(LisaError, match="hashes do not match.*make demo MODEL=… DATA=…"):
+    with pytest.raises(LisaError, match=r"hashes do not match.*make demo MODEL=… DATA=…"):
         sources.fetch(sources.CHITCHAT)
     assert not (tmp_path / "dataset.json").exists()
 

@@ -36,6 +36,11 @@ def refuse_adapters_and_quantization(model: nn.Module) -> None:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """`ConfigError` unless every one of `tensors` is in exactly one parameter group."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"LISA needs a torch.optim.Optimizer whose steps it can follow, got "
+            f"{type(optimizer).__name__}; train without DeepSpeed and similar engines."
+        )
     counts: dict[torch.Tensor, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

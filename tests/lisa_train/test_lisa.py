@@ -678,6 +678,11 @@ def test_an_optimizer_that_lacks_layers_is_an_error_and_leaves_the_model_alone(m
         Lisa(model, optimizer, lt.LisaConfig())
 
 
+def test_something_that_is_no_torch_optimizer_is_refused(make_llama):
+    with pytest.raises(ConfigError, match=r"torch\.optim\.Optimizer.*got object"):
+        Lisa(make_llama(layers=2), object(), lt.LisaConfig(1))
+
+
 def test_tensors_that_never_train_need_not_be_in_the_optimizer(make_llama):
     model = make_llama()
     layers = adamw(model.model.layers.parameters())

@@ -48,9 +48,11 @@ class LisaConfig:
     warmup_steps
         Scale the first updates of a layer after its activation by 1/(n+1), 2/(n+1), … over n
         steps; after a state reset, Adam's first step moves every weight by the full learning rate.
-    embed_probability, head_probability
-        Draw the group in each interval with this probability, like a layer, instead of naming it
-        in `always_active`.
+    embed_probability
+        Draw the embeddings in each interval with this probability, like a layer, instead of
+        naming them in `always_active`.
+    head_probability
+        The same for the head; a head tied to the embeddings goes with them.
     layers
         Path of the list of layers to rotate, as ``model.vision_tower.encoder.layers``; several
         separated by commas. Needed only where the structure of a model leaves a choice.

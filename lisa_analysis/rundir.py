@@ -1,6 +1,5 @@
 """Run: opens and checks one run directory, pushes filters down to its files."""
 
-import contextlib
 import html
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,17 +17,22 @@ from lisa_analysis.schema import (
     PARAMETERS,
     SCALARS,
     SCALARS_TABLE,
-    Table,
 )
-from lisa_analysis.shards import last_valid_steps, list_shards, read_parameters, read_shard
-from lisa_analysis.streams import read_lines, read_manifest
+from lisa_analysis.shards import (
+    Steps,
+    last_valid_steps,
+    list_shards,
+    read_parameters,
+    read_shard,
+    step_bounds,
+)
+from lisa_analysis.streams import lines_frame, read_lines, read_manifest, writer_lives
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
 Layers = int | slice | Sequence[int]
-Steps = slice | Sequence[int]
 
 _KEYS = ("step", "param_id")
 _MEASURED = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
@@ -97,7 +101,7 @@ class Run:
         self.method: str = self.manifest["method"]
         self.layer_names = tuple(layer["name"] for layer in self.manifest["layers"])
         self.status: str = self.manifest["status"]
-        if self.status == "running" and not _writer_lives(path / LOCK):
+        if self.status == "running" and not writer_lives(path / LOCK):
             self.status = "interrupted"
 
     @property
@@ -118,7 +122,7 @@ class Run:
         # A step that a resumed segment repeated stands as the newest segment wrote it.
         newest = {line["step"]: line for line in self._still_valid(lines)}
         ordered = [newest[step] for step in sorted(newest)]
-        return _frame(ordered, SCALARS_TABLE)
+        return lines_frame(ordered, SCALARS_TABLE)
 
     @cached_property
     def events(self) -> "pd.DataFrame":
@@ -133,7 +137,7 @@ class Run:
                     continue
                 draws[line["step"]] = len(kept)
             kept.append(line)
-        return _frame(kept, EVENTS_TABLE)
+        return lines_frame(kept, EVENTS_TABLE)
 
     def metrics(
         self,
@@ -185,7 +189,7 @@ class Run:
         import pyarrow.compute as pc
 
         names = self._columns(columns)
-        first, last, chosen = _step_bounds(steps)
+        first, last, chosen = step_bounds(steps)
         condition = pc.field("step") >= first
         if chosen is not None:
             condition &= pc.field("step").isin(chosen)
@@ -307,67 +311,9 @@ class Run:
         return f"<p>{html.escape(repr(self))}</p>"
 
 
-def _writer_lives(lock: Path) -> bool:
-    """Tell whether a process holds the run's lock."""
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on this platform: believe the file
-        return True
-    try:
-        with lock.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _step_bounds(steps: Steps | None) -> tuple[int, int, list[int] | None]:
-    """Return first and last step (both included) and the listed steps, if they were listed."""
-    top = 2**62
-    if steps is None:
-        return 0, top, None
-    if isinstance(steps, slice):
-        for bound in (steps.start, steps.stop):
-            if bound is not None and bound < 0:
-                raise RunDirectoryError(
-                    f"steps has the negative bound {bound}: steps are counted from 0."
-                )
-        first = steps.start or 0
-        last = top if steps.stop is None else steps.stop - 1
-        if steps.step in (None, 1):
-            return first, last, None
-        if steps.stop is None:
-            raise RunDirectoryError("steps has a stride but no end: give slice(start, stop, step).")
-        return first, last, list(range(first, steps.stop, steps.step))
-    listed = sorted({int(step) for step in steps})
-    return (listed[0], listed[-1], listed) if listed else (0, -1, [])
-
-
 def _result_schema(names: Sequence[str]) -> "pa.Schema":
     import pyarrow as pa
 
     return pa.schema(
         [(name, pa.type_for_alias(METRICS_TABLE[name].type)) for name in (*_KEYS, *names)]
     )
-
-
-def _frame(lines: list[dict[str, Any]], table: Table) -> "pd.DataFrame":
-    """Return the lines as a frame; columns of the table first, with their types."""
-    import pandas as pd
-
-    own = [name for name in table.names if name != "segment"]
-    others = list(dict.fromkeys(key for line in lines for key in line if key not in table.names))
-    data: dict[str, Any] = {}
-    for name in own:
-        column = table[name]
-        values = [line[name] for line in lines]
-        numeric = column.type not in ("string", "bool")
-        dtype = (column.type if not column.nullable else "float64") if numeric else "object"
-        data[name] = pd.Series(values, dtype=dtype)
-    for name in others:
-        data[name] = pd.Series([line.get(name) for line in lines], dtype="object")
-    return pd.DataFrame(data)

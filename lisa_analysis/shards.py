@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 131_072
+Steps = slice | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,28 @@ def last_valid_steps(starts: Mapping[int, int], shards: Iterable[Shard]) -> dict
         if later:
             limits[segment] = min(later)
     return limits
+
+
+def step_bounds(steps: Steps | None) -> tuple[int, int, list[int] | None]:
+    """Return first and last step (both included) and the listed steps, if they were listed."""
+    top = 2**62
+    if steps is None:
+        return 0, top, None
+    if isinstance(steps, slice):
+        for bound in (steps.start, steps.stop):
+            if bound is not None and bound < 0:
+                raise RunDirectoryError(
+                    f"steps has the negative bound {bound}: steps are counted from 0."
+                )
+        first = steps.start or 0
+        last = top if steps.stop is None else steps.stop - 1
+        if steps.step in (None, 1):
+            return first, last, None
+        if steps.stop is None:
+            raise RunDirectoryError("steps has a stride but no end: give slice(start, stop, step).")
+        return first, last, list(range(first, steps.stop, steps.step))
+    listed = sorted({int(step) for step in steps})
+    return (listed[0], listed[-1], listed) if listed else (0, -1, [])
 
 
 def arrow_schema(table: Table) -> "pa.Schema":

@@ -4,14 +4,18 @@ JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity"
 which every JSON reader accepts and which cast to floating point everywhere.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.errors import RunDirectoryError
 from lisa_analysis.schema import SCHEMA_VERSION, STATUSES, Column, Table, parse_version
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _INT_BITS = {"int64": 64, "int32": 32, "int16": 16}
@@ -196,3 +200,39 @@ def _convert(value: object, column: Column) -> Any:
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def writer_lives(lock: Path) -> bool:
+    """Tell whether a process holds the run's lock."""
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on this platform: believe the file
+        return True
+    try:
+        with lock.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def lines_frame(lines: list[dict[str, Any]], table: Table) -> "pd.DataFrame":
+    """Return the lines as a frame; columns of the table first, with their types."""
+    import pandas as pd
+
+    own = [name for name in table.names if name != "segment"]
+    others = list(dict.fromkeys(key for line in lines for key in line if key not in table.names))
+    data: dict[str, Any] = {}
+    for name in own:
+        column = table[name]
+        values = [line[name] for line in lines]
+        numeric = column.type not in ("string", "bool")
+        dtype = (column.type if not column.nullable else "float64") if numeric else "object"
+        data[name] = pd.Series(values, dtype=dtype)
+    for name in others:
+        data[name] = pd.Series([line.get(name) for line in lines], dtype="object")
+    return pd.DataFrame(data)

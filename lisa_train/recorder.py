@@ -26,8 +26,9 @@ from lisa_train.measure import StepMeasure
 from lisa_train.optimizer_state import unwrap_optimizer
 from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
+from lisa_train.silent_writer import SilentWriter
 from lisa_train.tensor_table import TensorTable
-from lisa_train.writer import RunWriter, SilentWriter
+from lisa_train.writer import RunWriter
 
 # Rows that may lie on the device before they are written, however long the flush window is.
 MAX_BUFFERED_ROWS = 100_000

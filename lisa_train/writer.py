@@ -306,34 +306,3 @@ def new_run_id() -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-class SilentWriter:
-    """Stands in for the writer in every process but the first: takes everything, writes nothing."""
-
-    def __init__(self, segment: int = 0) -> None:
-        self.segment = segment
-        self.closed = False
-
-    def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Take rows."""
-
-    def scalars(self, line: Mapping[str, Any]) -> None:
-        """Take a line."""
-
-    def event(self, name: str, step: int, **fields: Any) -> None:
-        """Take an event."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def begin_segment(self, step: int, checkpoint: str | None = None) -> None:
-        """Count a segment."""
-        self.segment += 1
-
-    def update_manifest(self, **fields: Any) -> None:
-        """Do nothing."""
-
-    def close(self, status: str = "finished", **fields: Any) -> None:
-        """Be closed."""
-        self.closed = True

@@ -1,6 +1,5 @@
 """The recorder in a transformers Trainer: one callback, and wraps where no callback reaches."""
 
-import functools
 import os
 import time
 import warnings
@@ -18,13 +17,15 @@ from lisa_train.config import RecordConfig
 from lisa_train.environment import manifest as describe
 from lisa_train.environment import peak_memory_bytes
 from lisa_train.integration.lisa_callback import LisaCallback
+from lisa_train.integration.wraps import Wraps, count_tokens
 from lisa_train.layermap import find_layers
 from lisa_train.lisa import Draw
 from lisa_train.outcome import outcome
 from lisa_train.processes import Processes
 from lisa_train.recorder import NormRecorder
+from lisa_train.silent_writer import SilentWriter
 from lisa_train.tensor_table import TensorTable
-from lisa_train.writer import RunWriter, SilentWriter
+from lisa_train.writer import RunWriter
 
 
 class RecordCallback(TrainerCallback):
@@ -81,7 +82,7 @@ class RecordCallback(TrainerCallback):
         self._manifest = dict(manifest or {})
         self._config_yaml = config_yaml
         self._resume = resume
-        self._undo: list[Callable[[], None]] = []
+        self._wraps = Wraps()
         self._early_draws: list[Draw] = []
         self._held_out: list[float] = []
         self._tokens: Any = 0
@@ -101,7 +102,7 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
-        self._unwrap()
+        self._wraps.take_off()
         self._began = time.monotonic()
         model = self._trainer.model
         layer_map = find_layers(model, self._lisa.config.layers if self._lisa else None)
@@ -196,7 +197,7 @@ class RecordCallback(TrainerCallback):
 
     def close(self, error: BaseException | None = None) -> None:
         """End the recording; with `error` the run's status says how. Safe to call twice."""
-        self._unwrap()
+        self._wraps.take_off()
         if self.recorder is None:
             return
         status, sentence = outcome(error)
@@ -346,7 +347,7 @@ class RecordCallback(TrainerCallback):
         def training_step(
             original: Callable[..., Any], model: Any, inputs: Any, *a: Any, **k: Any
         ) -> Any:
-            count = _tokens(inputs)
+            count = count_tokens(inputs)
             self._tokens = None if count is None or self._tokens is None else self._tokens + count
             loss = original(model, inputs, *a, **k)
             self._after_training_step(inputs, loss)
@@ -369,36 +370,8 @@ class RecordCallback(TrainerCallback):
                 logs = {**logs, **self.recorder.aggregates}
             return original(logs, *a, **k)
 
-        self._replace(trainer, "training_step", training_step)
+        self._wraps.put(trainer, "training_step", training_step)
         if trainer.args.report_to:
-            self._replace(trainer, "log", log)
-        self._replace(accelerator, "clip_grad_norm_", clip)
-        self._replace(trainer, "save_model", save_model)
-
-    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Put a wrapper on one object (not its class) and note how to take it off."""
-        original = getattr(owner, name)
-        had_own = name in vars(owner)
-        setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-        def undo() -> None:
-            if had_own:
-                setattr(owner, name, original)
-            else:
-                delattr(owner, name)
-
-        self._undo.append(undo)
-
-    def _unwrap(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-
-def _tokens(inputs: Any) -> Any:
-    """Count the tokens of a batch, padding left out, without waiting for the device."""
-    if not isinstance(inputs, Mapping):
-        return None
-    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return mask.sum()
-    return ids.numel() if torch.is_tensor(ids) else None
+            self._wraps.put(trainer, "log", log)
+        self._wraps.put(accelerator, "clip_grad_norm_", clip)
+        self._wraps.put(trainer, "save_model", save_model)

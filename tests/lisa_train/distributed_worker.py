@@ -12,8 +12,8 @@ from helpers_recording import examples, llama
 
 import lisa_train as lt
 from lisa_train.layermap import find_layers
+from lisa_train.silent_writer import SilentWriter
 from lisa_train.tensor_table import TensorTable
-from lisa_train.writer import SilentWriter
 
 STEPS = 4
 

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 from lisa_analysis.diagnostics.rule import CouldNotRunError, Evidence, Outcome, Rule
 
 
+# Within one step a bad gradient comes before the update and the weights that it spoils.
+_CAUSES = ("probe_grad_norm", "grad_norm", "grad_norm_l1", "grad_noise", "descent", "update_norm",
+           "weight_norm", "delta_norm", "merged_norm", "opt_steps")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class NormMismatch(Rule):
     """The recorder's total against the trainer's."""
@@ -88,7 +93,7 @@ class NonFinite(Rule):
         parts: list[str] = []
         layers: tuple[int, ...] = ()
         if found:
-            step, column, param = min(found)
+            step, column, param = min(found, key=lambda f: (f[0], _CAUSES.index(f[1])))
             row = evidence.run.parameters.set_index("param_id").loc[param]
             where = "" if pd.isna(row["layer"]) else f" of layer {int(row['layer'])}"
             layers = () if pd.isna(row["layer"]) else (int(row["layer"]),)
@@ -191,7 +196,7 @@ class LossSpikes(Rule):
         )
 
     def check(self, evidence: Evidence) -> Outcome:
-        """Find the largest spike, and look for the first layer before it."""
+        """Find the first spike, and the layer that moved before it."""
         frame = evidence.scalar("loss")
         loss = frame["loss"].to_numpy(dtype=np.float64)
         steps = frame["step"].to_numpy(dtype=np.int64)
@@ -203,24 +208,24 @@ class LossSpikes(Rule):
         spikes = np.flatnonzero(excess > self.deviations)
         if not len(spikes):
             return Outcome("ok", f"No spike in {len(loss)} logged losses.")
-        worst = int(np.argmax(excess))
-        usual = float(np.median(loss[max(0, worst - self.window) : worst]))
+        first, worst = int(spikes[0]), int(np.argmax(excess))
+        usual = float(np.median(loss[max(0, first - self.window) : first]))
         text = (
-            f"{len(spikes)} logged losses stand out; the largest is {loss[worst]:.3g} at step "
-            f"{steps[worst]} (before it {usual:.3g})."
+            f"{len(spikes)} logged losses stand out, first {loss[first]:.3g} at step "
+            f"{steps[first]} (before it {usual:.3g}); the largest is {loss[worst]:.3g} at step "
+            f"{steps[worst]}."
         )
-        first = self._first_layer(evidence, int(steps[worst]))
-        if first is None:
-            return Outcome(
-                "warn", f"{text} No layer's gradient moved first.", step=int(steps[worst])
-            )
-        layer, step, factor = first
+        moved = self._first_layer(evidence, int(steps[first]))
+        if moved is None:
+            text += " No layer's gradient moved first."
+            return Outcome("warn", text, step=int(steps[first]))
+        layer, step, factor = moved
         return Outcome(
             "warn",
             f"{text} Layer {layer} moved first, at step {step}: {factor:.1f} times its usual "
             "gradient.",
             (layer,),
-            int(steps[worst]),
+            int(steps[first]),
         )
 
     def _excess(self, loss: NDArray[np.float64]) -> NDArray[np.float64]:

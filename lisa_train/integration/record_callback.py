@@ -261,6 +261,9 @@ class RecordCallback(TrainerCallback):
         if self._probe_inputs is not None:
             inputs, self._probe_inputs = self._probe_inputs, None
             self.recorder.probe(state.global_step, lambda: self._probe_pass(inputs))
+        if control.should_training_stop:
+            # Trainer may put the best weights in the place of the last ones before it ends.
+            self.recorder.census(state.global_step)
 
     def _probe_pass(self, inputs: Any) -> None:
         """One forward and backward pass of the bare model: nothing that a trainer counts moves."""

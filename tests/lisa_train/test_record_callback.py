@@ -59,6 +59,23 @@ def test_events_manifest_and_result(tmp_path):
     assert run.scalars["epoch"].tolist() == pytest.approx([2 * s / 64 for s in range(1, 5)])
 
 
+def test_the_last_census_is_of_the_last_weights_not_of_the_best(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="best",
+        load_best_model_at_end=True, greater_is_better=False, save_total_limit=1,
+        metric_for_best_model="eval_loss", learning_rate=10.0, record={"every": 3},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    run = load(tmp_path / "run")
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    last = run.metrics(["weight_norm"], steps=[4])
+    assert len(last) == 30
+    for row in last.itertuples():
+        exact = float(trainer.seen[4]["after"][names[row.param_id]].norm())
+        assert row.weight_norm == pytest.approx(exact, rel=1e-5)
+
+
 def test_due_steps_and_censuses(tmp_path):
     trainer, _ = make(
         tmp_path, max_steps=10, record={"every": 4}, save_strategy="steps", save_steps=5

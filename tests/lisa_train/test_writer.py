@@ -228,6 +228,32 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
         open_run(tmp_path / "run")
 
 
+def test_a_real_limit_on_file_size(tmp_path):
+    """The kernel refuses in the middle of a write; in a process of its own, as limits stay."""
+    import resource
+
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            writer = open_run(tmp_path / "run")
+            writer.scalars({"step": 1, "loss": 1.0})
+            writer.flush()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+            for step in range(2, 100):
+                writer.scalars({"step": step, "loss": 1.0})
+            with pytest.raises(RunDirectoryError, match="File too large"):
+                writer.flush()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    run = load(tmp_path / "run")
+    assert run.status == "interrupted"
+    assert run.scalars["step"].tolist() == [1]
+    assert run.warnings == []
+
+
 def test_rows_waiting_for_a_disk_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("lisa_train.writer.MAX_WAITING_ROWS", 10)
     monkeypatch.setattr(RunWriter, "_write_shard", lambda self: (_ for _ in ()).throw(OSError(28)))

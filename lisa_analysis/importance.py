@@ -12,8 +12,10 @@ from lisa_analysis.aggregate import Grouping
 from lisa_analysis.errors import LisaError
 from lisa_analysis.fitting import Fit, fit_series
 from lisa_analysis.initialisation import initial_scores, initialisation
-from lisa_analysis.metrics import Measurements, Metric, find_metric, last_known, measurements
+from lisa_analysis.measurements import Measurements, measurements
+from lisa_analysis.metrics import Metric, find_metric
 from lisa_analysis.profile import ImportanceProfile
+from lisa_analysis.series import last_known
 
 Array = NDArray[np.float64]
 

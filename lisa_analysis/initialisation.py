@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.metrics import Measurements
+from lisa_analysis.measurements import Measurements
 from lisa_analysis.profile import Initialisation
 from lisa_analysis.statistics.shape import MATERIAL
 

@@ -9,44 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.aggregate import StepTable, step_table
-from lisa_analysis.draws import draws, intervals
 from lisa_analysis.errors import LisaError, suggest
+from lisa_analysis.measurements import Measurements
+from lisa_analysis.series import growth_exponent, mean_over_steps, ratio, root, running_mean
 
 Array = NDArray[np.float64]
 # log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
 Scale = Literal["log", "linear", "total"]
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What a metric may look at.
-
-    Attributes
-    ----------
-    run
-        The run directory.
-    table
-        Norms per recorded step and group.
-    learning_rate
-        Shape (n,), NaN where it was not logged.
-    visits
-        Shape (n, groups): activation intervals of each group up to the step, 1 throughout for a
-        group that always trains.
-    active_steps
-        Shape (n, groups): optimizer steps that trained the group up to the step.
-    interval
-        Shape (n,): index of the activation interval of every step, or None without LISA.
-    all_numel
-        Shape (groups,): elements of all tensors of a group, trained or not.
-    """
-
-    run: Any
-    table: StepTable
-    learning_rate: Array
-    visits: Array
-    active_steps: Array
-    interval: NDArray[np.int64] | None
-    all_numel: Array
 
 
 class Metric(Protocol):
@@ -89,7 +58,7 @@ class GradRms:
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
-        return data.table["grad_norm"] / _root(data.table.numel)
+        return data.table["grad_norm"] / root(data.table.numel)
 
 
 @dataclass(frozen=True)
@@ -108,7 +77,7 @@ class ProbeRms:
         """Return one value per measuring pass and group."""
         if not len(data.table.probe_steps):
             raise KeyError("probe_grad_norm was not recorded")
-        return data.table.probe / _root(data.all_numel)
+        return data.table.probe / root(data.all_numel)
 
 
 @dataclass(frozen=True)
@@ -128,7 +97,7 @@ class L1Descent:
         if "grad_norm_l1" in table:
             norm = table["grad_norm_l1"]
         else:
-            norm = table["grad_norm"] * _root(2 * table.numel / np.pi)
+            norm = table["grad_norm"] * root(2 * table.numel / np.pi)
         # A profile compares layers: without a logged rate the common factor is left out.
         rate = np.where(np.isfinite(data.learning_rate), data.learning_rate, np.nan)
         if not np.isfinite(rate).any():
@@ -181,7 +150,7 @@ class UpdateRatio:
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
-        return _ratio(data.table["update_norm"], data.table["weight_norm"])
+        return ratio(data.table["update_norm"], data.table["weight_norm"])
 
 
 @dataclass(frozen=True)
@@ -227,7 +196,7 @@ class Directedness:
         path = np.cumsum(np.where(measured, update, 0), axis=0, dtype=np.float64)
         path /= np.maximum(np.cumsum(measured, axis=0, dtype=np.float32), 1)
         path *= np.sqrt(data.active_steps)
-        return _ratio(_at_the_end(data, _final_delta(data)), path)
+        return ratio(_at_the_end(data, _final_delta(data)), path)
 
 
 @dataclass(frozen=True)
@@ -273,7 +242,7 @@ class LisaRatio:
         """Return one value per recorded step and group."""
         other = _partner(data, self.reference)
         with np.errstate(invalid="ignore"):
-            full = _mean_over_steps(other["weight_norm"])
+            full = mean_over_steps(other["weight_norm"])
         return data.table["weight_norm"] / full.astype(np.float32)
 
 
@@ -342,113 +311,6 @@ def find_metric(metric: str | Metric, reference: Any = None) -> Metric:
     return METRICS[metric](reference)
 
 
-def measurements(run: Any, by: str = "layer") -> Measurements:
-    """Read the table of `run` and what else the metrics need."""
-    table = step_table(run, by)
-    rate = np.full(len(table.steps), np.nan)
-    scalars = run.scalars
-    if len(scalars) and "learning_rate" in scalars:
-        logged = scalars.dropna(subset=["learning_rate"]).drop_duplicates("step", keep="last")
-        known = logged.set_index("step")["learning_rate"].sort_index()
-        if len(known):
-            rate = known.reindex(table.steps, method="nearest").to_numpy(dtype=np.float64)
-    interval = intervals(run, table.steps) if draws(run) else None
-    visits, active = _exposure(run, table, interval)
-    frame = run.parameters
-    group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]
-    inside = (group >= 0) & (frame["role"] == "base").to_numpy()
-    width = len(table.groups.names)
-    weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
-    elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
-    return Measurements(run, table, rate, visits, active, interval, elements)
-
-
-def _exposure(
-    run: Any, table: StepTable, interval: NDArray[np.int64] | None
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Activation intervals and optimizer steps behind every group at every recorded step."""
-    shape = table.trained.shape
-    visits: NDArray[Any] = np.ones(shape, dtype=np.float32)
-    active: NDArray[Any] = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
-    drawn = draws(run)
-    if interval is None or not drawn or not len(table.steps):
-        return visits, active
-    chosen = np.zeros((len(drawn), run.n_layers), dtype=np.float32)
-    for index, (_, layers) in enumerate(drawn):
-        chosen[index, list(layers)] = 1
-    starts = np.array([step for step, _ in drawn], dtype=np.int64)
-    lengths = np.diff(np.append(starts, max(starts[-1], table.steps[-1])))
-    before = np.vstack([np.zeros(run.n_layers), np.cumsum(chosen * lengths[:, None], axis=0)])
-    now = np.maximum(interval, 0)
-    within = (table.steps - starts[now])[:, None] * chosen[now]
-    columns = np.flatnonzero(table.groups.layer >= 0)
-    layer = table.groups.layer[columns]
-    visits[:, columns] = np.cumsum(chosen, axis=0)[now][:, layer]
-    active[:, columns] = (before[now] + within)[:, layer]
-    return visits, active
-
-
-def growth_exponent(
-    relative: NDArray[Any], visits: NDArray[Any], interval: NDArray[np.int64], inside: int
-) -> float:
-    """Power of the number of activations with which the layers' change grows, in [½, 1].
-
-    Slope of ln‖ΔW‖ on ln(visits) within layers, one point per activation (its last recorded
-    step); 1, as if every activation went on in the same direction, when no layer came back.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = np.log(np.asarray(relative[:, :inside], dtype=np.float64))
-    change[~np.isfinite(change)] = np.nan
-    products = squares = 0.0
-    last_row = np.append(np.flatnonzero(np.diff(interval)), len(interval) - 1)
-    for layer in range(inside):
-        rows = last_row[np.isfinite(change[last_row, layer])]
-        _, first = np.unique(visits[rows, layer], return_index=True)
-        x, y = np.log(visits[rows[first], layer]), change[rows[first], layer]
-        if len(x) > 1:
-            products += float((x - x.mean()) @ (y - y.mean()))
-            squares += float((x - x.mean()) @ (x - x.mean()))
-    return float(np.clip(products / squares, 0.5, 1.0)) if squares > 0 else 1.0
-
-
-def running_mean(values: Array, decay: float, start: Array | None = None) -> Array:
-    """Exponential moving average y_t = decay·y_{t−1} + (1 − decay)·x_t; y_0 is `start` or 0."""
-    inputs = (1 - decay) * values
-    if start is not None:
-        inputs[:1] = start
-    return _recurrence(inputs, decay)
-
-
-def _recurrence(inputs: Array, factor: float, block: int = 64) -> Array:
-    """y_t = factor·y_{t−1} + inputs_t, in blocks: few long vector operations, not n short ones."""
-    n = len(inputs)
-    if n <= block:
-        total = inputs.copy()
-        for t in range(1, n):
-            total[t] += factor * total[t - 1]
-        return total
-    parts = np.concatenate([inputs, np.zeros(-n % block)]).reshape(-1, block)
-    for t in range(1, block):
-        parts[:, t] += factor * parts[:, t - 1]
-    carry = _recurrence(parts[:, -1], factor**block, block)
-    parts[1:] += carry[:-1, None] * factor ** np.arange(1, block + 1)
-    return parts.ravel()[:n]
-
-
-def last_known(values: NDArray[Any]) -> Array:
-    """Last finite value of every column, NaN for a column without any."""
-    finite = np.isfinite(values)
-    row = len(values) - 1 - np.argmax(finite[::-1], axis=0) if len(values) else 0
-    picked = np.asarray(values, dtype=np.float64)[row, np.arange(values.shape[1])]
-    return np.where(finite.any(axis=0), picked, np.nan)
-
-
-def _mean_over_steps(values: NDArray[Any]) -> Array:
-    finite = np.isfinite(values)
-    total = np.where(finite, values, 0.0).sum(axis=0, dtype=np.float64)
-    return np.where(finite.any(axis=0), total / np.maximum(finite.sum(axis=0), 1), np.nan)
-
-
 def _partner(data: Measurements, reference: Any) -> StepTable:
     """Table of the other run, its columns in the order of this run's groups."""
     own = data.table.groups
@@ -481,13 +343,3 @@ def _at_the_end(data: Measurements, values: Array) -> NDArray[Any]:
     series = np.full(data.table.trained.shape, np.nan, dtype=np.float32)
     series[-1:] = values
     return series
-
-
-def _root(values: Array) -> NDArray[np.float32]:
-    """Square root, NaN where there is nothing to divide by."""
-    return np.sqrt(np.where(values > 0, values, np.nan)).astype(np.float32)
-
-
-def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[Any]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(below > 0, above / below, np.nan)

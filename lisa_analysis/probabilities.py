@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.allocation import inclusion_probabilities, safe_scores
 from lisa_analysis.errors import ProbabilitiesError
-from lisa_analysis.schema import SCHEMA_VERSION, parse_version
+from lisa_analysis.probabilities_file import check_vector, read_record
+from lisa_analysis.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,10 +85,10 @@ class SamplingProbabilities:
             numbers that are no inclusion probabilities.
         """
         path = Path(path)
-        record = _read(path)
+        record = read_record(path)
         names, k = record["layer_names"], record["activated_layers"]
         pi = record["inclusion_probabilities"]
-        _check_vector(path, names, pi, k)
+        check_vector(path, names, pi, k)
         scores = record.get("scores") or [None] * len(names)
         if not isinstance(scores, list) or len(scores) != len(names):
             raise ProbabilitiesError(
@@ -224,76 +226,6 @@ def sampling_probabilities(
     )
 
 
-def safe_scores(low: Array, high: Array) -> Array:
-    """Scores inside their intervals that make the sampling safest against being wrong.
-
-    c_i = clip(m, low_i, high_i) with m = ‖c‖²/‖c‖₁: never worse than uniform sampling for any
-    truth inside the intervals (Stich, Raj & Jaggi, NeurIPS 2017). A missing bound is 0 or ∞.
-    """
-    low = np.maximum(np.nan_to_num(low, nan=0.0), 0.0)
-    high = np.maximum(np.nan_to_num(high, nan=np.inf), low)
-    bounds = np.concatenate([low[low > 0], high[np.isfinite(high)]])
-    if not len(bounds) or bounds.max() <= 0:
-        return np.ones(len(low))
-    left, right = 0.0, float(bounds.max())
-    while True:
-        middle = (left + right) / 2
-        if middle in (left, right):
-            break
-        clipped = np.clip(middle, low, high)
-        if (clipped * (clipped - middle)).sum() > 0:
-            left = middle
-        else:
-            right = middle
-    return np.clip(right, low, high)
-
-
-def inclusion_probabilities(
-    weights: Array, k: int, *, floor: float = 0.0, cap: float = math.inf
-) -> Array:
-    """π = clip(λ·w, floor·k/L, min(1, cap·k/L)) with λ such that Σπ = k.
-
-    Raises
-    ------
-    ProbabilitiesError
-        When no λ gives Σπ = k, or a layer could never be drawn.
-    """
-    weights = np.asarray(weights, dtype=np.float64)
-    n = len(weights)
-    lower, upper = min(1.0, floor * k / n), min(1.0, cap * k / n)
-    if (weights < 0).any() or not np.isfinite(weights).all():
-        raise ProbabilitiesError("weights of layers must be finite and not negative.")
-    if not 1 <= k <= n or n * lower > k * (1 + 1e-12) or n * upper < k * (1 - 1e-12):
-        raise ProbabilitiesError(
-            f"no probabilities between {lower:.4g} and {upper:.4g} for {n} layers sum to {k}: "
-            "choose floor ≤ 1 ≤ cap and at most as many activated layers as there are."
-        )
-    if lower <= 0 and not (weights > 0).all():
-        raise ProbabilitiesError(
-            f"layer {int(np.argmin(weights))} would never be drawn: use a floor or a mix above 0."
-        )
-    positive = weights[weights > 0]
-    if not len(positive) or upper - lower < 1e-15:
-        return np.full(n, k / n)
-    left, right = 0.0, upper / float(positive.min())
-    while True:
-        scale = (left + right) / 2
-        if scale in (left, right):
-            break
-        if np.clip(scale * weights, lower, upper).sum() < k:
-            left = scale
-        else:
-            right = scale
-    pi = np.clip(right * weights, lower, upper)
-    free = (pi > lower) & (pi < upper)
-    # Exact by construction: what the bounds leave is shared in proportion to the weights.
-    for _ in range(4):
-        if free.any():
-            rest = k - math.fsum(pi[~free])
-            pi[free] = np.clip(weights[free] * rest / math.fsum(weights[free]), lower, upper)
-    return pi
-
-
 def _apply_control(pi: Array, control: str | None, seed: int) -> Array:
     if control == "uniform":
         return np.full(len(pi), pi.sum() / len(pi))
@@ -364,64 +296,3 @@ def _neutral(score: Array) -> float:
 
 def _plain(values: Array) -> tuple[float | None, ...]:
     return tuple(float(v) if math.isfinite(v) else None for v in values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Parse the file and check its version and the types of what the trainer needs."""
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ProbabilitiesError(
-            f"{path} does not exist: give a file written by lisa-analyze --probabilities."
-        ) from None
-    except OSError as error:
-        raise ProbabilitiesError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except ValueError as error:
-        raise ProbabilitiesError(
-            f"{path} is not complete JSON ({error}): write it again with lisa-analyze "
-            "--probabilities."
-        ) from None
-    if not isinstance(record, dict):
-        raise ProbabilitiesError(f"{path} holds {type(record).__name__}, expected an object.")
-    version = record.get("schema_version")
-    try:
-        major = parse_version(str(version))[0]
-    except ValueError:
-        major = -1
-    if major != parse_version(SCHEMA_VERSION)[0]:
-        raise ProbabilitiesError(
-            f"{path} has schema version {version!r}, this lisa_analysis reads {SCHEMA_VERSION}."
-        )
-    for name in ("layer_names", "inclusion_probabilities"):
-        if not isinstance(record.get(name), list):
-            raise ProbabilitiesError(f"{path} has no list {name}: it is no probabilities file.")
-    if not isinstance(record.get("activated_layers"), int):
-        raise ProbabilitiesError(
-            f"{path} has activated_layers = {record.get('activated_layers')!r}: expected a whole "
-            "number."
-        )
-    return record
-
-
-def _check_vector(path: Path, names: list[Any], pi: list[Any], k: int) -> None:
-    """Σπ = k and 0 < π ≤ 1, one per layer."""
-    if len(names) != len(pi):
-        raise ProbabilitiesError(
-            f"{path} has {len(names)} layer names and {len(pi)} inclusion probabilities: expected "
-            "one per layer."
-        )
-    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise ProbabilitiesError(f"{path} has layer names that are not distinct texts.")
-    for layer, value in enumerate(pi):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 < value <= 1):
-            raise ProbabilitiesError(
-                f"{path} has inclusion probability {value!r} for layer {layer}: expected a number "
-                "above 0 and at most 1."
-            )
-    total = math.fsum(pi)
-    if abs(total - k) > 1e-9:
-        raise ProbabilitiesError(
-            f"{path} has inclusion probabilities that sum to {total:.12g}: expected "
-            f"activated_layers = {k}."
-        )

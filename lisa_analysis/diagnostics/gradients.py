@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from lisa_analysis.diagnostics.rule import CouldNotRunError, Evidence, Outcome, Rule
 
-
 # Within one step a bad gradient comes before the update and the weights that it spoils.
 _CAUSES = ("probe_grad_norm", "grad_norm", "grad_norm_l1", "grad_noise", "descent", "update_norm",
            "weight_norm", "delta_norm", "merged_norm", "opt_steps")  # fmt: skip

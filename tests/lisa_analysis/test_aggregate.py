@@ -8,7 +8,7 @@ from lisa_analysis.accumulate import Accumulator, Chunk, sum_batch, unpack
 from lisa_analysis.aggregate import grouping, step_table
 from lisa_analysis.draws import draw_events, draws, intervals
 from lisa_analysis.errors import LisaError
-from lisa_analysis.metrics import growth_exponent, last_known, running_mean
+from lisa_analysis.series import growth_exponent, last_known, running_mean
 
 
 def by_pandas(run, column, power):

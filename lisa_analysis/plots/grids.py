@@ -60,20 +60,7 @@ def heatmap(
         **_raster(shown.values.shape),
     )
     if shown.non_finite.any():
-        alarm = np.zeros((*shown.values.shape, 4))
-        alarm[shown.non_finite] = to_rgba(style.NON_FINITE)
-        ax.imshow(alarm, **_raster(shown.values.shape))
-        # A cell can be thinner than a pixel: a mark above its column cannot be missed.
-        columns = np.flatnonzero(shown.non_finite.any(axis=0))
-        ax.plot(
-            columns,
-            np.full(len(columns), 1.02),
-            "v",
-            color=style.NON_FINITE,
-            markersize=4,
-            transform=ax.get_xaxis_transform(),
-            clip_on=False,
-        )
+        _mark_non_finite(ax, shown.non_finite)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=18)
     bar.outline.set_visible(False)
     bar.set_label(title)
@@ -81,6 +68,16 @@ def heatmap(
     _label_layers(ax, len(shown.values))
     _label_steps(ax, shown.steps, group)
     return ax
+
+
+def _mark_non_finite(ax: Axes, cells: np.ndarray) -> None:
+    """Paint cells red, with a mark above their column: a cell can be thinner than a pixel."""
+    alarm = np.zeros((*cells.shape, 4))
+    alarm[cells] = to_rgba(style.NON_FINITE)
+    ax.imshow(alarm, **_raster(cells.shape))
+    columns = np.flatnonzero(cells.any(axis=0))
+    above: Any = {"transform": ax.get_xaxis_transform(), "clip_on": False, "markersize": 4}
+    ax.plot(columns, np.full(len(columns), 1.02), "v", color=style.NON_FINITE, **above)
 
 
 def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:

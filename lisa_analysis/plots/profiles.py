@@ -31,55 +31,45 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     ax = style.axes_or_new(ax)
     if frame.empty or not np.isfinite(_floats(frame["score"])).any():
         return style.note(ax, "No layer has a score: nothing was recorded for this metric.")
-    layer, score = _floats(frame["layer"]), _floats(frame["score"])
-    low, high = _floats(frame["low"]), _floats(frame["high"])
-    scored = np.isfinite(score)
-    for position, height in zip(layer[scored], score[scored], strict=True):
-        bar = ax.bar(position, height, width=0.78, color=style.SERIES[0], alpha=0.45, linewidth=0)
-        bar[0].set_gid(f"layer-{int(position)}")
-    _initial_part(ax, frame, layer, score)
-    sure = scored & np.isfinite(low) & np.isfinite(high)
-    if sure.any():
-        ax.vlines(
-            layer[sure],
-            low[sure],
-            high[sure],
-            color=style.SERIES[0],
-            linewidth=1.4,
-            label="interval",
-        )
-        ax.plot(layer[sure], score[sure], "o", color=style.SERIES[0], markersize=3)
-    if (scored & ~sure).any():
-        ax.plot(
-            layer[scored & ~sure],
-            score[scored & ~sure],
-            "o",
-            color=style.SERIES[0],
-            markerfacecolor="none",
-            markersize=4,
-            label="too little data for an interval",
-        )
-    if (~scored).any():
-        ax.plot(
-            layer[~scored],
-            np.zeros((~scored).sum()),
-            "x",
-            color=style.NON_FINITE,
-            markersize=5,
-            label="never measured",
-            clip_on=False,
-        )
-    ax.axhline(
-        float(np.mean(score[scored])),
-        color=style.MUTED,
-        linewidth=0.9,
-        linestyle=(0, (4, 3)),
-        label="mean of the layers",
-    )
-    _layers_below(ax, len(frame))
+    # Modules and tensors share layers: their rows stand side by side instead.
+    place = _floats(frame["layer"]) if profile.by == "layer" else np.arange(len(frame))
+    score = _floats(frame["score"])
+    for position, height in zip(place, score, strict=True):
+        if np.isfinite(height):
+            (bar,) = ax.bar(position, height, 0.78, color=style.SERIES[0], alpha=0.45, linewidth=0)
+            if profile.by == "layer":
+                bar.set_gid(f"layer-{int(position)}")
+    _initial_part(ax, frame, place, score)
+    _score_marks(ax, place, score, _floats(frame["low"]), _floats(frame["high"]))
+    mean, dashes = float(np.nanmean(score)), (0, (4, 3))
+    ax.axhline(mean, color=style.MUTED, linewidth=0.9, linestyle=dashes, label="mean")
+    if profile.by == "layer":
+        _layers_below(ax, len(frame))
+    else:
+        _names_below(ax, frame["name"].tolist(), profile.by)
     ax.set_ylabel(style.literal(profile.metric))
     style.legend(ax)
     return ax
+
+
+def _score_marks(
+    ax: Axes, place: np.ndarray, score: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> None:
+    """Whisker and dot where there is an interval, an open circle without, a cross unmeasured."""
+    color = style.SERIES[0]
+    scored = np.isfinite(score)
+    sure = scored & np.isfinite(low) & np.isfinite(high)
+    unsure = scored & ~sure
+    if sure.any():
+        ax.vlines(place[sure], low[sure], high[sure], color=color, linewidth=1.4, label="interval")
+        ax.plot(place[sure], score[sure], "o", color=color, markersize=3)
+    if unsure.any():
+        label = "too little data for an interval"
+        ax.plot(place[unsure], score[unsure], "o", color=color, mfc="none", ms=4, label=label)
+    if not scored.all():
+        nothing = np.zeros((~scored).sum())
+        look: Any = {"color": style.NON_FINITE, "markersize": 5, "clip_on": False}
+        ax.plot(place[~scored], nothing, "x", label="never measured", **look)
 
 
 def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
@@ -206,21 +196,19 @@ def rank_stability(
     )
     ax.figure.colorbar(image, ax=ax, pad=0.02, label=label).outline.set_visible(False)
     if size <= 10:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ax.text(
-                    column,
-                    row,
-                    f"{value:.2f}".replace("-", "−"),
-                    ha="center",
-                    va="center",
-                    fontsize="small",
-                    color="white" if abs(value) > 0.6 else "black",
-                )
+        _write_values(ax, values)
     names = [style.literal(name, 18) for name in agreement.index]
     ax.set_yticks(range(size), names)
     ax.set_xticks(range(size), names, rotation=35, ha="right")
     return style.finish(ax, grid=None)
+
+
+def _write_values(ax: Axes, values: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:.2f}".replace("-", "−")
+            color = "white" if abs(value) > 0.6 else "black"
+            ax.text(column, row, text, ha="center", va="center", fontsize="small", color=color)
 
 
 def agreement_square(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -253,6 +241,15 @@ def _layers_below(ax: Axes, n_layers: int) -> None:
     ax.set_xticks(style.layer_ticks(n_layers, most=25))
     ax.set_xlim(-0.7, n_layers - 0.3)
     ax.set_xlabel("layer")
+    style.finish(ax)
+
+
+def _names_below(ax: Axes, names: Sequence[object], what: str) -> None:
+    """Label rows that are no layers: by name while the names fit."""
+    if len(names) <= 16:
+        ax.set_xticks(range(len(names)), [style.literal(name, 18) for name in names], rotation=30)
+    ax.set_xlim(-0.7, len(names) - 0.3)
+    ax.set_xlabel(what)
     style.finish(ax)
 
 

@@ -11,7 +11,7 @@ from lisa_analysis.aggregate import draws, step_table
 from lisa_analysis.diagnostics import Diagnostics, diagnose
 from lisa_analysis.errors import LisaError
 from lisa_analysis.importance import DEFAULT_METRIC, importance
-from lisa_analysis.plots.data import layer_grids
+from lisa_analysis.plots.data import LayerGrid, layer_grids
 from lisa_analysis.profile import ImportanceProfile
 from lisa_analysis.report import figures
 from lisa_analysis.report.figures import Budget, ReportFigure
@@ -141,15 +141,6 @@ def gather(
     schedule = None
     if draws(run):
         schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
-    curves: list[ReportFigure | None] = []
-    if alone:
-        curves = [
-            figures.curve_figure(f"{slug}-loss", run, "loss", budget),
-            figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
-            figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
-            figures.ratio_figure(f"{slug}-ratio", grids, budget),
-            figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
-        ]
     return RunContent(
         run,
         slug,
@@ -161,9 +152,22 @@ def gather(
         _profile_figures(run, slug, profile, alone=alone),
         heatmaps,
         schedule,
-        [figure for figure in curves if figure is not None],
+        _curves(run, slug, grids, budget) if alone else [],
         _limits(run),
     )
+
+
+def _curves(
+    run: Any, slug: str, grids: Mapping[str, LayerGrid], budget: Budget
+) -> list[ReportFigure]:
+    found = [
+        figures.curve_figure(f"{slug}-loss", run, "loss", budget),
+        figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
+        figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
+        figures.ratio_figure(f"{slug}-ratio", grids, budget),
+        figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
+    ]
+    return [figure for figure in found if figure is not None]
 
 
 def _profile(run: Any, metric: Any) -> tuple[ImportanceProfile | None, str | None]:

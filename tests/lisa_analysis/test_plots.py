@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from lisa_analysis import plots
 from lisa_analysis.errors import LisaError
+from lisa_analysis.importance import importance
 from lisa_analysis.plots import style
 from lisa_analysis.plots.data import LayerGrid
 from lisa_analysis.plots.grids import visit_counts
@@ -41,7 +42,7 @@ def profile(n_layers=12, *, low=True, initial=True, unseen=()):
             "n_eff": 40.0, "visits": 3, "initial": 0.4 if initial else np.nan,
         }
     )  # fmt: skip
-    return SimpleNamespace(to_frame=lambda: frame, metric="update_norm")
+    return SimpleNamespace(to_frame=lambda: frame, metric="update_norm", by="layer")
 
 
 def probabilities(n_layers=12):
@@ -150,6 +151,14 @@ def test_profile_draws_bars_intervals_the_initial_part_and_the_unseen():
     assert "too little data for an interval" in (
         plots.profile(profile(low=False)).get_legend_handles_labels()[1]
     )
+
+
+def test_profile_of_modules_gives_every_row_its_own_place(runs):
+    by_module = importance(runs["full"], by="kind")
+    ax = plots.profile(by_module)
+    places = {round(bar.get_center()[0], 6) for bar in ax.patches}
+    assert places == set(range(by_module.n_layers))
+    assert [t.get_text() for t in ax.get_xticklabels()] == by_module.to_frame()["name"].tolist()
 
 
 @pytest.mark.parametrize("quantity", ["loss", "learning_rate", "grad_norm", "memory", "recorder"])

@@ -58,9 +58,7 @@ def test_thinned_grid_averages_neighbours_and_keeps_every_fault():
     assert grid.thinned(1000) == (grid, 1)
 
 
-@given(
-    hnp.arrays(float, st.integers(1, 500), elements=st.floats(-1e6, 1e6)), st.integers(1, 120)
-)
+@given(hnp.arrays(float, st.integers(1, 500), elements=st.floats(-1e6, 1e6)), st.integers(1, 120))
 @settings(max_examples=80, deadline=None)
 def test_thinning_keeps_extremes_and_total(values, most):
     series = thin(np.arange(len(values)), values, most)

@@ -148,8 +148,9 @@ def test_profile_draws_bars_intervals_the_initial_part_and_the_unseen():
     labels = ax.get_legend_handles_labels()[1]
     assert "never measured" in labels
     assert "too little data for an interval" not in labels
-    assert "too little data for an interval" in (
-        plots.profile(profile(low=False)).get_legend_handles_labels()[1]
+    assert (
+        "too little data for an interval"
+        in (plots.profile(profile(low=False)).get_legend_handles_labels()[1])
     )
 
 

@@ -98,7 +98,10 @@ def pages(folder):
         "one-step": write_run(folder / "one", steps=1, method="full", n_layers=4),
         "crashed": cut_off_run(folder / "crashed"),
         "failed": write_run(
-            folder / "failed", status="failed", steps=40, n_layers=4,
+            folder / "failed",
+            status="failed",
+            steps=40,
+            n_layers=4,
             extra={"error": "CUDA gave up."},
         ),
         "one layer": write_run(folder / "layer", n_layers=1, k=1, steps=20),

@@ -99,7 +99,10 @@ def fit_series(
     remove_common
         Remove what all layers share at a step before errors are estimated.
     """
-    series, labels = condense(_prepare(values, log), clusters)
+    values = _prepare(values, log)
+    if clusters is not None and not log:
+        values = _level(values)
+    series, labels = condense(values, clusters)
     effects = st.additive_effects(series, remove_common=remove_common and log)
     residuals = effects.residuals
     counts = np.isfinite(series).sum(axis=0)
@@ -173,6 +176,19 @@ def _prepare(values: NDArray[np.floating], log: bool) -> NDArray[np.floating]:
         values[~positive.any(axis=1)] = np.nan
         np.maximum(values, values[positive].min(), out=values)
     return np.log(values, out=values)
+
+
+def _level(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Divide quantities that may be negative by their common size at each step.
+
+    When layers are observed at different times, a plain mean would credit those drawn while all
+    of them were large. What they share is fitted to ln|x|; identical layers come out equal.
+    """
+    size = np.abs(values)
+    with np.errstate(divide="ignore"):
+        logs = np.where(size > 0, np.log(size), np.nan)
+    common = st.additive_effects(logs).common
+    return values / np.exp(common)[:, None]
 
 
 def _cluster_size(

@@ -17,6 +17,8 @@ class Effects:
     layer
         Shape (layers,): layer effects on the scale of the data (a weighted mean of the common
         part is added back); NaN for layers never observed.
+    common
+        Shape (n,): what all layers share at a step, mean zero.
     residuals
         Shape (n, layers); NaN where not observed.
     inverse
@@ -27,6 +29,7 @@ class Effects:
     """
 
     layer: Array
+    common: Array
     residuals: Array
     inverse: Array
     adjusted: str
@@ -61,7 +64,10 @@ def additive_effects(values: NDArray[np.floating], *, remove_common: bool = True
     counts = mask.sum(axis=0)
     if not seen.any():
         empty = np.full(values.shape[1], np.nan)
-        return Effects(empty, np.full(values.shape, np.nan), np.zeros((len(empty),) * 2), "none")
+        return Effects(
+            empty, np.zeros(len(values)), np.full(values.shape, np.nan),
+            np.zeros((len(empty),) * 2), "none",
+        )  # fmt: skip
     if remove_common and seen.sum() > 1:
         together = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)
         laplacian = np.diag(counts) - mask.T @ together
@@ -77,7 +83,9 @@ def additive_effects(values: NDArray[np.floating], *, remove_common: bool = True
     layer = centred.sum(axis=0) / np.maximum(counts, 1)
     residuals = np.where(observed, centred - layer, np.nan)
     inverse = np.diag(1 / np.maximum(counts, 1))
-    return Effects(np.where(seen, layer + level, np.nan), residuals, inverse, adjusted)
+    return Effects(
+        np.where(seen, layer + level, np.nan), common - level, residuals, inverse, adjusted
+    )
 
 
 def _connected(laplacian: Array, seen: NDArray[np.bool_]) -> bool:
@@ -122,7 +130,9 @@ def _by_steps(
     # The level of a profile is that of the average recorded step, every step counting once.
     level = float(common[recorded].mean())
     residuals = np.where(observed, filled - layer - common[:, None], np.nan)
-    return Effects(np.where(seen, layer + level, np.nan), residuals, inverse, "steps")
+    return Effects(
+        np.where(seen, layer + level, np.nan), common - level, residuals, inverse, "steps"
+    )
 
 
 def _trend(filled: Array, mask: Array) -> Array:

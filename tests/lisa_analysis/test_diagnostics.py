@@ -77,8 +77,8 @@ class TestUpdates:
 
     def test_sampled_not_updated_in_one_interval_only(self, make_run):
         draws = [[0, 1], [2, 3], [0, 3]]
-        run = make_run(method="lisa", steps=30, profile=4, draws=draws,
-                       edit=scale("update_norm", 0.0, steps=range(11, 21), params=params_of(2)))  # fmt: skip
+        lost = scale("update_norm", 0.0, steps=range(11, 21), params=params_of(2))
+        run = make_run(method="lisa", steps=30, profile=4, draws=draws, edit=lost)
         finding = fired(run, "sampled_not_updated")
         assert (finding.state, finding.layers, finding.step) == ("fail", (2,), 11)
 

@@ -158,7 +158,10 @@ class TestBadInput:
 class TestLisa:
     """Corrected for sampling."""
 
-    @pytest.mark.parametrize("metric", ["update_norm", "grad_rms", "l1_descent", "update_ratio"])
+    @pytest.mark.parametrize(
+        "metric",
+        ["update_norm", "grad_rms", "l1_descent", "update_ratio", "descent", "weight_norm"],
+    )
     def test_identical_layers_come_out_equal_however_often_drawn(self, make_run, metric):
         rng = np.random.default_rng(0)
         weights = np.array([8, 4, 2, 1, 1, 1]) / 17

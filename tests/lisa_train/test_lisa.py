@@ -225,7 +225,7 @@ def test_reset_leaves_state_on_exactly_the_active_tensors(make_llama, name, tmp_
     model = make_llama(layers=8)
     optimizer = OPTIMIZERS[name](model.parameters())
     config = lt.LisaConfig(activated_layers=1, interval_steps=2)
-    measured, last = {}, 200 if name == "adamw_fused" else 30
+    measured, last = {}, 200
 
     def measure(step):
         if step + 1 not in (2, last):

@@ -184,19 +184,28 @@ class Directedness:
 
     id: ClassVar[str] = "directedness"
     definition: ClassVar[str] = (
-        "√n · ‖W_T − W_0‖ / Σ_t ‖θ_{t+1} − θ_t‖ over the n steps that trained the layer: 1 for a "
-        "random walk, √n for a straight line; unrecorded steps count as average ones."
+        "√n · ‖W_T − W_0‖ / Σ_t ‖θ_{t+1} − θ_t‖: 1 for a random walk, √n for a straight line, "
+        "matched to the median n where layers trained for different numbers of steps; unrecorded "
+        "steps count as average ones."
     )
     scale: ClassVar[Scale] = "total"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
         update = data.table["update_norm"]
+        if not len(update):
+            return update
         measured = np.isfinite(update)
-        path = np.cumsum(np.where(measured, update, 0), axis=0, dtype=np.float64)
-        path /= np.maximum(np.cumsum(measured, axis=0, dtype=np.float32), 1)
-        path *= np.sqrt(data.active_steps)
-        return ratio(_at_the_end(data, _final_delta(data)), path)
+        path = np.where(measured, update, 0).sum(axis=0, dtype=np.float64)
+        n = data.active_steps[-1].astype(np.float64)
+        path *= n / np.maximum(measured.sum(axis=0), 1)
+        share = ratio(_final_delta(data), path) ** 2
+        seen = np.isfinite(share[: data.table.groups.inside])
+        common = float(np.median(n[: len(seen)][seen])) if seen.any() else 1.0
+        # Steps of drift m and spread 1 give share = (m² + 1/n)/(1 + m²); the same m at `common`.
+        steps = np.where(n > 1, n, np.nan)
+        matched = (share * (common - 1) + 1 - common / steps) / (1 - 1 / steps)
+        return _at_the_end(data, np.sqrt(np.maximum(matched, 0)))
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,15 @@ class TestLisa:
         assert max(raw) > 1.7 * min(raw)
         assert np.ptp(np.log(profile.scores)) < 0.02
 
+    @pytest.mark.parametrize("directed", [0.5, 1.0])
+    def test_directedness_is_matched_in_the_number_of_steps(self, make_run, directed):
+        draws = [[0, 1], [0, 2], [0, 3], [0, 1], [0, 2], [0, 3]]
+        run = make_run(method="lisa", steps=60, draws=draws, profile=4, noise=0, common=0,
+                       directed=directed)  # fmt: skip
+        scores = la.importance(run, "directedness").scores
+        # Layer 0 trained for 60 steps, the others for 20.
+        np.testing.assert_allclose(scores, 1 if directed == 0.5 else np.sqrt(20), rtol=1e-4)
+
     def test_a_layer_is_judged_on_its_active_steps(self, make_run):
         truth = np.exp(0.5 * X**2)
         run = make_run(method="lisa", steps=1500, k=3, interval=10, profile=truth, trend=-1.0)

@@ -221,18 +221,18 @@ def writer_lives(lock: Path) -> bool:
 
 
 def lines_frame(lines: list[dict[str, Any]], table: Table) -> "pd.DataFrame":
-    """Return the lines as a frame; columns of the table first, with their types."""
+    """Return the lines as a frame: the columns of the table with their types, then the others."""
     import pandas as pd
 
-    own = [name for name in table.names if name != "segment"]
+    lines = [{**line, "segment": line["segment"] or 0} for line in lines]
     others = list(dict.fromkeys(key for line in lines for key in line if key not in table.names))
     data: dict[str, Any] = {}
-    for name in own:
-        column = table[name]
-        values = [line[name] for line in lines]
+    for column in table.columns:
+        values = [line[column.name] for line in lines]
+        filled = not column.nullable or column.name == "segment"
         numeric = column.type not in ("string", "bool")
-        dtype = (column.type if not column.nullable else "float64") if numeric else "object"
-        data[name] = pd.Series(values, dtype=dtype)
+        dtype = (column.type if filled else "float64") if numeric else "object"
+        data[column.name] = pd.Series(values, dtype=dtype)
     for name in others:
         data[name] = pd.Series([line.get(name) for line in lines], dtype="object")
     return pd.DataFrame(data)

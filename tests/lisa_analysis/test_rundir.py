@@ -14,7 +14,7 @@ import pytest
 
 from lisa_analysis.errors import RunDirectoryError
 from lisa_analysis.rundir import load
-from lisa_analysis.schema import METRICS_TABLE, PARAMETERS_TABLE, shard_name
+from lisa_analysis.schema import METRICS_TABLE, PARAMETERS_TABLE, SCALARS_TABLE, shard_name
 from lisa_analysis.shards import Shard, arrow_schema, last_valid_steps
 
 N_LAYERS, PER_LAYER = 4, 3
@@ -83,6 +83,7 @@ def test_tables_have_the_columns_and_types_of_the_schema(directory):
     assert (run.n_layers, run.method, run.status, run.run_id) == (4, "full", "finished", "r")
     assert tuple(run.parameters) == PARAMETERS_TABLE.names
     assert tuple(run.metrics()) == METRICS_TABLE.names
+    assert tuple(run.scalars) == SCALARS_TABLE.names
     assert run.scalars.tokens.tolist() == [5 * s for s in range(1, 41)]
     assert run.events.event.tolist() == ["lisa_draw", "evaluate"]
     assert run.events.layers[0] == [0, 1]
@@ -178,6 +179,9 @@ def test_a_later_segment_replaces_everything_after_its_start(directory):
     scalars = load(directory).scalars
     assert scalars.step.tolist() == [*range(1, 16), 20, 30]
     assert scalars.loss.tolist()[-2:] == [1.0, 2.0]
+    assert scalars.segment.tolist()[-3:] == [0, 1, 2]
+    events = load(directory).events
+    assert events.loc[events.event == "resume", "segment"].tolist() == [1, 2]
 
 
 def test_a_segment_that_wrote_nothing_yet_still_voids_what_it_repeats(directory):

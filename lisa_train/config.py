@@ -173,6 +173,9 @@ class RecordConfig:
     select
         Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
         expressions that are searched in the tensor's name. None measures all.
+    layers
+        Path of the list that holds the layers, where the model's structure leaves it open
+        (with LISA: `LisaConfig.layers`).
     base_delta
         Measure ‖W − W₀‖ of every tensor of the model in each census (start, checkpoints, end);
         W₀ is read again from the base checkpoint, tensor by tensor.
@@ -191,6 +194,7 @@ class RecordConfig:
     every: int = 10
     quantities: tuple[str, ...] = QUANTITIES
     select: tuple[str | int, ...] | None = None
+    layers: str | None = None
     base_delta: bool = False
     grad_noise: bool = False
     probe_every: int = 0

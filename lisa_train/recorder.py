@@ -118,7 +118,7 @@ class NormRecorder:
         self.seconds = 0.0
         self._inside = False
         self._optimizer = unwrap_optimizer(optimizer)
-        layer_map = layer_map or find_layers(model)
+        layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
         self.writer = writer or _new_writer(model, config, self.table, layer_map)
         self._device = self.table.tensors[0][1].device

@@ -105,7 +105,8 @@ class RecordCallback(TrainerCallback):
         self._wraps.take_off()
         self._began = time.monotonic()
         model = self._trainer.model
-        layer_map = find_layers(model, self._lisa.config.layers if self._lisa else None)
+        chosen = self._lisa.config.layers if self._lisa else None
+        layer_map = find_layers(model, chosen or self.config.layers)
         table = TensorTable(model, layer_map, self.config.select)
         processes = Processes(table)
         problem: Exception | None = None

@@ -182,6 +182,21 @@ def test_a_loop_continues_its_run(tmp_path):
     assert frame["step"].unique().tolist() == [0, 2, 3]
 
 
+def test_layers_can_be_named_where_the_structure_leaves_them_open(tmp_path):
+    block = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(6)]
+    model = torch.nn.ModuleDict(
+        {"first": torch.nn.ModuleList(block[:2]), "second": torch.nn.ModuleList(block[2:])}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigError, match="2 stacks of layers"):
+        lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path / "a")))
+    assert not (tmp_path / "a").exists()
+    config = lt.RecordConfig(str(tmp_path / "b"), layers="second")
+    with lt.NormRecorder(model, optimizer, config):
+        pass
+    assert load(tmp_path / "b").layer_names == tuple(f"second.{i}" for i in range(4))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

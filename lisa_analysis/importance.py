@@ -91,7 +91,9 @@ def importance(
     initial = initial_scores(name, data, values)
     start = initialisation(name, data, scores, initial)
     concentration = judgement.concentration(fit, confidence)
-    shape = judgement.shape(fit, confidence, concentration, by)
+    # An encoder and a decoder have no common depth.
+    stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
+    shape = judgement.shape(fit, confidence, concentration, by == "layer" and stacks <= 1)
     reliability = judgement.reliability(fit, steps, interval, rng)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
@@ -109,7 +111,9 @@ def importance(
         layers=layers,
         outside=others,
         verdict=shape.verdict,
-        statement=judgement.statement(name, by, fit, concentration, shape, reliability, start),
+        statement=judgement.statement(
+            name, by, fit, concentration, shape, reliability, start, stacks
+        ),
         concentration=concentration,
         shape=shape,
         initialisation=start,

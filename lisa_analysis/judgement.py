@@ -98,14 +98,14 @@ def _excess_bounds(
     return low, max(low, high)
 
 
-def shape(fit: Fit, confidence: float, found: Concentration, by: str) -> Shape:
+def shape(fit: Fit, confidence: float, found: Concentration, has_depth: bool = True) -> Shape:
     """U-test on log-scores, and ``flat`` when nothing worth sampling for can be there."""
     seen = fit.seen
     n = len(seen)
     x = shapes.depth(n)[seen]
     effect = fit.effect[seen]
     samples = fit.samples
-    if by != "layer" or not len(effect):
+    if not has_depth or not len(effect):
         nothing = Interval(float("nan"))
         return Shape(nothing, nothing, nothing, nothing, "undecided")
     if not fit.log:
@@ -206,6 +206,7 @@ def statement(
     shape: Shape,
     stable: Reliability,
     start: Initialisation | None,
+    stacks: int = 1,
 ) -> str:
     """What a person should take away, in sentences."""
     seen = fit.seen
@@ -223,7 +224,7 @@ def statement(
             f"least known {by}, {MIN_EFFECTIVE:.0f} needed): differences between {by}s may be "
             "noise."
         )
-    sentences.append(_shape_words(shape, found, by))
+    sentences.append(_shape_words(shape, found, by, stacks))
     if stable.steps_needed is not None and not stable.enough:
         if np.isinf(stable.steps_needed) and fit.samples is not None:
             sentences.append(f"The {by}s do not differ beyond noise.")
@@ -240,12 +241,14 @@ def statement(
     return " ".join(sentences)
 
 
-def _shape_words(shape: Shape, found: Concentration, by: str) -> str:
+def _shape_words(shape: Shape, found: Concentration, by: str, stacks: int) -> str:
     gain = found.headroom
     limit = "" if gain.high is None else f" (at most ×{gain.high:.2f} with the interval)"
     ceiling = f"sampling in proportion could gain ×{gain.value:.2f} over uniform{limit}"
     if by != "layer":
         return f"Depth shapes are judged by layer only; {ceiling}."
+    if stacks > 1:
+        return f"The {stacks} stacks have no common depth to judge a shape by; {ceiling}."
     words = {
         "U": "The profile is a U: the first and last layers stand above the middle",
         "inverted U": "The profile is an inverted U: the middle layers stand above the ends",

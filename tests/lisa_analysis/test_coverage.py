@@ -58,7 +58,7 @@ def coverage(truth, rho, n, repetitions, lisa=None):
         for name, figure in FIGURES.items():
             interval, value = getattr(found, name), float(figure(weights))
             held[name].append(interval.low - 1e-9 <= value <= interval.high + 1e-9)
-        shape = judgement.shape(fit, 0.95, found, "layer")
+        shape = judgement.shape(fit, 0.95, found)
         curvature = st.quadratic_fit(truth, X)[2]
         held["curvature"].append(shape.curvature.low <= curvature <= shape.curvature.high)
         verdicts[shape.verdict] += 1

@@ -256,6 +256,17 @@ class TestVerdicts:
         assert profile.unseen == tuple(range(8))
         assert "nothing is known" in profile.statement
 
+    def test_encoder_and_decoder_have_no_common_shape(self, make_run):
+        layers = [
+            {"index": i, "name": f"{side}.block.{i % 4}", "stack": f"{side}.block"}
+            for i, side in enumerate(["encoder"] * 4 + ["decoder"] * 4)
+        ]
+        run = make_run(steps=200, profile=np.geomspace(1, 3, 8), manifest={"layers": layers})
+        profile = la.importance(run)
+        assert profile.verdict == "undecided"
+        assert "2 stacks" in profile.statement
+        assert profile.concentration.headroom.low > 1.1
+
     def test_one_layer_model(self, make_run):
         profile = la.importance(make_run(steps=100, profile=1))
         assert profile.n_layers == 1

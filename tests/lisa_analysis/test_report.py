@@ -230,7 +230,9 @@ def test_names_from_a_run_cannot_break_out(tmp_path):
         tmp_path / "run", steps=30, n_layers=4, run_id=NAME, model_name=NAME, layer_prefix=NAME,
         status="failed", extra=extra,
     )  # fmt: skip
-    other = write_run(tmp_path / "other", steps=20, n_layers=4, run_id=NAME, method="full")
+    # The report calls a run by its folder.
+    folder = tmp_path / "<img src=x onerror=alert(3)>$x$"
+    other = write_run(folder, steps=20, n_layers=4, run_id=NAME, method="full")
     for report in (la.report(path), la.report([path, other], title=HOSTILE)):
         saved = report.save(tmp_path / "report.html").read_text(encoding="utf-8")
         parsed = Page(saved)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -197,16 +198,22 @@ def _run_dir(config: TrainConfig, *, resume: bool) -> Path:
 
 
 def _last_checkpoint(run_dir: Path) -> Path:
-    from transformers.trainer_utils import get_last_checkpoint
-
+    """Return the newest whole checkpoint: one that a kill cut short is passed over."""
     folder = run_dir / schema.CHECKPOINTS_DIR
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise RunDirectoryError(
-            f"{run_dir} holds no checkpoint to resume from; set save_steps when starting a run "
-            "that is to be resumed, and start this one again in a new folder."
-        )
-    return Path(found)
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    for _, path in sorted(found, reverse=True):
+        # Trainer writes this file last: where it can be read, the others are there.
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    raise RunDirectoryError(
+        f"{run_dir} holds no checkpoint to resume from; set save_steps when starting a run "
+        "that is to be resumed, and start this one again in a new folder."
+    )
 
 
 def _keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:

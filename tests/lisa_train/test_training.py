@@ -13,7 +13,7 @@ import lisa_analysis as la
 from lisa_analysis.errors import ConfigError, RunDirectoryError
 from lisa_train.cli import main, parse
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
-from lisa_train.training import _trainer_arguments, train
+from lisa_train.training import _last_checkpoint, _trainer_arguments, train
 
 FAST: dict[str, Any] = {
     "max_steps": 6,
@@ -149,6 +149,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         for run in (whole, resumed)
     ]
     assert frames[0].reset_index(drop=True).equals(frames[1].reset_index(drop=True))
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_model_dir, text_file, tmp_path / "r", method="lisa", lisa=LISA,
+                      save_steps=2)  # fmt: skip
+    whole = list(la.load(train(settings)).scalars["loss"])
+    state = tmp_path / "r" / "checkpoints" / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    assert _last_checkpoint(tmp_path / "r").name == "checkpoint-4"
+    resumed = la.load(train(settings, resume=True))
+    assert list(resumed.scalars["loss"]) == whole
+    assert resumed.events.query("event == 'resume'")["step"].tolist() == [4]
 
 
 def _rewind(run_dir: Path, *, to_step: int) -> None:

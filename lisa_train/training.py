@@ -1,13 +1,7 @@
 """`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
 
-import contextlib
 import dataclasses
-import errno
-import json
 import sys
-import tempfile
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +10,22 @@ from lisa_analysis.errors import ConfigError, RunDirectoryError, suggest
 from lisa_train.config import TrainConfig
 from lisa_train.data import TrainingData, check_dataset_name, load_data
 from lisa_train.modeling import check_model_name, describe_model, load_model, lora_config
+from lisa_train.output import (
+    check_unfinished,
+    find_run_dir,
+    is_storage_error,
+    keep_inputs,
+    last_checkpoint,
+    no_trace_of_a_refused_run,
+    plain,
+    to_yaml,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl import SFTConfig, SFTTrainer
 
-INPUT_PROBABILITIES = "lisa_probabilities.json"
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
-
-_STORAGE_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-)
-
-# What may differ between a run and its continuation without making it another computation.
-_MAY_CHANGE = frozenset(
-    {"output_dir", "report_to", "logging_steps", "progress_bar", "save_total_limit", "record"}
-)
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -57,10 +51,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         When `output_dir` already holds a run, or cannot be written.
     """
     _check_inputs(config)
-    run_dir = _run_dir(config, resume=resume)
-    checkpoint = _last_checkpoint(run_dir) if resume else None
-    with _no_trace_of_a_refused_run(run_dir):
+    run_dir = find_run_dir(config, resume=resume)
+    checkpoint = last_checkpoint(run_dir) if resume else None
+    with no_trace_of_a_refused_run(run_dir):
         trainer, attached = _prepare(config, run_dir, resume=resume)
+        if checkpoint is not None:
+            check_unfinished(checkpoint)
     try:
         with attached:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -68,7 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
                 trainer.save_model(str(run_dir / folder))
     except Exception as error:
-        if not _is_storage_error(error):
+        if not is_storage_error(error):
             raise
         raise RunDirectoryError(
             f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
@@ -87,7 +83,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
     data = load_data(config)
     manifest = _manifest(config, model, data)
     trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
-    kept = _keep_inputs(config, run_dir, resume=resume)
+    kept = keep_inputs(config, run_dir, resume=resume)
 
     from lisa_train.integration import attach
 
@@ -101,53 +97,6 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
     )
     _add_progress(trainer, config, attached)
     return trainer, attached
-
-
-@contextlib.contextmanager
-def _no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
-    """Make the run directory, and take it away again when the run is refused before it starts."""
-    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise RunDirectoryError(
-            f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
-            "that this user can write to, on a disk with room."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if not (run_dir / schema.MANIFEST).exists():
-            for path in (run_dir / schema.CHECKPOINTS_DIR, *new):
-                with contextlib.suppress(OSError):  # a folder that holds something stays
-                    path.rmdir()
-        raise
-
-
-def _is_storage_error(error: Exception) -> bool:
-    """Whether a file could not be written; each library that writes has an error of its own."""
-    return (
-        (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS)
-        or type(error).__name__ == "SafetensorError"
-        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
-    )
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """Write a configuration as the YAML that `lisa-train --config` reads."""
-    import yaml
-
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -172,92 +121,6 @@ def _check_lisa(model: "PreTrainedModel", config: TrainConfig) -> None:
     k = config.lisa.activated_layers
     pi = resolve(given_probabilities(config.lisa, layer_map), len(layer_map), k)
     make_sampler(config.lisa.sampling, pi, k, config.seed)
-
-
-def _run_dir(config: TrainConfig, *, resume: bool) -> Path:
-    """Return the run directory; it does not exist yet, is empty, or holds the run to resume."""
-    if config.output_dir is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{config.method}-{stamp}"
-    run_dir = Path(config.output_dir)
-    holds_run = (run_dir / schema.MANIFEST).exists()
-    if resume and not holds_run:
-        raise RunDirectoryError(f"{run_dir} holds no run to resume; start it without --resume.")
-    if holds_run and not resume:
-        raise RunDirectoryError(
-            f"output_dir {run_dir} already holds a run; choose another folder, or continue it "
-            "with --resume."
-        )
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RunDirectoryError(f"output_dir {run_dir} is a file; choose a folder.")
-    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
-        raise RunDirectoryError(
-            f"output_dir {run_dir} is not empty and holds no run; choose a new or empty folder."
-        )
-    return run_dir
-
-
-def _last_checkpoint(run_dir: Path) -> Path:
-    """Return the newest whole checkpoint: one that a kill cut short is passed over."""
-    folder = run_dir / schema.CHECKPOINTS_DIR
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal()
-    ]
-    for _, path in sorted(found, reverse=True):
-        # Trainer writes this file last: where it can be read, the others are there.
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-    raise RunDirectoryError(
-        f"{run_dir} holds no checkpoint to resume from; set save_steps when starting a run "
-        "that is to be resumed, and start this one again in a new folder."
-    )
-
-
-def _keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
-    """Return the configuration that repeats the run from anywhere; keep what it needs.
-
-    Local paths are made absolute, and the probabilities file is copied into the run directory.
-    """
-    config = dataclasses.replace(
-        config,
-        output_dir=None,
-        model_name_or_path=_absolute(config.model_name_or_path),
-        dataset_name=_absolute(config.dataset_name),
-    )
-    if isinstance(config.lisa.probabilities, str):
-        kept = run_dir / INPUT_PROBABILITIES
-        if not resume:
-            kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
-        lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
-        config = dataclasses.replace(config, lisa=lisa)
-    if resume:
-        _check_same(config, run_dir / schema.CONFIG)
-    return config
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _check_same(config: TrainConfig, path: Path) -> None:
-    import yaml
-
-    try:
-        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"{path} cannot be read ({error}); the run cannot resume."
-        ) from error
-    now = _plain(dataclasses.asdict(config))
-    for name, value in now.items():
-        if name not in _MAY_CHANGE and kept.get(name) != value:
-            raise ConfigError(
-                f"{name} is {value} but the run to resume had {kept.get(name)}; a continued run "
-                f"keeps its settings: use --config {path}."
-            )
 
 
 def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
@@ -349,10 +212,10 @@ def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData)
     }
     if config.method == "lisa":
         entries["seeds"]["lisa_seed"] = lisa_seed
-        entries["lisa"] = _plain(dataclasses.asdict(config.lisa))
+        entries["lisa"] = plain(dataclasses.asdict(config.lisa))
     if config.method == "lora":
         peft_config = lora_config(config)
-        entries["lora"] = _plain(
+        entries["lora"] = plain(
             {
                 k: v
                 for k, v in peft_config.to_dict().items()

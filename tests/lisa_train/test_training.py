@@ -13,7 +13,8 @@ import lisa_analysis as la
 from lisa_analysis.errors import ConfigError, RunDirectoryError
 from lisa_train.cli import main, parse
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
-from lisa_train.training import _last_checkpoint, _trainer_arguments, train
+from lisa_train.output import last_checkpoint
+from lisa_train.training import _trainer_arguments, train
 
 FAST: dict[str, Any] = {
     "max_steps": 6,
@@ -159,7 +160,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     whole = list(la.load(train(settings)).scalars["loss"])
     state = tmp_path / "r" / "checkpoints" / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:40])
-    assert _last_checkpoint(tmp_path / "r").name == "checkpoint-4"
+    assert last_checkpoint(tmp_path / "r").name == "checkpoint-4"
     resumed = la.load(train(settings, resume=True))
     assert list(resumed.scalars["loss"]) == whole
     assert resumed.events.query("event == 'resume'")["step"].tolist() == [4]
@@ -266,6 +267,9 @@ def test_resume_refuses_other_settings_and_missing_checkpoints(
     train(kept)
     with pytest.raises(ConfigError, match=r"learning_rate is 0\.5"):
         train(dataclasses.replace(kept, learning_rate=0.5), resume=True)
+    with pytest.raises(RunDirectoryError, match="has made all its 1 steps"):
+        train(kept, resume=True)
+    assert list(la.load(tmp_path / "kept").scalars["step"]) == [1]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lisa"])

@@ -1,7 +1,6 @@
 """`make demo`: run the main job with the two commands that a user would type."""
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         folder / "lisa-learned",
     )
     probabilities = folder / "probabilities.json"
-    lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=5", "--save_final_model=false"]
+    lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=3", "--save_final_model=false"]
     started = time.monotonic()
 
     _say("1  A LoRA pilot records what every layer does")
@@ -75,10 +74,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     _run("lisa-train", "--config", "lisa-learned", *shared, *lisa,
          f"--lisa.probabilities={probabilities}", "--output_dir", str(learned))  # fmt: skip
     _say("5  Did it help? The three runs side by side")
-    report, summary = folder / "report.html", folder / "summary.json"
-    _run("lisa-analyze", str(pilot), str(uniform), str(learned), "-o", str(report),
-         "--json", str(summary))  # fmt: skip
-    _conclude(folder, summary, report, time.monotonic() - started)
+    _run("lisa-analyze", str(pilot), str(uniform), str(learned),
+         "-o", str(folder / "report.html"))  # fmt: skip
+    _conclude(folder, time.monotonic() - started)
     return 0
 
 
@@ -111,19 +109,22 @@ def _say(title: str) -> None:
     print(f"\n── {title}", flush=True)
 
 
-def _conclude(folder: Path, summary: Path, report: Path, seconds: float) -> None:
+def _conclude(folder: Path, seconds: float) -> None:
     """Say what came out and where to look, without claiming more than one short run can show."""
-    runs = {run["run"]: run for run in json.loads(summary.read_text())["comparison"]}
-    uniform, learned = (runs[name]["held_out_loss"] for name in ("lisa-uniform", "lisa-learned"))
-    first = runs["lisa-uniform"]["first_held_out_loss"]
-    print(f"\nDone in {seconds:.0f} s. Held-out loss before training {first:.3f}; after:")
-    for name, run in runs.items():
-        print(f"  {name:<13} {run['held_out_loss']:.3f}   {run['seconds']:.0f} s")
+    import lisa_analysis as la
+
+    runs = ("lora-pilot", "lisa-uniform", "lisa-learned")
+    results = {name: la.load(folder / name).manifest["result"] for name in runs}
+    last = {name: result["last_held_out_loss"] for name, result in results.items()}
+    before = results["lisa-uniform"]["first_held_out_loss"]
+    print(f"\nDone in {seconds:.0f} s. Held-out loss {before:.3f} before training; after:")
+    for name, result in results.items():
+        print(f"  {name:<13} {last[name]:.3f}   {result['seconds']:.0f} s")
     print(
-        f"\nLearned minus uniform sampling: {learned - uniform:+.3f}. This is one seed and a short "
-        "run: it shows that\nthe loop works, not which sampler is better; that takes several seeds "
-        "and a permuted-profile control.\n\n"
-        f"Look at   {report}\nRuns in   {folder}"
+        f"\nLearned minus uniform sampling: {last['lisa-learned'] - last['lisa-uniform']:+.3f}. "
+        "This is one seed and a short run:\nit shows that the loop works, not which sampler is "
+        "better; that takes several seeds and a\npermuted-profile control.\n\n"
+        f"Look at   {folder / 'report.html'}\nRuns in   {folder}"
     )
 
 

@@ -139,4 +139,4 @@ def _decimals(places: int) -> Any:
 
 
 def _bytes(value: Any) -> str:
-    return "–" if _missing(value) else f"{float(value) / 1e9:.2f} GB"
+    return "–" if _missing(value) else f"{float(value) / 2**30:.2f} GiB"

@@ -44,15 +44,16 @@ def comparison_figures(
 def groups(comparison: Comparison) -> dict[str, list[int]]:
     """Positions of the runs of each configuration, under a name that people recognise.
 
-    A configuration is called by its method, or by its first run where a method has several; the
-    order is that of ``Comparison.seeds``.
+    A configuration that was repeated is called by its method, or by its first run where a method
+    has several; one that was not, by its run. The order is that of ``Comparison.seeds``.
     """
     table = comparison.table.reset_index(drop=True)
     shared = table.groupby("method")["configuration"].nunique()
     found = {}
     for _, rows in table.groupby("configuration", sort=False):
         method, first = rows["method"].iloc[0], rows["run"].iloc[0]
-        name = METHODS.get(method, method) if shared[method] == 1 else first
+        repeated = len(rows) > 1 and shared[method] == 1
+        name = METHODS.get(method, method) if repeated else first
         found[str(name)] = rows.index.tolist()
     return found
 

@@ -77,7 +77,10 @@ PARAMETERS_TABLE = Table(
         Column("shape", "string", False, "shape, as '576x1536'"),
         Column("dtype", "string", False, "storage precision, as 'bfloat16'"),
         Column(
-            "tied_to", "int32", True, "param_id of the tensor this name shares storage with; "
+            "tied_to",
+            "int32",
+            True,
+            "param_id of the tensor this name shares storage with; "
             "a tied name has no metrics rows of its own",
         ),
     ),
@@ -93,43 +96,61 @@ METRICS_TABLE = Table(
         Column("step", "int64", False, "completed optimizer steps; 0 = before training"),
         Column("param_id", "int32", False, "the tensor, see the parameters table"),
         Column(
-            "weight_norm", "float32", True,
+            "weight_norm",
+            "float32",
+            True,
             "‖θ_t‖ of the tensor after the step (Frobenius, accumulated in at least two-level "
             "fp32)",
         ),
         Column(
-            "grad_norm", "float32", True,
+            "grad_norm",
+            "float32",
+            True,
             "‖g_t‖ of the accumulated gradient of the optimizer step, before clipping",
         ),
         Column("grad_norm_l1", "float32", True, "‖g_t‖₁ of the same gradient"),
         Column(
-            "update_norm", "float32", True,
+            "update_norm",
+            "float32",
+            True,
             "‖θ_{t+1} − θ_t‖ as realised in the stored precision",
         ),
         Column(
-            "descent", "float32", True,
+            "descent",
+            "float32",
+            True,
             "−⟨g_t, θ_{t+1} − θ_t⟩: the loss decrease that the step predicts, additive over "
             "tensors; g_t is the gradient before clipping",
         ),
         Column(
-            "delta_norm", "float32", True,
+            "delta_norm",
+            "float32",
+            True,
             "‖W_t − W_0‖; for LoRA ‖(α/r)BA‖ by r×r Gram matrices, on the row of lora_B",
         ),
         Column(
-            "merged_norm", "float32", True,
+            "merged_norm",
+            "float32",
+            True,
             "LoRA only: ‖W + (α/r)BA‖ of the adapted weight, on the row of lora_B",
         ),
         Column(
-            "opt_steps", "int32", True,
+            "opt_steps",
+            "int32",
+            True,
             "the optimizer's own step count of the tensor: a reset is visible",
         ),
         Column(
-            "grad_noise", "float32", True,
+            "grad_noise",
+            "float32",
+            True,
             "optional: variance of the gradient between the micro-batches of the step, "
             "tr Σ of one micro-batch gradient (unbiased)",
         ),
         Column(
-            "probe_grad_norm", "float32", True,
+            "probe_grad_norm",
+            "float32",
+            True,
             "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included; "
             "no update is made from it",
         ),
@@ -151,7 +172,9 @@ SCALARS_TABLE = Table(
         Column("step_seconds", "float64", True, "wall time of the step, recording included"),
         Column("recorder_seconds", "float64", True, "part of it spent recording"),
         Column(
-            "peak_memory_bytes", "int64", True,
+            "peak_memory_bytes",
+            "int64",
+            True,
             "peak allocated device memory so far (CUDA), or peak resident set (CPU)",
         ),
         Column("skipped", "bool", True, "the optimizer step was skipped (fp16 overflow)"),

@@ -92,6 +92,33 @@ def test_the_plain_loop_runs_and_trains_only_what_was_drawn() -> None:
     assert len(changed) == 1
 
 
+def test_the_line_for_somebody_elses_trainer_runs(clone: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    import lisa_analysis as la
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+            num_attention_heads=2, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    ids = torch.arange(12)
+    arguments = TrainingArguments(
+        str(clone / "out"), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids}] * 32
+    trainer = Trainer(model, arguments, train_dataset=data)
+    exec(compile(blocks("python trainer")[0], "README.md", "exec"), {"trainer": trainer})
+    run = la.load("runs/mine")
+    assert (run.status, run.method) == ("finished", "lisa")
+    assert list(run.scalars["step"]) == [1, 2, 3]
+    assert len(run.events.query("event == 'lisa_draw'")["layers"].iloc[0]) == 2
+
+
 def test_the_query_runs_in_duckdb(clone: Path) -> None:
     import duckdb
     import numpy as np

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class ProgressBar(TrainerCallback):
-    """Shows a tqdm bar (a widget in a notebook) and says each held-out loss on a line of its own.
+class _Progress(TrainerCallback):
+    """What both forms share: where the numbers come from, and a line per evaluation.
 
     Parameters
     ----------
@@ -26,7 +26,37 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         self._latest = latest
         self._active_layers = active_layers
-        self._bar: Any = None
+
+    def shown(self) -> dict[str, str]:
+        """Loss and active layers as text, as far as they are known."""
+        found: dict[str, str] = {}
+        if (loss := self._latest().get("loss")) is not None:
+            found["loss"] = f"{loss:.3f}"
+        if (layers := self._active_layers()) is not None:
+            found["layers"] = layers_in_words(layers)
+        return found
+
+    def write(self, line: str) -> None:
+        """Write a line of its own."""
+        print(line, file=sys.stderr, flush=True)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if state.is_world_process_zero and loss is not None:
+            self.write(f"step {state.global_step}: held-out loss {loss:.4f}")
+
+
+class ProgressBar(_Progress):
+    """Shows a tqdm bar (a widget in a notebook)."""
+
+    _bar: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,61 +75,30 @@ class ProgressBar(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is None:
-            return
-        shown: dict[str, str] = {}
-        if (loss := self._latest().get("loss")) is not None:
-            shown["loss"] = f"{loss:.3f}"
-        if (layers := self._active_layers()) is not None:
-            shown["layers"] = layers_in_words(layers)
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if self._bar is not None and loss is not None:
-            self._bar.write(f"step {state.global_step}: held-out loss {loss:.4f}")
+        if self._bar is not None:
+            self._bar.set_postfix(self.shown(), refresh=False)
+            self._bar.update(state.global_step - self._bar.n)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the bar as it stands; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
+    def write(self, line: str) -> None:
+        """Write a line above the bar."""
+        if self._bar is None:
+            super().write(line)
+        else:
+            self._bar.write(line, file=sys.stderr)
 
-def layers_in_words(layers: tuple[int, ...]) -> str:
-    """``3,17`` for a few layers, ``12 of them`` for many."""
-    return ",".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} of them"
 
-
-class ProgressLines(TrainerCallback):
-    """Prints about ten lines over a run, for a terminal that is none (a cluster's log file).
-
-    Parameters are those of `ProgressBar`.
-    """
+class ProgressLines(_Progress):
+    """Prints about ten lines over a run, for a terminal that is none (a cluster's log file)."""
 
     LINES = 10
-
-    def __init__(
-        self,
-        latest: Callable[[], dict[str, Any]],
-        active_layers: Callable[[], tuple[int, ...] | None],
-    ) -> None:
-        self._latest = latest
-        self._active_layers = active_layers
-        self._start = (0.0, 0)
+    _start = (0.0, 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,25 +114,9 @@ class ProgressLines(TrainerCallback):
         began, first = self._start
         pace = (time.monotonic() - began) / max(1, state.global_step - first)
         parts = [f"step {state.global_step}/{state.max_steps}"]
-        if (loss := self._latest().get("loss")) is not None:
-            parts.append(f"loss {loss:.3f}")
-        if (layers := self._active_layers()) is not None:
-            parts.append(f"layers {layers_in_words(layers)}")
+        parts += [f"{name} {text}" for name, text in self.shown().items()]
         parts.append(f"{pace * (state.max_steps - state.global_step):.0f} s left")
-        print(", ".join(parts), file=sys.stderr, flush=True)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if state.is_world_process_zero and loss is not None:
-            line = f"step {state.global_step}: held-out loss {loss:.4f}"
-            print(line, file=sys.stderr, flush=True)
+        self.write(", ".join(parts))
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -145,3 +128,8 @@ class EvaluateAtEnd(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
         return control
+
+
+def layers_in_words(layers: tuple[int, ...]) -> str:
+    """Return ``3,17`` for a few layers, ``12 of them`` for many."""
+    return ",".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} of them"

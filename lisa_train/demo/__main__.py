@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lisa_analysis.errors import LisaError
 
-STEPS = 50
+STEPS = 40
 SETTINGS = str(resources.files("lisa_train.demo") / "demo.yaml")
 
 
@@ -59,7 +59,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         folder / "lisa-learned",
     )
     probabilities = folder / "probabilities.json"
-    lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=3", "--save_final_model=false"]
+    lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=2", "--save_final_model=false"]
     started = time.monotonic()
 
     _say("1  A LoRA pilot records what every layer does")

@@ -64,7 +64,11 @@ def test_several_runs_are_put_side_by_side(
     golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(GOLDEN, tmp_path / "other"))
-    assert main([str(golden), str(other)]) == 0
+    path = tmp_path / "all.json"
+    assert main([str(golden), str(other), "--json", str(path)]) == 0
+    comparison = json.loads(path.read_text())["comparison"]
+    assert [run["run"] for run in comparison["runs"]] == ["golden", "other"]
+    assert comparison["rank_agreement"][0]["kendall"] == pytest.approx(1)
     printed = capsys.readouterr().out
     line = next(x for x in printed.splitlines() if x.startswith("other "))
     last = la.load(golden).events.query("event == 'evaluate'")["metrics"].iloc[-1]["eval_loss"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lisa_analysis as la
 from lisa_analysis.errors import LisaError
 from lisa_train.cli import parse
 from lisa_train.demo import __main__ as demo
@@ -72,6 +73,29 @@ def test_too_few_steps_are_refused() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "demo: --steps is 3; expected at least 20, or there is no profile.\n"
+
+
+@pytest.mark.slow
+def test_the_whole_demo_runs_on_any_model_and_data(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lisa_train.demo", "--model", tiny_model_dir, "--data", text_file,
+         "--steps", "20"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "demo"
+    runs = {name: la.load(folder / name) for name in ("lora-pilot", "lisa-uniform", "lisa-learned")}
+    assert [run.status for run in runs.values()] == ["finished"] * 3
+    learned = la.SamplingProbabilities.load(folder / "probabilities.json")
+    draw = runs["lisa-learned"].events.query("event == 'lisa_draw'").iloc[0]
+    assert list(draw["inclusion_probabilities"]) == pytest.approx(
+        list(learned.inclusion_probabilities)
+    )
+    assert len(set(learned.inclusion_probabilities)) > 1
+    assert (folder / "report.html").stat().st_size > 0
+    assert "not which sampler is better" in done.stdout
 
 
 @pytest.mark.slow

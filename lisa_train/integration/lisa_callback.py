@@ -10,6 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_train.config import LisaConfig
+from lisa_train.integration.unwinding import calling_trainer, on_exception
+from lisa_train.integration.wraps import Wraps
 from lisa_train.lisa import Lisa
 from lisa_train.schedule import Draw
 
@@ -26,8 +28,8 @@ class LisaCallback(TrainerCallback):
     """Trains a few layers at a time in any `transformers.Trainer` or subclass.
 
     The state of the engine travels in `trainer_state.json` of every checkpoint, and a resumed
-    run goes on from it. Trainer tells its callbacks nothing of an exception: `attach` restores
-    the `requires_grad` flags then, and so does calling `close`.
+    run goes on from it. When training ends, by an exception too, every `requires_grad` flag is
+    as it was before.
 
     Parameters
     ----------
@@ -49,11 +51,14 @@ class LisaCallback(TrainerCallback):
         self.engine: Lisa | None = None
         self.on_draw: list[Callable[[Draw], None]] = []
         self.checkpoint: Path | None = None
+        self._wraps: Wraps | None = None
 
     def close(self) -> None:
         """End LISA: every `requires_grad` flag is as it was before training."""
         if self.engine is not None:
             self.engine.close()
+        if self._wraps is not None:
+            self._wraps.take_off()
 
     def on_train_begin(
         self,
@@ -75,6 +80,8 @@ class LisaCallback(TrainerCallback):
             total_steps=state.max_steps,
             on_draw=self._tell,
         )
+        if (trainer := calling_trainer(self)) is not None:
+            self._wraps = on_exception(trainer, self.close)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
             if self.config.precision == "fp32_active":

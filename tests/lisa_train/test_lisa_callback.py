@@ -242,19 +242,53 @@ def test_a_smaller_batch_after_running_out_of_memory_starts_again(make_llama, tm
 # ---------------------------------------------------------------------- attach
 
 
-def test_attach_restores_the_flags_after_an_exception(make_llama, tmp_path):
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert not all(p.requires_grad for p in model.parameters())
+        raise KeyboardInterrupt
+
+
+def fail(*_, **__):
+    raise RuntimeError("planted")
+
+
+def a_step_fails(trainer):
+    trainer.model.register_forward_hook(fail)
+
+
+def the_data_fail(trainer):
+    trainer.data_collator = fail
+
+
+def the_evaluation_fails(trainer):
+    trainer.args.eval_on_start = True
+    trainer.evaluate = fail
+
+
+def a_callback_stops(trainer):
+    trainer.add_callback(Stop())
+
+
+def the_end_fails(trainer):
+    trainer._finalize_training = fail
+
+
+@pytest.mark.parametrize("add", ["attach", "add_callback"])
+@pytest.mark.parametrize(
+    "plant", [a_step_fails, the_data_fail, the_evaluation_fails, a_callback_stops, the_end_fails]
+)
+def test_flags_are_restored_after_an_exception(make_llama, tmp_path, plant, add):
     model = make_llama(layers=4)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            assert not all(p.requires_grad for p in model.parameters())
-            raise KeyboardInterrupt
-
-    trainer = make_trainer(model, tmp_path, Stop())
-    lt.attach(trainer, lisa=lt.LisaConfig(1, 3))
-    with pytest.raises(KeyboardInterrupt):
+    trainer = make_trainer(model, tmp_path)
+    if add == "attach":
+        lt.attach(trainer, lisa=lt.LisaConfig(1, 3))
+    else:
+        trainer.add_callback(lt.LisaCallback(lt.LisaConfig(1, 3)))
+    plant(trainer)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
         trainer.train()
     assert all(p.requires_grad for p in model.parameters())
+    assert not {"_run_epoch", "_evaluate", "training_step"} & set(vars(trainer))  # no wrap stays
 
 
 def test_attach_to_an_optimizer_that_lacks_layers_is_an_error(make_llama, tmp_path):

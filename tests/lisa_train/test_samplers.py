@@ -1,5 +1,6 @@
 """Sampling schemes: exact inclusion probabilities, reproducible draws, refusal in words."""
 
+import functools
 import itertools
 import math
 
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from lisa_analysis.errors import ConfigError, ProbabilitiesError
 from lisa_train.inclusion import check_probabilities, equal_probabilities, resolve
-from lisa_train.samplers import SAMPLERS, SystematicSampler, make_sampler, never_drawn
+from lisa_train.samplers import (
+    SAMPLERS,
+    BalancedSampler,
+    SystematicSampler,
+    make_sampler,
+    never_drawn,
+)
 
 # importance.md's example: naive weighted choice gives the first layer .681 instead of .8.
 SKEWED = np.array([0.8, 0.4, 0.3, 0.2, 0.2, 0.1])
@@ -60,6 +67,37 @@ def test_every_single_draw_of_the_equal_schemes_is_uniform(scheme, layers, k):
             assert len(set(chosen)) == k
             counts[list(chosen)] += 1
         assert worst_z(counts / seeds, np.full(layers, k / layers), seeds) < 4
+
+
+RARE = np.array([0.001, 0.299, 0.7])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 7])
+@pytest.mark.parametrize(
+    "pi", [SKEWED, WITH_CERTAIN, RARE, np.array([0.9, 0.9, 0.1, 0.1])], ids=str
+)
+def test_every_single_balanced_draw_meets_unequal_probabilities(pi, index):
+    seeds, counts = 2_000, np.zeros(pi.size)
+    for seed in range(seeds):
+        counts[list(_balanced(tuple(pi), seed).draw(index))] += 1
+    assert worst_z(counts / seeds, pi, seeds) < 4
+
+
+@functools.cache
+def _balanced(pi, seed):
+    return make_sampler("balanced", pi, round(sum(pi)), seed)
+
+
+def test_balanced_draws_forget_where_the_credits_started():
+    """Two starts that agree modulo 1 come together; the first draws of a start at 0 are biased."""
+    one, other = (make_sampler("balanced", RARE, 1, seed=4) for _ in range(2))
+    other._credit = one._credit + np.array([1.0, -1.0, 0.0])
+    jitter = np.random.default_rng(0).random((BalancedSampler._BURN_IN, RARE.size))
+    assert not np.allclose(one._credit, other._credit)
+    for row in jitter:
+        one._advance(row)
+        other._advance(row)
+    np.testing.assert_allclose(one._credit, other._credit, atol=1e-9)
 
 
 @pytest.mark.parametrize("pi", [SKEWED, WITH_CERTAIN, np.full(32, 2 / 32)])

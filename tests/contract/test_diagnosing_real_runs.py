@@ -14,11 +14,13 @@ import lisa_analysis as la
 from lisa_analysis.probabilities import inclusion_probabilities
 from lisa_train.config import LisaConfig, RecordConfig
 from lisa_train.lisa import Lisa
+from lisa_train.measure import StepMeasure
 from lisa_train.recorder import NormRecorder
 
 LAYERS = 4
 STEPS = 40
-# Timings of a tiny model on a shared machine say nothing about the rule on cost.
+# Timings of a tiny model on a shared machine say nothing about the rule on cost: it has a test of
+# its own, with a clock of its own.
 UNTIMED = {"recorder_cost"}
 
 BATCHES = [
@@ -216,22 +218,38 @@ def test_a_run_that_was_killed(tmp_path):
     assert finding.evidence.startswith("The run is")
 
 
-def test_a_recorder_that_takes_too_long(tmp_path, monkeypatch):
-    import time
+class Clock:
+    """A clock that only the test winds: what a machine does meanwhile takes no time."""
 
-    before = NormRecorder.before_step
+    def __init__(self):
+        self.now = 0.0
 
-    def slow(self, step, **options):
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < 0.05:
-            pass
-        self.seconds += 0.05
-        return before(self, step, **options)
+    def perf_counter(self):
+        return self.now
 
-    monkeypatch.setattr(NormRecorder, "before_step", slow)
-    run = Training(tmp_path / "run", steps=6).run()
-    run.scalars["recorder_seconds"] += 0.05
-    assert found(run, "recorder_cost").state == "info"
+    monotonic = perf_counter
+
+
+@pytest.mark.parametrize(
+    ("measuring", "state", "share"), [(0.25, "info", "20.0%"), (0.02, "ok", "2.0%")]
+)
+@pytest.mark.parametrize("training", [Training, lora, lisa])
+def test_a_recorder_that_takes_too_long(tmp_path, monkeypatch, training, measuring, state, share):
+    """Each step trains for one second; a slow device makes the measuring take `measuring`."""
+    clock, gradients = Clock(), StepMeasure.gradients
+
+    def slow(self, *args, **kwargs):
+        clock.now += measuring
+        return gradients(self, *args, **kwargs)
+
+    def train(step, model):
+        clock.now += 1.0
+
+    monkeypatch.setattr("lisa_train.recorder.time", clock)
+    monkeypatch.setattr(StepMeasure, "gradients", slow)
+    finding = found(training(tmp_path / "run", steps=6, on_gradients=train).run(), "recorder_cost")
+    assert finding.state == state
+    assert share in finding.evidence
 
 
 def test_a_loss_spike_after_one_wild_step(tmp_path):

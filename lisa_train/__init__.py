@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lisa_train.layermap import find_layers as find_layers
     from lisa_train.lisa import Lisa as Lisa
     from lisa_train.recorder import NormRecorder as NormRecorder
+    from lisa_train.step_in_backward import StepInBackward as StepInBackward
     from lisa_train.training import train as train
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "find_layers": "layermap",
     "Lisa": "lisa",
     "NormRecorder": "recorder",
+    "StepInBackward": "step_in_backward",
     "train": "training",
 }
 __all__ = ["LisaConfig", "LisaError", "RecordConfig", "TrainConfig", *sorted(_HOME)]  # noqa: PLE0604

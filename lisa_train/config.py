@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
 from lisa_analysis.errors import ConfigError, suggest
+from lisa_train.step_conditions import check_step_settings
 
 ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm")
 Sampling = Literal[
@@ -314,6 +315,9 @@ class TrainConfig:
         Decoupled weight decay; not applied to biases and norms.
     optim
         Optimizer, as transformers names it (`adamw_torch`, `adafactor`, `adamw_bnb_8bit`, …).
+    step_in_backward
+        Step every tensor within the backward pass, as soon as its gradient is complete, and free
+        the gradient. The same weights bit for bit; needs `max_grad_norm: 0` and no accumulation.
     gradient_checkpointing
         Recompute activations in the backward pass instead of keeping them.
     bf16, fp16
@@ -380,6 +384,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     optim: str = "adamw_torch"
+    step_in_backward: bool = False
     gradient_checkpointing: bool = False
     bf16: bool = False
     fp16: bool = False
@@ -403,6 +408,13 @@ class TrainConfig:
         _check_precision(self)
         _check_numbers(self)
         _check_data(self)
+        if self.step_in_backward:
+            check_step_settings(
+                max_grad_norm=self.max_grad_norm,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+                fp16=self.fp16,
+                optim=self.optim,
+            )
         own = sorted(set(self.trainer_args) & set(TrainConfig.__dataclass_fields__))
         if own:
             raise ConfigError(

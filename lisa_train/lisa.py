@@ -257,8 +257,12 @@ class Lisa:
                 parameter.grad = None
             elif self._schedule_free:
                 start_schedule_free(self._optimizer, parameter)
+        # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
-            (p, age) for unit, age in self._schedule.ages().items() for p in self._units[unit]
+            (p, age)
+            for unit, age in self._schedule.ages().items()
+            for p in self._units[unit]
+            if p.grad is not None
         )
 
     def _after_optimizer_step(self, *_: Any) -> None:

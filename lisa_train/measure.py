@@ -69,15 +69,24 @@ class StepMeasure:
         self._micro_squares.append((_numbers(active), increments))
         self._micro_before = {i: g.clone() for (i, _), g in zip(active, gradients, strict=True)}
 
-    def gradients(self, step: int, scale: float, undo: bool) -> None:
-        """Measure the accumulated gradients; keep what the update is measured against."""
-        self.active = self._with_gradient()
+    def gradients(
+        self,
+        step: int,
+        scale: float,
+        undo: bool,
+        tensors: list[tuple[int, nn.Parameter]] | None = None,
+    ) -> None:
+        """Measure the accumulated gradients; keep what the update is measured against.
+
+        `tensors` names those that step now; None stands for all that have a gradient.
+        """
+        self.active = self._with_gradient() if tensors is None else tensors
         if not self.active:
             return
         ids = _numbers(self.active)
         gradients = [p.grad.detach() for _, p in self.active if p.grad is not None]
         square = self._gradient_norms(step, ids, gradients, scale)
-        if self._noise:
+        if self._noise and tensors is None:
             self._gradient_noise(step, ids, square, scale)
         if self._want & _OF_UPDATES:
             self._snapshots = _copies(self._snapshots, self.active)

@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -27,6 +28,8 @@ from lisa_train.optimizer_state import unwrap_optimizer
 from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
 from lisa_train.silent_writer import SilentWriter
+from lisa_train.step_in_backward import StepInBackward
+from lisa_train.tensor_steps import TensorSteps
 from lisa_train.tensor_table import TensorTable
 from lisa_train.writer import RunWriter
 
@@ -80,6 +83,9 @@ class NormRecorder:
         The layers; None finds them.
     step
         Completed optimizer steps at the start, 0 unless training continues.
+    step_in_backward
+        What steps the optimizer inside the backward pass, if anything does: then every tensor is
+        measured around its own step. The calls that the loop makes stay the same.
 
     Raises
     ------
@@ -112,6 +118,7 @@ class NormRecorder:
         *,
         table: TensorTable | None = None,
         step: int = 0,
+        step_in_backward: StepInBackward | None = None,
     ) -> None:
         self.config = config
         self.stopped = False
@@ -135,6 +142,11 @@ class NormRecorder:
         self._said: set[str] = set()
         self._flushed_at = self._stepped_at = time.monotonic()
         self._seconds_before = self._entered = 0.0
+        self._tensor_steps: TensorSteps | None = None
+        self._stepping = step_in_backward
+        if step_in_backward is not None:
+            self._tensor_steps = TensorSteps(self._measure, self.table)
+            step_in_backward.watchers.append(self)
         if self.writer.segment and step:
             self._census_step = step  # the checkpoint that the run continues from has one
         else:
@@ -170,10 +182,27 @@ class NormRecorder:
             `after_step` will be told the clip coefficient, so that gradients in fp32 need not
             be copied for `descent`.
         """
-        self._seconds_before = self.seconds
+        if self._tensor_steps is None or not self._tensor_steps.begun:
+            self._seconds_before = self.seconds
         self._flush_if_old()
         if self.due(step):
             self._measure.gradients(step, gradient_scale, undo)
+
+    @_measured
+    def before_tensor(self, parameter: torch.Tensor) -> None:
+        """Measure a gradient inside backward (`TensorWatcher`)."""
+        assert self._tensor_steps is not None
+        if self.due(self._step + 1):
+            if not self._tensor_steps.begun:
+                self._seconds_before = self.seconds
+            self._tensor_steps.before(self._step + 1, parameter)
+
+    @_measured
+    def after_tensor(self, parameter: torch.Tensor) -> None:
+        """Measure the step of one tensor inside backward (`TensorWatcher`)."""
+        assert self._tensor_steps is not None
+        if self.due(self._step + 1):
+            self._tensor_steps.after(self._step + 1)
 
     @_measured
     def after_step(
@@ -200,6 +229,8 @@ class NormRecorder:
         if due:
             if not skipped:
                 self._measure.update(step, clip_coef)
+            if self._tensor_steps is not None:
+                self._measure.active += self._tensor_steps.take()
             self._measure.state(step)
             self._measure.forget()
         line["skipped"] = bool(skipped)
@@ -261,7 +292,8 @@ class NormRecorder:
         if self._processes.count > 1:
             self._say("probe_every is not available with several processes: nothing is probed.")
             return
-        self._measure.probe(step, backward)
+        with self._stepping.paused() if self._stepping is not None else nullcontext():
+            self._measure.probe(step, backward)
 
     @_measured
     def checkpoint(self, step: int) -> None:
@@ -307,6 +339,8 @@ class NormRecorder:
 
     def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
         """Take the last census, write everything and say in run.json how the run ended."""
+        if self._stepping is not None and self in self._stepping.watchers:
+            self._stepping.watchers.remove(self)
         if self.writer.closed:
             return
         problem: Exception | None = None

@@ -91,6 +91,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
         trainer,
         lisa=config.lisa if config.method == "lisa" else None,
         record=dataclasses.replace(config.record, run_dir=str(run_dir)),
+        step_in_backward=config.step_in_backward,
         manifest=manifest,
         config_yaml=to_yaml(kept),
         resume=resume,

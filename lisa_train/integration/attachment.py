@@ -13,6 +13,7 @@ from transformers import Trainer
 from lisa_analysis.errors import ConfigError
 from lisa_train.config import LisaConfig, RecordConfig
 from lisa_train.integration.lisa_callback import LisaCallback
+from lisa_train.integration.step_callback import StepCallback
 from lisa_train.layermap import find_layers
 from lisa_train.optimizer_state import unwrap_optimizer
 from lisa_train.preconditions import check_optimizer, refuse_adapters_and_quantization
@@ -31,6 +32,7 @@ class Attachment:
 
     engine_callback: LisaCallback | None
     recorder_callback: "RecordCallback | None"
+    step_callback: StepCallback | None = None
 
     def active_layers(self) -> tuple[int, ...] | None:
         """Indices of the layers that train now; None without LISA."""
@@ -43,11 +45,13 @@ class Attachment:
         return {} if self.recorder_callback is None else self.recorder_callback.latest_scalars()
 
     def close(self, error: BaseException | None = None) -> None:
-        """End LISA (flags are restored) and the recorder (the run's status is written)."""
+        """End LISA (flags are restored), the recorder (the run's status is written), the rest."""
         if self.engine_callback is not None:
             self.engine_callback.close()
         if self.recorder_callback is not None:
             self.recorder_callback.close(error)
+        if self.step_callback is not None:
+            self.step_callback.close()
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +70,7 @@ def attach(
     lisa: LisaConfig | None = None,
     record: RecordConfig | None = None,
     *,
+    step_in_backward: bool = False,
     manifest: dict[str, Any] | None = None,
     config_yaml: str | None = None,
     resume: bool = False,
@@ -83,6 +88,9 @@ def attach(
         Train with LISA; None trains as the trainer would.
     record
         Write a run directory; None records nothing.
+    step_in_backward
+        Step every tensor within the backward pass and free its gradient at once, see
+        `lisa_train.StepInBackward`.
     manifest
         Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
     config_yaml
@@ -100,17 +108,21 @@ def attach(
     ConfigError
         When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
     """
+    stepping = None
+    if step_in_backward:
+        stepping = StepCallback(trainer)
+        trainer.add_callback(stepping)
     callback = _attach_lisa(trainer, lisa) if lisa is not None else None
     recorder = None
     if record is not None:
         from lisa_train.integration.record_callback import RecordCallback
 
         recorder = RecordCallback(
-            trainer, record, lisa=callback, manifest=manifest, config_yaml=config_yaml,
-            resume=resume,
+            trainer, record, lisa=callback, stepping=stepping, manifest=manifest,
+            config_yaml=config_yaml, resume=resume,
         )  # fmt: skip
         trainer.add_callback(recorder)
-    attachment = Attachment(callback, recorder)
+    attachment = Attachment(callback, recorder, stepping)
     trainer.train = _ending(trainer.train, attachment)
     return attachment
 
@@ -134,7 +146,7 @@ def _attach_lisa(trainer: Trainer, config: LisaConfig) -> LisaCallback:
 
 def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:
     """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
-    engine = attachment.engine_callback
+    engine, stepping = attachment.engine_callback, attachment.step_callback
 
     @functools.wraps(train)
     def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -148,5 +160,7 @@ def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., 
         finally:
             if engine is not None:
                 engine.close()
+            if stepping is not None:
+                stepping.close()
 
     return wrapped

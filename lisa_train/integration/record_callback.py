@@ -17,6 +17,7 @@ from lisa_train.config import RecordConfig
 from lisa_train.environment import manifest as describe
 from lisa_train.environment import peak_memory_bytes
 from lisa_train.integration.lisa_callback import LisaCallback
+from lisa_train.integration.step_callback import StepCallback
 from lisa_train.integration.wraps import Wraps, count_tokens
 from lisa_train.layermap import find_layers
 from lisa_train.lisa import Draw
@@ -44,6 +45,8 @@ class RecordCallback(TrainerCallback):
         What to record, and where.
     lisa
         The LISA callback of the same trainer, whose draws become events.
+    stepping
+        The callback that steps inside backward, if the trainer has one, added before this.
     manifest
         Entries for run.json that the trainer does not know.
     config_yaml
@@ -63,6 +66,7 @@ class RecordCallback(TrainerCallback):
         config: RecordConfig,
         *,
         lisa: LisaCallback | None = None,
+        stepping: StepCallback | None = None,
         manifest: Mapping[str, Any] | None = None,
         config_yaml: str | None = None,
         resume: bool = False,
@@ -79,6 +83,7 @@ class RecordCallback(TrainerCallback):
         self._trainer = trainer
         self._run_dir = Path(config.run_dir)
         self._lisa = lisa
+        self._stepping = stepping
         self._manifest = dict(manifest or {})
         self._config_yaml = config_yaml
         self._resume = resume
@@ -126,6 +131,7 @@ class RecordCallback(TrainerCallback):
             layer_map,
             table=table,
             step=state.global_step,
+            step_in_backward=self._stepping.steps if self._stepping else None,
         )
         self._wrap()
         for draw in self._early_draws:

@@ -46,7 +46,7 @@ class Outcome:
             "method": run.method,
             "status": run.status,
             "configuration": configuration(run),
-            "seed": (run.manifest.get("seeds") or {}).get("training"),
+            "seed": (run.manifest.get("seeds") or {}).get("seed"),
             "steps": _whole(_last(scalars, "step"), result.get("steps")),
             "tokens": _whole(_last(scalars, "tokens"), result.get("tokens")),
             "seconds": _number(_total(scalars, "step_seconds"), result.get("seconds")),

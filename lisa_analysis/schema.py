@@ -219,7 +219,7 @@ MANIFEST_FIELDS: dict[str, str] = {
     "hardware": "device, its name and memory, processor count, host",
     "model": "name, architecture, parameter count, dtype",
     "method": "full, lora, lisa, or what an outside trainer was doing",
-    "seeds": "training, data and layer-sampling seed",
+    "seeds": "training, data and layer-sampling seed (seed, data_seed, lisa_seed)",
     "command": "the command line that started the run",
     "layers": "one entry per layer: index, name, stack",
     "recording": "what is measured and every how many steps",

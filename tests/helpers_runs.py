@@ -81,7 +81,7 @@ def _write_manifest(path, layer_names, method, status, seed, run_id, model_name,
         "hardware": {"device": "cpu", "name": "x86_64", "cpus": 2},
         "model": {"name": model_name, "architecture": "LlamaForCausalLM", "parameters": 134_515_008,
                   "dtype": "float32"},
-        "seeds": {"training": seed, "data": seed, "layers": seed},
+        "seeds": {"seed": seed, "data_seed": seed, "lisa_seed": seed},
         "layers": [{"index": i, "name": name, "stack": name.rsplit(".", 1)[0]}
                    for i, name in enumerate(layer_names)],
         "recording": {"every": every},

@@ -1,6 +1,7 @@
 """Runs side by side: equal cost by hand, agreement against noise, seeds together."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,10 @@ class TestAgreement:
 
 
 class TestSeeds:
+    def test_the_table_tells_the_seed_of_a_real_run(self):
+        golden = Path(__file__).parents[1] / "data" / "golden-run"
+        assert la.compare([la.load(golden)]).table["seed"].tolist() == [42]
+
     def test_seeds_of_one_configuration_are_grouped(self, make_run):
         losses = (2.1, 2.2, 2.0, 2.3)
         runs = [

@@ -247,6 +247,17 @@ class RecordConfig:
                 ) from None
 
 
+def check_eight_bit_states(groups: tuple[str, ...], optim: str) -> None:
+    """`ConfigError` for unknown groups, or an optimizer without 8-bit states by tensor."""
+    for group in groups:
+        _one_of("eight_bit_states", group, ("layers", *ALWAYS_ACTIVE_GROUPS))
+    if not re.fullmatch(r"(paged_)?(adamw|adamw_bnb|ademamix|lion|rmsprop_bnb)_8bit", optim):
+        raise ConfigError(
+            f"eight_bit_states is {list(groups)} but optim is {optim!r}; set optim to "
+            "adamw_bnb_8bit, paged_adamw_8bit or another 8-bit optimizer of bitsandbytes."
+        )
+
+
 Method = Literal["full", "lora", "lisa"]
 
 
@@ -318,6 +329,10 @@ class TrainConfig:
     step_in_backward
         Step every tensor within the backward pass, as soon as its gradient is complete, and free
         the gradient. The same weights bit for bit; needs `max_grad_norm: 0` and no accumulation.
+    eight_bit_states
+        With an 8-bit `optim` of bitsandbytes: the groups whose optimizer state is 8-bit, any of
+        ``layers``, ``embed``, ``head``, ``norm``; the others' is 32-bit. None leaves it to
+        transformers: embeddings in 32 bits, everything else in 8.
     gradient_checkpointing
         Recompute activations in the backward pass instead of keeping them.
     bf16, fp16
@@ -385,6 +400,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     optim: str = "adamw_torch"
     step_in_backward: bool = False
+    eight_bit_states: tuple[str, ...] | None = None
     gradient_checkpointing: bool = False
     bf16: bool = False
     fp16: bool = False
@@ -415,6 +431,9 @@ class TrainConfig:
                 fp16=self.fp16,
                 optim=self.optim,
             )
+        if self.eight_bit_states is not None:
+            object.__setattr__(self, "eight_bit_states", tuple(self.eight_bit_states))
+            check_eight_bit_states(self.eight_bit_states, self.optim)
         own = sorted(set(self.trainer_args) & set(TrainConfig.__dataclass_fields__))
         if own:
             raise ConfigError(

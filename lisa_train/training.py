@@ -92,6 +92,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
         lisa=config.lisa if config.method == "lisa" else None,
         record=dataclasses.replace(config.record, run_dir=str(run_dir)),
         step_in_backward=config.step_in_backward,
+        eight_bit_states=config.eight_bit_states,
         manifest=manifest,
         config_yaml=to_yaml(kept),
         resume=resume,
@@ -188,13 +189,13 @@ def _build_trainer(
 
 
 def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:
-    from lisa_train.progress import EvaluateAtEnd, ProgressBar, ProgressLines
+    from lisa_train.progress import EvaluateAtEnd, ProgressBar, ProgressCell, ProgressLines
 
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluateAtEnd())
     if config.progress_bar is not False:
-        bar = config.progress_bar or sys.stderr.isatty() or "ipykernel" in sys.modules
-        kind = ProgressBar if bar else ProgressLines
+        bar = ProgressBar if config.progress_bar or sys.stderr.isatty() else ProgressLines
+        kind = ProgressCell if "ipykernel" in sys.modules else bar
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import Trainer
 
 from lisa_analysis.errors import ConfigError
-from lisa_train.config import LisaConfig, RecordConfig
+from lisa_train.config import LisaConfig, RecordConfig, check_eight_bit_states
+from lisa_train.integration.eight_bit_callback import EightBitCallback
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.integration.step_callback import StepCallback
 from lisa_train.layermap import find_layers
@@ -71,6 +72,7 @@ def attach(
     record: RecordConfig | None = None,
     *,
     step_in_backward: bool = False,
+    eight_bit_states: Sequence[str] | None = None,
     manifest: dict[str, Any] | None = None,
     config_yaml: str | None = None,
     resume: bool = False,
@@ -91,6 +93,10 @@ def attach(
     step_in_backward
         Step every tensor within the backward pass and free its gradient at once, see
         `lisa_train.StepInBackward`.
+    eight_bit_states
+        With an 8-bit optimizer of bitsandbytes: the groups whose optimizer state is 8-bit, any of
+        ``layers``, ``embed``, ``head``, ``norm``. None leaves it to Trainer, which holds
+        embeddings in 32 bits.
     manifest
         Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
     config_yaml
@@ -108,6 +114,10 @@ def attach(
     ConfigError
         When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
     """
+    if eight_bit_states is not None:
+        groups, optim = tuple(eight_bit_states), trainer.args.optim
+        check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
+        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None))
     stepping = None
     if step_in_backward:
         stepping = StepCallback(trainer)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lisa_train.layermap import LayerMap as LayerMap
     from lisa_train.layermap import find_layers as find_layers
     from lisa_train.lisa import Lisa as Lisa
+    from lisa_train.memory.estimate import estimate_memory as estimate_memory
+    from lisa_train.memory.result import MemoryEstimate as MemoryEstimate
     from lisa_train.recorder import NormRecorder as NormRecorder
     from lisa_train.step_in_backward import StepInBackward as StepInBackward
     from lisa_train.training import train as train
@@ -32,6 +34,8 @@ _HOME = {
     "LayerMap": "layermap",
     "find_layers": "layermap",
     "Lisa": "lisa",
+    "estimate_memory": "memory.estimate",
+    "MemoryEstimate": "memory.result",
     "NormRecorder": "recorder",
     "StepInBackward": "step_in_backward",
     "train": "training",

@@ -1,0 +1,98 @@
+"""What CUDA runs where the CPU's route through torch would keep other tensors."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+class CudaKernels(TorchFunctionMode):
+    """Lets a model on fake CPU tensors save for backward what it would save on CUDA.
+
+    * Dropout saves a mask of one byte per element (`native_dropout`), not a tensor of the input's
+      type.
+    * `scaled_dot_product_attention` takes the flash kernel, which saves query, key, value, output
+      and the log-sum-exp, with dropout too (CUDA's keeps a seed, the CPU has none for it). Query
+      heads that share keys in fp32 have no such kernel on CUDA and take the plain one.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.dropout or func is torch.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **other: Any
+) -> torch.Tensor:
+    training = other.pop("train", training)
+    if not training or p == 0.0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    names = ("attn_mask", "dropout_p", "is_causal")
+    settings = {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}
+    compute = query.dtype
+    if torch.is_autocast_enabled("cpu"):
+        compute = torch.get_autocast_dtype("cpu")
+    shared = query.shape[-3] != key.shape[-3]
+    plain = compute == torch.float32 and shared and settings.get("enable_gqa", False)
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, **settings)
+
+
+@contextlib.contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Rows that hold one sequence each, which transformers cannot see without data.
+
+    It would otherwise build a mask as for packed sequences.
+    """
+    from transformers import masking_utils
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+@contextlib.contextmanager
+def tiles_in_place() -> Iterator[None]:
+    """TRL's chunked head as its Triton kernels run it: a tile of logits is worked on in place.
+
+    Its route for other devices makes several fp32 copies of a tile.
+    """
+    from trl.kernels import chunked_logprob
+
+    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")
+    before = {name: getattr(chunked_logprob, name) for name in names}
+    replaced: dict[str, Callable[..., None]] = {
+        "_forward_tile": lambda *_, **__: None,
+        "_backward_tile": lambda *_, **__: None,
+        "_addmm_fp32": lambda accumulator, a, b: None,
+    }
+    for name, function in replaced.items():
+        setattr(chunked_logprob, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(chunked_logprob, name, function)

@@ -1,11 +1,14 @@
-"""Progress of a training run: loss, active layers, time left; a bar, or lines in a log file."""
+"""Progress of a training run: loss, active layers, time left; bar, notebook cell, or lines."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_train.progress_html import progress_html
 
 
 class _Progress(TrainerCallback):
@@ -54,14 +57,14 @@ class _Progress(TrainerCallback):
 
 
 class ProgressBar(_Progress):
-    """Shows a tqdm bar (a widget in a notebook)."""
+    """Shows a tqdm bar in a terminal."""
 
     _bar: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         if state.is_world_process_zero:
             self._bar = tqdm(
@@ -92,6 +95,71 @@ class ProgressBar(_Progress):
             super().write(line)
         else:
             self._bar.write(line, file=sys.stderr)
+
+
+class ProgressCell(_Progress):
+    """Shows a bar and the loss curve in a notebook, as HTML that stays in the saved notebook.
+
+    No widget: those need a package and a running kernel to be seen.
+    """
+
+    SECONDS = 0.5  # between two drawings
+    MOST = 600  # points of the curve
+    _handle: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from IPython.display import HTML, display
+
+        self._training: list[tuple[int, float]] = []
+        self._held_out: list[tuple[int, float]] = []
+        self._began, self._first, self._drawn = time.monotonic(), state.global_step, 0.0
+        if state.is_world_process_zero:
+            self._handle = display(HTML("<progress></progress>"), display_id=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loss = self._latest().get("loss")
+        if loss is not None and math.isfinite(loss):
+            self._training.append((state.global_step, float(loss)))
+        if len(self._training) > self.MOST:
+            del self._training[1::2]
+        if time.monotonic() - self._drawn > self.SECONDS:
+            self._draw(state, done=False)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if loss is not None and math.isfinite(loss):
+            self._held_out.append((state.global_step, float(loss)))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._draw(state, done=True)
+
+    def _draw(self, state: TrainerState, *, done: bool) -> None:
+        if self._handle is None:
+            return
+        from IPython.display import HTML
+
+        taken = time.monotonic() - self._began
+        pace = taken / max(1, state.global_step - self._first)
+        left = pace * (state.max_steps - state.global_step)
+        words = f"{taken:.0f} s" if done else f"{left:.0f} s left"
+        page = progress_html(
+            state.global_step, state.max_steps, self.shown(), self._training, self._held_out, words
+        )
+        self._handle.update(HTML(page))
+        self._drawn = time.monotonic()
 
 
 class ProgressLines(_Progress):

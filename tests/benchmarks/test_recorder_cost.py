@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from helpers_recording import examples, llama
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
@@ -14,20 +15,23 @@ from lisa_analysis.rundir import load
 
 pytestmark = pytest.mark.benchmark
 
-# The demo's shape (SmolLM-135M with fewer layers: the ratio is per layer) and a wider one.
+# The demo's model (SmolLM2-135M) and a wider one.
 SHAPES = {
-    "demo": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
-             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 8192},
+    "demo": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
     "wide": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 2,
              "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 4096},
 }  # fmt: skip
 TOKENS = (4, 256)
 
 
-def build(shape):
+def build(shape, method="full"):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, foreach=False, fused=True)
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    train = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(train, 1e-4, foreach=False, fused=True)
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], TOKENS)
     return model, optimizer, ids
 
@@ -43,16 +47,17 @@ def train_step(model, optimizer, ids, step, recorder=None):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("lisa", [False, True], ids=["full", "lisa"])
+@pytest.mark.parametrize("method", ["full", "lisa", "lora"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_time(tmp_path, shape, lisa):
+def test_time(tmp_path, shape, method):
     """Processor time of the recorder against that of the step it records, in one run.
 
     Recording reads the weights that train a few times, whatever the batch: the share falls with
     the tokens of a step, here 1,024. With 192 (the demo on two cores) it is four times as large.
     """
-    model, optimizer, ids = build(shape)
-    engine = lt.Lisa(model, optimizer, lt.LisaConfig(activated_layers=1)) if lisa else None
+    model, optimizer, ids = build(shape, method)
+    config = lt.LisaConfig(activated_layers=2 if shape == "demo" else 1)
+    engine = lt.Lisa(model, optimizer, config) if method == "lisa" else None
     recorder = lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1))
     shares = []
     for step in range(1, 6):
@@ -67,7 +72,7 @@ def test_time(tmp_path, shape, lisa):
         for name in ("before_step", "after_step"):
             delattr(recorder, name)
     share = statistics.median(shares[1:])
-    print(f"\n{shape} {'lisa' if lisa else 'full'}: {share:.2%} of a recorded step, "
+    print(f"\n{shape} {method}: {share:.2%} of a recorded step, "
           f"{share / 10:.2%} at every=10")  # fmt: skip
     assert share <= 0.05
     assert share / 10 <= 0.01

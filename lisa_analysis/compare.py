@@ -15,6 +15,7 @@ from lisa_analysis import outcomes
 from lisa_analysis import statistics as st
 from lisa_analysis.errors import LisaError
 from lisa_analysis.importance import DEFAULT_METRIC, importance
+from lisa_analysis.metrics import metric_name
 from lisa_analysis.profile import ImportanceProfile, to_plain
 
 Array = NDArray[np.float64]
@@ -100,7 +101,7 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Any], metric: str = DEFAULT_METRIC, *, confidence: float = 0.95, seed: int = 0
+    runs: Sequence[Any], metric: Any = DEFAULT_METRIC, *, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Put runs side by side.
 
@@ -109,7 +110,7 @@ def compare(
     runs
         Run directories opened with `load`, any number; layers are aligned by name.
     metric
-        Importance metric whose profiles are compared.
+        Importance metric whose profiles are compared: an id or a callable, see `importance`.
     confidence, seed
         Of the intervals and their bootstrap.
 
@@ -146,7 +147,7 @@ def compare(
     )
     seeds = _seeds(table, pairs, confidence)
     return Comparison(
-        metric=metric if isinstance(metric, str) else getattr(metric, "id", "custom"),
+        metric=metric_name(metric),
         table=table,
         profiles=_aligned(profiles),
         rank_agreement=pairs,

@@ -13,7 +13,7 @@ from lisa_analysis.errors import LisaError
 from lisa_analysis.fitting import Fit, fit_series
 from lisa_analysis.initialisation import initial_scores, initialisation
 from lisa_analysis.measurements import Measurements, measurements
-from lisa_analysis.metrics import Metric, find_metric
+from lisa_analysis.metrics import Metric, find_metric, metric_name
 from lisa_analysis.profile import ImportanceProfile
 from lisa_analysis.series import last_known
 
@@ -40,7 +40,9 @@ def importance(
         A run directory opened with `load`.
     metric
         Id of a metric in `lisa_analysis.metrics.METRICS`, or a callable that takes
-        `Measurements` and returns values of shape (recorded steps, groups).
+        `Measurements` and returns values of shape (recorded steps, groups), NaN where a group
+        was not observed. Its attributes `id`, `definition` and `scale` are used where it has
+        them; a plain function goes by its name, the first line of its docstring, and ``log``.
     by
         ``layer``, ``kind`` (attn.q … mlp.down over the whole stack), ``module`` (a kind within
         a layer) or ``tensor``.
@@ -74,7 +76,7 @@ def importance(
         raise LisaError(f"confidence is {confidence}: expected a number in [0.5, 1), as 0.95.")
     chosen = find_metric(metric, reference) if isinstance(metric, str) else metric
     data = measurements(run, by)
-    name = str(getattr(chosen, "id", getattr(chosen, "__name__", type(chosen).__name__)))
+    name = metric_name(chosen)
     values = _evaluate(chosen, name, data)
     scale = getattr(chosen, "scale", "log")
     probes = getattr(chosen, "rows", "steps") == "probes"

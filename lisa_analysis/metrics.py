@@ -320,6 +320,13 @@ def find_metric(metric: str | Metric, reference: Any = None) -> Metric:
     return METRICS[metric](reference)
 
 
+def metric_name(metric: Any) -> str:
+    """Return the id of a metric; a plain function goes by its own name."""
+    if isinstance(metric, str):
+        return metric
+    return str(getattr(metric, "id", getattr(metric, "__name__", type(metric).__name__)))
+
+
 def _partner(data: Measurements, reference: Any) -> StepTable:
     """Table of the other run, its columns in the order of this run's groups."""
     own = data.table.groups

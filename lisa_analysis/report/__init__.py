@@ -55,7 +55,8 @@ def report(
     run_or_runs
         An opened run directory (`lisa_analysis.load`) or a sequence of them; paths are opened.
     metric
-        Importance metric of the profiles, see `lisa_analysis.importance`; None for the default.
+        Importance metric of the profiles, an id or a callable, see `lisa_analysis.importance`;
+        None for the default.
     probabilities
         `SamplingProbabilities` to show beside the profile.
     title

@@ -149,7 +149,7 @@ def gather(
         profile,
         why_not,
         _facts(run),
-        _profile_figures(run, slug, profile, alone=alone),
+        _profile_figures(run, slug, profile, metric, alone=alone),
         heatmaps,
         schedule,
         _curves(run, slug, grids, budget) if alone else [],
@@ -178,14 +178,14 @@ def _profile(run: Any, metric: Any) -> tuple[ImportanceProfile | None, str | Non
 
 
 def _profile_figures(
-    run: Any, slug: str, profile: ImportanceProfile | None, *, alone: bool
+    run: Any, slug: str, profile: ImportanceProfile | None, metric: Any, *, alone: bool
 ) -> list[ReportFigure]:
     if profile is None:
         return []
     found = [figures.profile_figure(f"{slug}-profile", profile, run.layer_names)]
     if alone and found[0].image is not None and step_table(run).rows <= _MOST_MODULE_ROWS:
         try:
-            by_module = importance(run, profile.metric, by="module")
+            by_module = importance(run, metric or DEFAULT_METRIC, by="module")
         except LisaError:
             return found
         found.append(figures.kind_figure(f"{slug}-kinds", by_module))

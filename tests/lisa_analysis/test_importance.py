@@ -127,6 +127,23 @@ class TestDefinitions:
         expected = np.exp(np.log(self.norm(run, "grad_norm")).mean())
         assert profile.scores[4] == pytest.approx(expected, rel=1e-6)
 
+    def test_a_metric_of_ones_own_goes_where_a_built_in_goes(self, make_run):
+        class GradRms:
+            id = "own_rms"
+            definition = "The built-in, written again."
+            scale = "log"
+
+            def __call__(self, data):
+                return data.table["grad_norm"] / np.sqrt(data.table.numel).astype(np.float32)
+
+        runs = [make_run(steps=60, seed=1), make_run(steps=60, seed=2)]
+        own, built_in = la.compare(runs, GradRms()), la.compare(runs, "grad_rms")
+        assert own.metric == "own_rms"
+        assert own.profiles.equals(built_in.profiles)
+        page = la.report(runs[0], metric=GradRms()).html
+        assert "The built-in, written again." in page
+        assert "own_rms by kind of module" in page
+
     def test_every_definition_is_one_sentence(self, make_run):
         for name, metric in METRICS.items():
             assert metric.definition.endswith("."), name

@@ -28,6 +28,7 @@ class BaseWeights:
     def __init__(self, model: nn.Module) -> None:
         name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
         self._where = _find(name) if name else {}
+        self._told = False
         if not self._where:
             warnings.warn(
                 f"record.base_delta: no safetensors checkpoint of {name or 'this model'} was "
@@ -41,6 +42,7 @@ class BaseWeights:
         from safetensors import safe_open
 
         names = {number: name for name, number in table.ids.items()}
+        self._tell_of_missing([names[number] for number, _ in table.tensors])
         wanted: dict[Path, list[tuple[int, str, torch.Tensor]]] = {}
         for number, tensor in table.tensors:
             key = self._key(names[number])
@@ -55,6 +57,19 @@ class BaseWeights:
                     if base.shape == now.shape:
                         found.append((number, changes([base], [now.detach()])[0][0]))
         return found
+
+    def _tell_of_missing(self, names: list[str]) -> None:
+        """Say once which weights have no W₀: new ones, and those that transformers renames."""
+        missing = [n for n in names if role_of(n) == "base" and self._key(n) is None]
+        if missing and self._where and not self._told:
+            self._told = True
+            warnings.warn(
+                f"record.base_delta: the checkpoint holds no tensor for {len(missing)} of the "
+                f"model's {len(names)} ({missing[0]}, …): new ones, or ones that transformers "
+                "stores under another name or in another layout; their ‖W − W₀‖ is not measured.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _key(self, name: str) -> str | None:
         if role_of(name) != "base":

@@ -468,6 +468,19 @@ def test_the_distance_from_the_base_checkpoint(tmp_path):
         assert row.delta_norm == pytest.approx(exact, rel=1e-5)
 
 
+def test_weights_that_the_base_checkpoint_lacks_are_named(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    llama().save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path / "run"), base_delta=True)
+    with pytest.warns(RuntimeWarning, match=r"no tensor for 1 of the model's .*score\.weight"):
+        lt.NormRecorder(model, optimizer, config).close()
+    census = load(tmp_path / "run").metrics(["delta_norm"])
+    assert census["delta_norm"].isna().sum() == 1
+
+
 def test_without_a_base_checkpoint_nothing_is_made_up(tmp_path):
     trainer, _ = make(tmp_path, max_steps=1, record={"base_delta": True})
     with pytest.warns(RuntimeWarning, match=r"base_delta: no safetensors checkpoint"):

@@ -159,8 +159,9 @@ class DeltaRel:
 
     id: ClassVar[str] = "delta_rel"
     definition: ClassVar[str] = (
-        "‖ΔW‖/‖W_0‖ at the end of the run, with LISA divided by the layer's activations to the "
-        "power at which this run's changes grew with them (1 directed, ½ random)."
+        "‖ΔW‖/‖W_0‖ at the end of the run, with LISA divided by the layer's activations, weighted "
+        "by their learning rates, to the power at which this run's changes grew with them "
+        "(1 directed, ½ random)."
     )
     scale: ClassVar[Scale] = "total"
 
@@ -173,9 +174,10 @@ class DeltaRel:
         power = 1.0
         if "delta_norm" in table:
             power = growth_exponent(
-                table["delta_norm"], data.visits, data.interval, table.groups.inside
+                table["delta_norm"], data.exposure(), data.interval, table.groups.inside
             )
-        return relative / np.maximum(data.visits, 1) ** power
+        exposure = data.exposure(power)
+        return relative / np.where(exposure > 0, exposure, 1.0)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ Array = NDArray[np.float64]
 
 
 def growth_exponent(
-    relative: NDArray[Any], visits: NDArray[Any], interval: NDArray[np.int64], inside: int
+    relative: NDArray[Any], exposure: NDArray[Any], interval: NDArray[np.int64], inside: int
 ) -> float:
-    """Power of the number of activations with which the layers' change grows, in [½, 1].
+    """Power of the exposure to training with which the layers' change grows, in [½, 1].
 
-    Slope of ln‖ΔW‖ on ln(visits) within layers, one point per activation (its last recorded
+    Slope of ln‖ΔW‖ on ln(exposure) within layers, one point per activation (its last recorded
     step); 1, as if every activation went on in the same direction, when no layer came back.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -23,8 +23,9 @@ def growth_exponent(
     last_row = np.append(np.flatnonzero(np.diff(interval)), len(interval) - 1)
     for layer in range(inside):
         rows = last_row[np.isfinite(change[last_row, layer])]
-        _, first = np.unique(visits[rows, layer], return_index=True)
-        x, y = np.log(visits[rows[first], layer]), change[rows[first], layer]
+        rows = rows[exposure[rows, layer] > 0]
+        _, first = np.unique(exposure[rows, layer], return_index=True)
+        x, y = np.log(exposure[rows[first], layer]), change[rows[first], layer]
         if len(x) > 1:
             products += float((x - x.mean()) @ (y - y.mean()))
             squares += float((x - x.mean()) @ (x - x.mean()))

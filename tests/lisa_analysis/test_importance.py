@@ -200,6 +200,35 @@ class TestLisa:
         assert max(raw) > 1.7 * min(raw)
         assert np.ptp(np.log(profile.scores)) < 0.02
 
+    @pytest.mark.parametrize(("power", "spread"), [(1.0, 1e-5), (0.5, 1e-5)])
+    def test_layers_drawn_late_in_a_decaying_schedule_are_not_called_lazy(
+        self, make_run, power, spread
+    ):
+        """ΔW grows with the learning rates spent, directed (their sum) or random (of squares)."""
+        rng = np.random.default_rng(1)
+        halves = np.repeat([0, 3], 30)  # layers 0 to 2 are drawn early, 3 to 5 late
+        draws = [sorted((half + rng.choice(3, 2, replace=False)).tolist()) for half in halves]
+        rate = 1e-3 * np.cos(np.pi / 2 * np.arange(600) / 610)
+        active = np.zeros((600, 6))
+        for step in range(600):
+            active[step, draws[step // 10]] = 1
+        moved = np.cumsum(active * rate[:, None] ** (1 / power), axis=0) ** power
+
+        def follow_the_rate(frame):
+            layer = (frame["param_id"].to_numpy() - 1) // 2  # q and down of each layer
+            inside = (layer >= 0) & (layer < 6)
+            rows = frame["step"].to_numpy()[inside] - 1
+            frame.loc[inside, "delta_norm"] = moved[rows, layer[inside]]
+            return frame
+
+        run = make_run(
+            method="lisa", steps=600, draws=draws, profile=6, noise=0, common=0,
+            edit=follow_the_rate, edit_scalars=lambda frame: frame.assign(learning_rate=rate),
+        )  # fmt: skip
+        by_visits = moved[-1] / np.bincount(np.ravel(draws)) ** power
+        assert np.ptp(np.log(by_visits)) > 0.3
+        assert np.ptp(np.log(la.importance(run, "delta_rel").scores)) < spread
+
     @pytest.mark.parametrize("directed", [0.5, 1.0])
     def test_directedness_is_matched_in_the_number_of_steps(self, make_run, directed):
         draws = [[0, 1], [0, 2], [0, 3], [0, 1], [0, 2], [0, 3]]

@@ -121,7 +121,8 @@ class RunMaker:
             "segment": 0, "created": "2026-11-23T10:00:00+00:00", "method": method,
             "updated": "2026-11-23T10:10:00+00:00", "versions": {}, "hardware": {},
             "model": {"name": "tiny", "dtype": "float32"},
-            "seeds": {"seed": seed, "data_seed": seed}, "command": "", "recording": {"every": every},
+            "seeds": {"seed": seed, "data_seed": seed}, "command": "",
+            "recording": {"every": every},
             "layers": [{"index": i, "name": f"model.layers.{i}", "stack": "model.layers"}
                        for i in range(n_layers)],
             "result": {"steps": steps},

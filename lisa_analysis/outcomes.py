@@ -17,7 +17,11 @@ COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
           "seconds": "loss_at_equal_seconds"}  # fmt: skip
 # What may differ between repetitions of one configuration.
-_REPEATED = re.compile(r"^\s*[\w.]*(seed|output_dir|run_dir|run_name|run_id)\s*:.*$", re.MULTILINE)
+_REPEATED = re.compile(
+    r"^\s*[\w.]*(seed|output_dir|run_dir|run_name|run_id)\s*:.*\n?", re.MULTILINE
+)
+# A setting that is off. An older version that did not know it wrote no line of it.
+_OFF = re.compile(r"^\s*[\w.]+\s*:\s*(false|null|\[\]|\{\})\s*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def configuration(run: Any) -> str:
     """Short name of everything but seeds and folders; equal for repetitions of one setting."""
     path = run.path / CONFIG
     if path.exists():
-        text = _REPEATED.sub("", path.read_text(encoding="utf-8", errors="replace"))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        text = _OFF.sub("", _REPEATED.sub("", text))
     else:
         keys = ("model", "method", "lisa", "lora", "dataset", "recording")
         text = json.dumps({key: run.manifest.get(key) for key in keys}, sort_keys=True, default=str)

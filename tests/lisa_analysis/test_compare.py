@@ -168,12 +168,14 @@ class TestSeeds:
         assert np.isnan(seeds.iloc[1]["low"])
 
     def test_configuration_ignores_seeds_and_folders_only(self, make_run):
-        runs = [make_run(steps=5) for _ in range(4)]
+        runs = [make_run(steps=5) for _ in range(6)]
         texts = [
             "seed: 1\nlearning_rate: 0.1\noutput_dir: a\n",
             "seed: 2\nlearning_rate: 0.1\noutput_dir: b\n",
             "seed: 1\nlearning_rate: 0.2\noutput_dir: a\n",
             "lisa:\n  seed: 9\nseed: 1\nlearning_rate: 0.1\noutput_dir: a\n",
+            "seed: 3\nnew_setting: false\nlearning_rate: 0.1\nother: null\noutput_dir: c",
+            "seed: 3\nnew_setting: true\nlearning_rate: 0.1\noutput_dir: c",
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
@@ -181,6 +183,8 @@ class TestSeeds:
         assert names[0] == names[1]
         assert names[0] != names[2]
         assert names[0] != names[3]  # a section that the other lacks
+        assert names[0] == names[4]  # settings that are off, written by a newer version
+        assert names[0] != names[5]
 
 
 class TestObject:

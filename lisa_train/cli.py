@@ -1,5 +1,6 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
+import itertools
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.errors import ConfigError, LisaError, suggest
 from lisa_train.config import TrainConfig
+from lisa_train.memory.cards import Card, parse_cards
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -20,21 +22,33 @@ _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jso
 _EPILOG = """\
 recipes that come with the package: --config full | lora | lisa | lisa-learned
 example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
+--resume continues the run in --output_dir. --estimate [--memory 24GB,80GiB] trains nothing: it
+prints the memory of every method, from config.json alone, and which cards it fits.
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for: a configuration, and whether to continue its run."""
+    """What a command line asks for: a configuration, and what to do with it.
+
+    `resume` continues its run; `estimate` only predicts its memory, for `cards`.
+    """
 
     config: TrainConfig
     resume: bool
+    estimate: bool = False
+    cards: tuple[Card, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
     try:
         command = parse(sys.argv[1:] if argv is None else list(argv))
+        if command.estimate:
+            from lisa_train.memory.command import estimate_table
+
+            print(estimate_table(command.config, command.cards))
+            return 0
         _quiet()
         # A cluster ends a job with SIGTERM: the run is closed as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -87,6 +101,7 @@ def parse(argv: Sequence[str]) -> Command:
     import jsonargparse
 
     argv, resume = _take_flag(_expand_recipes(argv), "--resume")
+    argv, estimate, cards = _take_estimate(argv)
     _check_flags(argv)
     for path in _config_files(argv):
         _check_file(path)
@@ -99,7 +114,7 @@ def parse(argv: Sequence[str]) -> Command:
     config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     if resume:
         config = _with_output_dir(config, _config_files(argv))
-    return Command(config, resume)
+    return Command(config, resume, estimate, cards)
 
 
 def build_parser() -> "ArgumentParser":
@@ -158,6 +173,23 @@ def _config_files(argv: Sequence[str]) -> list[Path]:
 
 def _take_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
     return [token for token in argv if token != flag], flag in argv
+
+
+def _take_estimate(argv: Sequence[str]) -> tuple[list[str], bool, tuple[Card, ...]]:
+    """Take out `--estimate` and `--memory SIZES`, which implies it; no dataset is needed then."""
+    rest, estimate = _take_flag(argv, "--estimate")
+    sizes = [value for _, _, value in _option_values(rest, "--memory")]
+    if "--memory" in rest:
+        # `24 GB` without quotes is two words.
+        start = rest.index("--memory")
+        words = list(itertools.takewhile(lambda w: not w.startswith("-"), rest[start + 1 :]))
+        sizes = [" ".join(words)]
+        rest = rest[:start] + rest[start + 1 + len(words) :]
+    rest = [token for token in rest if not token.startswith("--memory=")]
+    if not estimate and not sizes:
+        return rest, False, ()
+    cards = parse_cards(",".join(sizes)) if sizes else ()
+    return [*rest, "--dataset_name", "not read"], True, cards
 
 
 def _check_flags(argv: Sequence[str]) -> None:

@@ -65,6 +65,8 @@ def estimate_memory(
         ``sdpa`` or ``eager``.
     optim
         Optimizer, as transformers names it.
+    eight_bit_states
+        As in `TrainConfig`: the groups with 8-bit state; None as transformers does it.
     gradient_checkpointing
         Recompute each layer in backward.
     gradient_accumulation_steps
@@ -109,11 +111,14 @@ def estimate_memory(
 
 
 def estimate(
-    source: "nn.Module | PretrainedConfig | str | Path", setting: Setting
+    source: "Stage | nn.Module | PretrainedConfig | str | Path", setting: Setting
 ) -> MemoryEstimate:
-    """Predict the peak memory of one `Setting`; see `estimate_memory`."""
+    """Predict the peak memory of one `Setting`; see `estimate_memory`.
+
+    A `Stage` may serve several settings that differ in the method alone, LoRA excepted.
+    """
     kind = optimizer_kind(setting.optim)
-    stage = Stage(source, setting)
+    stage = source if isinstance(source, Stage) else Stage(source, setting)
     return _Estimator(stage, setting, kind).run()
 
 
@@ -137,7 +142,7 @@ class _Estimator:
     def __init__(self, stage: Stage, setting: Setting, kind: OptimizerKind) -> None:
         self.stage, self.setting, self.kind = stage, setting, kind
         self.parameters = dict(stage.model.named_parameters())
-        self._embeddings = stage.embeddings()
+        self._wide = stage.wide_states(setting)
         self._shards = setting.devices if setting.spread == "fsdp" else 1
         self._known: dict[Any, StateBytes] = {}
 
@@ -227,7 +232,7 @@ class _Estimator:
         key = (
             shape,
             torch.float32 if raised else parameter.dtype,
-            id(parameter) in self._embeddings,
+            id(parameter) in self._wide,
         )
         if key not in self._known:
             self._known[key] = self.kind.state(*key)

@@ -18,7 +18,7 @@ from lisa_train.memory.trace import StorageLog
 # paged state of at least so many elements lies in memory that moves to the host under pressure.
 _BNB_LEAST, _BNB_BLOCK, _BNB_PAGED = 4096, 256, 100_000
 _STEP_COUNT = 4
-_BNB_STATES = {"adamw": 2, "lion": 1, "rmsprop": 1}
+_BNB_STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OptimizerKind:
     Attributes
     ----------
     state
-        Shape, dtype and whether the tensor is an embedding -> its bytes.
+        Shape, dtype and whether the state is 32-bit even in an 8-bit optimizer -> its bytes.
     at_once
         Whether a step works on all tensors at once (foreach), so that its scratch memory adds up.
     """
@@ -89,7 +89,7 @@ _TORCH: dict[str, tuple[Callable[[list[torch.Tensor]], torch.optim.Optimizer], b
 _BNB_NAMES = (
     "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit",
     "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
-    "rmsprop_bnb_32bit",
+    "rmsprop_bnb_32bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
 )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def _measured(
     fused: bool,
     shape: torch.Size,
     dtype: torch.dtype,
-    embedding: bool,
+    wide: bool,
 ) -> StateBytes:
     """Take one step on a meta tensor of that shape."""
     tensor = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
@@ -134,14 +134,11 @@ def _bitsandbytes(name: str) -> tuple[int, int, bool] | None:
 
 
 def _bnb_state(
-    states: int, bits: int, paged: bool, shape: torch.Size, dtype: torch.dtype, embedding: bool
+    states: int, bits: int, paged: bool, shape: torch.Size, dtype: torch.dtype, wide: bool
 ) -> StateBytes:
-    """As `Optimizer1State` and `Optimizer2State` of bitsandbytes allocate (`init_state`).
-
-    transformers keeps the state of embeddings in 32 bits.
-    """
+    """As `Optimizer1State` and `Optimizer2State` of bitsandbytes allocate (`init_state`)."""
     numel = math.prod(shape)
-    small = bits == 32 or numel < _BNB_LEAST or embedding
+    small = bits == 32 or numel < _BNB_LEAST or wide
     buffers = states * numel * (4 if small else 1)
     scales = 0 if small else states * 4 * math.ceil(numel / _BNB_BLOCK)
     if paged and numel >= _BNB_PAGED:

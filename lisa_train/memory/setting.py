@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lisa_analysis.errors import ConfigError, suggest
-from lisa_train.config import LisaConfig, Method
+from lisa_train.config import LisaConfig, Method, check_eight_bit_states
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["bfloat16", "float16"]
@@ -24,6 +24,7 @@ class Setting:
     autocast: Autocast | None = None
     attn_implementation: Attention = "sdpa"
     optim: str = "adamw_torch"
+    eight_bit_states: tuple[str, ...] | None = None
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
     chunked_loss: bool = False
@@ -54,6 +55,8 @@ class Setting:
                 f"step_in_backward frees every gradient at once, but gradient_accumulation_steps "
                 f"is {self.gradient_accumulation_steps}; set it to 1."
             )
+        if self.eight_bit_states is not None:
+            check_eight_bit_states(self.eight_bit_states, self.optim)
         if self.active_layers is not None:
             if self.method != "lisa":
                 raise ConfigError(

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_analysis.errors import ConfigError
+from lisa_train.eight_bit import _parameters_of
 from lisa_train.layermap import find_layers
 from lisa_train.memory.setting import Setting
 from lisa_train.module_tree import unwrap
@@ -53,9 +54,7 @@ class Stage:
         with self.mode:
             self.model: Any = _copy_onto(model, "cpu")
         self.base: Any = unwrap(self.model)
-        self.layer_map = find_layers(
-            self.base, setting.lisa.layers if setting.method == "lisa" else None
-        )
+        self.layer_map = find_layers(self.base, setting.lisa.layers)
         self.blocks = tuple(self.base.get_submodule(name) for name in self.layer_map.names)
         self.model.train()
         if setting.gradient_checkpointing:
@@ -73,9 +72,13 @@ class Stage:
         in_embed = plain in self.layer_map.groups["embed"] or ".lora_embedding" in name
         return -1 if in_embed else len(self.layer_map)
 
-    def embeddings(self) -> frozenset[int]:
-        """Identities of the weights of `nn.Embedding` modules."""
-        return frozenset(id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding))
+    def wide_states(self, setting: Setting) -> frozenset[int]:
+        """Identities of the parameters whose state an 8-bit optimizer holds in 32 bits."""
+        if setting.eight_bit_states is None:  # transformers: the embeddings
+            modules = self.model.modules()
+            return frozenset(id(m.weight) for m in modules if isinstance(m, nn.Embedding))
+        small = _parameters_of(self.base, self.layer_map, setting.eight_bit_states)
+        return frozenset(id(p) for p in self.model.parameters() if p not in small)
 
     def batch(self, setting: Setting) -> dict[str, Any]:
         """Full sequences without padding, and the labels that make the model compute its loss."""
@@ -87,6 +90,7 @@ class Stage:
             )
         shape = (setting.batch_size, setting.sequence_length)
         _check_positions(self.base, setting.sequence_length)
+        _check_experts(self.base)
         per_sequence = "SequenceClassification" in type(self.base).__name__
         with self.mode:
             ids = torch.zeros(shape, dtype=torch.long)
@@ -98,16 +102,17 @@ class Stage:
 
 def _build(source: "PretrainedConfig | str | Path", setting: Setting) -> nn.Module:
     """Build the model of a configuration on the meta device."""
-    import transformers
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-    from transformers.initialization import no_init_weights
+    with _quiet():
+        import transformers
+        from transformers import AutoModelForCausalLM, PretrainedConfig
 
-    config = copy.deepcopy(source) if isinstance(source, PretrainedConfig) else _config_of(source)
-    named: Any = getattr(transformers, (config.architectures or ["?"])[0], None)
+        given = isinstance(source, PretrainedConfig)
+        config: Any = copy.deepcopy(source) if given else read_config(source)
+        named: Any = getattr(transformers, (config.architectures or ["?"])[0], None)
     dtype = setting.dtype if setting.dtype != "auto" else (config.dtype or torch.float32)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     keywords = {"dtype": dtype, "attn_implementation": setting.attn_implementation}
-    with torch.device("meta"), no_init_weights(), _quiet():
+    with torch.device("meta"), _quiet():
         try:
             if named is not None:
                 return named._from_config(config, **keywords)
@@ -120,14 +125,21 @@ def _build(source: "PretrainedConfig | str | Path", setting: Setting) -> nn.Modu
             ) from error
 
 
-def _config_of(name: str | Path) -> "PretrainedConfig":
+def read_config(name: str | Path, **source: Any) -> "PretrainedConfig":
+    """Read the config.json of a folder or a hub id; `source` as in `AutoConfig`.
+
+    Raises
+    ------
+    ConfigError
+        When there is none, or it cannot be read.
+    """
     from transformers import AutoConfig
 
     from lisa_train.modeling import check_model_name
 
     check_model_name(str(name))
     try:
-        return AutoConfig.from_pretrained(str(name))
+        return AutoConfig.from_pretrained(str(name), **source)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -167,14 +179,16 @@ def _copy_onto(module: nn.Module, device: str) -> nn.Module:
 def _adjust(model: Any, setting: Setting) -> None:
     """Give a module that somebody built the dtype and the attention of the setting."""
     if setting.dtype != "auto":
-        model.to(getattr(torch, setting.dtype))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, setting.dtype))
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(setting.attn_implementation)
 
 
 def _with_adapters(base: Any, setting: Setting) -> nn.Module:
     """Wrap the model as PEFT does, with its own choice of targets."""
-    from peft import LoraConfig, get_peft_model
+    with _quiet():
+        from peft import LoraConfig, get_peft_model
 
     from lisa_train.modeling import LORA_DEFAULTS
 
@@ -204,7 +218,8 @@ def _checkpoint(base: Any) -> None:
 
 def _fuse_head(base: Any) -> None:
     """Give the model TRL's head that works in chunks, with the outputs that SFTTrainer asks for."""
-    from trl.trainer.utils import add_fused_lm_head
+    with _quiet():
+        from trl.trainer.utils import add_fused_lm_head
 
     causal = base.get_output_embeddings() is not None and base.base_model is not base
     if not causal or getattr(base.config, "is_encoder_decoder", False):
@@ -225,6 +240,19 @@ def _check_positions(base: nn.Module, length: int) -> None:
                 f"sequence_length is {length}, but {type(base).__name__} has "
                 f"{module.num_embeddings} positions; give at most that."
             )
+
+
+def _check_experts(base: Any) -> None:
+    """Refuse experts in a precision for which torch knows no shapes of their grouped product."""
+    config = base.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = any((getattr(config, name, 0) or 0) > 1 for name in names)
+    dtype = next(base.parameters()).dtype
+    if experts and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{type(base).__name__} has experts and weights in {str(dtype).removeprefix('torch.')}"
+            "; experts can be estimated in bfloat16 only, set dtype to it."
+        )
 
 
 @contextlib.contextmanager

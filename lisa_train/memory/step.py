@@ -53,7 +53,8 @@ def record_step(
                 parameter.grad = torch.zeros_like(parameter)
                 log.note(parameter.grad, GRADIENTS, label)
         for name, buffer in stage.model.named_buffers():
-            log.note(buffer, WEIGHTS, stage.label(name))
+            number = log.note(buffer, WEIGHTS, stage.label(name))
+            log.rows[number] = 1  # never sharded
         _label_places(stage, log, handles)
         for parameter in stage.model.parameters():
             if parameter.requires_grad:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis import notebook
 from lisa_analysis.allocation import inclusion_probabilities, safe_scores
 from lisa_analysis.errors import ProbabilitiesError
 from lisa_analysis.probabilities_file import check_vector, read_record
@@ -117,9 +118,23 @@ class SamplingProbabilities:
 
     def _repr_html_(self) -> str:
         table = self.to_frame().to_html(index=False, float_format=lambda v: f"{v:.4g}", border=0)
+        pi = np.array(self.inclusion_probabilities)
+        spread = (
+            f"{self.activated_layers} of {len(pi)} layers at a time; π from {pi.min():.3g} "
+            f"(layer {pi.argmin()}) to {pi.max():.3g} (layer {pi.argmax()})"
+            if np.ptp(pi) > 1e-9
+            else f"{self.activated_layers} of {len(pi)} layers at a time; π = {pi[0]:.3g} for all"
+        )
+        kind = f", {self.control} control" if self.control else ""
+        facts = notebook.facts(
+            [
+                ("sampling", spread),
+                ("from", f"{self.metric} of {', '.join(self.source_runs)}{kind}"),
+            ]
+        )
         return (
-            f"<section><p>{html.escape(repr(self))}</p><p>{html.escape(self.statement)}</p>"
-            f"<details><summary>stages</summary>{table}</details></section>"
+            f"<section>{facts}<p>{html.escape(self.statement)}</p><details><summary>from score to "
+            f"probability, {len(pi)} rows</summary>{table}</details></section>"
         )
 
 

@@ -1,11 +1,11 @@
 """Run: opens and checks one run directory, pushes filters down to its files."""
 
-import html
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lisa_analysis import notebook
 from lisa_analysis.errors import RunDirectoryError, suggest
 from lisa_analysis.schema import (
     EVENTS,
@@ -308,7 +308,27 @@ class Run:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>"
+        first, last = (self._entry("result", f"{x}_held_out_loss") for x in ("first", "last"))
+        measured = isinstance(first, float) and isinstance(last, float)
+        every = self._entry("recording", "every")
+        return notebook.facts(
+            [
+                ("run", self.run_id),
+                ("method", f"{self.method}, {self.status}"),
+                ("model", self._entry("model", "name") or self._entry("model", "architecture")),
+                ("layers", self.n_layers),
+                ("steps", self._entry("result", "steps")),
+                ("held-out loss", f"{first:.3f} → {last:.3f}" if measured else None),
+                ("measured", "every step" if every == 1 else every and f"every {every} steps"),
+                ("started", str(self.manifest.get("created", "unknown"))[:19].replace("T", " ")),
+                ("folder", self.path),
+            ]
+        )
+
+    def _entry(self, part: str, name: str) -> Any:
+        """Value in a part of the manifest; None when there is no such part."""
+        found = self.manifest.get(part)
+        return found.get(name) if isinstance(found, dict) else None
 
 
 def _result_schema(names: Sequence[str]) -> "pa.Schema":

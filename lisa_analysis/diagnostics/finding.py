@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lisa_analysis import notebook
 from lisa_analysis.errors import LisaError
 
 if TYPE_CHECKING:
@@ -96,15 +97,11 @@ class Diagnostics:
         return f"<Diagnostics of {self.run_id}: {found or 'no rule applies'}>"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(f.state)}</td><th scope='row'>{html.escape(f.title)}</th>"
-            f"<td>{html.escape(f.evidence)}</td>"
-            f"<td>{html.escape(f.advice if f.state in ('warn', 'fail') else '')}</td></tr>"
+        rows: list[tuple[str, ...]] = [
+            (f.state, f.title, f.evidence, f.advice if f.state in ("warn", "fail") else "")
             for f in self.findings
-        )
-        return (
-            f"<table><caption>{html.escape(repr(self)[1:-1])}</caption>"
-            "<thead><tr><th scope='col'>state</th><th scope='col'>rule</th>"
-            "<th scope='col'>evidence</th><th scope='col'>try</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
+        ]
+        headings = ["state", "rule", "evidence", "try"]
+        if not any(row[3] for row in rows):
+            headings, rows = headings[:3], [row[:3] for row in rows]
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>{notebook.sentences(headings, rows)}"

@@ -89,7 +89,7 @@ def test_tables_have_the_columns_and_types_of_the_schema(directory):
     assert run.events.layers[0] == [0, 1]
     assert run.warnings == []
     assert "4 layers" in repr(run)
-    assert "&#x27;r&#x27;" in run._repr_html_()
+    assert ">r</td>" in run._repr_html_()
 
 
 @pytest.mark.parametrize(

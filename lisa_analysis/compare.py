@@ -24,6 +24,14 @@ MIN_SEEDS = 3
 PAIRS = 400
 
 
+# Columns of the table of runs that a notebook shows, and what it calls them.
+_SHOWN = {
+    "run": "run", "method": "method", "seed": "seed", "steps": "steps", "tokens": "tokens",
+    "seconds": "seconds", "peak_memory_bytes": "peak memory, GB", "held_out_loss": "held-out loss",
+    "loss_at_equal_steps": "at equal steps", "loss_at_equal_seconds": "at equal time",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs side by side. Made by `compare`.
@@ -92,7 +100,9 @@ class Comparison:
         return f"<Comparison of {len(self.table)} runs by {self.metric}>"
 
     def _repr_html_(self) -> str:
-        table = outcomes.to_html(self.table)
+        peak = pd.to_numeric(self.table["peak_memory_bytes"]) / 1e9  # None where unknown
+        shown = self.table.assign(peak_memory_bytes=peak)
+        table = outcomes.to_html(shown[list(_SHOWN)].rename(columns=_SHOWN))
         pairs = outcomes.to_html(self.rank_agreement)
         return (
             f"<section><p>{html.escape(self.statement)}</p>{table}"

@@ -196,8 +196,24 @@ class TestObject:
         assert comparison.save(tmp_path / "c.csv").exists()
         with pytest.raises(LisaError, match=r"\.csv or \.json"):
             comparison.save(tmp_path / "c")
-        assert "<i>" not in comparison._repr_html_()
+        page = comparison._repr_html_()
+        assert "<i>" not in page
+        assert "<td>1</td>" in page.split("<details>")[0]  # GB, where the table has 10⁹ bytes
         assert len(repr(comparison)) < 80
+
+    def test_a_run_of_unknown_memory_shows_itself(self, make_run):
+        runs = [make_run(steps=30), make_run(steps=30)]
+        for run in runs:
+            text = (run.path / "scalars.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            kept = [{k: v for k, v in x.items() if k != "peak_memory_bytes"} for x in lines]
+            (run.path / "scalars.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
+            manifest = json.loads((run.path / "run.json").read_text())
+            manifest.get("result", {}).pop("peak_memory_bytes", None)
+            (run.path / "run.json").write_text(json.dumps(manifest))
+        comparison = la.compare([la.load(run.path) for run in runs])
+        assert comparison.table["peak_memory_bytes"].isna().all()
+        assert "NaN" in comparison._repr_html_()
 
     def test_statement_warns_of_single_seeds(self, make_run):
         text = la.compare([make_run(steps=30), make_run(steps=30, method="lisa")]).statement

@@ -1,11 +1,14 @@
 """Stepping inside backward is the ordinary step, bit for bit, with one gradient at a time."""
 
 import copy
+import re
+from pathlib import Path
 
 import bitsandbytes
 import pandas as pd
 import pytest
 import torch
+from helpers_recording import mixtral, t5
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
@@ -484,3 +487,41 @@ def test_the_whole_configuration_trains_so(tiny_model_dir, text_file, tmp_path):
     frames = [run.metrics() for run in runs]
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
     pd.testing.assert_series_equal(runs[0].scalars["loss"], runs[1].scalars["loss"])
+
+
+def test_the_loop_of_the_documentation_runs(make_llama):
+    text = (Path(__file__).resolve().parents[2] / "docs/memory-options.md").read_text("utf-8")
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    model = make_llama(layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = copy.deepcopy(model.state_dict())
+    names = {"lt": lt, "model": model, "optimizer": optimizer, "config": lt.LisaConfig(1, 2),
+             "batches": [batch(step) for step in range(4)]}  # fmt: skip
+    exec(compile(block, "memory-options.md", "exec"), names)
+    moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    ever = {i for i, n in enumerate(names["engine"].visits) if n}
+    assert {int(n.split(".")[2]) for n in moved if ".layers." in n} == ever
+
+
+@pytest.mark.parametrize("name", ["reentrant", "mixtral", "t5"])
+def test_other_ways_to_a_gradient(make_llama, name):
+    """Nested backward passes, experts without tokens, a matrix used three times."""
+    builders = {"reentrant": lambda: make_llama(layers=3), "mixtral": mixtral, "t5": t5}
+    models = [builders[name]() for _ in range(2)]
+    states = []
+    for model, inside in zip(models, (False, True), strict=True):
+        if name == "reentrant":
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        model.train()
+        optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
+        steps = StepInBackward(optimizer) if inside else None
+        for step in range(3):
+            ids = batch(step)["input_ids"] % 48
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if steps is not None:
+            steps.close()
+        states.append(optimizer.state_dict())
+    assert_same(models[0].state_dict(), models[1].state_dict())
+    assert_same(*states)

@@ -9,7 +9,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -86,6 +86,9 @@ class NormRecorder:
     step_in_backward
         What steps the optimizer inside the backward pass, if anything does: then every tensor is
         measured around its own step. The calls that the loop makes stay the same.
+    manifest
+        Entries of the run's `run.json` that only the loop knows, as ``{"method": "lisa"}``; not
+        for a given writer, which has its own.
 
     Raises
     ------
@@ -119,6 +122,7 @@ class NormRecorder:
         table: TensorTable | None = None,
         step: int = 0,
         step_in_backward: StepInBackward | None = None,
+        manifest: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.stopped = False
@@ -127,7 +131,7 @@ class NormRecorder:
         self._optimizer = unwrap_optimizer(optimizer)
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
-        self.writer = writer or _new_writer(model, config, self.table, layer_map)
+        self.writer = writer or _new_writer(model, config, self.table, layer_map, manifest)
         self._device = self.table.tensors[0][1].device
         self._processes = Processes(self.table)
         self._buffer = MetricBuffer()
@@ -400,13 +404,17 @@ class NormRecorder:
 
 
 def _new_writer(
-    model: nn.Module, config: RecordConfig, table: TensorTable, layer_map: LayerMap
+    model: nn.Module,
+    config: RecordConfig,
+    table: TensorTable,
+    layer_map: LayerMap,
+    manifest: Mapping[str, Any] | None,
 ) -> RunWriter:
     if config.run_dir is None:
         raise ConfigError("record.run_dir is not set: name the folder to write.")
     return RunWriter(
         config.run_dir,
-        manifest=environment.manifest(model, config, table, layer_map),
+        manifest=environment.manifest(model, config, table, layer_map) | dict(manifest or {}),
         parameters=table.rows,
     )
 

@@ -222,3 +222,14 @@ def test_a_run_directory_is_needed():
     model = llama()
     with pytest.raises(ConfigError, match="run_dir is not set"):
         lt.NormRecorder(model, torch.optim.SGD(model.parameters(), 0.1), lt.RecordConfig())
+
+
+def test_a_loop_can_say_what_the_recorder_cannot_see(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    entries = {"method": "lisa", "lisa": {"activated_layers": 2}}
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path)), manifest=entries):
+        pass
+    run = load(tmp_path)
+    assert (run.method, run.manifest["lisa"]) == ("lisa", {"activated_layers": 2})
+    assert run.manifest["recording"]["every"] == 10  # what the recorder knows is still there

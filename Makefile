@@ -38,7 +38,7 @@ bench: setup  ## measure speed and memory, as ratios within one run
 gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
-notebooks: setup  ## execute the notebooks
+notebooks: setup  ## test the notebooks, on the real model too (python notebooks/execute.py rewrites them)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/notebooks $(ARGS)
 
 clean:  ## remove the environment, caches and runs

@@ -75,8 +75,19 @@ def _score_marks(
 def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     """Draw several profiles over their own means, so that runs of any scale compare.
 
-    `profiles` maps a label to an `ImportanceProfile`. The dashed line is a layer like the mean;
-    models of different depth are laid over each other from the bottom (0) to the top (1).
+    Parameters
+    ----------
+    profiles
+        Label -> `ImportanceProfile`, or the profiles of runs that differ in nothing but the seed:
+        these share a line, their mean, and a band from the smallest to the largest.
+    ax
+        Where to draw; a new figure when None.
+
+    Returns
+    -------
+    Axes
+        The dashed line is a layer like the mean; models of different depth are laid over each
+        other from the bottom (0) to the top (1).
     """
     ax = style.axes_or_new(ax)
     frames = {name: relative_scores(item) for name, item in profiles.items()}
@@ -97,6 +108,8 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
             markersize=3.2,
             linewidth=1.2,
         )
+        if isinstance(profiles[name], Sequence):
+            ax.fill_between(x, frame["low"], frame["high"], color=color, alpha=0.18, linewidth=0)
     ax.axhline(1, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     if len(depths) == 1:
         _layers_below(ax, depths.pop())
@@ -110,13 +123,27 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
 
 
 def relative_scores(profile: Any) -> pd.DataFrame:
-    """Return ``layer`` and ``relative``, the score over the mean of the layers that have one."""
-    frame = profile.to_frame()
-    score = _floats(frame["score"])
-    known = np.isfinite(score)
-    mean = score[known].mean() if known.any() else np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return pd.DataFrame({"layer": frame["layer"], "relative": score / mean})
+    """Return ``layer`` and ``relative``, the score over the mean of the layers that have one.
+
+    For several profiles of one model their mean, with ``low`` and ``high``, the smallest and the
+    largest; a layer that none of them knows is NaN.
+    """
+    several = profile if isinstance(profile, Sequence) else [profile]
+    rows = []
+    for item in several:
+        score = _floats(item.to_frame()["score"])
+        known = np.isfinite(score)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows.append(score / (score[known].mean() if known.any() else np.nan))
+    table = pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            "layer": several[0].to_frame()["layer"],
+            "relative": table.mean().to_numpy(),
+            "low": table.min().to_numpy(),
+            "high": table.max().to_numpy(),
+        }
+    )
 
 
 def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:

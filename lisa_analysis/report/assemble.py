@@ -20,6 +20,7 @@ from lisa_analysis.report.content import (
     gather,
     mapping,
     reproduction,
+    troubles,
 )
 from lisa_analysis.report.figures import Budget
 from lisa_analysis.report.format import count, interval, loss, seconds, size
@@ -52,6 +53,7 @@ def assemble(
         "title": title or _title(runs, names),
         "runs": contents,
         "states": STATES,
+        "troubles": troubles(contents),
         "key_numbers": _key_numbers(runs, names, comparison),
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,

@@ -12,6 +12,7 @@ from lisa_analysis.plots import style
 from lisa_analysis.plots.lines import QUANTITIES
 from lisa_analysis.plots.profiles import agreement_square, relative_scores
 from lisa_analysis.plots.runs import group_series
+from lisa_analysis.profile import ImportanceProfile
 from lisa_analysis.report import svg
 from lisa_analysis.report.content import METHODS, RunContent
 from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, canvas, short_label, thinned
@@ -34,9 +35,7 @@ def comparison_figures(
         comparison_figure("all-loss", grouped, "loss", budget),
         comparison_figure("all-grad", grouped, "grad_norm", budget),
     ]
-    profiles = {c.name: c.profile for c in contents if c.profile is not None}
-    if len(profiles) > 1:
-        found.append(profiles_figure("all-profiles", profiles))
+    found.append(profiles_figure("all-profiles", _grouped_profiles(contents, comparison)))
     found.append(agreement_figure("all-agreement", comparison.rank_agreement))
     return [figure for figure in found if figure is not None]
 
@@ -104,20 +103,46 @@ def comparison_figure(
     return ReportFigure(slug, title, caption, image, series_table(title, named))
 
 
-def profiles_figure(slug: str, profiles: Mapping[str, Any]) -> ReportFigure:
-    """Profiles of all runs as shares of their own total."""
+def _grouped_profiles(
+    contents: Sequence[RunContent], comparison: Comparison
+) -> dict[str, dict[str, ImportanceProfile]]:
+    """Profiles of each configuration by run; one of another depth than its group's goes alone."""
+    found: dict[str, dict[str, ImportanceProfile]] = {}
+    for name, at in groups(comparison).items():
+        depth = None
+        for content in (contents[i] for i in at):
+            if content.profile is not None:
+                depth = depth or content.profile.n_layers
+                group = name if content.profile.n_layers == depth else content.name
+                found.setdefault(group, {})[content.name] = content.profile
+    return found
+
+
+def profiles_figure(
+    slug: str, profiles: Mapping[str, Mapping[str, ImportanceProfile]]
+) -> ReportFigure | None:
+    """Profiles over their own means, repetitions together; None when there is nothing to compare.
+
+    One profile would be compared with nothing.
+    """
+    members = {run: p for group in profiles.values() for run, p in group.items()}
+    if len(members) < 2:
+        return None
     title = "Profiles side by side"
-    metrics = ", ".join(sorted({str(p.metric) for p in profiles.values()}))
+    metrics = ", ".join(sorted({str(p.metric) for p in members.values()}))
     with svg.ink(slug):
         ax = canvas(WIDE, 3.4, top=_legend_room(len(profiles)))
-        plots.profiles(profiles, ax=ax)
-        image = svg.to_svg(ax, slug, title, f"Line chart of {len(profiles)} profiles.")
+        plots.profiles({name: list(group.values()) for name, group in profiles.items()}, ax=ax)
+        image = svg.to_svg(ax, slug, title, f"Line chart of {len(members)} profiles.")
     columns = {
-        name: relative_scores(profile).set_index("layer")["relative"]
-        for name, profile in profiles.items()
+        run: relative_scores(profile).set_index("layer")["relative"]
+        for run, profile in members.items()
     }
     frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
-    caption = f"Each line is a run's {metrics} over the mean of its layers (dashed)."
+    caption = (
+        f"{metrics[:1].upper()}{metrics[1:]} over the mean of the layers (dashed). One line per "
+        "configuration: mean over its runs; the band is the range of its seeds."
+    )
     table = frame_table(title, frame, [(str(c), str(c)) for c in frame], layer="layer")
     return ReportFigure(slug, title, caption, image, table)
 

@@ -1,6 +1,6 @@
 """What the report says of one run: facts, findings, figures; gathered, never computed here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,31 @@ class RunContent:
         if self.schedule is not None:
             yield self.schedule
         yield from self.curves
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One rule's finding in the runs where it fired."""
+
+    finding: Any
+    evidence: list[tuple[str, str]]
+
+    @property
+    def same(self) -> bool:
+        """Whether all runs show it in the same words."""
+        return len({text for _, text in self.evidence}) == 1
+
+
+def troubles(contents: Sequence[RunContent]) -> list[Trouble]:
+    """Problems and warnings of several runs, each rule once per state, worst first."""
+    found: dict[tuple[int, str], Trouble] = {}
+    for content in contents:
+        for finding in content.findings:
+            if finding.state in ("fail", "warn"):
+                key = (list(STATES).index(finding.state), finding.id)
+                trouble = found.setdefault(key, Trouble(finding, []))
+                trouble.evidence.append((content.name, finding.evidence))
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
 def gather(

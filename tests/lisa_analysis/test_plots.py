@@ -201,6 +201,22 @@ def test_plots_without_data_say_so(runs):
         assert "recorded" in draw(empty).texts[0].get_text()
 
 
+def test_profiles_of_seeds_share_a_line_and_a_band():
+    scores = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [3.0, 2.0, np.nan]])
+    seeds = [SimpleNamespace(to_frame=lambda row=row: pd.DataFrame(
+        {"layer": range(3), "score": row})) for row in scores]  # fmt: skip
+    ax = plots.profiles({"seeds": seeds, "alone": seeds[1]})
+    line, alone, _ = ax.get_lines()
+    # Over their means: (½, 1, 3/2), (1, 1, 1) and (6/5, 4/5, unknown).
+    np.testing.assert_allclose(line.get_ydata(), [0.9, 2.8 / 3, 1.25])
+    np.testing.assert_allclose(alone.get_ydata(), 1)
+    [band] = ax.collections
+    edges = band.get_paths()[0].vertices
+    for layer, (low, high) in enumerate([(0.5, 1.2), (0.8, 1.0), (1.0, 1.5)]):
+        at = edges[edges[:, 0] == layer, 1]
+        assert (at.min(), at.max()) == pytest.approx((low, high))
+
+
 @pytest.mark.parametrize("name", ["$\\frac{", "_hidden", "a\nb", "x" * 300, "\ud800", "$a$ $b$"])
 def test_names_from_a_run_are_drawn_literally(name):
     ax = plots.profiles({name: profile(), "other": profile()})

@@ -112,6 +112,19 @@ def pages(folder):
     return {name: la.report(runs).html for name, runs in inputs.items()}
 
 
+def test_a_problem_that_several_runs_share_stands_once(tmp_path):
+    shared = [
+        write_run(tmp_path / name, steps=40, method="full", nan_at=20) for name in ("one", "two")
+    ]
+    page = la.report([*shared, write_run(tmp_path / "calm", steps=40)]).html
+    title = la.diagnose(la.load(shared[0]))["non_finite"].title
+    findings = page[page.index('id="findings"') : page.index('id="numbers"')]
+    assert findings.count(f"<bdi>{title}</bdi></h3>") == 1
+    article = findings[findings.index(f"<bdi>{title}</bdi></h3>") :].partition("</article>")[0]
+    assert "<bdi>one</bdi>, <bdi>two</bdi>" in article
+    assert "<bdi>calm</bdi>" not in article
+
+
 KINDS = ("lisa", "lora", "full", "other", "empty", "one-step", "crashed", "failed", "one layer",
          "ten", "two depths", "with empty")  # fmt: skip
 

@@ -77,6 +77,21 @@ def reward(folder, out):
 
 
 @pytest.mark.parametrize("build", [sft, dpo, reward])
+def test_stepping_inside_backward_is_the_ordinary_step(tiny_model_dir, tmp_path, build):
+    ends = []
+    for inside in (False, True):
+        trainer = build(tiny_model_dir, tmp_path / str(inside))
+        if build is reward:  # its head is new: the same one for both
+            torch.nn.init.ones_(trainer.model.score.weight)
+        trainer.args.max_grad_norm = 0.0
+        lt.attach(trainer, lisa=lt.LisaConfig(1, 2), step_in_backward=inside)
+        trainer.train()
+        ends.append(trainer.model.state_dict())
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name]), name
+
+
+@pytest.mark.parametrize("build", [sft, dpo, reward])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_one_line_trains_the_drawn_layers_and_only_them(
     tiny_model_dir, tmp_path, build, checkpointing

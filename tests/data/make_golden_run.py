@@ -21,8 +21,8 @@ NAMES = {"model": "tiny-llama", "data": "sentences.jsonl"}
 
 def main() -> None:
     """Train an eight-layer Llama of 0.1 M parameters from random weights for 240 steps."""
-    sys.path.insert(0, str(HERE.parent / "lisa_train"))
-    from conftest import build_tiny_model, sentence  # the fixtures' own model and text
+    sys.path.insert(0, str(HERE.parent))
+    from helpers_models import build_tiny_model, sentence  # the fixtures' own model and text
 
     with tempfile.TemporaryDirectory() as folder:
         model, data = Path(folder) / NAMES["model"], Path(folder) / NAMES["data"]

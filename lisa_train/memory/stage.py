@@ -102,7 +102,7 @@ class Stage:
 
 def _build(source: "PretrainedConfig | str | Path", setting: Setting) -> nn.Module:
     """Build the model of a configuration on the meta device."""
-    with _quiet():
+    with quiet():
         import transformers
         from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -112,7 +112,7 @@ def _build(source: "PretrainedConfig | str | Path", setting: Setting) -> nn.Modu
     dtype = setting.dtype if setting.dtype != "auto" else (config.dtype or torch.float32)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     keywords = {"dtype": dtype, "attn_implementation": setting.attn_implementation}
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         try:
             if named is not None:
                 return named._from_config(config, **keywords)
@@ -187,14 +187,14 @@ def _adjust(model: Any, setting: Setting) -> None:
 
 def _with_adapters(base: Any, setting: Setting) -> nn.Module:
     """Wrap the model as PEFT does, with its own choice of targets."""
-    with _quiet():
+    with quiet():
         from peft import LoraConfig, get_peft_model
 
     from lisa_train.modeling import LORA_DEFAULTS
 
     settings = {**LORA_DEFAULTS, **setting.lora}
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             return get_peft_model(
                 base,
                 LoraConfig(**settings),
@@ -207,7 +207,7 @@ def _with_adapters(base: Any, setting: Setting) -> nn.Module:
 
 def _checkpoint(base: Any) -> None:
     try:
-        with _quiet():
+        with quiet():
             base.gradient_checkpointing_enable({"use_reentrant": False})
     except (AttributeError, ValueError) as error:
         raise ConfigError(
@@ -218,7 +218,7 @@ def _checkpoint(base: Any) -> None:
 
 def _fuse_head(base: Any) -> None:
     """Give the model TRL's head that works in chunks, with the outputs that SFTTrainer asks for."""
-    with _quiet():
+    with quiet():
         from trl.trainer.utils import add_fused_lm_head
 
     causal = base.get_output_embeddings() is not None and base.base_model is not base
@@ -256,7 +256,7 @@ def _check_experts(base: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the notes and warnings of model construction."""
     import logging as stdlib_logging
     import warnings

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from lisa_analysis.errors import ConfigError
 from lisa_train.memory.kernels import CudaKernels, one_sequence_per_row, tiles_in_place
 from lisa_train.memory.setting import Setting
-from lisa_train.memory.stage import Stage
+from lisa_train.memory.stage import Stage, quiet
 from lisa_train.memory.trace import ACTIVATIONS, GRADIENTS, LOGITS, WEIGHTS, StorageLog, Trace
 
 
@@ -99,6 +99,7 @@ def _loss(stage: Stage, setting: Setting, batch: dict[str, torch.Tensor]) -> tor
 def _route(setting: Setting) -> Any:
     """CUDA's kernels, and TRL's chunked head where it is asked for."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
         stack.enter_context(one_sequence_per_row())
         if setting.chunked_loss:
             stack.enter_context(tiles_in_place())

@@ -119,6 +119,11 @@ class Trace:
             name: int(sizes[alive & (self.kinds == kind)].sum()) for kind, name in enumerate(KINDS)
         }
 
+    def saved(self) -> int:
+        """Bytes that backward needs at the end of the forward pass."""
+        kept = (self.kinds == ACTIVATIONS) | (self.kinds == LOGITS)
+        return int(self.bytes[self.alive(self.marks["forward"]) & kept].sum())
+
     def live(self, sizes: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Bytes that live at every time from 0 to the last."""
         sizes = self.bytes if sizes is None else sizes

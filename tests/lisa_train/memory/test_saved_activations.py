@@ -12,7 +12,7 @@ from lisa_train.memory.patterns import lisa_pattern, plain_pattern
 from lisa_train.memory.setting import Setting
 from lisa_train.memory.stage import Stage
 from lisa_train.memory.step import record_step
-from lisa_train.memory.trace import ACTIVATIONS, LOGITS
+from lisa_train.memory.trace import ACTIVATIONS
 from lisa_train.module_tree import unwrap
 
 BATCH, LENGTH = 2, 64
@@ -24,10 +24,7 @@ def predicted(config, setting, layers=None) -> int:
     pattern = plain_pattern(stage)
     if setting.method == "lisa":
         pattern = lisa_pattern(stage, setting, layers)
-    trace = record_step(stage, setting, pattern, backward=False)
-    kept = trace.alive(trace.marks["forward"])
-    kept &= (trace.kinds == ACTIVATIONS) | (trace.kinds == LOGITS)
-    return int(trace.bytes[kept].sum())
+    return record_step(stage, setting, pattern, backward=False).saved()
 
 
 def counted(config, setting, layers=None) -> int:

@@ -1,0 +1,92 @@
+"""Seeds as repetitions: means and t intervals over the runs of one method (numpy, pandas)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+import lisa_analysis as la
+from lisa_analysis import statistics as st
+
+Array = NDArray[np.float64]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds with its interval; the interval is NaN below three seeds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} … {self.high:.2f})"
+
+
+def mean_over_seeds(values: Sequence[float] | Array, *, log: bool = False) -> Mean:
+    """Mean with Student's t interval; `log` averages ratios, geometrically."""
+    x = np.asarray(values, dtype=np.float64)
+    x = np.log(x) if log else x
+    half = float("nan")
+    if len(x) > 2:
+        half = float(st.t_quantile(0.5 + CONFIDENCE / 2, len(x) - 1) * x.std(ddof=1))
+        half /= np.sqrt(len(x))
+    bounds = np.array([x.mean(), x.mean() - half, x.mean() + half])
+    return Mean(*(np.exp(bounds) if log else bounds).tolist())
+
+
+def relative(profile: la.ImportanceProfile) -> Array:
+    """Scores over their geometric mean, shape (layers,); NaN for a layer never seen."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(profile.scores)
+    result: Array = np.exp(logs - np.nanmean(logs))
+    return result
+
+
+def layer_table(profiles: Sequence[la.ImportanceProfile]) -> pd.DataFrame:
+    """One row per layer: relative score over seeds, its interval, and whether it stands out.
+
+    `stands_out` allows for looking at all layers at once (Bonferroni over the layers). A layer
+    that some seed never drew is left out.
+    """
+    logs = np.log(np.stack([relative(profile) for profile in profiles]))
+    known = np.isfinite(logs).all(axis=0)
+    logs = logs[:, known]
+    n, layers = logs.shape
+    mean = logs.mean(axis=0)
+    error = logs.std(axis=0, ddof=1) / np.sqrt(n)
+    one = float(st.t_quantile(0.5 + CONFIDENCE / 2, n - 1))
+    # Layers share one spread, or three seeds would be too few to tell anything: pooled over
+    # layers it has layers × (seeds − 1) degrees of freedom.
+    pooled = float(np.sqrt(logs.var(axis=0, ddof=1).mean() / n))
+    many = float(st.t_quantile(1 - (1 - CONFIDENCE) / (2 * layers), layers * (n - 1)))
+    return pd.DataFrame(
+        {
+            "layer": np.flatnonzero(known),
+            "relative": np.exp(mean),
+            "low": np.exp(mean - one * error),
+            "high": np.exp(mean + one * error),
+            "stands_out": np.abs(mean) > many * pooled,
+        }
+    )
+
+
+def agreement(profiles: Mapping[str, Sequence[la.ImportanceProfile]]) -> pd.DataFrame:
+    """Kendall's τ between rankings: within a method over pairs of seeds, between methods."""
+    rows = []
+    names = list(profiles)
+    for i, a in enumerate(names):
+        for b in names[i:]:
+            taus = [
+                st.kendall_tau(x.scores[known], y.scores[known])
+                for p, x in enumerate(profiles[a])
+                for q, y in enumerate(profiles[b])
+                if (a != b or p < q)
+                and (known := np.isfinite(x.scores) & np.isfinite(y.scores)).sum() > 2
+            ]
+            rows.append({"a": a, "b": b, "mean": np.mean(taus), "low": min(taus),
+                         "high": max(taus), "pairs": len(taus)})  # fmt: skip
+    return pd.DataFrame(rows)

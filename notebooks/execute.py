@@ -55,6 +55,7 @@ def execute(notebook: Any, *, timeout: int = 1800) -> None:
         When a cell fails.
     """
     os.environ.update(QUIET)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums that do not depend on the thread count
     client = nbclient.NotebookClient(
         notebook,
         timeout=timeout,

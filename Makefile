@@ -35,8 +35,9 @@ lint: setup  ## ruff (lint, format) and mypy
 bench: setup  ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks $(ARGS)
 
-gpu: setup  ## the tests that need a CUDA device
+gpu: setup  ## the tests that need a CUDA device, then memory and speed (runs/memory)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+	$(BIN)/python reports/memory/measure.py --device cuda --out runs/memory
 
 notebooks: setup  ## test the notebooks, on the real model too (python notebooks/execute.py rewrites them)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/notebooks $(ARGS)

@@ -1,0 +1,218 @@
+"""Peak memory and speed of every method and option, beside the estimate.
+
+python reports/memory/measure.py --device cuda                 the four shapes, 1 x 1024 tokens
+python reports/memory/measure.py --device cpu                  tiny shapes: bytes counted, no times
+python reports/memory/measure.py --shapes Llama-3.1-8B --cases "LISA E+H+2L" "LoRA r=16"
+
+Models have random weights, made on the device from configurations that stand in shapes.py; no hub
+is asked. Every case runs in a process of its own. Writes results.json, results.md and figure.png
+into --out.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cases import cases
+
+HERE = Path(__file__).resolve().parent
+ON = {
+    "cuda": (("TinyLlama-1.1B", "LLaMA-2-7B", "Llama-3.1-8B", "Qwen3-8B"), 1024),
+    "cpu": (("tiny-llama", "tiny-qwen3", "tiny-gpt2"), 64),
+}
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "numpy")
+TIME_LIMIT = 1800
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=list(ON), default="cuda")
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--cases", nargs="+", help="names of cases; all by default")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    arguments = parser.parse_args(argv)
+    shapes, length = ON[arguments.device]
+    shapes, length = arguments.shapes or shapes, arguments.length or length
+    names = arguments.cases or [case.name for case in cases(1, 1)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "device": arguments.device,
+        "batch_size": arguments.batch_size,
+        "sequence_length": length,
+        "hardware": hardware(arguments.device),
+        "versions": versions(),
+        "rows": [],
+    }
+    for shape in shapes:
+        for name in names:
+            row = run(shape, name, arguments.device, arguments.batch_size, length)
+            results["rows"].append(row)
+            print(f"{shape}, {name}: {row['status']}", file=sys.stderr, flush=True)
+            write(results, arguments.out)
+    return 0
+
+
+def run(shape: str, case: str, device: str, batch_size: int, length: int) -> dict[str, Any]:
+    """Run one case in its own process; what goes wrong there is reported as such."""
+    command = [
+        sys.executable, str(HERE / "one.py"), shape, case, "--device", device,
+        "--batch-size", str(batch_size), "--length", str(length),
+    ]  # fmt: skip
+    failed = {"shape": shape, "case": case}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        return failed | {"status": "took too long", "message": f"over {TIME_LIMIT} s"}
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return failed | {"status": "failed", "message": last[:300]}
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor or GPU, without the name of the host."""
+    import torch
+
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("measure.py: no CUDA device is present; use --device cpu.")
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "gpu": properties.name, "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }  # fmt: skip
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "processors": len(models) or None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write what there is so far: a study that breaks off keeps its rows."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    figure(results, folder / "figure.png")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table per shape."""
+    unit, name = (1e9, "GB") if results["device"] == "cuda" else (1e6, "MB")
+    described = ", ".join(
+        f"{k} {v}" for k, v in (results["hardware"] | results["versions"]).items()
+    )
+    lines = [
+        f"Batch {results['batch_size']} × {results['sequence_length']} tokens, {name} = {unit:.0e} "
+        f"bytes. {described}.",
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["shape"] == shape]
+        body = _cuda_table(rows, unit) if results["device"] == "cuda" else _cpu_table(rows, unit)
+        lines += ["", f"## {shape}", "", *body]
+    return "\n".join(lines) + "\n"
+
+
+def _cuda_table(rows: list[dict[str, Any]], unit: float) -> list[str]:
+    lines = [
+        "| case | estimate | allocated | deviation | reserved | step, s | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found, guess = row.get("measured"), row.get("estimate")
+        estimate = f"{guess['total'] / unit:.2f}" if guess else "–"
+        if row["status"] != "ok" or not found or not guess:
+            lines.append(f"| {row['case']} | {estimate} | {row['status']} | | | | |")
+            continue
+        allocated, reserved = found["peak_allocated"], found["peak_reserved"]
+        deviation = guess["total"] / allocated - 1
+        lines.append(
+            f"| {row['case']} | {estimate} | {allocated / unit:.2f} | {deviation:+.1%} | "
+            f"{reserved / unit:.2f} | {found['step_seconds']:.3f} | "
+            f"{found['tokens_per_second']:.0f} |"
+        )
+    return lines
+
+
+def _cpu_table(rows: list[dict[str, Any]], unit: float) -> list[str]:
+    """Return counted / estimated bytes."""
+    lines = [
+        "counted / estimated",
+        "",
+        "| case | weights | gradients | state | saved activations | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found, guess = row.get("measured"), row.get("estimate")
+        if row["status"] != "ok" or not found or not guess:
+            lines.append(f"| {row['case']} | {row['status']} | | | | |")
+            continue
+        state = guess["optimizer"] + guess["paged_or_host"]
+        pairs = [
+            (found["weights"], guess["weights"]), (found["gradients"], guess["gradients"]),
+            (found["optimizer"], state), (found["saved"], guess["saved"]),
+            (found["peak_allocated"], guess["total"]),
+        ]  # fmt: skip
+        cells = " | ".join(f"{a / unit:.3f} / {b / unit:.3f}" for a, b in pairs)
+        lines.append(f"| {row['case']} | {cells} |")
+    return lines
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Bars of the measured peak, and a mark where the estimate lies."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lisa_analysis.plots.style import SERIES, finish
+
+    rows = [row for row in results["rows"] if row.get("estimate")]
+    if not rows:
+        return
+    unit, name = (1e9, "GB") if results["device"] == "cuda" else (1e6, "MB")
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    most = max(sum(row["shape"] == shape for row in rows) for shape in shapes)
+    drawing = Figure(figsize=(4.6 * len(shapes), 1 + 0.3 * most), layout="constrained")
+    FigureCanvasAgg(drawing)
+    for i, shape in enumerate(shapes):
+        ax = drawing.add_subplot(1, len(shapes), i + 1)
+        of_shape = [row for row in rows if row["shape"] == shape]
+        places = range(len(of_shape))
+        peaks = [(row.get("measured") or {}).get("peak_allocated", 0) / unit for row in of_shape]
+        ax.barh(places, peaks, color=SERIES[0], height=0.6, label="measured peak")
+        totals = [row["estimate"]["total"] / unit for row in of_shape]
+        ax.plot(totals, places, "|", color=SERIES[3], markersize=14, mew=2, label="estimate")
+        ax.set_yticks(list(places), [row["case"] for row in of_shape], fontsize="small")
+        ax.invert_yaxis()
+        ax.set_xlabel(f"peak memory, {name}")
+        ax.set_title(shape, loc="left", fontsize="medium")
+        finish(ax, grid="x")
+        if i == 0:
+            ax.legend(loc="lower right", fontsize="small")
+    drawing.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""One case on one device: builds the model with random weights, trains a few steps, measures.
+
+Started by measure.py in a process of its own, so that running out of memory ends this case alone.
+Prints one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from cases import cases
+from shapes import SHAPES
+
+import lisa_train as lt
+from lisa_train.eight_bit import set_eight_bit_states
+from lisa_train.memory.estimate import estimate
+from lisa_train.memory.setting import Setting
+
+WARM_UP, TIMED = 3, 10
+
+
+class Training:
+    """A model in training under a setting, on `device`."""
+
+    def __init__(self, config: Any, setting: Setting, device: str) -> None:
+        import transformers
+
+        torch.manual_seed(0)
+        self.setting, self.device = setting, torch.device(device)
+        cls = getattr(transformers, config.architectures[0])
+        with self.device:
+            self.model: Any = cls._from_config(
+                config, dtype=getattr(torch, setting.dtype),
+                attn_implementation=setting.attn_implementation,
+            ).train()  # fmt: skip
+        if setting.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if setting.chunked_loss:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
+        if setting.method == "lora":
+            self.model = _with_adapters(self.model, setting)
+        self.engine: lt.Lisa | None = None
+        if setting.method == "lisa" and setting.active_layers == ():
+            groups = lt.find_layers(self.model).groups
+            wanted = {name for group in ("embed", "head", "norm") for name in groups[group]}
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in wanted)
+        self.optimizer = _optimizer(self.model, setting)
+        if setting.eight_bit_states is not None:
+            layer_map = lt.find_layers(self.model)
+            set_eight_bit_states(self.optimizer, self.model, layer_map, setting.eight_bit_states)
+        if setting.method == "lisa" and setting.active_layers is None:
+            self.engine = lt.Lisa(self.model, self.optimizer, setting.lisa)
+        self.inside = lt.StepInBackward(self.optimizer) if setting.step_in_backward else None
+        self.steps = 0
+        shape = (setting.batch_size, setting.sequence_length)
+        ids = torch.randint(3, config.vocab_size, shape, device=self.device)
+        self.batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+        if setting.chunked_loss:
+            self.batch["fused_lm_head"] = True
+
+    @property
+    def active_layers(self) -> tuple[int, ...] | None:
+        """LISA's layers of the first interval."""
+        return self.engine.active_layers if self.engine else self.setting.active_layers
+
+    def loss(self) -> torch.Tensor:
+        """Run the forward pass."""
+        if self.engine is not None:
+            self.engine.begin_step(0)  # the first interval, however many steps
+        return self.model(**self.batch).loss
+
+    def step(self) -> None:
+        """Train one step."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+
+def _with_adapters(model: Any, setting: Setting) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    from lisa_train.modeling import LORA_DEFAULTS
+
+    return get_peft_model(model, LoraConfig(**{**LORA_DEFAULTS, **setting.lora}))
+
+
+def _optimizer(model: Any, setting: Setting) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if setting.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    if setting.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, lr=1e-5)
+    import bitsandbytes as bnb
+
+    # What Trainer does: embeddings in 32 bits, unless they are chosen.
+    optimizer = bnb.optim.AdamW(
+        parameters, lr=1e-5, optim_bits=8, is_paged=setting.optim.startswith("paged")
+    )
+    if setting.eight_bit_states is None:
+        manager = bnb.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def stored(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of storages, each once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in found.items() if pointer)
+
+
+def count(training: Training) -> dict[str, int]:
+    """Bytes of weights, gradients, state and saved activations, from the tensors alone."""
+    model = training.model
+    weights = [*model.parameters(), *model.buffers()]
+    training.step()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = training.loss()
+    bytes_saved = stored(saved.values())
+    saved.clear()
+    loss.backward()
+    gradients = stored(p.grad for p in model.parameters() if p.grad is not None)
+    state = stored(
+        value
+        for entry in training.optimizer.state.values()
+        for key, value in entry.items()
+        if torch.is_tensor(value) and key not in ("step", "qmap1", "qmap2")
+    )
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return {
+        "weights": stored(weights), "gradients": gradients, "optimizer": state,
+        "saved": bytes_saved,
+    }  # fmt: skip
+
+
+def on_cuda(training: Training) -> dict[str, Any]:
+    """Peak memory and time of warm steps."""
+    for _ in range(WARM_UP):
+        training.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        training.step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    tokens = training.setting.batch_size * training.setting.sequence_length
+    return {
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "step_seconds": median,
+        "tokens_per_second": tokens / median,
+    }
+
+
+def on_cpu(training: Training) -> dict[str, Any]:
+    """Peak of a warm step by the allocator's record, over what rests between steps. No times."""
+    training.step()
+    resting = stored(
+        [
+            *training.model.parameters(),
+            *training.model.buffers(),
+            *(v for s in training.optimizer.state.values() for v in s.values() if _dense(v)),
+        ]
+    )
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        training.step()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    live = top = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        live += size
+        top = max(top, live)
+    return {"peak_allocated": resting + top}
+
+
+def _dense(value: Any) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0
+
+
+def predict(config: Any, setting: Setting, layers: tuple[int, ...] | None) -> dict[str, int]:
+    """Return the estimate for the layers that trained."""
+    if setting.method == "lisa":
+        setting = replace(setting, active_layers=layers)
+    found = estimate(config, setting)
+    device = found.fullest
+    return {
+        "weights": device.weights, "gradients": device.gradients, "optimizer": device.optimizer,
+        "activations": device.activations, "logits": device.logits, "total": device.peak,
+        "needs": found.needs(), "saved": _saved(config, setting), "paged_or_host": found.host,
+    }  # fmt: skip
+
+
+def _saved(config: Any, setting: Setting) -> int:
+    """Bytes that the estimate says are saved for backward, those of head and loss included."""
+    from lisa_train.memory.patterns import lisa_pattern, plain_pattern
+    from lisa_train.memory.stage import Stage
+    from lisa_train.memory.step import record_step
+
+    stage = Stage(config, setting)
+    lisa = setting.method == "lisa"
+    layers = setting.active_layers or ()
+    pattern = lisa_pattern(stage, setting, layers) if lisa else plain_pattern(stage)
+    return record_step(stage, setting, pattern, backward=False).saved()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("case")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024)
+    arguments = parser.parse_args()
+    config = SHAPES[arguments.shape]
+    named = {case.name: case for case in cases(arguments.batch_size, arguments.length)}
+    setting = named[arguments.case].setting
+    result: dict[str, Any] = {"shape": arguments.shape, "case": arguments.case, "status": "ok"}
+    layers = setting.active_layers
+    try:
+        training = Training(config, setting, arguments.device)
+        measure: Callable[[Training], dict[str, Any]] = (
+            on_cuda if arguments.device.startswith("cuda") else on_cpu
+        )
+        result["measured"] = count(training) | measure(training)
+        layers = training.active_layers
+        del training
+    except torch.cuda.OutOfMemoryError as error:
+        result["status"] = "out of memory"
+        result["message"] = str(error).splitlines()[0]
+    if setting.method == "lisa" and layers is None:
+        layers = tuple(range(setting.lisa.activated_layers))
+    result["active_layers"] = list(layers) if layers is not None else None
+    result["estimate"] = predict(config, setting, layers)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

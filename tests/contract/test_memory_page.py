@@ -1,0 +1,43 @@
+"""docs/memory.md: its tables are what the scripts print."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+SCRIPTS = ROOT / "reports" / "memory"
+
+
+def section(name: str) -> list[str]:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", PAGE, re.DOTALL)
+    assert found, f"docs/memory.md has no section {name}"
+    return found[1].splitlines()
+
+
+def printed(script: str, *arguments: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *arguments],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def test_the_smallest_model_of_the_papers_table_is_the_code_s_output():
+    assert printed("paper.py", "GPT2-Small") == section("paper")[:5]
+
+
+def test_the_goal_s_rows_are_the_code_s_output():
+    names = ["LoRA r=16", "LISA 2L, no E, H, norm"]
+    lines = section("predicted")
+    rows = [line for name in names for line in lines if line.startswith(f"| {name} |")]
+    assert printed("predicted.py", *names) == [*lines[:2], *rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "name"), [("paper.py", "paper"), ("predicted.py", "predicted")])
+def test_all_rows_are_the_code_s_output(script, name):
+    assert printed(script) == section(name), f"run: python reports/memory/{script} --write"

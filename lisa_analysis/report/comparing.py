@@ -16,7 +16,7 @@ from lisa_analysis.profile import ImportanceProfile
 from lisa_analysis.report import svg
 from lisa_analysis.report.content import METHODS, RunContent
 from lisa_analysis.report.figures import WIDE, Budget, ReportFigure, canvas, short_label, thinned
-from lisa_analysis.report.format import count, known, loss
+from lisa_analysis.report.format import correlation, count, loss
 from lisa_analysis.report.tables import Table, frame_table, series_table
 
 
@@ -70,7 +70,7 @@ def seeds_table(comparison: Comparison | None) -> Table | None:
             ("held_out_loss", "held-out loss", loss),
             ("low", "low", loss),
             ("high", "high", loss),
-            ("kendall", "agreement of rankings (τ)", lambda value: known(value, 2)),
+            ("kendall", "agreement of rankings (τ)", correlation),
         ],
     )
 

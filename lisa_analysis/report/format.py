@@ -59,12 +59,27 @@ def known(value: Any, digits: int = 3) -> str:
 
 
 def loss(value: Any) -> str:
-    """Format a loss, to four digits: the third is where runs differ.
+    """Format a loss with three decimals, the last zeros too: a column of them lines up.
 
-    >>> loss(2.34567)
-    '2.346'
+    >>> loss(2.34567), loss(3.35), loss(0.0012345)
+    ('2.346', '3.350', '0.001234')
     """
+    value = _float(value)
+    if value is not None and 0.1 <= abs(value) < 1000:
+        return f"{value:.3f}".replace("-", _MINUS)
     return known(value, 4)
+
+
+def correlation(value: Any) -> str:
+    """Format a number in [−1, 1] with two decimals.
+
+    >>> correlation(0.7), correlation(-0.123), correlation(float("nan"))
+    ('0.70', '−0.12', '–')
+    """
+    value = _float(value)
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{value:.2f}".replace("-", _MINUS)
 
 
 def count(value: Any) -> str:

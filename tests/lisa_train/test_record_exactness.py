@@ -53,7 +53,8 @@ def test_precision_accumulation_and_clipping(tmp_path, dtype, accumulation, clip
         expected = min(1.0, clip / (line.grad_norm + 1e-6)) if clip else 1.0
         assert line.clip_coef == pytest.approx(expected, rel=1e-2 if clip else 0)
         assert line.tokens == trainer.tokens[line.step]
-        assert line.recorder_seconds < line.step_seconds
+        assert line.recorder_seconds > 0
+        assert line.step_seconds > 0
         assert line.skipped is False
 
 

@@ -209,9 +209,10 @@ def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData)
             "seed": config.seed,
             "data_seed": config.seed if config.data_seed is None else config.data_seed,
         },
-        "command": " ".join(["lisa-train", *sys.argv[1:]]),
         "dataset": data.describe(config.dataset_name),
     }
+    if (command := _command()) is not None:
+        entries["command"] = command
     if config.method == "lisa":
         entries["seeds"]["lisa_seed"] = lisa_seed
         entries["lisa"] = plain(dataclasses.asdict(config.lisa))
@@ -225,6 +226,14 @@ def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData)
             }
         )
     return entries
+
+
+def _command() -> str | None:
+    """Command line of this process; None in a notebook or script, whose arguments are not ours."""
+    program = Path(sys.argv[0])
+    if program.stem == "lisa-train" or program.parent.name == "lisa_train":
+        return " ".join(["lisa-train", *sys.argv[1:]])
+    return None
 
 
 def summary(run_dir: Path) -> str:

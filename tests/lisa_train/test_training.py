@@ -14,7 +14,7 @@ from lisa_analysis.errors import ConfigError, RunDirectoryError
 from lisa_train.cli import main, parse
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
 from lisa_train.output import last_checkpoint
-from lisa_train.training import _trainer_arguments, train
+from lisa_train.training import _command, _trainer_arguments, train
 
 FAST: dict[str, Any] = {
     "max_steps": 6,
@@ -343,3 +343,17 @@ def test_the_command_line_repeats_what_python_does(
     command = parse(words)
     assert command.config.record.every == 3
     assert command.config.lisa.activated_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/env/bin/lisa-train", "--config", "lora"], "lisa-train --config lora"),
+        (["/src/lisa_train/__main__.py", "--help"], "lisa-train --help"),
+        (["/env/ipykernel_launcher.py", "-f", "/tmp/kernel.json"], None),
+        ([""], None),
+    ],
+)
+def test_only_a_command_line_of_ours_is_recorded(argv, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", argv)
+    assert _command() == command

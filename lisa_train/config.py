@@ -325,7 +325,7 @@ class TrainConfig:
     weight_decay
         Decoupled weight decay; not applied to biases and norms.
     optim
-        Optimizer, as transformers names it (`adamw_torch`, `adafactor`, `adamw_bnb_8bit`, …).
+        Optimizer, as transformers names it (`adamw_torch_fused`, `adafactor`, `adamw_bnb_8bit`, …).
     step_in_backward
         Step every tensor within the backward pass, as soon as its gradient is complete, and free
         the gradient. The same weights bit for bit; needs `max_grad_norm: 0` and no accumulation.
@@ -398,7 +398,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     step_in_backward: bool = False
     eight_bit_states: tuple[str, ...] | None = None
     gradient_checkpointing: bool = False

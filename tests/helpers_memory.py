@@ -89,12 +89,13 @@ def stored(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of optimizer state on the device: all but the step counts, which stay on the host."""
+    """Bytes of optimizer state on the device: step counts stay on the host unless fused."""
+    fused = bool(optimizer.defaults.get("fused"))
     return stored(
         value
         for state in optimizer.state.values()
         for key, value in state.items()
-        if torch.is_tensor(value) and key != "step"
+        if torch.is_tensor(value) and (fused or key != "step")
     )
 
 

@@ -23,7 +23,7 @@ class Setting:
     dtype: DType = "auto"
     autocast: Autocast | None = None
     attn_implementation: Attention = "sdpa"
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     eight_bit_states: tuple[str, ...] | None = None
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1

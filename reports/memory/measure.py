@@ -209,8 +209,8 @@ def figure(results: dict[str, Any], path: Path) -> None:
         ax.set_xlabel(f"peak memory, {name}")
         ax.set_title(shape, loc="left", fontsize="medium")
         finish(ax, grid="x")
-        if i == 0:
-            ax.legend(loc="lower right", fontsize="small")
+    handles, labels = ax.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     drawing.savefig(path, dpi=120)
 
 

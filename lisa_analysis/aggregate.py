@@ -150,7 +150,7 @@ class StepTable:
     def __getitem__(self, column: str) -> Array:
         """Array of one column; `KeyError` says which columns the run has."""
         if column not in self.measures:
-            have = ", ".join(self.measures) or "none"
+            have = ", ".join(self.measures) or "nothing of a training step"
             raise KeyError(f"{column} was not recorded (recorded: {have})")
         return self.measures[column]
 

@@ -155,6 +155,8 @@ QUANTITIES = (
     "merged_norm",
     "opt_steps",
 )
+# Quantities that only a tensor that trains in the step has.
+OF_TRAINING = ("grad_norm", "grad_norm_l1", "update_norm", "descent", "opt_steps")
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ class RecordConfig:
     quantities
         Columns of the metrics table to measure at those steps. `update_norm` and `descent` keep
         a copy of the weights that train during such a step; `delta_norm` and `merged_norm` are
-        those of LoRA adapters.
+        those of LoRA adapters. Norms of weights alone get `opt_steps` with them: a census has
+        these norms too, of frozen tensors as well, and the analysis must tell the two apart.
     select
         Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
         expressions that are searched in the tensor's name. None measures all.
@@ -216,6 +219,8 @@ class RecordConfig:
                     f"record.quantities names {name!r}: there are {', '.join(QUANTITIES)}."
                     f"{suggest(str(name), QUANTITIES)}"
                 )
+        if self.quantities and not set(self.quantities) & set(OF_TRAINING):
+            object.__setattr__(self, "quantities", (*self.quantities, "opt_steps"))
         if self.probe_every < 0:
             raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")
         if not self.flush_seconds >= 0:

@@ -233,3 +233,31 @@ def test_a_loop_can_say_what_the_recorder_cannot_see(tmp_path):
     run = load(tmp_path)
     assert (run.method, run.manifest["lisa"]) == ("lisa", {"activated_layers": 2})
     assert run.manifest["recording"]["every"] == 10  # what the recorder knows is still there
+
+
+def test_weight_norms_alone_make_a_profile(tmp_path):
+    """The optimizer's step count tells the rows of training from those of a census."""
+    import lisa_analysis as la
+
+    model = llama()
+    model.model.embed_tokens.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, quantities=("weight_norm",))
+    assert config.quantities == ("weight_norm", "opt_steps")
+    ids = torch.stack([row["input_ids"] for row in examples(4)])
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        for step in range(1, 6):
+            model(input_ids=ids, labels=ids).loss.backward()
+            recorder.before_step(step)
+            optimizer.step()
+            recorder.after_step(step)
+            optimizer.zero_grad()
+    profile = la.importance(la.load(tmp_path / "run"), "weight_norm")
+    layer = sum(
+        float(p.detach().double().square().sum()) for p in model.model.layers[0].parameters()
+    )
+    assert profile.to_frame()["initial"].notna().all()
+    assert profile.scores[0] == pytest.approx(layer**0.5, rel=0.05)
+    outside = profile.outside.set_index("name")["visits"]
+    assert outside["embed"] == 0
+    assert outside["head"] == 1

@@ -1,41 +1,16 @@
-"""Seeds as repetitions: means and t intervals over the runs of one method (numpy, pandas)."""
+"""Profiles of one method over seeds: layers that stand out, agreement (numpy, pandas)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from seeds import CONFIDENCE
 
 import lisa_analysis as la
 from lisa_analysis import statistics as st
 
 Array = NDArray[np.float64]
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Mean over seeds with its interval; the interval is NaN below three seeds."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} … {self.high:.2f})"
-
-
-def mean_over_seeds(values: Sequence[float] | Array, *, log: bool = False) -> Mean:
-    """Mean with Student's t interval; `log` averages ratios, geometrically."""
-    x = np.asarray(values, dtype=np.float64)
-    x = np.log(x) if log else x
-    half = float("nan")
-    if len(x) > 2:
-        half = float(st.t_quantile(0.5 + CONFIDENCE / 2, len(x) - 1) * x.std(ddof=1))
-        half /= np.sqrt(len(x))
-    bounds = np.array([x.mean(), x.mean() - half, x.mean() + half])
-    return Mean(*(np.exp(bounds) if log else bounds).tolist())
 
 
 def relative(profile: la.ImportanceProfile) -> Array:

@@ -5,7 +5,6 @@ python reports/2026-11-23-skew/study.py --fresh    train all nine runs again fir
 """
 
 import argparse
-import re
 import shutil
 import sys
 import warnings
@@ -14,15 +13,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import across_seeds as seeds
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import across_seeds
 import draw
-import train
+from pages import markdown, write_tables
+from seeds import Mean, mean_over_seeds
+from training import train_all
 
 import lisa_analysis as la
 from lisa_analysis.errors import LisaError
 
 HERE = Path(__file__).resolve().parent
+RUNS = HERE / "runs"
+SEEDS = (1, 2, 3)
+# Learning rates of the usual size for each method; LISA as in the paper, with two layers of 30.
+TRAINING = {
+    "lora": ["--learning_rate=1e-3"],
+    "full": ["--learning_rate=5e-5"],
+    "lisa": ["--learning_rate=2e-4", "--lisa.activated_layers=2", "--lisa.interval_steps=4"],
+}
 METHODS = {"lora": "LoRA", "full": "full fine-tuning", "lisa": "LISA"}
 METRICS = {
     "weight_norm": "mean weight norm (the paper's)",
@@ -48,9 +57,15 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.fresh:
-        shutil.rmtree(train.RUNS, ignore_errors=True)
+        shutil.rmtree(RUNS, ignore_errors=True)
+    settings = str(HERE / "settings.yaml")
+    runs = {
+        f"{method}-{seed}": ["--config", method, "--config", settings, f"--seed={seed}", *words]
+        for seed in SEEDS
+        for method, words in TRAINING.items()
+    }
     try:
-        train.train_all(arguments.work, jobs=arguments.jobs)
+        train_all(runs, RUNS, arguments.work, jobs=arguments.jobs)
         analyse()
     except LisaError as error:
         print(f"study: {error}", file=sys.stderr)
@@ -60,7 +75,7 @@ def main() -> int:
 
 def analyse() -> None:
     """Write everything that the study shows, from the run directories alone."""
-    runs = {m: [la.load(train.RUNS / f"{m}-{seed}") for seed in train.SEEDS] for m in METHODS}
+    runs = {m: [la.load(RUNS / f"{m}-{seed}") for seed in SEEDS] for m in METHODS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # layers that LISA never drew: they are unknown
         profiles = {
@@ -106,16 +121,14 @@ def losses(runs: dict[str, list[la.Run]]) -> str:
     rows = []
     for method, group in runs.items():
         results = [run.manifest["result"] for run in group]
-        after = seeds.mean_over_seeds([r["last_held_out_loss"] for r in results])
-        config = next(c for c in train.METHODS[method] if "learning_rate" in c)
+        after = mean_over_seeds([r["last_held_out_loss"] for r in results])
+        config = next(c for c in TRAINING[method] if "learning_rate" in c)
         rows.append(
             {
                 "method": METHODS[method],
                 "learning rate": config.split("=")[1],
                 "before": f"{np.mean([r['first_held_out_loss'] for r in results]):.3f}",
-                "after (95 % over seeds)": (
-                    f"{after.value:.3f} ({after.low:.3f} … {after.high:.3f})"
-                ),
+                "after (95 % over seeds)": f"{after:.3f}",
             }
         )
     return markdown(rows)
@@ -128,7 +141,7 @@ def initialisation(profiles: dict[str, Profiles]) -> str:
         group = profiles["weight_norm"][method]
         formula = np.nanmean([p.initialisation.expected for p in group])
         start = np.nanmean([p.to_frame()["initial"] for p in group])
-        level = seeds.mean_over_seeds([p.initialisation.level for p in group])
+        level = mean_over_seeds([p.initialisation.level for p in group])
         change = np.nanmean([abs(np.log(p.scores / p.to_frame()["initial"])) for p in group])
         grads = [p.initialisation for p in profiles["grad_rms"][method]]
         shares = [i.share for i in grads if i is not None]
@@ -154,14 +167,12 @@ def skew(profiles: dict[str, Profiles]) -> str:
     for metric, title in METRICS.items():
         for method, name in METHODS.items():
             group = profiles[metric][method]
-            ratio = seeds.mean_over_seeds(
-                [p.concentration.ends_to_middle.value for p in group], log=True
-            )
+            ratio = mean_over_seeds([p.concentration.ends_to_middle.value for p in group], log=True)
             rows.append(
                 {
                     "metric": title,
                     "method": name,
-                    "ends over middle (95 % over seeds)": str(ratio),
+                    "ends over middle (95 % over seeds)": f"{ratio:.2f}",
                     "headroom": f"{np.mean([p.concentration.headroom.value for p in group]):.2f}",
                     "skew": _verdict(ratio),
                 }
@@ -169,7 +180,7 @@ def skew(profiles: dict[str, Profiles]) -> str:
     return markdown(rows)
 
 
-def _verdict(ratio: seeds.Mean) -> str:
+def _verdict(ratio: Mean) -> str:
     """Words for a ratio of ends to middle: only beyond 5 % either way is it called a skew."""
     if ratio.low > 1.05:
         return "**ends above**"
@@ -193,7 +204,7 @@ def embedding(profiles: dict[str, Profiles]) -> str:
                 / np.exp(np.nanmean(np.log(p.scores)))
                 for p in profiles[metric][method]
             ]
-            row[METHODS[method]] = str(seeds.mean_over_seeds(ratios, log=True))
+            row[METHODS[method]] = f"{mean_over_seeds(ratios, log=True):.2f}"
         rows.append(row)
     return markdown(rows)
 
@@ -203,7 +214,7 @@ def layers(profiles: dict[str, Profiles]) -> str:
     rows = []
     for metric in ("grad_rms", "l1_descent", "delta_rel"):
         for method, name in METHODS.items():
-            table = seeds.layer_table(profiles[metric][method])
+            table = across_seeds.layer_table(profiles[metric][method])
             out = table[table["stands_out"]].sort_values("relative", ascending=False)
             rows.append(
                 {
@@ -225,7 +236,7 @@ def agreement(profiles: dict[str, Profiles]) -> str:
     """Kendall's τ between seeds of a method and between methods."""
     rows = []
     for metric in ("grad_rms", "l1_descent", "delta_rel"):
-        for row in seeds.agreement(profiles[metric]).to_dict("records"):
+        for row in across_seeds.agreement(profiles[metric]).to_dict("records"):
             same = row["a"] == row["b"]
             rows.append(
                 {
@@ -260,25 +271,6 @@ def within_runs(profiles: dict[str, Profiles]) -> str:
                 }
             )
     return markdown(rows)
-
-
-def markdown(rows: list[dict[str, object]]) -> str:
-    """Write rows as a Markdown table."""
-    head = list(rows[0])
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    lines += [" | ".join(str(row[column]) for column in head) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def write_tables(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` of the page of text."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        if not re.search(pattern, text, flags=re.DOTALL):
-            raise LisaError(f"{page} lacks the marks <!-- {name} --> and <!-- /{name} -->.")
-        text = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

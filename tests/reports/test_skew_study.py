@@ -10,6 +10,8 @@ STUDY = Path(__file__).resolve().parents[2] / "reports" / "2026-11-23-skew"
 
 def test_tables_figure_and_report_follow_from_the_kept_logs(tmp_path):
     folder = shutil.copytree(STUDY, tmp_path / STUDY.name)
+    for shared in STUDY.parent.glob("*.py"):
+        shutil.copy(shared, tmp_path)
     (folder / "report.html").unlink()
     (folder / "profiles.png").unlink()
     page = (folder / "README.md").read_text(encoding="utf-8")

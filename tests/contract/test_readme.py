@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,14 +120,68 @@ def test_the_line_for_somebody_elses_trainer_runs(clone: Path) -> None:
     assert len(run.events.query("event == 'lisa_draw'")["layers"].iloc[0]) == 2
 
 
-def test_the_query_runs_in_duckdb(clone: Path) -> None:
+def ask_duckdb(code: str) -> list[tuple[int, int, float]]:
     import duckdb
+
+    return duckdb.sql(code).fetchall()
+
+
+def ask_polars(code: str) -> list[tuple[int, int, float]]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names["norms"].rows()
+
+
+def ask_pandas(code: str) -> list[tuple[int, int, float]]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return [(*key, value) for key, value in names["norms"].items()]
+
+
+def resumed(folder: Path) -> str:
+    """A run that was interrupted after step 3 and continued from step 1."""
+    import numpy as np
+
+    from lisa_train.writer import RunWriter
+
+    table = [{"param_id": 0, "name": "model.layers.0.w", "layer": 0, "kind": "other",
+              "role": "base", "numel": 4, "shape": "4", "dtype": "float32",
+              "tied_to": None}]  # fmt: skip
+    manifest = {
+        "method": "full",
+        "layers": [{"index": 0, "name": "model.layers.0", "stack": "model.layers"}],
+    }
+
+    def write(writer: RunWriter, steps: range, value: float) -> None:
+        for step in steps:
+            norm = np.array([value], dtype=np.float32)
+            writer.write_metrics(
+                {"step": np.array([step]), "param_id": np.array([0]), "grad_norm": norm}
+            )
+
+    writer = RunWriter(folder, manifest=manifest, parameters=table)
+    write(writer, range(1, 4), 1.0)
+    writer.close("interrupted")
+    writer = RunWriter(folder, manifest=manifest, parameters=table, resume=True, step=1)
+    write(writer, range(2, 6), 2.0)
+    writer.close()
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["golden", "resumed"])
+@pytest.mark.parametrize(
+    ("language", "ask"),
+    [("sql duckdb", ask_duckdb), ("python polars", ask_polars), ("python pandas", ask_pandas)],
+)
+def test_other_tools_read_what_the_library_reads(clone: Path, language, ask, kind) -> None:
     import numpy as np
 
     import lisa_analysis as la
 
-    rows = duckdb.sql(blocks("sql duckdb")[0]).fetchall()
-    run = la.load("tests/data/golden-run")
+    golden = "tests/data/golden-run"
+    path = golden if kind == "golden" else resumed(clone / "resumed")
+    rows = ask(blocks(language)[0].replace(golden, path))
+    run = la.load(path)
     frame = run.metrics(columns=["grad_norm"]).dropna()
     frame["layer"] = frame["param_id"].map(run.parameters.set_index("param_id")["layer"])
     expected = (
@@ -135,7 +190,7 @@ def test_the_query_runs_in_duckdb(clone: Path) -> None:
         .groupby(["layer", "step"])["square"]
         .sum()
     )
-    assert len(rows) == len(expected)
+    assert len(rows) == len(expected) > 4
     for layer, step, value in rows:
         assert value == pytest.approx(np.sqrt(expected[layer, step]), rel=1e-5)
 

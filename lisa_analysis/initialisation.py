@@ -45,7 +45,8 @@ def initialisation(
     if metric in _GRADIENT:
         # The embedding's gradient is of another size; it would make any profile look inherited.
         known[data.table.groups.inside :] = False
-    if known.sum() < 2:
+    # A LISA run's first step has gradients of the layers drawn first, which are no profile.
+    if known.sum() < max(2, 0.5 * np.isfinite(final).sum()):
         return None
     final, start = final[known], start[known]
     change = final - start

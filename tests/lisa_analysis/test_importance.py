@@ -393,6 +393,10 @@ class TestInitialisation:
         noise = la.importance(make_run(profile=12, steps=100), "grad_rms")
         assert noise.initialisation is None
 
+    def test_the_layers_drawn_first_are_no_profile_of_the_start(self, make_run):
+        run = make_run(method="lisa", profile=np.exp(X), steps=400)
+        assert la.importance(run, "grad_rms").initialisation is None
+
     def test_without_a_census_nothing_is_claimed(self, make_run):
         run = make_run(method="lora", census=False)
         assert la.importance(run, "weight_norm").initialisation is None

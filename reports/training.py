@@ -71,10 +71,10 @@ def _keep(run_dir: Path, kept: Path) -> None:
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     for key in ("model_name_or_path", "dataset_name"):
         config[key] = Path(config[key]).name
-    for settings in (config.get("lisa"), manifest.get("lisa")):
-        if settings and settings.get("probabilities"):
-            settings["probabilities"] = Path(settings["probabilities"]).name
-            shutil.copy(run_dir / settings["probabilities"], partial)
+    if config["lisa"]["probabilities"]:
+        name = Path(config["lisa"]["probabilities"]).name  # the run directory holds a copy
+        shutil.copy(run_dir / name, partial)
+        config["lisa"]["probabilities"] = manifest["lisa"]["probabilities"] = name
     manifest["model"]["name"] = config["model_name_or_path"]
     manifest["dataset"]["name"] = config["dataset_name"]
     manifest["command"] = f"python reports/{kept.parent.name}/study.py"

@@ -48,8 +48,8 @@ def trajectories(run: Any, column: str = "weight_norm", *, ax: Axes | None = Non
             values,
             color=colors(layer),
             linewidth=0.9,
-            marker="." if np.isfinite(values).sum() < 30 else None,
-            markersize=3,
+            marker="." if _has_lone_points(values) else None,
+            markersize=4,
         )
         line.set_gid(f"layer-{layer}")
     _log_if_positive(ax, grid.values)
@@ -57,6 +57,12 @@ def trajectories(run: Any, column: str = "weight_norm", *, ax: Axes | None = Non
     bar = ax.figure.colorbar(scale, ax=ax, pad=0.015, fraction=0.04, aspect=18, label="layer")
     bar.outline.set_visible(False)
     return _finish(ax, COLUMN_TITLES.get(grid.column, grid.column), group, band=False)
+
+
+def _has_lone_points(values: np.ndarray) -> bool:
+    """Whether some value stands between gaps, where a line alone would not show it."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    return bool((known[1:-1] & ~known[:-2] & ~known[2:]).any())
 
 
 def bands(

@@ -173,5 +173,5 @@ def plain_power(value: float) -> str:
 
 def thousands(ax: Axes) -> None:
     """Label the step axis with whole numbers and separators."""
-    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(nbins=7, integer=True))
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))

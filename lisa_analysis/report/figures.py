@@ -121,15 +121,16 @@ def kind_figure(slug: str, profile: Any) -> ReportFigure:
     frame = profile.to_frame()
     if "kind" not in frame:
         frame = frame.assign(kind=frame["name"].astype(str).str.rsplit(" ", n=1).str[-1])
-    frame = frame.dropna(subset=["score"])
-    if frame.empty:
+    if not frame["score"].notna().any():
         return ReportFigure(slug, title, "No module has a score.", None, None)
+    # Layers without a score stay, grey; a kind that was never measured in any layer goes.
+    frame = frame[frame.groupby("kind")["score"].transform("count") > 0]
     kinds = frame["kind"].nunique()
     with svg.ink(slug):
         ax = canvas(WIDE, 0.9 + 0.26 * max(kinds, 2), right=0.85, top=0.1)
         plots.kind_grid(frame, label=profile.metric, ax=ax)
         image = svg.to_svg(ax, slug, title, _extremes("Colour map.", frame["score"]))
-    wide = frame.pivot_table(index="layer", columns="kind", values="score").reset_index()
+    wide = frame.pivot(index="layer", columns="kind", values="score").reset_index()
     table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
     return ReportFigure(slug, title, "Grey: no such module, or never measured.", image, table)
 

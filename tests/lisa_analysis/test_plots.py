@@ -245,3 +245,21 @@ def test_tick_labels_do_not_touch(n_layers, n_steps):
         box = label.get_window_extent()
         assert box.x0 >= figure.x0 - 1
         assert box.x1 <= figure.x1 + 1
+
+
+def test_one_step_has_one_tick():
+    grid = LayerGrid("grad_norm", np.array([1]), np.ones((4, 1)), np.zeros((4, 1), bool))
+    for draw in (plots.trajectories, plots.bands):
+        ax = draw(grid)
+        ax.figure.canvas.draw()
+        labels = [label.get_text() for label in ax.get_xticklabels() if label.get_text()]
+        assert len(labels) == len(set(labels)), draw.__name__
+        plt.close(ax.figure)
+
+
+def test_a_value_between_gaps_is_marked():
+    values = np.array([[1.0, np.nan, 2.0, 2.0, np.nan, 3.0], [1.0] * 6])
+    grid = LayerGrid("grad_norm", np.arange(1, 7), values, np.zeros((2, 6), bool))
+    lone, whole = plots.trajectories(grid).get_lines()
+    assert lone.get_marker() == "."
+    assert whole.get_marker() in ("None", None)

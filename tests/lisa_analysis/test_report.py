@@ -16,7 +16,7 @@ from helpers_runs import write_run
 
 import lisa_analysis as la
 from lisa_analysis.errors import LisaError
-from lisa_analysis.report import page
+from lisa_analysis.report import figures, page
 from lisa_analysis.report.content import STATES
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>$\\frac{"
@@ -110,6 +110,15 @@ def pages(folder):
         "with empty": [ten[0], folder / "empty"],
     }
     return {name: la.report(runs).html for name, runs in inputs.items()}
+
+
+def test_layers_without_a_score_stay_in_the_grid_of_modules(tmp_path):
+    run = la.load(write_run(tmp_path / "run", n_layers=12, k=1, interval=10, steps=40))
+    profile = la.importance(run, by="module")
+    unseen = set(range(12)) - {int(x) for x in profile.to_frame().dropna()["layer"]}
+    assert 11 in unseen or unseen
+    shown = figures.kind_figure("kinds", profile)
+    assert len(shown.table.rows) == 12
 
 
 def test_a_problem_that_several_runs_share_stands_once(tmp_path):

@@ -191,7 +191,8 @@ class RecordConfig:
     flush_seconds
         Longest time that measured values stay in memory only.
     on_record_error
-        ``warn``: when recording fails, say so and train on. ``raise``: stop training.
+        ``warn``: when recording fails, say so and train on. ``raise``: stop training. A
+        directory that holds a run already is refused before training in either case.
     """
 
     run_dir: str | None = None

@@ -69,13 +69,18 @@ def round_bits(values: np.ndarray) -> np.ndarray:
 def plain(value: Any) -> Any:
     """Return `value` as JSON can hold it: plain numbers, non-finite ones as text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {as_utf8(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, str | int | float | bool):
+    if value is None or isinstance(value, int | float | bool):
         return value
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    return as_utf8(os.fsdecode(value) if isinstance(value, os.PathLike) else str(value))
+
+
+def as_utf8(text: str) -> str:
+    """Return `text` with bytes that are no UTF-8 (in a path, say) spelled out as ``\\udcff``."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -29,6 +29,7 @@ from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
 from lisa_train.silent_writer import SilentWriter
 from lisa_train.step_in_backward import StepInBackward
+from lisa_train.storage import UnwritableError
 from lisa_train.tensor_steps import TensorSteps
 from lisa_train.tensor_table import TensorTable
 from lisa_train.writer import RunWriter
@@ -93,7 +94,8 @@ class NormRecorder:
     Raises
     ------
     RunDirectoryError
-        When the run directory cannot be used.
+        When the run directory holds a run already; with ``on_record_error="raise"`` also when it
+        cannot be written or another process writes it (else a warning: nothing is recorded).
     ConfigError
         When `config.select` matches nothing, or no run directory is given.
 
@@ -131,9 +133,9 @@ class NormRecorder:
         self._optimizer = unwrap_optimizer(optimizer)
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
-        self.writer = writer or _new_writer(model, config, self.table, layer_map, manifest)
         self._device = self.table.tensors[0][1].device
         self._processes = Processes(self.table)
+        self.writer = writer or self._new_writer(model, layer_map, manifest)
         self._buffer = MetricBuffer()
         self._measure = StepMeasure(model, self._optimizer, config, self.table, self._buffer)
         self._lines: list[dict[str, Any]] = []
@@ -156,6 +158,29 @@ class NormRecorder:
         else:
             self.census(step)
             self.flush(everything=True)
+
+    def _new_writer(
+        self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None
+    ) -> RunWriter | SilentWriter:
+        """Open the run directory, or record nothing if it cannot be had and the user said so."""
+        if self.config.run_dir is None:
+            raise ConfigError("record.run_dir is not set: name the folder to write.")
+        known = environment.manifest(model, self.config, self.table, layer_map)
+        try:
+            return RunWriter(
+                self.config.run_dir,
+                manifest=known | dict(manifest or {}),
+                parameters=self.table.rows,
+            )
+        except Exception as error:
+            # A process that goes on alone would let the others wait for ever.
+            if self.config.on_record_error == "raise" or self._processes.count > 1:
+                raise
+            if is_refusal(error):
+                raise
+            self.stopped = True
+            warn_unrecorded(error)
+            return SilentWriter()
 
     # ------------------------------------------------------------------ every step
 
@@ -367,7 +392,7 @@ class NormRecorder:
             fields["error"] = error
         try:
             self.writer.close(status, **fields)
-        except LisaError as failure:
+        except Exception as failure:
             problem = problem or failure
         if problem is not None and error is None:
             self._failed(problem)
@@ -403,20 +428,19 @@ class NormRecorder:
             warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
-def _new_writer(
-    model: nn.Module,
-    config: RecordConfig,
-    table: TensorTable,
-    layer_map: LayerMap,
-    manifest: Mapping[str, Any] | None,
-) -> RunWriter:
-    if config.run_dir is None:
-        raise ConfigError("record.run_dir is not set: name the folder to write.")
-    return RunWriter(
-        config.run_dir,
-        manifest=environment.manifest(model, config, table, layer_map) | dict(manifest or {}),
-        parameters=table.rows,
-    )
+def is_refusal(error: Exception) -> bool:
+    """Whether a wrong choice of the user's (a directory that holds a run) is to blame.
+
+    It stops training before anything has begun, whatever `on_record_error` says: what fails for
+    another reason, the disk's or the recorder's own, does not have to.
+    """
+    return isinstance(error, LisaError) and not isinstance(error, UnwritableError)
+
+
+def warn_unrecorded(error: Exception) -> None:
+    """Say that training goes on without a recording."""
+    reason = str(error) if isinstance(error, LisaError) else one_sentence(error)
+    warnings.warn(f"Training goes on unrecorded: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def _tidy(line: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ _LOCK_PATIENCE = 1.0
 _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
+class UnwritableError(RunDirectoryError):
+    """The disk or another process refuses a run directory that was rightly chosen."""
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file, then put it in the place of `path` in one move.
 
@@ -94,7 +98,7 @@ class RunLock:
                 # A reader that asks whether the run lives holds the lock for an instant.
                 if time.monotonic() > deadline:
                     self.release()
-                    raise RunDirectoryError(
+                    raise UnwritableError(
                         f"{path.parent} is being written by another process: wait for it to "
                         "end, or choose another run directory."
                     ) from None
@@ -121,10 +125,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_drop_in_child)
 
 
-def describe_os_error(path: Path, error: Exception) -> RunDirectoryError:
+def describe_os_error(path: Path, error: Exception) -> UnwritableError:
     """Turn a failed write into one sentence."""
     reason: Any = getattr(error, "strerror", None) or error
-    return RunDirectoryError(
+    return UnwritableError(
         f"{path} cannot be written ({reason}): free space or check its permissions; what was "
         "recorded before is kept."
     )

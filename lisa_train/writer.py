@@ -27,7 +27,7 @@ from lisa_analysis.schema import (
 )
 from lisa_analysis.shards import read_parameters
 from lisa_analysis.streams import read_manifest
-from lisa_train.encoding import metrics_table, parameter_table, plain
+from lisa_train.encoding import as_utf8, metrics_table, parameter_table, plain
 from lisa_train.storage import LineFile, RunLock, describe_os_error, replace_file
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class RunWriter:
             }
             self._write_parquet(self.path / PARAMETERS, table)
             if config_yaml is not None:
-                replace_file(self.path / CONFIG, lambda path: path.write_text(config_yaml))
+                text = as_utf8(config_yaml)
+                replace_file(self.path / CONFIG, lambda path: path.write_text(text, "utf-8"))
         self.segment: int = self.manifest["segment"]
         for leftover in (self.path / METRICS_DIR).glob("*.tmp"):
             leftover.unlink()  # of a kill in the middle of a flush
@@ -256,18 +257,22 @@ class RunWriter:
         table = table.replace_schema_metadata(None)
 
         def write(temporary: Path) -> None:
-            with pq.ParquetWriter(
-                temporary,
-                table.schema,
-                compression="zstd",
-                compression_level=9,
-                use_dictionary=others,
-                # Exponents compress well once they lie side by side.
-                use_byte_stream_split=floats,
-                # The types are Parquet's own; the Arrow schema would be half of a small shard.
-                store_schema=False,
-                write_statistics=[name for name in ("step", "param_id") if name in others],
-            ) as file:
+            # Arrow opens no path that is not UTF-8; Python does.
+            with (
+                temporary.open("wb") as sink,
+                pq.ParquetWriter(
+                    sink,
+                    table.schema,
+                    compression="zstd",
+                    compression_level=9,
+                    use_dictionary=others,
+                    # Exponents compress well once they lie side by side.
+                    use_byte_stream_split=floats,
+                    # The types are Parquet's own; the Arrow schema would be half of a small shard.
+                    store_schema=False,
+                    write_statistics=[name for name in ("step", "param_id") if name in others],
+                ) as file,
+            ):
                 file.write_table(table)
                 file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
 
@@ -284,7 +289,7 @@ class RunWriter:
         self.manifest.update(fields)
         self.manifest["updated"] = _now()
         text = json.dumps(plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
-        replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n"))
+        replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n", "utf-8"))
 
     def close(self, status: str = "finished", **fields: Any) -> None:
         """Flush, state how the run ended in run.json, and give the directory free."""

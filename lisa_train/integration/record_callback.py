@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_analysis.errors import ConfigError, RunDirectoryError
+from lisa_analysis.errors import ConfigError
 from lisa_analysis.rundir import load
 from lisa_analysis.schema import MANIFEST
 from lisa_train.config import RecordConfig
@@ -21,9 +21,9 @@ from lisa_train.integration.step_callback import StepCallback
 from lisa_train.integration.wraps import Wraps, count_tokens
 from lisa_train.layermap import find_layers
 from lisa_train.lisa import Draw
-from lisa_train.outcome import outcome
+from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
-from lisa_train.recorder import NormRecorder
+from lisa_train.recorder import NormRecorder, is_refusal, warn_unrecorded
 from lisa_train.silent_writer import SilentWriter
 from lisa_train.tensor_table import TensorTable
 from lisa_train.writer import RunWriter
@@ -118,9 +118,12 @@ class RecordCallback(TrainerCallback):
         writer: RunWriter | SilentWriter | None = None
         try:
             writer = self._open(state, args, layer_map, table, first=processes.first)
-        except RunDirectoryError as error:
+        except Exception as error:
             problem = error
         if not processes.agree(problem is None):
+            earlier, self.recorder = self.recorder, None
+            if earlier is not None:  # of an attempt with a larger batch
+                earlier.close("failed", one_sentence(problem) if problem else None)
             self._unrecorded(problem)
             return
         self.recorder = NormRecorder(
@@ -142,10 +145,11 @@ class RecordCallback(TrainerCallback):
         """Refuse to train, or train without a recording where the disk is to blame."""
         if problem is None:
             return  # the first process says it
-        disk = isinstance(problem.__cause__, OSError)
-        if self.config.on_record_error == "raise" or not disk:
+        # A directory that holds a run is refused whatever `on_record_error` says: nothing has
+        # begun yet, and the run that the user wants may be the one to continue.
+        if self.config.on_record_error == "raise" or is_refusal(problem):
             raise problem
-        warnings.warn(f"Training goes on unrecorded: {problem}", RuntimeWarning, stacklevel=3)
+        warn_unrecorded(problem)
 
     def _open(
         self,
@@ -210,9 +214,17 @@ class RecordCallback(TrainerCallback):
         status, sentence = outcome(error)
         if self.recorder.writer.closed:
             if error is not None:
-                self.recorder.writer.update_manifest(status=status, error=sentence)
+                self._restate(status, sentence)
             return
         self.recorder.close(status, sentence, **self._result())
+
+    def _restate(self, status: str, sentence: str | None) -> None:
+        """Correct a closed run's end; the error that is on its way matters more than the disk's."""
+        assert self.recorder is not None
+        try:
+            self.recorder.writer.update_manifest(status=status, error=sentence)
+        except Exception as failure:
+            warnings.warn(f"Recording: {one_sentence(failure)}", RuntimeWarning, stacklevel=4)
 
     def _result(self) -> dict[str, Any]:
         assert self.recorder is not None

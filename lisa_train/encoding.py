@@ -82,5 +82,5 @@ def plain(value: Any) -> Any:
 
 
 def as_utf8(text: str) -> str:
-    """Return `text` with bytes that are no UTF-8 (in a path, say) spelled out as ``\\udcff``."""
+    r"""Return `text` with bytes that are no UTF-8 (in a path, say) spelled out: ``\udcff``."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

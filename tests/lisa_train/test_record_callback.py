@@ -1,6 +1,7 @@
 """The recorder in a Trainer: events, status, resume, and a trainer left as it was found."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -309,6 +310,85 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         trainer().train()
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         trainer(on_record_error="raise").train()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run directory that somebody else is writing."""
+    from lisa_analysis.schema import LOCK
+    from lisa_train.storage import RunLock
+
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run" / LOCK)
+    yield tmp_path
+    lock.release()
+
+
+def test_a_directory_that_another_process_writes(held):
+    trainer, attached = make(held, max_steps=2)
+    with pytest.warns(RuntimeWarning, match="unrecorded: .* written by another") as caught:
+        trainer.train()
+    assert len([w for w in caught if "unrecorded" in str(w.message)]) == 1
+    assert trainer.state.global_step == 2
+    assert attached.latest_scalars() == {}
+    assert not (held / "run" / "run.json").exists()
+    trainer, _ = make(held, max_steps=2, record={"on_record_error": "raise"})
+    with pytest.raises(RunDirectoryError, match="written by another process"):
+        trainer.train()
+
+
+def test_an_unforeseen_error_at_the_begin(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("not thought of")
+
+    monkeypatch.setattr("lisa_train.integration.record_callback.describe", fail)
+    trainer, _ = make(tmp_path, max_steps=2)
+    with pytest.warns(RuntimeWarning, match="goes on unrecorded: RuntimeError: not thought of"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    trainer, _ = make(tmp_path, max_steps=2, record={"on_record_error": "raise"})
+    with pytest.raises(RuntimeError, match="not thought of"):
+        trainer.train()
+
+
+def test_an_unforeseen_error_at_the_end(tmp_path, monkeypatch):
+    original = lt.writer.RunWriter._save_manifest
+
+    def fail(self, **fields):
+        if fields.get("status") != "running":
+            raise RuntimeError("not thought of")
+        original(self, **fields)
+
+    monkeypatch.setattr("lisa_train.writer.RunWriter._save_manifest", fail)
+    trainer, _ = make(tmp_path, max_steps=2)
+    with pytest.warns(RuntimeWarning, match="training goes on: RuntimeError: not thought of"):
+        trainer.train()
+    run = load(tmp_path / "run")
+    assert run.status == "interrupted"  # it says running, and nobody writes it any more
+    assert run.scalars["step"].tolist() == [1, 2]
+
+
+def test_a_directory_whose_name_is_no_utf8(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    trainer, _ = make(
+        tmp_path, max_steps=2, save_strategy="steps", save_steps=2, record={"run_dir": folder},
+        manifest={"command": f"lisa-train --run-dir {folder}"},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        trainer.train()
+    readable = tmp_path / "moved"
+    os.rename(folder, readable)
+    for name in ("run.json", "events.jsonl", "scalars.jsonl"):
+        (readable / name).read_bytes().decode("utf-8")
+    run = load(readable)
+    assert run.status == "finished"
+    assert run.manifest["command"].endswith("/run-\\udcff")
+    assert run.metrics()["step"].unique().tolist() == [0, 1, 2]
 
 
 def test_an_error_in_the_recorder_itself_stops_the_recording_only(tmp_path, monkeypatch):

@@ -261,3 +261,38 @@ def test_weight_norms_alone_make_a_profile(tmp_path):
     outside = profile.outside.set_index("name")["visits"]
     assert outside["embed"] == 0
     assert outside["head"] == 1
+
+
+@pytest.mark.parametrize("reason", ["cannot be written", "another process"])
+def test_a_loop_goes_on_without_a_directory(tmp_path, reason):
+    from lisa_analysis.schema import LOCK
+    from lisa_train.storage import RunLock
+
+    folder = tmp_path / "run"
+    if reason == "another process":
+        folder.mkdir()
+        lock = RunLock(folder / LOCK)
+    else:
+        folder.write_text("a file")
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(RuntimeWarning, match=f"goes on unrecorded: .*{reason}") as caught:
+        recorder = lt.NormRecorder(model, optimizer, lt.RecordConfig(str(folder)))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    before = [p.detach().clone() for p in model.parameters()]
+    with recorder:
+        model(**next(batches(1))).loss.backward()
+        recorder.micro_batch(1)
+        recorder.before_step(1)
+        optimizer.step()
+        recorder.after_step(1, loss=1.0)
+        recorder.amend(epoch=1.0)
+        recorder.checkpoint(1)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert recorder.latest_scalars() == {}
+    config = lt.RecordConfig(str(folder), on_record_error="raise")
+    with pytest.raises(RunDirectoryError, match=reason):
+        lt.NormRecorder(model, optimizer, config)
+    if reason == "another process":
+        lock.release()

@@ -164,12 +164,13 @@ class StepMeasure:
         tensors = self._table.tensors
         flags = [(p, p.requires_grad, p.grad) for _, p in tensors]
         found: dict[int, torch.Tensor] = {}
+        twice: set[int] = set()
 
         def take(number: int, tensor: torch.Tensor) -> None:
-            if tensor.grad is not None:
-                # A tensor that the pass reaches twice has no single norm: it is left out.
-                value = squares([tensor.grad])[0]
-                found[number] = value if number not in found else torch.full_like(value, torch.nan)
+            if number in found:
+                twice.add(number)
+            elif tensor.grad is not None:
+                found[number] = squares([tensor.grad])[0]
             tensor.grad = None
 
         handles = []
@@ -189,10 +190,10 @@ class StepMeasure:
             for p, flag, gradient in flags:
                 p.requires_grad_(flag)
                 p.grad = gradient
-        if found:
-            ids = np.array(sorted(found))
+        # The norm of a gradient that came in two parts, the first gone by then, is not known.
+        if ids := sorted(found.keys() - twice):
             self._buffer.add(
-                step, "probe_grad_norm", ids, torch.stack([found[i] for i in ids.tolist()])
+                step, "probe_grad_norm", np.array(ids), torch.stack([found[i] for i in ids])
             )
 
     # ------------------------------------------------------------------ parts

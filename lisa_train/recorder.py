@@ -17,7 +17,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import torch
 from torch import nn
 
-from lisa_analysis.errors import ConfigError, LisaError, RunDirectoryError
+from lisa_analysis.errors import ConfigError, LisaError, RunDirectoryError, suggest
+from lisa_analysis.schema import SCALARS_TABLE
 from lisa_train import environment
 from lisa_train.aggregates import aggregates, tensor_groups
 from lisa_train.buffers import MetricBuffer, to_host
@@ -36,6 +37,8 @@ from lisa_train.writer import RunWriter
 
 # Rows that may lie on the device before they are written, however long the flush window is.
 MAX_BUFFERED_ROWS = 100_000
+
+_SCALARS = tuple(name for name in SCALARS_TABLE.names if name not in ("step", "segment"))
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -128,6 +131,7 @@ class NormRecorder:
     ) -> None:
         self.config = config
         self.stopped = False
+        self._problem: str | None = None
         self.seconds = 0.0
         self._inside = False
         self._optimizer = unwrap_optimizer(optimizer)
@@ -233,7 +237,6 @@ class NormRecorder:
         if self.due(self._step + 1):
             self._tensor_steps.after(self._step + 1)
 
-    @_measured
     def after_step(
         self, step: int, *, clip_coef: Any = None, skipped: bool = False, **scalars: Any
     ) -> None:
@@ -250,14 +253,23 @@ class NormRecorder:
         **scalars
             Columns of the scalars table, as `loss`; numbers or tensors of one element. What is
             left out and can be seen from here is filled in.
+
+        Raises
+        ------
+        ConfigError
+            When a scalar has a name that the table does not know, whatever `on_record_error` is.
         """
+        _check_names(scalars)
+        self._after_step(step, skipped, {"step": step, "clip_coef": clip_coef, **scalars})
+
+    @_measured
+    def _after_step(self, step: int, skipped: bool, line: dict[str, Any]) -> None:
         self._step = step
-        line: dict[str, Any] = {"step": step, "clip_coef": clip_coef, **scalars}
         line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
         due = self.due(step)
         if due:
             if not skipped:
-                self._measure.update(step, clip_coef)
+                self._measure.update(step, line["clip_coef"])
             if self._tensor_steps is not None:
                 self._measure.active += self._tensor_steps.take()
             self._measure.state(step)
@@ -285,6 +297,7 @@ class NormRecorder:
 
     def amend(self, **scalars: Any) -> None:
         """Add what became known late to the newest line of the scalars."""
+        _check_names(scalars)
         for lines in (self._local_lines, self._lines):
             if lines:
                 lines[-1].update(scalars)
@@ -367,7 +380,10 @@ class NormRecorder:
         return dict(self._latest)
 
     def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
-        """Take the last census, write everything and say in run.json how the run ended."""
+        """Take the last census, write everything and say in run.json how the run ended.
+
+        A recording that an error of its own cut short is ``failed``, however training ended.
+        """
         if self._stepping is not None and self in self._stepping.watchers:
             self._stepping.watchers.remove(self)
         if self.writer.closed:
@@ -387,9 +403,16 @@ class NormRecorder:
             self._write(everything=True)
         except Exception as failure:
             problem = failure
+        if problem is not None and not isinstance(problem, UnwritableError):
+            # What the disk refused is tried once more below.
+            self._problem = self._problem or f"recording ended early: {one_sentence(problem)}"
+        if self.writer.lost_rows and self._problem is None:
+            self._problem = f"{self.writer.lost_rows} rows were lost while the disk refused them"
+        if status == "finished" and self._problem:
+            status = "failed"
         fields: dict[str, Any] = {"result": result} if result else {}
-        if error:
-            fields["error"] = error
+        if error or self._problem:
+            fields["error"] = error or self._problem
         try:
             self.writer.close(status, **fields)
         except Exception as failure:
@@ -417,6 +440,7 @@ class NormRecorder:
             self._say(f"Recording: {error}")
         else:
             self.stopped = True
+            self._problem = f"recording stopped after step {self._step}: {one_sentence(error)}"
             self._say(f"Recording stopped, training goes on: {one_sentence(error)}")
 
     def _say(self, text: str) -> None:
@@ -441,6 +465,16 @@ def warn_unrecorded(error: Exception) -> None:
     """Say that training goes on without a recording."""
     reason = str(error) if isinstance(error, LisaError) else one_sentence(error)
     warnings.warn(f"Training goes on unrecorded: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def _check_names(scalars: Mapping[str, Any]) -> None:
+    """Refuse a misspelt scalar where it is passed: the table is written much later."""
+    for name in scalars:
+        if name not in _SCALARS:
+            raise ConfigError(
+                f"{name!r} is no scalar that a run records, expected one of "
+                f"{', '.join(_SCALARS)}.{suggest(name, _SCALARS)}"
+            )
 
 
 def _tidy(line: dict[str, Any]) -> dict[str, Any]:

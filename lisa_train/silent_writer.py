@@ -12,6 +12,7 @@ class SilentWriter:
     def __init__(self, segment: int = 0) -> None:
         self.segment = segment
         self.closed = False
+        self.lost_rows = 0
 
     def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
         """Take rows."""

@@ -85,7 +85,7 @@ class RunWriter:
         self._rows: list[dict[str, np.ndarray]] = []
         self._scalar_lines: list[str] = []
         self._event_lines: list[str] = []
-        self._lost_rows = 0
+        self.lost_rows = 0
         try:
             (self.path / METRICS_DIR).mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path / LOCK)
@@ -246,7 +246,7 @@ class RunWriter:
         while excess > 0:
             rows = len(self._rows.pop(0)["step"])
             excess -= rows
-            self._lost_rows += rows
+            self.lost_rows += rows
 
     def _write_parquet(self, path: Path, table: "pa.Table") -> None:
         import pyarrow as pa

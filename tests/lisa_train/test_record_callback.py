@@ -407,6 +407,33 @@ def test_an_error_in_the_recorder_itself_stops_the_recording_only(tmp_path, monk
     assert trainer.state.global_step == 6
     assert run.scalars["step"].tolist() == [1, 2]
     assert "not thought of" in run.events.loc[run.events["event"] == "warning", "message"].iloc[0]
+    assert (run.status, run.manifest["error"]) == (
+        "failed", "recording stopped after step 3: RuntimeError: not thought of",
+    )  # fmt: skip
+    assert run.manifest["result"]["steps"] == 6
+
+
+def test_rows_that_a_full_disk_cost_are_told_of(tmp_path, monkeypatch):
+    import lisa_train.storage as storage
+
+    monkeypatch.setattr("lisa_train.writer.MAX_WAITING_ROWS", 30)
+    trainer, _ = make(tmp_path, max_steps=6, record={"flush_seconds": 0})
+    original = storage.os.fsync
+
+    def fsync(descriptor):
+        if trainer.state.global_step in (2, 3, 4):
+            raise OSError(28, "No space left on device")
+        return original(descriptor)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    with pytest.warns(RuntimeWarning, match="No space"):
+        trainer.train()
+    run = load(tmp_path / "run")
+    lost = 7 * 30 - len(run.metrics())
+    assert lost > 0
+    assert (run.status, run.manifest["error"]) == (
+        "failed", f"{lost} rows were lost while the disk refused them",
+    )  # fmt: skip
 
 
 def test_deepspeed_is_refused_in_words(tmp_path):
@@ -525,6 +552,27 @@ def test_a_probe_never_holds_two_gradients():
     assert torch.equal(state, torch.random.get_rng_state())
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
     assert model.model.layers[1].mlp.up_proj.weight.requires_grad
+
+
+def test_a_probe_leaves_out_what_it_reaches_twice():
+    from lisa_train.buffers import MetricBuffer
+    from lisa_train.layermap import find_layers
+    from lisa_train.measure import StepMeasure
+    from lisa_train.tensor_table import TensorTable
+
+    model = llama()
+    table = TensorTable(model, find_layers(model), None)
+    buffer = MetricBuffer()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    probe = StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
+    again = model.model.layers[1].mlp.up_proj.weight
+    batch = {k: v[None] for k, v in examples(1)[0].items()}
+    probe.probe(3, lambda: (model(**batch).loss.backward(), again.sum().backward()))
+    (rows,) = buffer.take()
+    number = next(i for i, p in table.tensors if p is again)
+    assert sorted(rows["param_id"]) == sorted(i for i, _ in table.tensors if i != number)
+    assert np.isfinite(rows["probe_grad_norm"].compressed()).all()
+    assert len(rows["probe_grad_norm"].compressed()) == 29
 
 
 def test_the_distance_from_the_base_checkpoint(tmp_path):

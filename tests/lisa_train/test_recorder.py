@@ -296,3 +296,33 @@ def test_a_loop_goes_on_without_a_directory(tmp_path, reason):
         lt.NormRecorder(model, optimizer, config)
     if reason == "another process":
         lock.release()
+
+
+def test_a_misspelt_scalar_is_refused_at_once(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path))) as recorder:
+        recorder.before_step(1)
+        with pytest.raises(ConfigError, match=r"'train_loss' is no scalar .* epoch, loss, learn"):
+            recorder.after_step(1, train_loss=1.0)
+        with pytest.raises(ConfigError, match="Did you mean 'epoch'"):
+            recorder.amend(epochs=1.0)
+        recorder.after_step(1, loss=1.0)
+    run = load(tmp_path)
+    assert (run.status, run.scalars["loss"].tolist()) == ("finished", [1.0])
+
+
+def test_a_recording_whose_end_fails_is_not_finished(tmp_path, monkeypatch):
+    def fail(self, step):
+        raise RuntimeError("no census")
+
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recorder = lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path)))
+    recorder.after_step(1, loss=1.0)
+    monkeypatch.setattr("lisa_train.measure.StepMeasure.census", fail)
+    with pytest.warns(RuntimeWarning, match="RuntimeError: no census"):
+        recorder.close()
+    run = load(tmp_path)
+    assert (run.status, run.scalars["loss"].tolist()) == ("failed", [1.0])
+    assert run.manifest["error"].endswith("RuntimeError: no census")

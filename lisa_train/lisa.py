@@ -103,6 +103,7 @@ class Lisa:
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._active: set[nn.Parameter] = set()
+        self._loaded = False  # the optimizer holds a checkpoint's state, not yet sorted
         self._precision = (
             ActivePrecision(model, self._trainable, self._schedule.seed)
             if config.precision == "fp32_active"
@@ -252,6 +253,7 @@ class Lisa:
                 "the optimizer steps before LISA has drawn any layer; call begin_step(step) before "
                 "the forward pass of every optimizer step."
             )
+        self._sort_loaded_state()
         for parameter in self._trainable:
             if parameter not in self._active:
                 parameter.grad = None
@@ -270,9 +272,17 @@ class Lisa:
         self._warmup.after_step()
 
     def _after_optimizer_load(self, *_: Any) -> None:
-        """Sort the state that a checkpoint brought into active and frozen."""
+        """Note that a checkpoint brought state.
+
+        Which of it is active is known when the engine's own state is loaded, perhaps after this.
+        """
         self._state.forget()
-        if self._schedule.index is not None:
+        self._loaded = True
+
+    def _sort_loaded_state(self) -> None:
+        """Take the state of frozen tensors out of what a checkpoint brought."""
+        if self._loaded:
+            self._loaded = False
             for parameter in self._trainable:
                 if parameter not in self._active:
                     self._state.freeze(parameter)

@@ -131,6 +131,7 @@ class NormRecorder:
     ) -> None:
         self.config = config
         self.stopped = False
+        self._probe_failed = False
         self._problem: str | None = None
         self.seconds = 0.0
         self._inside = False
@@ -329,13 +330,23 @@ class NormRecorder:
             Completed optimizer steps; the row that the norms stand in.
         backward
             Runs one forward and backward pass; called once, with everything requiring gradients.
-            No gradient is left of it, and the random state is as before.
+            No gradient is left of it, and the random state is as before. If it fails (no loss,
+            no memory), nothing is probed any more; ``on_record_error="raise"`` stops training.
         """
         if self._processes.count > 1:
             self._say("probe_every is not available with several processes: nothing is probed.")
             return
-        with self._stepping.paused() if self._stepping is not None else nullcontext():
-            self._measure.probe(step, backward)
+        if self._probe_failed:
+            return
+        try:
+            with self._stepping.paused() if self._stepping is not None else nullcontext():
+                self._measure.probe(step, backward)
+        except Exception as error:
+            # The pass is not the training's own: what is measured of that goes on.
+            if self.config.on_record_error == "raise":
+                raise
+            self._probe_failed = True
+            self._say(f"probe_every: nothing is probed any more: {one_sentence(error)}")
 
     @_measured
     def checkpoint(self, step: int) -> None:

@@ -18,7 +18,7 @@ from lisa_train.environment import manifest as describe
 from lisa_train.environment import peak_memory_bytes
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.integration.step_callback import StepCallback
-from lisa_train.integration.wraps import Wraps, count_tokens
+from lisa_train.integration.wraps import Wraps, count_tokens, plain_state_kept
 from lisa_train.layermap import find_layers
 from lisa_train.lisa import Draw
 from lisa_train.outcome import one_sentence, outcome
@@ -285,11 +285,19 @@ class RecordCallback(TrainerCallback):
             self.recorder.census(state.global_step)
 
     def _probe_pass(self, inputs: Any) -> None:
-        """One forward and backward pass of the bare model: nothing that a trainer counts moves."""
-        model = self._trainer.model
-        with self._trainer.compute_loss_context_manager():
-            outputs = model(**inputs)
-        outputs["loss"].backward()
+        """One forward and backward pass of the bare model, of the loss that the trainer trains.
+
+        The batch counts as a whole step's, so that the gradient is a mean over its own items,
+        however many micro-batches a step has. Nothing that the trainer counts moves.
+        """
+        trainer = self._trainer
+        with plain_state_kept(trainer):
+            trainer.current_gradient_accumulation_steps = 1
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            batch = trainer._prepare_inputs(inputs)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+            loss.mean().backward()
 
     def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
         assert self.recorder is not None
@@ -306,7 +314,7 @@ class RecordCallback(TrainerCallback):
             undo=not self._sharded,
         )
         if self.config.probe_every and step % self.config.probe_every == 0:
-            self._probe_inputs = self._trainer._prepare_inputs(inputs)
+            self._probe_inputs = inputs
 
     def _after_clipping(self, max_norm: float, norm: Any) -> None:
         if not torch.is_tensor(norm):

@@ -1,10 +1,17 @@
-"""Wraps on the methods of one object, for what a callback cannot reach; and a batch's tokens."""
+"""What a callback cannot reach: wraps on one object's methods, its plain state, its tokens."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
+
+_DATA = frozenset({"train_dataset", "eval_dataset"})
+# Subclasses of others may refuse to be cleared (transformers' ModelOutput does).
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set})
 
 
 class Wraps:
@@ -31,6 +38,38 @@ class Wraps:
         """Restore everything, the last first; safe to call twice."""
         while self._undo:
             self._undo.pop()()
+
+
+@contextmanager
+def plain_state_kept(owner: Any) -> Iterator[None]:
+    """Put back the plain attributes of `owner` afterwards, and what its containers hold.
+
+    Counters and lists of metrics, as TRL's trainers fill in `compute_loss`, are attributes or lie
+    in dicts, lists and deques. Objects and tensors that are changed in place stay changed, and
+    data sets are not looked into.
+    """
+    attributes = dict(vars(owner))
+    containers: dict[int, tuple[Any, Any]] = {}
+    for name, value in attributes.items():
+        if name not in _DATA:
+            _copy_containers(value, containers)
+    try:
+        yield
+    finally:
+        for name in vars(owner).keys() - attributes.keys():
+            delattr(owner, name)
+        vars(owner).update(attributes)
+        for container, content in containers.values():
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+
+def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    if type(value) not in _CONTAINERS or id(value) in found:
+        return
+    found[id(value)] = (value, copy(value))
+    for item in list(value.values() if isinstance(value, dict) else value):
+        _copy_containers(item, found)
 
 
 def count_tokens(inputs: Any) -> Any:

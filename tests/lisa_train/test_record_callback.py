@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -554,6 +555,95 @@ def test_a_probe_never_holds_two_gradients():
     assert model.model.layers[1].mlp.up_proj.weight.requires_grad
 
 
+class Counting(Witness):
+    """Trains on ten times the loss, and counts in `compute_loss` as TRL's trainers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._metrics = {"train": defaultdict(list)}
+        self._total = 0
+        self.batches = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.batches.append(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._metrics["train"]["tokens"].append(int(inputs["attention_mask"].sum()))
+        self._total += 1
+        self._metrics["train"]["calls"] = [self._total]
+        labels = inputs.pop("labels")  # what a trainer does to its batch is its own affair
+        inputs["labels"] = labels
+        return 10 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_probe_measures_the_loss_that_is_trained(tmp_path, accumulated):
+    trainer = Counting(
+        llama(),
+        arguments(
+            tmp_path / "out", max_steps=2, learning_rate=0.0,
+            gradient_accumulation_steps=accumulated,
+        ),
+        train_dataset=examples(),
+    )  # fmt: skip
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=1)
+    lt.attach(trainer, record=config)
+    trainer.train()
+    run = load(tmp_path / "run")
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["grad_norm", "probe_grad_norm"], steps=slice(1, 3))
+    assert len(rows) == 60
+    if accumulated == 1:
+        assert np.allclose(rows["probe_grad_norm"], rows["grad_norm"], rtol=1e-4)
+    for step, group in rows.groupby("step"):
+        model = llama().double()
+        (10 * model(**trainer.batches[accumulated * step - 1]).loss).backward()
+        gradients = {n: float(p.grad.norm()) for n, p in model.named_parameters()}
+        for row in group.itertuples():
+            assert row.probe_grad_norm == pytest.approx(gradients[names[row.param_id]], rel=1e-4)
+    passes = 2 * accumulated
+    assert trainer._total == passes
+    assert trainer._metrics["train"]["calls"] == [passes]
+    assert trainer._metrics["train"]["tokens"] == [
+        int(batch["attention_mask"].sum()) for batch in trainer.batches
+    ]
+    assert trainer.current_gradient_accumulation_steps == accumulated
+
+
+class OwnLoss(Witness):
+    """Computes its loss where nobody else can: its batches have no labels."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = self._prepare_inputs(inputs)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("choice", ["warn", "raise"])
+def test_a_probe_without_a_loss_is_switched_off(tmp_path, choice):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in examples()]
+    trainer = OwnLoss(llama(), arguments(tmp_path / "out", max_steps=4), train_dataset=rows)
+    trainer.callback_handler.callbacks = [
+        cb for cb in trainer.callback_handler.callbacks if type(cb).__name__ != "_AfterStep"
+    ]
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=1, on_record_error=choice)
+    lt.attach(trainer, record=config)
+    if choice == "raise":
+        with pytest.raises(ValueError, match="did not return a loss"):
+            trainer.train()
+        return
+    with pytest.warns(RuntimeWarning, match="nothing is probed any more: .*loss") as caught:
+        trainer.train()
+    assert len([w for w in caught if "probed" in str(w.message)]) == 1
+    run = load(tmp_path / "run")
+    assert run.status == "finished"
+    assert run.metrics(["probe_grad_norm"])["probe_grad_norm"].isna().all()
+    assert run.metrics(["grad_norm"]).groupby("step").size().tolist() == [30] * 5
+    assert run.events["event"].tolist() == ["warning"]
+
+
 def test_a_probe_leaves_out_what_it_reaches_twice():
     from lisa_train.buffers import MetricBuffer
     from lisa_train.layermap import find_layers
@@ -648,9 +738,15 @@ def test_an_sft_trainer_needs_one_line(tmp_path, tiny_model_dir):
             train_dataset=Dataset.from_list([{"text": f"one two three {i}"} for i in range(32)]),
             processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
         )  # fmt: skip
-        lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+        config = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=1)
+        lt.attach(trainer, record=config)
         trainer.train()
     run = load(tmp_path / "run")
+    # The probe counts neither as tokens nor as metrics of the trainer.
+    counted = [line["num_tokens"] for line in trainer.state.log_history if "loss" in line]
+    assert counted == run.scalars["tokens"].tolist()
+    probed = run.metrics(["probe_grad_norm"], steps=slice(1, 4))["probe_grad_norm"]
+    assert (probed > 0).all()
     logged = {line["step"]: line for line in trainer.state.log_history if "loss" in line}
     squares = run.metrics(["grad_norm"]).groupby("step")["grad_norm"].agg(lambda x: (x**2).sum())
     for line in run.scalars.itertuples():

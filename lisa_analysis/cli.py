@@ -4,6 +4,8 @@ Heavy imports stay inside functions, so that `--help` answers at once.
 """
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probabilities", metavar="FILE", help="write sampling probabilities for lisa-train"
     )
-    parser.add_argument(
-        "--metric", metavar="NAME", help="importance metric (default: chosen by method)"
-    )
+    parser.add_argument("--metric", metavar="NAME", help="importance metric (default: grad_rms)")
     parser.add_argument(
         "--activated-layers", type=int, metavar="K",
         help="layers per interval that the probabilities are for (default: the run's own, or 2)",
@@ -66,17 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-analyze`; return 0, 1 (see `--fail-on`) or 2 for bad input."""
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows its code; a name must not end the analysis.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _analyze(arguments)
+        code = _analyze(arguments)
+        sys.stdout.flush()
+        return code
     except LisaError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `… | head`: nobody reads on
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the exit
+        return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(f"{PROG}: cannot write{where}: {error.strerror or error}.", file=sys.stderr)
+        print(f"{PROG}: cannot read or write{where}: {error.strerror or error}.", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
@@ -97,8 +104,10 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
     for result in results:
         print(terminal.findings(result.run, result.diagnostics))
-        if comparison is None:
+        if comparison is None and result.profile is not None:
             print(terminal.profile(result.profile, result.probabilities))
+        elif result.profile is None:
+            print(f"No profile: {result.why_not}\n")
     if comparison is not None:
         print(terminal.comparison(comparison))
 
@@ -132,14 +141,21 @@ class _Result:
     def __init__(self, run: "Run", diagnostics: Any, profile: Any) -> None:
         self.run, self.diagnostics, self.profile = run, diagnostics, profile
         self.probabilities: Any = None
-        self._why_not: LisaError | None = None
+        self.why_not: LisaError | None = None
 
     @classmethod
     def of(cls, run: "Run", arguments: argparse.Namespace) -> "_Result":
         import lisa_analysis as la
 
         metric = {} if arguments.metric is None else {"metric": arguments.metric}
-        result = cls(run, la.diagnose(run), la.importance(run, **metric))
+        result = cls(run, la.diagnose(run), None)
+        try:
+            result.profile = la.importance(run, **metric)
+        except LisaError as error:
+            if arguments.metric is not None:
+                raise
+            result.why_not = error  # a run that has just begun has findings all the same
+            return result
         k = arguments.activated_layers or (run.manifest.get("lisa") or {}).get("activated_layers")
         try:
             result.probabilities = la.sampling_probabilities(
@@ -150,12 +166,12 @@ class _Result:
         except LisaError as error:
             if arguments.activated_layers:
                 raise
-            result._why_not = error
+            result.why_not = error
         return result
 
     def probabilities_or_raise(self) -> Any:
         if self.probabilities is None:
-            raise self._why_not or LisaError(f"{self.run.path} gives no probabilities.")
+            raise self.why_not or LisaError(f"{self.run.path} gives no probabilities.")
         return self.probabilities
 
 

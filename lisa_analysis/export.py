@@ -18,7 +18,8 @@ def to_json(results: Iterable[Any], comparison: "Comparison | None") -> str:
     Parameters
     ----------
     results
-        One object per run with `run`, `diagnostics`, `profile` and `probabilities` (or None).
+        One object per run with `run`, `diagnostics`, `profile` and `probabilities` (or None), and
+        `why_not`, the reason for what is missing.
     comparison
         The runs side by side, or None for a single run.
 
@@ -45,6 +46,7 @@ def _run(result: Any) -> dict[str, Any]:
         "warnings": list(run.warnings),
         "result": run.manifest.get("result"),
         "findings": [asdict(finding) for finding in result.diagnostics.findings],
-        "profile": result.profile.to_dict(),
+        "profile": None if result.profile is None else result.profile.to_dict(),
+        "why_not": None if result.why_not is None else str(result.why_not),
         "probabilities": None if probabilities is None else asdict(probabilities),
     }

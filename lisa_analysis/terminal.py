@@ -113,7 +113,8 @@ def comparison(comparison: "Comparison") -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join(lines) + "\n"
+    said = textwrap.fill(comparison.statement, min(100, width()))
+    return "\n".join([*lines, "", said] if said else lines) + "\n"
 
 
 def written(files: list[tuple[str, Path]]) -> str:

@@ -1,6 +1,7 @@
 """`lisa-analyze`: what it prints, what it writes, and how it fails."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,3 +138,36 @@ def test_it_also_runs_as_a_module_and_says_what_it_takes() -> None:
 )
 def test_bars_are_as_long_as_the_share(share: float, drawn: str) -> None:
     assert bar(share) == drawn
+
+
+@pytest.mark.parametrize("kept", [(), ("metrics/part-000-00000000.parquet",)])
+def test_a_run_without_a_profile_is_reported_all_the_same(kept, golden, tmp_path, capsys):
+    begun = tmp_path / "begun"
+    (begun / "metrics").mkdir(parents=True)
+    for name in ("run.json", "parameters.parquet", *kept):
+        shutil.copy(golden / name, begun / name)
+    found = tmp_path / "found.json"
+    assert main([str(begun), "--json", str(found)]) == 0
+    assert "No profile: importance metric 'grad_rms' cannot be computed" in capsys.readouterr().out
+    assert (begun / "report.html").is_file()
+    [run] = json.loads(found.read_text(encoding="utf-8"))["runs"]
+    assert run["profile"] is None
+    assert "grad_norm was not recorded" in run["why_not"]
+    assert main([str(begun), str(golden), "-o", str(tmp_path / "both.html")]) == 0
+    assert main([str(begun), "--probabilities", str(tmp_path / "p.json")]) == 2
+    assert main([str(begun), "--metric", "grad_rms"]) == 2
+
+
+def test_a_reader_that_stops_early_and_a_poor_terminal_do_no_harm(golden, tmp_path):
+    command = [sys.executable, "-m", "lisa_analysis", str(golden), "-o", str(tmp_path / "r.html")]
+    whole = subprocess.run(
+        command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert b"\\u2016" in whole.stdout
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    try:
+        cut = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert (cut.returncode, cut.stderr) == (0, b"")

@@ -37,7 +37,8 @@ def initialisation(
     """Compare a profile with the one at step 0; None when that is unknown.
 
     The share is R² of the final log-profile given the initial one with slope 1, over layers and
-    the groups outside the stack: 1 when training left the differences as they were.
+    the groups outside the stack: 1 when training left the differences as they were. A profile is
+    explained by its initialisation when this holds among the layers alone as well.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         final, start = np.log(scores), np.log(initial)
@@ -48,24 +49,32 @@ def initialisation(
     # A LISA run's first step has gradients of the layers drawn first, which are no profile.
     if known.sum() < max(2, 0.5 * np.isfinite(final).sum()):
         return None
-    final, start = final[known], start[known]
-    change = final - start
+    inside = data.table.groups.inside
+    layers = known & (np.arange(len(known)) < inside)
+    change = (final - start)[known]
     level = float(min(np.exp(-abs(change.mean())), 1.0))
-    spread = float(final.var())
-    # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
-    differs = spread > MATERIAL**2
-    share = float(np.clip(1 - change.var() / spread, 0, 1)) if differs else float("nan")
-    if metric in _GRADIENT and not differs:
+    share = _share(final[known], start[known])
+    if metric in _GRADIENT and np.isnan(share):
         return None
     raw_adapters = metric == "weight_norm" and data.run.method == "lora"
-    measure = level if np.isnan(share) else share
-    explained = raw_adapters and measure >= EXPLAINED and level >= EXPLAINED
+    # An embedding of ten times the norm hides what the layers learned: they must pass alone too.
+    alone = _share(final[layers], start[layers])
+    measures = [level, *(part for part in (share, alone) if not np.isnan(part))]
+    explained = raw_adapters and min(measures) >= EXPLAINED
     expected = default_lora_norms(data) if raw_adapters else np.full(len(scores), np.nan)
-    inside = data.table.groups.inside
-    statement = _words(metric, share, level, explained, raw_adapters)
+    statement = _words(metric, share, alone, level, explained, raw_adapters)
     if raw_adapters:
         statement += _formula_words(expected[:inside], initial[:inside], scores[:inside])
     return Initialisation(share, level, explained, expected[:inside], statement)
+
+
+def _share(final: Array, start: Array) -> float:
+    """R² of log-scores given those at step 0, slope 1; NaN where the scores do not differ."""
+    spread = float(final.var()) if len(final) else 0.0
+    # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
+    if spread <= MATERIAL**2:
+        return float("nan")
+    return float(np.clip(1 - (final - start).var() / spread, 0, 1))
 
 
 def default_lora_norms(data: Measurements) -> Array:
@@ -88,7 +97,9 @@ def default_lora_norms(data: Measurements) -> Array:
     return np.sqrt(np.where(squares > 0, squares, np.nan))
 
 
-def _words(metric: str, share: float, level: float, explained: bool, raw_adapters: bool) -> str:
+def _words(
+    metric: str, share: float, alone: float, level: float, explained: bool, raw_adapters: bool
+) -> str:
     if metric in _GRADIENT:
         return (
             f"{share:.0%} of the spread of this profile is that of the first gradient, which "
@@ -99,6 +110,8 @@ def _words(metric: str, share: float, level: float, explained: bool, raw_adapter
         if np.isnan(share)
         else f"{share:.0%} of the spread between layers, embedding and head was there at step 0"
     )
+    if not np.isnan(alone) and f"{alone:.0%}" != f"{share:.0%}":
+        part += f", {alone:.0%} of that among the layers alone"
     text = f"{part[0].upper()}{part[1:]}; {level:.0%} of the level was there at step 0."
     if explained:
         return (
@@ -106,7 +119,8 @@ def _words(metric: str, share: float, level: float, explained: bool, raw_adapter
             "were drawn, not which layers learned."
         )
     if raw_adapters:
-        return f"{text} Raw adapter norms have moved away from their initialisation."
+        where = "The layers' raw" if share >= EXPLAINED > alone else "Raw"
+        return f"{text} {where} adapter norms have moved away from their initialisation."
     return (
         f"{text} It is mostly the profile of the pretrained weights." if level > EXPLAINED else text
     )

@@ -379,6 +379,26 @@ class TestInitialisation:
         assert not start.explained
         assert start.level < 0.9
 
+    def test_an_untouched_embedding_does_not_hide_what_the_layers_learned(self, make_run):
+        """The embedding's norm is ten times a layer's: it alone makes R² of all groups 0.98."""
+
+        def learn_a_u(frame):
+            layer = (frame["param_id"].to_numpy() - 3) // 6  # q and down: base, A, B each
+            depth = np.linspace(-1, 1, 8)[np.clip(layer, 0, 7)]
+            inside = (layer >= 0) & (layer < 8)
+            grown = np.exp(0.25 * depth**2 * np.minimum(frame["step"] / 20, 1))
+            frame["weight_norm"] *= np.where(inside, grown, 1.0)
+            return frame
+
+        profile = la.importance(make_run(method="lora", steps=300, edit=learn_a_u), "weight_norm")
+        start = profile.initialisation
+        assert start.share > 0.95
+        assert start.level > 0.9
+        assert not start.explained
+        assert "among the layers alone" in start.statement
+        assert "The layers' raw adapter norms have moved away" in start.statement
+        assert profile.verdict == "U"
+
     def test_adapter_change_has_no_initial_profile(self, make_run):
         assert la.importance(make_run(method="lora"), "delta_rel").initialisation is None
 

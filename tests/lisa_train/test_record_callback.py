@@ -233,6 +233,32 @@ def test_a_retry_with_a_smaller_batch_is_a_new_segment(tmp_path):
     assert run.metrics(["grad_norm"]).groupby("step").size().tolist() == [30] * 5
 
 
+def test_a_retry_that_cannot_be_recorded_ends_the_recording_only(tmp_path, monkeypatch):
+    trainer, attached = make(
+        tmp_path, max_steps=4, auto_find_batch_size=True, per_device_train_batch_size=4
+    )
+    original = trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) == 4 and trainer.state.global_step == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return original(model, inputs, *args, **kwargs)
+
+    def begin_segment(self, step, checkpoint=None):
+        raise OSError(28, "No space left on device")
+
+    trainer.training_step = training_step
+    monkeypatch.setattr("lisa_train.writer.RunWriter.begin_segment", begin_segment)
+    with pytest.warns(RuntimeWarning, match="Training goes on unrecorded: OSError: .*No space"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert attached.recorder_callback.recorder is None
+    run = load(tmp_path / "run")
+    assert run.status == "failed"
+    assert "No space left" in run.manifest["error"]
+    assert run.scalars["step"].tolist() == [1, 2]
+
+
 # --- recording goes wrong -----------------------------------------------------------------------
 
 

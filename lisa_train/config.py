@@ -192,7 +192,8 @@ class RecordConfig:
         Longest time that measured values stay in memory only.
     on_record_error
         ``warn``: when recording fails, say so and train on. ``raise``: stop training. A
-        directory that holds a run already is refused before training in either case.
+        directory that holds a run already is refused before training in either case, and so is
+        one that another process writes if the checkpoints are to go there too.
     """
 
     run_dir: str | None = None

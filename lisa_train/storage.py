@@ -23,6 +23,10 @@ class UnwritableError(RunDirectoryError):
     """The disk or another process refuses a run directory that was rightly chosen."""
 
 
+class HeldError(UnwritableError):
+    """Another process is writing the run directory."""
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file, then put it in the place of `path` in one move.
 
@@ -98,7 +102,7 @@ class RunLock:
                 # A reader that asks whether the run lives holds the lock for an instant.
                 if time.monotonic() > deadline:
                     self.release()
-                    raise UnwritableError(
+                    raise HeldError(
                         f"{path.parent} is being written by another process: wait for it to "
                         "end, or choose another run directory."
                     ) from None

@@ -25,6 +25,7 @@ from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
 from lisa_train.recorder import NormRecorder, is_refusal, warn_unrecorded
 from lisa_train.silent_writer import SilentWriter
+from lisa_train.storage import HeldError
 from lisa_train.tensor_table import TensorTable
 from lisa_train.writer import RunWriter
 
@@ -147,7 +148,10 @@ class RecordCallback(TrainerCallback):
             return  # the first process says it
         # A directory that holds a run is refused whatever `on_record_error` says: nothing has
         # begun yet, and the run that the user wants may be the one to continue.
-        if self.config.on_record_error == "raise" or is_refusal(problem):
+        # Nor may checkpoints go into the directory that another process fills with its own.
+        output = Path(self._trainer.args.output_dir or ".").resolve()
+        shared = isinstance(problem, HeldError) and output.is_relative_to(self._run_dir.resolve())
+        if self.config.on_record_error == "raise" or is_refusal(problem) or shared:
             raise problem
         warn_unrecorded(problem)
 

@@ -352,16 +352,26 @@ def held(tmp_path):
 
 
 def test_a_directory_that_another_process_writes(held):
-    trainer, attached = make(held, max_steps=2)
+    trainer = Witness(llama(), arguments(held / "out", max_steps=2), train_dataset=examples())
+    attached = lt.attach(trainer, record=lt.RecordConfig(str(held / "run")))
     with pytest.warns(RuntimeWarning, match="unrecorded: .* written by another") as caught:
         trainer.train()
     assert len([w for w in caught if "unrecorded" in str(w.message)]) == 1
     assert trainer.state.global_step == 2
     assert attached.latest_scalars() == {}
     assert not (held / "run" / "run.json").exists()
-    trainer, _ = make(held, max_steps=2, record={"on_record_error": "raise"})
+    trainer = Witness(llama(), arguments(held / "out", max_steps=2), train_dataset=examples())
+    lt.attach(trainer, record=lt.RecordConfig(str(held / "run"), on_record_error="raise"))
     with pytest.raises(RunDirectoryError, match="written by another process"):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_checkpoints_never_go_among_those_of_another_process(held):
+    trainer, _ = make(held, max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(RunDirectoryError, match="written by another process"):
+        trainer.train()
+    assert not list((held / "run").rglob("checkpoint-*"))
 
 
 def test_an_unforeseen_error_at_the_begin(tmp_path, monkeypatch):

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from lisa_analysis.aggregate import StepTable, step_table
 from lisa_analysis.errors import LisaError, suggest
 from lisa_analysis.measurements import Measurements
-from lisa_analysis.series import growth_exponent, mean_over_steps, ratio, root, running_mean
+from lisa_analysis.series import (
+    growth_exponent,
+    mean_over_steps,
+    ratio,
+    root,
+    running_mean,
+    without_common_course,
+)
 
 Array = NDArray[np.float64]
 # log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
@@ -217,22 +224,26 @@ class GradSnr:
     decay: float = 0.85
     id: ClassVar[str] = "grad_snr"
     definition: ClassVar[str] = (
-        "Geometric mean over steps of Ī/Ū, the running mean of ‖g_t‖ over the running mean of its "
-        "absolute deviation (decay 0.85 per active step): steady gradients score high."
+        "Geometric mean over steps of Ī/Ū, the running mean of ‖g_t‖ freed from the course that "
+        "all layers share, over the running mean of its absolute deviation (decay 0.85 per active "
+        "step): steady gradients score high."
     )
     scale: ClassVar[Scale] = "log"
 
     def __call__(self, data: Measurements) -> NDArray[Any]:
         """Return one value per recorded step and group."""
-        norms = data.table["grad_norm"]
+        norms = without_common_course(data.table["grad_norm"], data.table.groups.inside)
         result = np.full(norms.shape, np.nan, dtype=np.float32)
         for column in range(norms.shape[1]):
             rows = np.flatnonzero(np.isfinite(norms[:, column]))
-            values = norms[rows, column].astype(np.float64)
-            mean = running_mean(values, self.decay, start=values[:1])
-            deviation = running_mean(np.abs(values - mean), self.decay)
-            # Until both averages have filled up the ratio says when the layer was first seen.
-            ready = (np.arange(len(rows)) > 2 / (1 - self.decay)) & (deviation > 0)
+            values, age = norms[rows, column], np.arange(1, len(rows) + 1)
+            # Averages start at 0; what they lack at each age is known.
+            filled = 1 - self.decay**age
+            mean = running_mean(values, self.decay) / filled
+            deviation = running_mean(np.abs(values - mean), self.decay) / filled
+            # Until both averages have filled up the ratio says when the layer was first seen; a
+            # deviation of the size of rounding says nothing.
+            ready = (age > 2 / (1 - self.decay) + 1) & (deviation > 1e-6 * mean)
             result[rows[ready], column] = mean[ready] / deviation[ready]
         return result
 

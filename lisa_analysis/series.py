@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.statistics.effects import additive_effects
+
 Array = NDArray[np.float64]
 
 
@@ -30,6 +32,19 @@ def growth_exponent(
             products += float((x - x.mean()) @ (y - y.mean()))
             squares += float((x - x.mean()) @ (x - x.mean()))
     return float(np.clip(products / squares, 0.5, 1.0)) if squares > 0 else 1.0
+
+
+def without_common_course(norms: NDArray[Any], inside: int) -> Array:
+    """Norms divided by what the first `inside` columns share at each step; NaN where not finite.
+
+    A layer that LISA draws rarely would otherwise seem unsteady: all norms have moved on between
+    its activations.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(np.asarray(norms, dtype=np.float64))
+    logs[~np.isfinite(logs)] = np.nan
+    common = additive_effects(logs[:, :inside]).common
+    return np.asarray(np.exp(logs - common[:, None]))
 
 
 def running_mean(values: Array, decay: float, start: Array | None = None) -> Array:

@@ -26,7 +26,14 @@ from lisa_analysis.shards import (
     read_shard,
     step_bounds,
 )
-from lisa_analysis.streams import lines_frame, read_lines, read_manifest, writer_lives
+from lisa_analysis.streams import (
+    MOST_STEPS,
+    lines_frame,
+    read_lines,
+    read_manifest,
+    usable_events,
+    writer_lives,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,7 +208,26 @@ class Run:
             if shard.first > end or (shard.end is not None and shard.end <= first):
                 continue
             bounded = condition & (pc.field("step") <= end)
-            yield from read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings)
+            for batch in read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings):
+                self._check_keys(batch, shard.path)
+                yield batch
+
+    def _check_keys(self, batch: "pa.RecordBatch", path: Path) -> None:
+        """Refuse rows of steps and tensors that cannot be: they index arrays."""
+        import pyarrow.compute as pc
+
+        for name, most in (("step", MOST_STEPS), ("param_id", self._last_param_id)):
+            bounds = pc.min_max(batch.column(name)).as_py()
+            if bounds["min"] < 0 or bounds["max"] > most:
+                worst = bounds["min"] if bounds["min"] < 0 else bounds["max"]
+                raise RunDirectoryError(
+                    f"{path} has {name} = {worst}, expected 0 to {most}: restore the file or "
+                    "delete it."
+                )
+
+    @cached_property
+    def _last_param_id(self) -> int:
+        return int(self.parameters["param_id"].max())
 
     def non_finite(self) -> "pd.DataFrame":
         """Return every value that was measured and is NaN or infinite.
@@ -241,7 +267,10 @@ class Run:
 
     @cached_property
     def _event_lines(self) -> list[dict[str, Any]]:
-        lines, warnings = read_lines(self.path / EVENTS, EVENTS_TABLE, extra=True)
+        path = self.path / EVENTS
+        lines, warnings = read_lines(path, EVENTS_TABLE, extra=True)
+        self._warn(warnings)
+        lines, warnings = usable_events(lines, self.n_layers, path)
         self._warn(warnings)
         return lines
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.errors import RunDirectoryError
 from lisa_analysis.schema import METRICS_TABLE, PARAMETERS_TABLE, Table, parse_shard_name
-from lisa_analysis.streams import check_version
+from lisa_analysis.streams import MOST_TENSORS, check_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,6 +186,12 @@ def _parameter_fault(frame: "pd.DataFrame", n_layers: int) -> str | None:
     required = [column.name for column in PARAMETERS_TABLE.columns if not column.nullable]
     if frame[required].isna().any(axis=None):
         return "has empty cells in columns that must be filled"
+    if frame.empty:
+        return "holds no tensor"
+    if frame["param_id"].max() > MOST_TENSORS:
+        return f"has a param_id of {frame['param_id'].max()}; they count from 0"
+    if (frame["numel"] < 0).any():
+        return "has a tensor with a negative number of elements"
     if frame["param_id"].duplicated().any() or (frame["param_id"] < 0).any():
         return "has a param_id that is negative or used twice"
     layer = frame["layer"].dropna()

@@ -69,6 +69,15 @@ def check_version(text: object, where: Path) -> str | None:
     return None
 
 
+# Steps and tensors index arrays: beyond these a number is damage, not a training run.
+MOST_STEPS = 100_000_000
+MOST_TENSORS = 10_000_000
+
+# Entries of run.json that hold named values, where they are there at all.
+_OBJECTS = ("model", "lisa", "lora", "result", "recording", "seeds", "hardware", "versions",
+            "dataset")  # fmt: skip
+
+
 def read_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read and check run.json; returns it with warnings in words."""
     manifest = _parse_object(read_bytes(path), path)
@@ -83,6 +92,11 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
             raise RunDirectoryError(
                 f"{path} has {field} = {_short(manifest.get(field))}, expected a text: restore it."
             )
+    for field in _OBJECTS:
+        if not isinstance(manifest.get(field, {}), Mapping | None):
+            raise RunDirectoryError(
+                f"{path} has {field} = {_short(manifest[field])}, expected an object: restore it."
+            )
     _check_layers(manifest.get("layers"), path)
     return manifest, [warning] if warning else []
 
@@ -95,6 +109,7 @@ def _check_layers(layers: object, path: Path) -> None:
             or entry.get("index") != index
             or isinstance(entry.get("index"), bool)
             or not isinstance(entry.get("name"), str)
+            or not isinstance(entry.get("stack", ""), str | None)
         ):
             raise RunDirectoryError(
                 f"{path} has a broken layer table at position {index}: expected entries with "
@@ -149,7 +164,20 @@ def _parse_object(text: bytes, path: Path, line: int | None = None) -> dict[str,
         ) from None
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{where} is {_short(value)}, expected a JSON object.")
+    if b"\\ud" in text.lower() and _half_character(value):
+        raise RunDirectoryError(
+            f"{where} holds half a character (an escape from \\ud800 to \\udfff), which no other "
+            "file can hold: correct the text."
+        )
     return value
+
+
+def _half_character(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_line(
@@ -173,9 +201,50 @@ def _check_line(
                 f"{column.type}: restore the file or remove the line."
             )
         checked[column.name] = converted
-    if checked["step"] < 0:
-        raise RunDirectoryError(f"{path} line {number} has a negative step: restore the file.")
+    if not 0 <= checked["step"] <= MOST_STEPS:
+        raise RunDirectoryError(
+            f"{path} line {number} has step {checked['step']}, expected 0 to {MOST_STEPS:,}: "
+            "restore the file."
+        )
     return checked
+
+
+def usable_events(
+    lines: list[dict[str, Any]], n_layers: int, path: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out events whose own fields are not what they should be, with a warning each."""
+    kept, warnings = [], []
+    for line in lines:
+        if reason := _broken_event(line, n_layers):
+            warnings.append(
+                f"{path.name}: the {line['event']} of step {line['step']} {reason}; left out."
+            )
+        else:
+            kept.append(line)
+    return kept, warnings
+
+
+def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
+    if line["event"] == "lisa_draw":
+        layers, pi = line.get("layers"), line.get("inclusion_probabilities")
+        if not _numbers(layers, int) or not all(0 <= layer < n_layers for layer in layers or ()):
+            return f"has layers = {_short(layers)}, expected indices of the {n_layers} layers"
+        if pi is not None and not (_numbers(pi, int | float) and len(pi) == n_layers):
+            return f"has inclusion_probabilities = {_short(pi)}, expected {n_layers} numbers"
+        if (visits := line.get("visits")) is not None and not _numbers(visits, int | float):
+            return f"has visits = {_short(visits)}, expected numbers"
+    if line["event"] == "evaluate":
+        metrics = line.get("metrics")
+        loss = metrics.get("eval_loss") if isinstance(metrics, Mapping) else None
+        if not isinstance(metrics, Mapping | None) or not _numbers([loss or 0], int | float):
+            return f"has metrics = {_short(metrics)}, expected an object with numbers"
+    return None
+
+
+def _numbers(values: object, kind: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values
+    )
 
 
 def _convert(value: object, column: Column) -> Any:

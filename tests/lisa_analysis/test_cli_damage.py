@@ -1,0 +1,137 @@
+"""`lisa-analyze` on run directories that somebody edited: a sentence, never a traceback."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers_runs import write_run
+
+from lisa_analysis.cli import main
+
+VALUES = [None, True, 0, -1, 3, 2**63, 1.5, "", "x", "\ud800", "<script>", [], {}, [1], {"a": 1},
+          [None], {"name": "\udfff"}, "9" * 400, "\u202e\x1b[31m", "delete"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("damage") / "run", n_layers=4, steps=40, every=5)
+
+
+@pytest.fixture
+def run(source, tmp_path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "run"))
+
+
+def analyse(run: Path, capsys) -> tuple[int, str]:
+    code = main([str(run), "--json", str(run / "found.json")])
+    errors = capsys.readouterr().err
+    assert code in (0, 2)
+    assert (errors.count("\n"), code) in ((0, 0), (1, 2))
+    return code, errors
+
+
+def edit_manifest(run: Path, **changes: Any) -> None:
+    content = json.loads((run / "run.json").read_text()) | changes
+    (run / "run.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "gpt"}, {"lisa": "x"}, {"result": "x"}, {"recording": 5}, {"seeds": [1]},
+        {"run_id": "\ud800"}, {"method": "\udfff"},
+        {"layers": [{"index": 0, "name": "a", "stack": {}}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_of_other_types(run, capsys, changes):
+    edit_manifest(run, **changes)
+    code, errors = analyse(run, capsys)
+    assert code == 2
+    assert "run.json" in errors
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": None}, {"layers": 5}, {"layers": "ab"}, {"layers": [[1]]}, {"layers": [999]},
+        {"inclusion_probabilities": ["x"]}, {"visits": {}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_draw_that_makes_no_sense_is_left_out_with_a_warning(run, capsys, fields):
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    at = next(i for i, line in enumerate(lines) if line["event"] == "lisa_draw")
+    lines[at] |= fields
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code = main([str(run)])
+    assert code == 0
+    assert "events.jsonl: the lisa_draw of step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("param_id", 10_000), ("param_id", -1), ("step", 2**62), ("step", -3)]
+)
+def test_rows_that_would_index_beyond_everything(run, capsys, column, value):
+    shard = sorted((run / "metrics").iterdir())[-1]
+    table = pq.read_table(shard)
+    numbers = table.column(column).to_numpy().copy()
+    numbers[-1] = value
+    position = table.schema.get_field_index(column)
+    field = table.schema.field(position)
+    pq.write_table(table.set_column(position, field, pa.array(numbers, field.type)), shard)
+    code, errors = analyse(run, capsys)
+    if (column, value) != ("step", -3):  # before the first step that anybody asks for
+        assert code == 2
+        assert f"{column} = {value}" in errors
+
+
+def test_a_table_of_tensors_that_is_empty_or_absurd(run, capsys):
+    table = pq.read_table(run / "parameters.parquet")
+    pq.write_table(table.slice(0, 0), run / "parameters.parquet")
+    assert "holds no tensor" in analyse(run, capsys)[1]
+    ids = table.column("param_id").to_numpy().copy()
+    ids[-1] = np.iinfo(np.int32).max
+    huge = table.set_column(
+        table.schema.get_field_index("param_id"), "param_id", pa.array(ids, pa.int32())
+    )
+    pq.write_table(huge.replace_schema_metadata(table.schema.metadata), run / "parameters.parquet")
+    assert "param_id" in analyse(run, capsys)[1]
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [above] if above else []
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value[:3])
+        for key, inner in items:
+            found += places(inner, (*above, key))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_edits(source, tmp_path, capsys, seed):
+    rng = random.Random(seed)
+    for number in range(12):
+        run = Path(shutil.copytree(source, tmp_path / str(number)))
+        path = run / rng.choice(["run.json", "run.json", "events.jsonl", "scalars.jsonl"])
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        at = rng.randrange(len(lines))
+        content = json.loads(lines[at])
+        *way, last = rng.choice(places(content))
+        inner = content
+        for key in way:
+            inner = inner[key]
+        value = rng.choice(VALUES)
+        if value == "delete":
+            del inner[last]
+        else:
+            inner[last] = value
+        lines[at] = json.dumps(content)
+        path.write_text("\n".join(lines) + "\n")
+        analyse(run, capsys)

@@ -1,6 +1,7 @@
 """Concentration, shape, reliability and the statement of a profile, from its fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,9 +119,11 @@ def shape(fit: Fit, confidence: float, found: Concentration, has_depth: bool = T
             else (effect / scale, None if samples is None else samples / scale)
         )
     result = st.u_shape(effect, samples, x, confidence)
+    if result.rests_on is not None:
+        result = replace(result, rests_on=int(np.flatnonzero(seen)[result.rests_on]))
     high = found.headroom.high
     if result.verdict == "undecided" and high is not None and high <= WORTHWHILE_HEADROOM:
-        return Shape(result.curvature, result.slope, result.left, result.right, "flat")
+        return replace(result, verdict="flat")
     return result
 
 
@@ -257,4 +260,6 @@ def _shape_words(shape: Shape, found: Concentration, by: str, stacks: int) -> st
         "flat": "The profile is flat: no difference worth sampling for",
         "undecided": "The shape is undecided",
     }[shape.verdict]
+    if shape.rests_on is not None:
+        words += f": one layer stands out, and no shape holds without layer {shape.rests_on}"
     return f"{words}; {ceiling}."

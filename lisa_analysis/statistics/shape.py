@@ -1,6 +1,6 @@
 """The depth profile in words: U, inverted U, ramp, flat, or undecided."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ class Shape:
         Slopes of the two lines that meet in the middle layer.
     verdict
         ``U``, ``inverted U``, ``ramp``, ``flat`` or ``undecided``.
+    rests_on
+        Position among the tested layers of the one without which a U, its inverse or a ramp
+        would not hold (the verdict is then not given); None otherwise.
     """
 
     curvature: Interval
@@ -33,6 +36,7 @@ class Shape:
     left: Interval
     right: Interval
     verdict: str
+    rests_on: int | None = None
 
 
 def depth(layers: int) -> Array:
@@ -76,23 +80,38 @@ def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float)
     Returns
     -------
     Shape
-        ``U`` needs curvature and *both* arms, so that a ramp with a bend does not pass; `flat`
-        is left to the caller, who knows the headroom.
+        ``U`` needs curvature and *both* arms, so that a ramp with a bend does not pass. Every
+        shape must hold without any single layer; `flat` is left to the caller, who knows the
+        headroom.
     """
     if len(estimate) < MIN_LAYERS:
         unknown = Interval(float("nan"))
         return Shape(unknown, unknown, unknown, unknown, "undecided")
-    fit = quadratic_fit(estimate, x)
-    vertex = -fit[1] / (2 * fit[2]) if fit[2] else 0.0
-    split = float(vertex) if abs(vertex) < 0.8 else 0.0
-    arms = two_lines(estimate, x, split)
-    linear = _line(estimate, x)
     if samples is None:
+        fit, linear, arms, _ = _coefficients(estimate, x)
         curvature, slope, left, right = (
             Interval(float(v)) for v in (fit[2], linear, arms[0], arms[1])
         )
         return Shape(curvature, slope, left, right, "undecided")
     tail = (1 - confidence) / 6
+    found = _test(estimate, samples, x, tail)
+    if found.verdict == "undecided":
+        return found
+    rests_on = _indispensable(found, estimate, samples, x, tail)
+    return found if rests_on is None else replace(found, verdict="undecided", rests_on=rests_on)
+
+
+def _coefficients(estimate: Array, x: Array) -> tuple[Array, Array, Array, float]:
+    """Quadratic fit, slope of the line, slopes of the two arms, and where the arms meet."""
+    fit = quadratic_fit(estimate, x)
+    vertex = -fit[1] / (2 * fit[2]) if fit[2] else 0.0
+    split = float(vertex) if abs(vertex) < 0.8 else 0.0
+    return fit, _line(estimate, x), two_lines(estimate, x, split), split
+
+
+def _test(estimate: Array, samples: Array, x: Array, tail: float) -> Shape:
+    """The three questions, asked of these layers."""
+    fit, linear, arms, split = _coefficients(estimate, x)
     fits, sides = quadratic_fit(samples, x), two_lines(samples, x, split)
     curvature = _interval(fit[2], fits[:, 2], tail)
     slope = _interval(linear, _line(samples, x), tail)
@@ -102,9 +121,30 @@ def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float)
         depth_of_arms = min(abs(arms[0]) * (split + 1), abs(arms[1]) * (1 - split))
         if depth_of_arms > MATERIAL:
             verdict = "U" if sign(curvature) > 0 else "inverted U"
-    elif sign(slope) and abs(2 * slope.value) > MATERIAL:
+    elif _is_ramp(slope):
         verdict = "ramp"
     return Shape(curvature, slope, left, right, verdict)
+
+
+def _is_ramp(slope: Interval) -> bool:
+    return sign(slope) != 0 and abs(2 * slope.value) > MATERIAL
+
+
+def _indispensable(
+    found: Shape, estimate: Array, samples: Array, x: Array, tail: float
+) -> int | None:
+    """Layer without which the shape does not hold: the one farthest from the median, or None."""
+    for layer in np.argsort(-np.abs(estimate - np.median(estimate)), kind="stable"):
+        kept = np.arange(len(x)) != layer
+        rest = _test(estimate[kept], samples[:, kept], x[kept], tail)
+        holds = (
+            _is_ramp(rest.slope) and sign(rest.slope) == sign(found.slope)
+            if found.verdict == "ramp"
+            else rest.verdict == found.verdict
+        )
+        if not holds:
+            return int(layer)
+    return None
 
 
 def sign(interval: Interval) -> int:

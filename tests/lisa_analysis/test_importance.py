@@ -306,6 +306,13 @@ class TestVerdicts:
         run = make_run(profile=np.exp(truth), steps=steps, rho=0.5, k=3, method=method)
         assert la.importance(run, "grad_rms").verdict == verdict
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_one_high_layer_at_the_end_is_no_ramp(self, make_run, seed):
+        run = make_run(profile=[1.0] * 11 + [3.0], steps=400, rho=0.5, seed=seed)
+        profile = la.importance(run)
+        assert profile.verdict == "undecided"
+        assert "no shape holds without layer 11" in profile.statement
+
     def test_a_short_pilot_is_undecided_and_still_shows_scores(self, make_run):
         run = make_run(profile=np.exp(0.4 * X**2), steps=60, rho=0.9)
         profile = la.importance(run)

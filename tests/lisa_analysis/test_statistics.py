@@ -250,6 +250,21 @@ class TestShape:
     def test_a_u_away_from_the_middle_is_a_u(self):
         assert self.verdict(0.5 * (self.x - 0.3) ** 2) == "U"
 
+    @pytest.mark.parametrize("layer", [0, 15, 31])
+    @pytest.mark.parametrize("height", [1.1, -1.1])
+    def test_one_layer_makes_no_shape(self, layer, height):
+        truth = np.where(np.arange(32) == layer, height, 0.0)
+        for seed in range(5):
+            assert self.verdict(truth, seed=seed) == "undecided"
+
+    def test_the_layer_that_a_shape_rests_on_is_named(self):
+        estimate = np.where(np.arange(32) == 31, 1.1, 0.001 * np.cos(np.arange(32)))
+        samples = estimate + 0.02 * np.random.default_rng(0).standard_normal((400, 32))
+        assert st.u_shape(estimate, samples, self.x, 0.95).rests_on == 31
+        both = 0.4 * self.x + np.where(np.arange(32) == 31, 1.1, 0.0)
+        found = st.u_shape(both, samples - estimate + both, self.x, 0.95)
+        assert (found.verdict, found.rests_on) == ("ramp", None)
+
     def test_noise_is_rarely_given_a_shape(self):
         named = sum(self.verdict(np.zeros(32), seed=s) != "undecided" for s in range(200))
         assert named <= 16  # at most 5 % by design, and the material size makes it less

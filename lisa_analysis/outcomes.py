@@ -17,11 +17,10 @@ COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
           "seconds": "loss_at_equal_seconds"}  # fmt: skip
 # What may differ between repetitions of one configuration.
-_REPEATED = re.compile(
-    r"^\s*[\w.]*(seed|output_dir|run_dir|run_name|run_id)\s*:.*\n?", re.MULTILINE
-)
+_REPEATED = re.compile(r"[\w.]*(seed|output_dir|run_dir|run_name|run_id)")
+_SETTING = re.compile(r"(\s*)([\w.]+)\s*:(.*)")
 # A setting that is off. An older version that did not know it wrote no line of it.
-_OFF = re.compile(r"^\s*[\w.]+\s*:\s*(false|null|\[\]|\{\})\s*\n?", re.MULTILINE)
+_OFF = ("false", "null", "[]", "{}")
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,13 @@ class Outcome:
         The columns of the comparison that need no other run.
     curve
         Every evaluation: run, step, tokens, seconds, held_out_loss.
+    settings
+        What makes runs repetitions of each other, see `settings`.
     """
 
     row: dict[str, Any]
     curve: pd.DataFrame
+    settings: dict[str, str]
 
     @classmethod
     def of(cls, run: Any, label: str) -> "Outcome":
@@ -49,7 +51,6 @@ class Outcome:
             "run": label,
             "method": run.method,
             "status": run.status,
-            "configuration": configuration(run),
             "seed": (run.manifest.get("seeds") or {}).get("seed"),
             "steps": _whole(_last(scalars, "step"), result.get("steps")),
             "tokens": _whole(_last(scalars, "tokens"), result.get("tokens")),
@@ -59,12 +60,14 @@ class Outcome:
             ),
             "held_out_loss": float(losses.iloc[-1]) if len(losses) else float("nan"),
         }
-        return cls(row, curve)
+        return cls(row, curve, settings(run))
 
 
 def table(outcomes: list[Outcome]) -> pd.DataFrame:
     """One row per run, with the held-out loss at the largest cost that all runs reached."""
     frame = pd.DataFrame([outcome.row for outcome in outcomes])
+    names = configurations([outcome.settings for outcome in outcomes])
+    frame.insert(frame.columns.get_loc("status") + 1, "configuration", names)
     for cost, column in _EQUAL.items():
         reached = [outcome.curve.dropna(subset=[cost, "held_out_loss"]) for outcome in outcomes]
         evaluated = [curve for curve in reached if len(curve)]
@@ -98,16 +101,59 @@ def evaluations(run: Any, label: str) -> pd.DataFrame:
     return frame
 
 
-def configuration(run: Any) -> str:
-    """Short name of everything but seeds and folders; equal for repetitions of one setting."""
+def settings(run: Any) -> dict[str, str]:
+    """Everything but seeds and folders, by key with its sections, as written."""
+    found = {"method": str(run.method)}
     path = run.path / CONFIG
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        text = _OFF.sub("", _REPEATED.sub("", text))
-    else:
-        keys = ("model", "method", "lisa", "lora", "dataset", "recording")
-        text = json.dumps({key: run.manifest.get(key) for key in keys}, sort_keys=True, default=str)
-    return f"{run.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if not path.exists():
+        keys = ("model", "lisa", "lora", "dataset", "recording")
+        return found | {
+            key: json.dumps(run.manifest.get(key), sort_keys=True, default=str) for key in keys
+        }
+    sections: list[tuple[int, str]] = []
+    key = ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        setting = _SETTING.fullmatch(line)
+        if setting is None:  # an item of a list, a text over several lines
+            found[key] = found.get(key, "") + "\n" + line.strip()
+            continue
+        depth = len(setting[1])
+        sections = [*((d, name) for d, name in sections if d < depth), (depth, setting[2])]
+        key = "/".join(name for _, name in sections)
+        found[key] = setting[3].strip()
+    return {
+        key: value
+        for key, value in found.items()
+        if key and not _REPEATED.fullmatch(key.rsplit("/", 1)[-1])
+    }
+
+
+def configurations(runs: list[dict[str, str]]) -> list[str]:
+    """Short name of the configuration of every run; equal for repetitions of one setting.
+
+    A run joins the first configuration with all of whose runs it agrees: a key in both files has
+    one value, and a key that one file lacks is off in the other. The name is that of the first
+    run's settings.
+    """
+    members: dict[str, list[dict[str, str]]] = {}
+    names = []
+    for run in runs:
+        name = next(
+            (n for n, group in members.items() if all(_agree(run, other) for other in group)), None
+        )
+        if name is None:
+            text = json.dumps(run, sort_keys=True)
+            name = f"{run['method']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        members.setdefault(name, []).append(run)
+        names.append(name)
+    return names
+
+
+def _agree(a: dict[str, str], b: dict[str, str]) -> bool:
+    return all(
+        a[key] == b[key] if key in a and key in b else a.get(key, b.get(key)) in _OFF
+        for key in a.keys() | b.keys()
+    )
 
 
 def labels(runs: Sequence[Any]) -> list[str]:

@@ -179,12 +179,30 @@ class TestSeeds:
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
-        names = [outcomes.configuration(run) for run in runs]
+        names = outcomes.configurations([outcomes.settings(run) for run in runs])
         assert names[0] == names[1]
         assert names[0] != names[2]
         assert names[0] != names[3]  # a section that the other lacks
         assert names[0] == names[4]  # settings that are off, written by a newer version
         assert names[0] != names[5]
+
+    def test_off_and_unset_are_different_settings(self, make_run):
+        """`null` may stand for a default that is on; only a key that is not there is off."""
+        runs = [make_run(steps=5) for _ in range(5)]
+        texts = [
+            "data:\n  completion_only_loss: false\n  files:\n  - a\n",
+            "data:\n  completion_only_loss: null\n  files:\n  - a\n",
+            "data:\n  files:\n  - a\n",
+            "data:\n  files:\n  - b\n",
+            "completion_only_loss: false\ndata:\n  completion_only_loss: null\n  files:\n  - a\n",
+        ]
+        for run, text in zip(runs, texts, strict=True):
+            (run.path / "config.yaml").write_text(text)
+        names = la.compare(runs).table["configuration"].tolist()
+        assert names[0] != names[1]
+        assert names[2] == names[0]
+        assert names[3] not in names[:3]
+        assert names[4] == names[1]
 
 
 class TestObject:

@@ -16,6 +16,7 @@ from lisa_analysis.allocation import inclusion_probabilities, safe_scores
 from lisa_analysis.errors import ProbabilitiesError
 from lisa_analysis.probabilities_file import check_vector, read_record
 from lisa_analysis.schema import SCHEMA_VERSION
+from lisa_analysis.statistics.shape import MATERIAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,7 +274,14 @@ def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
         )
     if profile.reliability.drift:
         return False, no + "the profile drifted during the run."
-    gain = float(pi.max() / pi.min())
+    # Without a floor a layer may have π = 0.
+    gain = float(pi.max() / pi.min()) if pi.min() > 0 else math.inf
+    if gain < 1 + MATERIAL:
+        return False, (
+            f"No layer is drawn {MATERIAL:.0%} more often than another: these settings "
+            "(activated_layers, gamma, mix, floor, cap, use_intervals) make the probabilities "
+            "uniform."
+        )
     return True, (
         f"Sampling by {profile.metric} could gain ×{headroom.value:.2f} over uniform "
         f"(at least ×{headroom.low:.2f}); the most important layer is drawn {gain:.1f} times as "

@@ -166,6 +166,16 @@ class TestPipeline:
         assert made.inclusion_probabilities[-1] > 2 * made.inclusion_probabilities[0]
         assert "permuted control" in made.statement
 
+    @pytest.mark.parametrize(
+        "options",
+        [{"gamma": 0.0}, {"mix": 1.0}, {"cap": 1.0}, {"floor": 1.0}, {"activated_layers": 12}],
+    )
+    def test_settings_that_make_any_profile_uniform_are_not_justified_by_it(self, strong, options):
+        made = la.sampling_probabilities(strong, **options)
+        assert np.ptp(made.inclusion_probabilities) < 1e-9
+        assert not made.justified
+        assert "make the probabilities uniform" in made.statement
+
     def test_unseen_layers_keep_a_chance(self, make_run):
         run = make_run(method="lisa", steps=20, interval=10, profile=5, draws=[[0, 1], [1, 2]])
         made = la.sampling_probabilities(la.importance(run), 2)

@@ -164,7 +164,7 @@ def compare(
         concordance=_concordance(profiles),
         seeds=seeds,
         curves=pd.concat([s.curve for s in summaries], ignore_index=True),
-        statement=_statement(table, pairs),
+        statement=_statement(table, pairs, seeds),
     )
 
 
@@ -276,17 +276,18 @@ def _seeds(table: pd.DataFrame, pairs: pd.DataFrame, confidence: float) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _statement(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
+def _statement(table: pd.DataFrame, pairs: pd.DataFrame, seeds: pd.DataFrame) -> str:
     parts = []
     losses = table.dropna(subset=["loss_at_equal_steps"])
-    if len(losses) > 1:
+    if seeds["low"].notna().any():
+        parts.append(_configurations_words(seeds))
+    elif len(losses) > 1:
         best = losses.iloc[int(losses["loss_at_equal_steps"].argmin())]
         parts.append(
             f"At equal steps {best['run']} has the lowest held-out loss "
             f"({best['loss_at_equal_steps']:.4f})."
         )
-        if table["configuration"].value_counts().max() < MIN_SEEDS:
-            parts.append("One run is one sample of the seed: repeat with three seeds or more.")
+        parts.append("One run is one sample of the seed: repeat with three seeds or more.")
     known = pairs.dropna(subset=["kendall"])
     if len(known) == 1:
         row = known.iloc[0]
@@ -302,3 +303,30 @@ def _statement(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
             f"{known['kendall'].max():.2f}."
         )
     return " ".join(parts)
+
+
+def _configurations_words(seeds: pd.DataFrame) -> str:
+    """Mean held-out losses of the configurations with their intervals, the lowest first."""
+    known = seeds.dropna(subset=["low"]).sort_values("held_out_loss", ignore_index=True)
+    listed = ", ".join(
+        f"{row['configuration']} {row['held_out_loss']:.4f} "
+        f"({row['low']:.4f} … {row['high']:.4f}, {row['runs']} runs)"
+        for _, row in known.iterrows()
+    )
+    text = f"Mean held-out loss at equal steps over seeds, with its interval: {listed}."
+    if len(known) > 1:
+        best = known["configuration"][0]
+        clear = bool((known["low"][1:] > known["high"][0]).all())
+        text += (
+            f" The interval of {best} lies below all others."
+            if clear
+            else f" The interval of {best}, the lowest, overlaps with others: seeds may explain "
+            "the difference."
+        )
+    single = len(seeds) - len(known)
+    if single:
+        text += (
+            f" {single} more configuration{'s' * (single > 1)} without an interval: repeat with "
+            "three seeds or more."
+        )
+    return text

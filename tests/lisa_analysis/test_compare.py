@@ -238,6 +238,32 @@ class TestObject:
         assert "three seeds" in text
         assert "τ" in text
 
+    @pytest.mark.parametrize(
+        ("gap", "words"), [(0.5, "lies below all others"), (0.02, "overlaps with others")]
+    )
+    def test_statement_speaks_of_configurations_where_seeds_give_intervals(
+        self, make_run, gap, words
+    ):
+        runs = [
+            make_run(
+                steps=30, seed=seed, method=method,
+                edit_events=evaluations((0, 4.0), (30, 2.0 + 0.05 * seed + lag)),
+            )
+            for method, lag in (("full", gap), ("lisa", 0.0))
+            for seed in range(3)
+        ]  # fmt: skip
+        comparison = la.compare(runs)
+        text, seeds = comparison.statement, comparison.seeds.set_index("method")
+        assert not any(f"{run.path.name} has" in text for run in runs)
+        lisa = seeds.loc["lisa"]
+        # t(2) = 4.303 and a standard deviation of 0.05 over three seeds.
+        low = 2.05 - 4.303 * 0.05 / np.sqrt(3)
+        assert f"interval: {lisa['configuration']} 2.0500 ({low:.4f} … " in text
+        assert words in text
+        assert "three seeds" not in text
+        lone = make_run(steps=30, method="lora")
+        assert "1 more configuration without an interval" in la.compare([*runs, lone]).statement
+
     def test_a_single_run(self, make_run):
         comparison = la.compare([make_run(steps=30)])
         assert len(comparison.rank_agreement) == 0

@@ -121,6 +121,7 @@ class Schedule:
             "interval_steps": self._config.interval_steps,
             "layer_names": self._layer_names,
             "sampler": self._sampler.state_dict(),
+            "settings": _settings(self._config),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,6 +139,13 @@ class Schedule:
                 f"the saved LISA state has interval_steps = {state['interval_steps']}, this run "
                 f"{interval}; resume with the setting that it was saved with."
             )
+        settings = _settings(self._config)
+        for name, saved in state.get("settings", {}).items():  # states of older versions lack it
+            if name in settings and saved != settings[name]:
+                raise ConfigError(
+                    f"the saved LISA state has {name} = {saved!r}, this run {settings[name]!r}; "
+                    "resume with the setting that it was saved with."
+                )
         self._sampler.load_state_dict(state["sampler"])
         self.index = state["index"]
         self.step = int(state["step"])
@@ -157,3 +165,15 @@ class Schedule:
             if np.random.default_rng(key).random() < probability:
                 drawn.append(group)
         return tuple(drawn)
+
+
+def _settings(config: LisaConfig) -> dict[str, Any]:
+    """Settings beside the sampler's without which a resumed run would not be the same."""
+    return {
+        "always_active": sorted(set(config.always_active)),
+        "embed_probability": config.embed_probability,
+        "head_probability": config.head_probability,
+        "optimizer_state": config.optimizer_state,
+        "warmup_steps": config.warmup_steps,
+        "precision": config.precision,
+    }

@@ -593,6 +593,42 @@ def test_saved_state_of_other_settings_is_refused_with_the_numbers(make_llama):
         engine.load_state_dict(state)
 
 
+OTHER_SETTINGS = [
+    ({"always_active": ("norm",)}, "always_active"),
+    ({"optimizer_state": "keep"}, "optimizer_state = 'reset', this run 'keep'"),
+    ({"warmup_steps": 3}, "warmup_steps = 0, this run 3"),
+    ({"precision": "fp32_active"}, "precision = 'model', this run 'fp32_active'"),
+    ({"always_active": ("head", "norm"), "embed_probability": 0.5}, "always_active"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), OTHER_SETTINGS)
+def test_settings_that_would_change_the_run_are_refused_on_resuming(make_llama, changes, words):
+    model = make_llama(layers=4).to(torch.bfloat16)
+    with Lisa(model, adamw(model.parameters()), lt.LisaConfig(1, 5)) as engine:
+        engine.begin_step(0)
+        state = json.loads(json.dumps(engine.state_dict()))
+    with Lisa(model, adamw(model.parameters()), lt.LisaConfig(1, 5, **changes)) as other:
+        with pytest.raises(ConfigError, match=words):
+            other.load_state_dict(state)
+        del state["settings"]  # states that were saved before this was noted
+        other.load_state_dict(state)
+        assert other.active_layers == engine.active_layers
+
+
+def test_another_probability_of_the_embeddings_is_refused_on_resuming(make_llama):
+    model, groups = make_llama(layers=4), ("head", "norm")
+    configs = [lt.LisaConfig(1, 5, always_active=groups, embed_probability=p) for p in (0.25, 0.5)]
+    with Lisa(model, adamw(model.parameters()), configs[0]) as engine:
+        engine.begin_step(0)
+        state = engine.state_dict()
+    with (
+        Lisa(model, adamw(model.parameters()), configs[1]) as other,
+        pytest.raises(ConfigError, match=r"embed_probability = 0.25, this run 0.5"),
+    ):
+        other.load_state_dict(state)
+
+
 def test_a_loop_that_forgets_begin_step_is_told(make_llama):
     model = make_llama(layers=3)
     optimizer = adamw(model.parameters())

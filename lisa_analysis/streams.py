@@ -7,6 +7,7 @@ which every JSON reader accepts and which cast to floating point everywhere.
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,20 +165,16 @@ def _parse_object(text: bytes, path: Path, line: int | None = None) -> dict[str,
         ) from None
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{where} is {_short(value)}, expected a JSON object.")
-    if b"\\ud" in text.lower() and _half_character(value):
-        raise RunDirectoryError(
-            f"{where} holds half a character (an escape from \\ud800 to \\udfff), which no other "
-            "file can hold: correct the text."
-        )
+    if b"\\ud" in text.lower():
+        value = _whole_characters(value)
     return value
 
 
-def _half_character(value: object) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+def _whole_characters(value: dict[str, Any]) -> dict[str, Any]:
+    """Replace halves of surrogate pairs, which JSON can escape and no file or terminal can hold."""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
+    result: dict[str, Any] = json.loads(text)
+    return result
 
 
 def _check_line(
@@ -236,7 +233,8 @@ def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
     if line["event"] == "evaluate":
         metrics = line.get("metrics")
         loss = metrics.get("eval_loss") if isinstance(metrics, Mapping) else None
-        if not isinstance(metrics, Mapping | None) or not _numbers([loss or 0], int | float):
+        known = loss is None or loss in _NON_FINITE if isinstance(loss, str | None) else False
+        if not isinstance(metrics, Mapping | None) or not (known or _numbers([loss], int | float)):
             return f"has metrics = {_short(metrics)}, expected an object with numbers"
     return None
 

@@ -45,7 +45,6 @@ def edit_manifest(run: Path, **changes: Any) -> None:
     "changes",
     [
         {"model": "gpt"}, {"lisa": "x"}, {"result": "x"}, {"recording": 5}, {"seeds": [1]},
-        {"run_id": "\ud800"}, {"method": "\udfff"},
         {"layers": [{"index": 0, "name": "a", "stack": {}}]},
     ],
     ids=str,
@@ -55,6 +54,13 @@ def test_a_manifest_of_other_types(run, capsys, changes):
     code, errors = analyse(run, capsys)
     assert code == 2
     assert "run.json" in errors
+
+
+def test_half_a_character_becomes_a_replacement(run, capsys):
+    names = [{"index": i, "name": f"\udfff{i}", "stack": "a"} for i in range(4)]
+    edit_manifest(run, run_id="\ud800", method="\udfff", layers=names)
+    assert analyse(run, capsys) == (0, "")
+    assert "\ufffd" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_run_shows_itself_whatever_its_manifest_holds(make_run) -> None:
     run = make_run(steps=5)
     path = run.path / "run.json"
     odd = {"model": None, "result": {"first_held_out_loss": "x", "last_held_out_loss": []}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | odd | {"recording": [1]}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd | {"recording": {}}))
     rows = dict(Cells(la.load(run.path)._repr_html_()).rows)
     assert set(rows) == {"run", "method", "layers", "started", "folder"}
 

@@ -261,7 +261,7 @@ SENTENCE = re.compile(r"^[^\n]{20,600}$")
         ("scalars.jsonl", b'{"step": 1e400}\n', "expected int64"),
         ("scalars.jsonl", b'{"step": 1, "loss": "high"}\n', "expected float64"),
         ("scalars.jsonl", b'{"step": 99999999999999999999}\n', "expected int64"),
-        ("scalars.jsonl", b'{"step": -1}\n', "negative step"),
+        ("scalars.jsonl", b'{"step": -1}\n', "step -1, expected 0"),
         ("events.jsonl", b'\xff\xfe{"step": 1}\n', "is not JSON"),
         ("events.jsonl", b'{"event": 3, "step": 1, "time": 1}\n', "expected string"),
     ],

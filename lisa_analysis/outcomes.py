@@ -67,7 +67,7 @@ def table(outcomes: list[Outcome]) -> pd.DataFrame:
     """One row per run, with the held-out loss at the largest cost that all runs reached."""
     frame = pd.DataFrame([outcome.row for outcome in outcomes])
     names = configurations([outcome.settings for outcome in outcomes])
-    frame.insert(frame.columns.get_loc("status") + 1, "configuration", names)
+    frame.insert(list(frame.columns).index("status") + 1, "configuration", names)
     for cost, column in _EQUAL.items():
         reached = [outcome.curve.dropna(subset=[cost, "held_out_loss"]) for outcome in outcomes]
         evaluated = [curve for curve in reached if len(curve)]

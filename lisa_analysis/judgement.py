@@ -122,7 +122,8 @@ def shape(fit: Fit, confidence: float, found: Concentration, has_depth: bool = T
     if result.rests_on is not None:
         result = replace(result, rests_on=int(np.flatnonzero(seen)[result.rests_on]))
     high = found.headroom.high
-    if result.verdict == "undecided" and high is not None and high <= WORTHWHILE_HEADROOM:
+    open_question = result.verdict == "undecided" and result.rests_on is None
+    if open_question and high is not None and high <= WORTHWHILE_HEADROOM:
         return replace(result, verdict="flat")
     return result
 

@@ -262,5 +262,5 @@ def _shape_words(shape: Shape, found: Concentration, by: str, stacks: int) -> st
         "undecided": "The shape is undecided",
     }[shape.verdict]
     if shape.rests_on is not None:
-        words += f": one layer stands out, and no shape holds without layer {shape.rests_on}"
+        words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
     return f"{words}; {ceiling}."

@@ -1,7 +1,10 @@
 """The LISA engine: which tensors train now, and what becomes of the others. Knows no Trainer."""
 
+import gc
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +33,49 @@ from lisa_train.schedule import Schedule, Unit
 from lisa_train.warmup import Warmup
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before anything changes: layers, schedule, and what may train.
+
+    `units` holds the tensors with gradients of every layer and group; `may_train` every tensor
+    that can become active, by name.
+    """
+
+    config: LisaConfig
+    layer_map: LayerMap
+    schedule: Schedule
+    units: dict[Unit, tuple[nn.Parameter, ...]]
+    may_train: dict[str, nn.Parameter]
+
+    @classmethod
+    def make(
+        cls,
+        model: nn.Module,
+        config: LisaConfig,
+        *,
+        layer_map: LayerMap | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Check the model against the settings; `ConfigError` or `ProbabilitiesError`."""
+        _refuse_second_engine(model)
+        refuse_adapters_and_quantization(model)
+        layer_map = layer_map or find_layers(model, config.layers)
+        probabilities = given_probabilities(config, layer_map)
+        schedule = Schedule(config, layer_map.names, probabilities, seed)
+        units = _units(model, layer_map)
+        check_units(units, layer_map, config, schedule.inclusion_probabilities)
+        chosen: list[Unit] = [*range(len(layer_map)), *config.always_active]
+        chosen += list(config.group_probabilities)
+        wanted = {p for unit in chosen for p in units[unit]}
+        may_train = {name: p for name, p in model.named_parameters() if p in wanted}
+        return cls(config, layer_map, schedule, units, may_train)
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """`ConfigError` unless `optimizer` can train all that may train."""
+        check_optimizer(optimizer, self.may_train)
+        check_warmup(optimizer, self.config)
 
 
 class Lisa:
@@ -61,7 +107,8 @@ class Lisa:
     ------
     ConfigError
         When the model has adapters or a quantized base, when the numbers do not fit its layers,
-        or when the optimizer lacks a tensor that may train.
+        when the optimizer lacks a tensor that may train, or when another engine is open on the
+        model.
     ProbabilitiesError
         When the probabilities are infeasible or made for another model.
 
@@ -86,17 +133,14 @@ class Lisa:
         total_steps: int | None = None,
         on_draw: Callable[[Draw], None] | None = None,
     ) -> None:
-        refuse_adapters_and_quantization(model)
-        self.config = config
-        self.layer_map = layer_map or find_layers(model, config.layers)
-        self._on_draw = on_draw
+        plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
         self._optimizer = unwrap_optimizer(optimizer)
-        probabilities = given_probabilities(config, self.layer_map)
-        self._schedule = Schedule(config, self.layer_map.names, probabilities, seed)
-        self._units = _units(model, self.layer_map)
-        check_units(self._units, self.layer_map, config)
-        check_optimizer(self._optimizer, self._may_train(model))
-        check_warmup(self._optimizer, config)
+        plan.check_optimizer(self._optimizer)
+        self.config = config
+        self.layer_map = plan.layer_map
+        self._schedule = plan.schedule
+        self._units = plan.units
+        self._on_draw = on_draw
         if total_steps is not None:
             self._announce_coverage(total_steps)
         # From here on the model and the optimizer change; nothing above leaves a trace.
@@ -119,6 +163,7 @@ class Lisa:
             self._optimizer.register_load_state_dict_post_hook(self._after_optimizer_load),
         ]
         self._closed = False
+        _engines.add(self)
 
     # ------------------------------------------------------------------ what callers see
 
@@ -166,6 +211,7 @@ class Lisa:
         if self._closed:
             return
         self._closed = True
+        _engines.discard(self)
         for hook in self._hooks:
             hook.remove()
         self._state.close()
@@ -216,6 +262,10 @@ class Lisa:
             if weight is not None:
                 parameter.copy_(weight)
         self._state.replace(tensors["optimizer"], self._active)
+
+    def rules(self, tensors: Set[torch.Tensor]) -> bool:
+        """Whether this engine is open and decides about any of `tensors`."""
+        return not self._closed and any(p in tensors for p, _ in self._flags)
 
     # ------------------------------------------------------------------ the mechanism
 
@@ -287,13 +337,6 @@ class Lisa:
                 if parameter not in self._active:
                     self._state.freeze(parameter)
 
-    def _may_train(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Return every tensor that can become active, by name."""
-        units: list[Unit] = [*range(len(self.layer_map)), *self.config.always_active]
-        units += list(self.config.group_probabilities)
-        wanted = {p for unit in units for p in self._units[unit]}
-        return {name: p for name, p in model.named_parameters() if p in wanted}
-
     def _announce_coverage(self, total_steps: int) -> None:
         """Warn of layers that a schedule of so many steps never reaches."""
         if missing := self._schedule.never_drawn(total_steps):
@@ -304,6 +347,22 @@ class Lisa:
                 len(missing), len(self.layer_map), ", ".join(map(str, missing)), total_steps,
                 self.config.interval_steps, self.config.activated_layers,
             )  # fmt: skip
+
+
+# Every engine that is not closed yet; see `_refuse_second_engine`.
+_engines: "weakref.WeakSet[Lisa]" = weakref.WeakSet()
+
+
+def _refuse_second_engine(model: nn.Module) -> None:
+    """`ConfigError` when an open engine rules a tensor of the model: each would undo the other."""
+    tensors = set(model.parameters())
+    if any(engine.rules(tensors) for engine in _engines):
+        gc.collect()  # an engine and its hooks refer to each other, and may be garbage already
+    if any(engine.rules(tensors) for engine in _engines):
+        raise ConfigError(
+            "another LISA engine is open on this model, and the two would freeze each other's "
+            "layers; close it first (engine.close(), or use it in a with block)."
+        )
 
 
 def _units(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Parameter, ...]]:

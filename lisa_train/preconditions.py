@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lisa_analysis.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.layers import canonical_name, role_of
 from lisa_train.config import LisaConfig
+from lisa_train.inclusion import CERTAIN
 from lisa_train.layermap import LayerMap
 from lisa_train.module_tree import unwrap
 
@@ -61,9 +64,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torc
 
 
 def check_units(
-    units: Mapping[int | str, Sequence[torch.Tensor]], layer_map: LayerMap, config: LisaConfig
+    units: Mapping[int | str, Sequence[torch.Tensor]],
+    layer_map: LayerMap,
+    config: LisaConfig,
+    pi: NDArray[np.float64],
 ) -> None:
-    """`ConfigError` for what would leave an interval, or a layer, with nothing to train."""
+    """`ConfigError` for what would leave an interval, or a layer, with nothing to train.
+
+    `pi` holds the inclusion probabilities of the layers, shape (L,).
+    """
     for i, name in enumerate(layer_map.names):
         if not units[i]:
             raise ConfigError(
@@ -75,7 +84,9 @@ def check_units(
             f"head_probability is {config.head_probability:g}, but this model's head is its "
             "embedding matrix (tied): set embed_probability instead."
         )
-    if config.sampling == "bernoulli" and not any(units[g] for g in config.always_active):
+    certain = [*config.always_active, *(g for g, p in config.group_probabilities.items() if p == 1)]
+    some_layer = config.sampling != "bernoulli" or bool((pi >= CERTAIN).any())
+    if not some_layer and not any(units[group] for group in certain):
         raise ConfigError(
             f"sampling='bernoulli' draws no layer at all in some intervals, and always_active = "
             f"{list(config.always_active)} trains nothing in this model; keep a group active or "

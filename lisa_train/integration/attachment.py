@@ -15,9 +15,8 @@ from lisa_train.config import LisaConfig, RecordConfig, check_eight_bit_states
 from lisa_train.integration.eight_bit_callback import EightBitCallback
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.integration.step_callback import StepCallback
-from lisa_train.layermap import find_layers
+from lisa_train.lisa import Plan
 from lisa_train.optimizer_state import unwrap_optimizer
-from lisa_train.preconditions import check_optimizer, refuse_adapters_and_quantization
 
 if TYPE_CHECKING:
     from lisa_train.integration.record_callback import RecordCallback
@@ -113,7 +112,11 @@ def attach(
     ------
     ConfigError
         When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
+    ProbabilitiesError
+        When the probabilities are missing, infeasible or made for another model.
     """
+    if lisa is not None:
+        _check_lisa(trainer, lisa)
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
@@ -122,7 +125,10 @@ def attach(
     if step_in_backward:
         stepping = StepCallback(trainer)
         trainer.add_callback(stepping)
-    callback = _attach_lisa(trainer, lisa) if lisa is not None else None
+    callback = None
+    if lisa is not None:
+        callback = LisaCallback(lisa)
+        trainer.add_callback(callback)
     recorder = None
     if record is not None:
         from lisa_train.integration.record_callback import RecordCallback
@@ -137,21 +143,15 @@ def attach(
     return attachment
 
 
-def _attach_lisa(trainer: Trainer, config: LisaConfig) -> LisaCallback:
-    """Add the engine's callback, after the checks that need not wait for training to begin."""
+def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
+    """Make the engine's checks that need not wait for training to begin."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
     model = trainer.model
     if model is not None:  # None with `model_init`, which builds it when training begins
-        refuse_adapters_and_quantization(model)
-        layer_map = find_layers(model, config.layers)
+        plan = Plan.make(model, config, seed=trainer.args.seed)
         if trainer.optimizer is not None:
-            names = {name for layer in layer_map.layers for name in layer}
-            tensors = {n: p for n, p in model.named_parameters() if n in names and p.requires_grad}
-            check_optimizer(unwrap_optimizer(trainer.optimizer), tensors)
-    callback = LisaCallback(config)
-    trainer.add_callback(callback)
-    return callback
+            plan.check_optimizer(unwrap_optimizer(trainer.optimizer))
 
 
 def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:

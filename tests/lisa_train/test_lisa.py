@@ -144,6 +144,26 @@ def test_the_published_bernoulli_version_varies_in_size(make_llama):
     assert len(sizes) >= 4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"embed_probability": 1.0}, {"activated_layers": 3}, {"probabilities": (1, 0.5, 0.5)}],
+)
+def test_bernoulli_needs_no_group_where_something_always_trains(make_llama, settings):
+    model = make_llama(layers=3)
+    optimizer = adamw(model.parameters())
+    settings = {"activated_layers": 2, **settings}
+    config = lt.LisaConfig(interval_steps=1, sampling="bernoulli", always_active=(), **settings)
+    with Lisa(model, optimizer, config) as engine:
+        assert all(np.isfinite(train(model, optimizer, engine, range(8))))
+
+
+def test_bernoulli_without_any_certain_unit_is_refused(make_llama):
+    model = make_llama(layers=3)
+    config = lt.LisaConfig(2, 1, "bernoulli", always_active=(), embed_probability=0.9)
+    with pytest.raises(ConfigError, match="draws no layer at all"):
+        Lisa(model, adamw(model.parameters()), config)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_all_layers_active_and_state_kept_is_full_fine_tuning_bit_for_bit(make_llama, name):
     full, rotated = make_llama(layers=3), make_llama(layers=3)
@@ -717,6 +737,30 @@ def test_an_optimizer_that_lacks_layers_is_an_error_and_leaves_the_model_alone(m
     optimizer.param_groups.append(dict(optimizer.param_groups[0], params=[some[0]]))
     with pytest.raises(ConfigError, match="1 tensors are in more than one parameter group"):
         Lisa(model, optimizer, lt.LisaConfig())
+
+
+def test_a_second_engine_is_refused_until_the_first_is_closed(make_llama):
+    model = make_llama(layers=3)
+    optimizer = adamw(model.parameters())
+    first = Lisa(model, optimizer, lt.LisaConfig(1))
+    first.begin_step(0)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ConfigError, match=r"another LISA engine is open .*engine\.close"):
+        Lisa(model, adamw(model.parameters()), lt.LisaConfig(2))
+    with pytest.raises(ConfigError, match="another LISA engine"):
+        Lisa(model, optimizer, lt.LisaConfig(1))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with Lisa(other := make_llama(layers=3), adamw(other.parameters()), lt.LisaConfig(1)):
+        first.close()
+    with Lisa(model, optimizer, lt.LisaConfig(1)) as second:
+        assert train(model, optimizer, second, [0])
+
+
+def test_an_engine_that_nobody_holds_any_more_is_no_obstacle(make_llama):
+    model = make_llama(layers=3)
+    Lisa(model, adamw(model.parameters()), lt.LisaConfig(1))
+    with Lisa(model, adamw(model.parameters()), lt.LisaConfig(1)) as engine:
+        engine.begin_step(0)
 
 
 def test_something_that_is_no_torch_optimizer_is_refused(make_llama):

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lisa_train as lt
-from lisa_analysis.errors import ConfigError
+from lisa_analysis.errors import ConfigError, LisaError
 
 
 def rows(n=48):
@@ -301,6 +301,34 @@ def test_attach_to_an_optimizer_that_lacks_layers_is_an_error(make_llama, tmp_pa
         lt.attach(trainer, lisa=lt.LisaConfig(1, 3))
     assert trainer.train.__name__ == "train"
     assert not any(isinstance(cb, lt.LisaCallback) for cb in trainer.callback_handler.callbacks)
+
+
+def test_attach_to_an_optimizer_that_lacks_a_group_is_an_error(make_llama, tmp_path):
+    model = make_llama(layers=4)
+    trainer = make_trainer(model, tmp_path)
+    trainer.optimizer = torch.optim.AdamW(model.model.layers.parameters())
+    with pytest.raises(ConfigError, match=r"lacks 3 of the 39 tensors .*embed"):
+        lt.attach(trainer, lisa=lt.LisaConfig(1, 3))
+    lt.attach(trainer, lisa=lt.LisaConfig(1, 3, always_active=()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen", "words"),
+    [
+        ({"activated_layers": 9}, False, "activated_layers is 9, but the model has 4 layers"),
+        ({"probabilities": "missing.json"}, False, "missing.json"),
+        ({"probabilities": (1.0, 1.0)}, False, "2 inclusion probabilities"),
+        ({}, True, "no parameter that requires gradients"),
+    ],
+)
+def test_attach_refuses_what_training_would(make_llama, tmp_path, settings, frozen, words):
+    model = make_llama(layers=4).requires_grad_(not frozen)
+    trainer = make_trainer(model, tmp_path)
+    before = list(trainer.callback_handler.callbacks)
+    with pytest.raises(LisaError, match=words):
+        lt.attach(trainer, lisa=lt.LisaConfig(**settings), step_in_backward=True)
+    assert trainer.callback_handler.callbacks == before  # nothing is left half attached
+    assert trainer.train.__name__ == "train"
 
 
 def test_attach_twice_is_an_error(make_llama, tmp_path):

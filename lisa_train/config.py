@@ -3,7 +3,9 @@
 No torch here: `lisa-train --help` and `--print_config` must not wait for it.
 """
 
+import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, Literal, get_args
@@ -79,11 +81,16 @@ class LisaConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(
-                    f"lisa.{name} is {value!r}, but must be a whole number of at least {least}."
-                )
+            value = _whole(f"lisa.{name}", getattr(self, name), f" of at least {least}", least)
+            object.__setattr__(self, name, value)
+        if self.seed is not None:
+            words = ", or None for the training seed"
+            object.__setattr__(self, "seed", _whole("lisa.seed", self.seed, words))
+        if not isinstance(self.layers, str | None):
+            raise ConfigError(
+                f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "
+                "'model.layers', or None to find it."
+            )
         _one_of("lisa.sampling", self.sampling, get_args(Sampling))
         _one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
         _one_of("lisa.precision", self.precision, get_args(ActivePrecision))
@@ -92,10 +99,18 @@ class LisaConfig:
                 f"lisa.always_active is the text {self.always_active!r}, but must be a list of "
                 f"groups, as [{self.always_active}]."
             )
+        if not isinstance(self.always_active, Iterable):
+            raise ConfigError(
+                f"lisa.always_active is {self.always_active!r}, but must be a list of groups (of "
+                f"{', '.join(ALWAYS_ACTIVE_GROUPS)}); give [] for none."
+            )
         object.__setattr__(self, "always_active", tuple(self.always_active))
         for group in self.always_active:
             _one_of("lisa.always_active", group, ALWAYS_ACTIVE_GROUPS)
-        for group, probability in self.group_probabilities.items():
+        for group, given in self.group_probabilities.items():
+            option = f"{group}_probability"
+            probability = _real(f"lisa.{option}", given, "a number in (0, 1], or None")
+            object.__setattr__(self, option, probability)
             if not 0.0 < probability <= 1.0:
                 raise ConfigError(
                     f"lisa.{group}_probability is {probability:g}, but must lie in (0, 1]; leave "
@@ -119,7 +134,17 @@ class LisaConfig:
             if isinstance(self.probabilities, PathLike):
                 object.__setattr__(self, "probabilities", fspath(self.probabilities))
             return
-        values = tuple(float(p) for p in self.probabilities)
+        try:
+            given = tuple(self.probabilities)
+        except TypeError:  # a number, or an array without dimensions
+            raise ConfigError(
+                f"lisa.probabilities is {self.probabilities!r}, but must be the path of a "
+                "probabilities.json file or a list of one number per layer."
+            ) from None
+        values = tuple(
+            _real(f"lisa.probabilities[{i}]", p, "a number above 0 and at most 1")
+            for i, p in enumerate(given)
+        )
         object.__setattr__(self, "probabilities", values)
         for i, value in enumerate(values):
             if not 0.0 < value <= 1.0:
@@ -134,6 +159,27 @@ class LisaConfig:
                 f"{self.activated_layers}: they must be equal; scale the probabilities or set "
                 "activated_layers to their sum."
             )
+
+
+def _whole(option: str, value: Any, words: str, least: int | None = None) -> int:
+    """Return a whole number of any type (numpy's too) as int, or raise `ConfigError`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ConfigError(f"{option} is {value!r}, but must be a whole number{words}.")
+    return number
+
+
+def _real(option: str, value: Any, words: str) -> float:
+    """Return a number of any type as float, or raise `ConfigError`."""
+    try:
+        if not isinstance(value, str | bytes | bool):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{option} is {value!r}, but must be {words}.")
 
 
 def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lisa_analysis.errors import ConfigError
@@ -28,6 +29,21 @@ from lisa_train.config import LisaConfig
         ({"embed_probability": 0.0, "always_active": ()}, ("embed_probability is 0",)),
         ({"embed_probability": 0.5}, ("embed_probability is 0.5", "also in always_active")),
         ({"head_probability": 1.5, "always_active": ()}, ("head_probability is 1.5",)),
+        ({"probabilities": ["a", "b"]}, ("probabilities[0] is 'a'", "a number above 0")),
+        ({"probabilities": [0.5, None]}, ("probabilities[1] is None", "a number above 0")),
+        ({"probabilities": [True, True]}, ("probabilities[0] is True",)),
+        ({"probabilities": 0.5}, ("probabilities is 0.5", "path", "one number per layer")),
+        ({"probabilities": 3}, ("probabilities is 3", "path", "one number per layer")),
+        ({"probabilities": []}, ("sum to 0",)),
+        ({"always_active": None}, ("always_active is None", "embed, head, norm", "[] for none")),
+        ({"always_active": (1,)}, ("always_active is 1", "embed, head, norm")),
+        ({"embed_probability": "x", "always_active": ()}, ("embed_probability is 'x'", "(0, 1]")),
+        ({"head_probability": True, "always_active": ()}, ("head_probability is True",)),
+        ({"seed": "x"}, ("seed is 'x'", "whole number", "None for the training seed")),
+        ({"seed": 1.5}, ("seed is 1.5", "whole number")),
+        ({"layers": 3}, ("layers is 3", "'model.layers'", "None")),
+        ({"activated_layers": None}, ("activated_layers is None", "whole number")),
+        ({"interval_steps": "5"}, ("interval_steps is '5'", "whole number")),
     ],
 )
 def test_bad_settings_are_refused_at_construction(settings, words):
@@ -43,6 +59,20 @@ def test_lists_from_yaml_become_tuples_and_paths_text():
     assert config.probabilities == (0.5, 0.5, 1.0)
     assert LisaConfig(probabilities=Path("a") / "b.json").probabilities == str(Path("a/b.json"))
     assert hash(config) == hash(LisaConfig(always_active=("norm",), probabilities=(0.5, 0.5, 1.0)))
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = LisaConfig(
+        np.int64(2), np.int32(5), seed=np.uint8(3), warmup_steps=np.int64(0),
+        probabilities=np.array([1, 0.5, 0.5]), always_active=(), embed_probability=np.float32(0.5),
+    )  # fmt: skip
+    assert config == LisaConfig(
+        2, 5, seed=3, probabilities=(1.0, 0.5, 0.5), always_active=(), embed_probability=0.5
+    )
+    for name in ("activated_layers", "interval_steps", "seed", "warmup_steps"):
+        assert type(getattr(config, name)) is int
+    assert type(config.embed_probability) is float
+    assert {type(p) for p in config.probabilities} == {float}
 
 
 def test_the_defaults_are_those_of_the_paper():

@@ -85,6 +85,11 @@ class Lisa:
     drawn layers and the always-active groups require gradients; every other tensor has no
     gradient and no state in the optimizer. Closing restores every `requires_grad` flag.
 
+    `torch.compile` compiles anew for every new set of active layers and, after 8 of them, runs
+    uncompiled without a word (an error with ``fullgraph=True``): set
+    `torch._dynamo.config.recompile_limit`, and beyond 256 `accumulated_recompile_limit` as well,
+    above the number of draws to come.
+
     Parameters
     ----------
     model
@@ -156,7 +161,9 @@ class Lisa:
         self._state = FrozenState(self._optimizer, config.optimizer_state)
         self._schedule_free = is_schedule_free(self._optimizer)
         self._warmup = Warmup(config.warmup_steps)
-        self._input_gradients = InputGradients(model)
+        self._input_gradients = InputGradients(
+            model, embeddings_train="embed" in config.always_active
+        )
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),

@@ -485,6 +485,24 @@ def test_checkpointing_changes_no_weight(make_llama, reentrant):
     assert changed(snapshot(plain), saving) == set()
 
 
+@pytest.mark.parametrize(
+    ("reentrant", "groups", "warned"),
+    [(True, (), True), (True, ("embed",), False), (False, (), False)],
+)
+def test_reentrant_checkpointing_that_visits_all_layers_is_announced_once(
+    make_llama, caplog, reentrant, groups, warned
+):
+    model = make_llama(layers=3)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    optimizer = adamw(model.parameters())
+    config = lt.LisaConfig(1, 1, always_active=groups)
+    with caplog.at_level(logging.WARNING), Lisa(model, optimizer, config) as engine:
+        train(model, optimizer, engine, range(3))
+    assert caplog.text.count("through all layers") == int(warned)
+    assert ("use_reentrant to False" in caplog.text) == warned
+
+
 # ---------------------------------------------------------------------- probabilities files
 
 

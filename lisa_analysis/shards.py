@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.errors import RunDirectoryError
 from lisa_analysis.schema import METRICS_TABLE, PARAMETERS_TABLE, Table, parse_shard_name
-from lisa_analysis.streams import MOST_TENSORS, check_version
+from lisa_analysis.streams import MOST_SEGMENTS, MOST_TENSORS, check_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,11 @@ def list_shards(directory: Path) -> tuple[list[Shard], list[str]]:
         ) from None
     for path in paths:
         parsed = parse_shard_name(path.name)
+        if parsed and parsed[0] > MOST_SEGMENTS:
+            raise RunDirectoryError(
+                f"{path} is named as segment {parsed[0]}, expected at most {MOST_SEGMENTS:,}: "
+                "restore its name or move it away."
+            )
         if parsed:
             found.append((*parsed, path))
         elif path.suffix == ".parquet":

@@ -73,6 +73,7 @@ def check_version(text: object, where: Path) -> str | None:
 # Steps and tensors index arrays: beyond these a number is damage, not a training run.
 MOST_STEPS = 100_000_000
 MOST_TENSORS = 10_000_000
+MOST_SEGMENTS = 10_000
 
 # Entries of run.json that hold named values, where they are there at all.
 _OBJECTS = ("model", "lisa", "lora", "result", "recording", "seeds", "hardware", "versions",
@@ -203,6 +204,11 @@ def _check_line(
             f"{path} line {number} has step {checked['step']}, expected 0 to {MOST_STEPS:,}: "
             "restore the file."
         )
+    if not 0 <= (checked["segment"] or 0) <= MOST_SEGMENTS:
+        raise RunDirectoryError(
+            f"{path} line {number} has segment {checked['segment']}, expected 0 to "
+            f"{MOST_SEGMENTS:,}: restore the file."
+        )
     return checked
 
 
@@ -241,7 +247,10 @@ def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
 
 def _numbers(values: object, kind: Any) -> bool:
     return isinstance(values, list) and all(
-        isinstance(value, kind) and not isinstance(value, bool) for value in values
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and (isinstance(value, float) or abs(value) < 2**63)  # arrays hold no longer ones
+        for value in values
     )
 
 

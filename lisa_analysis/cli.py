@@ -7,7 +7,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the exit
         return 0
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(f"{PROG}: cannot read or write{where}: {error.strerror or error}.", file=sys.stderr)
+        what = f"cannot read {error.filename}: " if error.filename else ""
+        print(f"{PROG}: {what}{error.strerror or error}.", file=sys.stderr)
         return 2
 
 
@@ -112,21 +112,31 @@ def _analyze(arguments: argparse.Namespace) -> int:
         print(terminal.comparison(comparison))
 
     if arguments.probabilities:
-        results[0].probabilities_or_raise().save(arguments.probabilities)
+        _write(Path(arguments.probabilities), results[0].probabilities_or_raise().save)
         written.append(("probabilities", Path(arguments.probabilities)))
     if arguments.json:
         from lisa_analysis.export import to_json
 
-        Path(arguments.json).write_text(to_json(results, comparison), encoding="utf-8")
+        text = to_json(results, comparison)
+        _write(Path(arguments.json), lambda path: path.write_text(text, encoding="utf-8"))
         written.append(("json", Path(arguments.json)))
     output = Path(arguments.output) if arguments.output else _default_output(runs)
     report = la.report(
         runs, metric=arguments.metric, probabilities=results[0].probabilities, title=arguments.title
     )
-    report.save(output)
+    _write(output, report.save)
     written.append(("report", output))
     print(terminal.written(written))
     return _exit_code(arguments.fail_on, results)
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    try:
+        save(path)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LisaError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
 def _default_output(runs: "list[Run]") -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.schema import CONFIG
+from lisa_analysis.streams import read_bytes
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
@@ -112,7 +113,7 @@ def settings(run: Any) -> dict[str, str]:
         }
     sections: list[tuple[int, str]] = []
     key = ""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode("utf-8", "replace").splitlines():
         setting = _SETTING.fullmatch(line)
         if setting is None:  # an item of a list, a text over several lines
             found[key] = found.get(key, "") + "\n" + line.strip()

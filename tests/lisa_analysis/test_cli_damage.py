@@ -67,7 +67,8 @@ def test_half_a_character_becomes_a_replacement(run, capsys):
     "fields",
     [
         {"layers": None}, {"layers": 5}, {"layers": "ab"}, {"layers": [[1]]}, {"layers": [999]},
-        {"inclusion_probabilities": ["x"]}, {"visits": {}},
+        {"inclusion_probabilities": ["x"]}, {"inclusion_probabilities": [10**400] * 4},
+        {"visits": {}},
     ],
     ids=str,
 )  # fmt: skip
@@ -96,6 +97,34 @@ def test_rows_that_would_index_beyond_everything(run, capsys, column, value):
     if (column, value) != ("step", -3):  # before the first step that anybody asks for
         assert code == 2
         assert f"{column} = {value}" in errors
+
+
+def test_a_segment_that_no_run_reaches(run, capsys):
+    shard = sorted((run / "metrics").iterdir())[-1]
+    far = Path(shutil.copy(shard, shard.with_name("part-2147483647-00000001.parquet")))
+    assert "named as segment 2147483647" in analyse(run, capsys)[1]
+    far.unlink()
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 0, "time": 1.0, "segment": 2147483647}\n')
+    assert "has segment 2147483647" in analyse(run, capsys)[1]
+
+
+def test_a_loss_too_large_for_a_number_is_left_out(run, capsys):
+    with (run / "events.jsonl").open("a") as file:
+        line = {"event": "evaluate", "step": 40, "time": 1.0, "metrics": {"eval_loss": 10**400}}
+        file.write(json.dumps(line) + "\n")
+    assert main([str(run)]) == 0
+    assert "events.jsonl: the evaluate of step 40" in capsys.readouterr().out
+
+
+def test_reading_and_writing_are_told_apart(run, capsys):
+    assert main([str(run), "-o", str(run / "none" / "report.html")]) == 2
+    assert f"cannot write {run / 'none' / 'report.html'}" in capsys.readouterr().err
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").mkdir()
+    code, errors = analyse(run, capsys)
+    assert code == 2
+    assert "config.yaml cannot be read (Is a directory)" in errors
 
 
 def test_a_table_of_tensors_that_is_empty_or_absurd(run, capsys):

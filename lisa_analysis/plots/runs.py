@@ -79,6 +79,8 @@ def group_series(
         frame = frame.dropna(subset=["step", "value"]).drop_duplicates("step", keep="last")
         columns.append(frame.set_index("step")["value"])
     table = pd.concat(columns, axis=1, join="inner").sort_index()
+    # Where one run diverged there is no mean; its own curve marks the place.
+    table = table[np.isfinite(table.to_numpy(dtype=np.float64)).all(axis=1)]
     values = table.to_numpy(dtype=np.float64)
     if not len(values):
         empty = np.empty(0)

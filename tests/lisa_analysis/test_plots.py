@@ -263,3 +263,14 @@ def test_a_value_between_gaps_is_marked():
     lone, whole = plots.trajectories(grid).get_lines()
     assert lone.get_marker() == "."
     assert whole.get_marker() in ("None", None)
+
+
+def test_runs_compare_where_one_of_them_diverged():
+    def run(losses):
+        scalars = pd.DataFrame({"step": range(1, 6), "loss": losses})
+        return SimpleNamespace(scalars=scalars, events=pd.DataFrame(), method="full")
+
+    ax = plots.comparison(
+        {"a": [run([3.0, 2.0, 1.0, 1.0, 1.0]), run([3.0, 4.0, np.inf, 5.0, 5.0])]}
+    )
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [3.0, 3.0, 3.0, 3.0])

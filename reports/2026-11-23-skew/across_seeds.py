@@ -13,10 +13,10 @@ from lisa_analysis import statistics as st
 Array = NDArray[np.float64]
 
 
-def relative(profile: la.ImportanceProfile) -> Array:
+def relative(scores: Array) -> Array:
     """Scores over their geometric mean, shape (layers,); NaN for a layer never seen."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(profile.scores)
+        logs = np.log(scores)
     result: Array = np.exp(logs - np.nanmean(logs))
     return result
 
@@ -27,7 +27,7 @@ def layer_table(profiles: Sequence[la.ImportanceProfile]) -> pd.DataFrame:
     `stands_out` allows for looking at all layers at once (Bonferroni over the layers). A layer
     that some seed never drew is left out.
     """
-    logs = np.log(np.stack([relative(profile) for profile in profiles]))
+    logs = np.log(np.stack([relative(profile.scores) for profile in profiles]))
     known = np.isfinite(logs).all(axis=0)
     logs = logs[:, known]
     n, layers = logs.shape

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from across_seeds import relative
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -23,7 +24,7 @@ def profiles(
     for ax, (title, groups) in zip(figure.subplots(len(metrics), 1), metrics.items(), strict=True):
         for position, (method, name) in enumerate(methods.items()):
             color, dashes, marker = style.look(position)
-            logs = np.log(np.stack([_relative(p.scores) for p in groups[method]]))
+            logs = np.log(np.stack([relative(p.scores) for p in groups[method]]))
             x = np.arange(logs.shape[1])
             seen = np.isfinite(logs).any(axis=0)
             mean = np.exp(np.nanmean(logs[:, seen], axis=0))
@@ -35,7 +36,7 @@ def profiles(
             )  # fmt: skip
             start = np.stack([p.to_frame()["initial"].to_numpy(float) for p in groups[method]])
             if np.isfinite(start).all():
-                initial = np.exp(np.log(np.stack([_relative(s) for s in start])).mean(axis=0))
+                initial = np.exp(np.log(np.stack([relative(s) for s in start])).mean(axis=0))
                 ax.plot(x, initial, color=color, linewidth=0.8, alpha=0.6)
         ax.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_title(title, fontsize=10, loc="left")
@@ -48,10 +49,3 @@ def profiles(
     figure.legend(handles, [*labels, "at step 0"], ncols=4, frameon=False, fontsize=9,
                   loc="outside upper center")  # fmt: skip
     figure.savefig(file, dpi=130, metadata={"Software": None})
-
-
-def _relative(scores: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(scores)
-    result: np.ndarray = np.exp(logs - np.nanmean(logs))
-    return result

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from transformers import Trainer
 
 from lisa_analysis.errors import ConfigError
 from lisa_train.config import LisaConfig, RecordConfig, check_eight_bit_states
+from lisa_train.head_gradient import sliced_head_gradient
 from lisa_train.integration.eight_bit_callback import EightBitCallback
 from lisa_train.integration.lisa_callback import LisaCallback
 from lisa_train.integration.step_callback import StepCallback
@@ -139,7 +141,7 @@ def attach(
         )  # fmt: skip
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
-    trainer.train = _ending(trainer.train, attachment)
+    trainer.train = _ending(trainer.train, attachment, compiled=trainer.args.torch_compile)
     return attachment
 
 
@@ -154,16 +156,21 @@ def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
             plan.check_optimizer(unwrap_optimizer(trainer.optimizer))
 
 
-def _ending(train: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:
+def _ending(
+    train: Callable[..., Any], attachment: Attachment, *, compiled: bool
+) -> Callable[..., Any]:
     """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
     engine, stepping = attachment.engine_callback, attachment.step_callback
+    # A compiler would have to trace through the slices.
+    head = nullcontext if compiled else sliced_head_gradient
 
     @functools.wraps(train)
     def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
             engine.checkpoint = Path(resume_from_checkpoint)
         try:
-            return train(resume_from_checkpoint, *args, **kwargs)
+            with head():
+                return train(resume_from_checkpoint, *args, **kwargs)
         except BaseException as error:
             attachment.close(error)
             raise

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from lisa_analysis.errors import ConfigError
+from lisa_train.head_gradient import sliced_head_gradient
 from lisa_train.memory.kernels import CudaKernels, one_sequence_per_row, tiles_in_place
 from lisa_train.memory.setting import Setting
 from lisa_train.memory.stage import Stage, quiet
@@ -97,11 +98,12 @@ def _loss(stage: Stage, setting: Setting, batch: dict[str, torch.Tensor]) -> tor
 
 @contextlib.contextmanager
 def _route(setting: Setting) -> Any:
-    """CUDA's kernels, and TRL's chunked head where it is asked for."""
+    """CUDA's kernels, and TRL's chunked head as we train with it where it is asked for."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(one_sequence_per_row())
         if setting.chunked_loss:
+            stack.enter_context(sliced_head_gradient())
             stack.enter_context(tiles_in_place())
         stack.enter_context(CudaKernels())
         yield

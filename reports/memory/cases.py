@@ -1,6 +1,7 @@
 """What is measured: every method, and every option by itself on LISA E+H+2L."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lisa_train.config import LisaConfig
 from lisa_train.memory.setting import Setting
@@ -10,6 +11,11 @@ _BASE = Setting(method="full", dtype="bfloat16", optim="adamw_torch_fused")
 _LISA = replace(_BASE, method="lisa", lisa=LisaConfig(2, seed=0))
 _NOTHING_ALWAYS = LisaConfig(2, seed=0, always_active=())
 _ALL_GROUPS = ("layers", "embed", "head", "norm")
+_SAVING: dict[str, Any] = {
+    "gradient_checkpointing": True, "chunked_loss": True, "step_in_backward": True,
+}  # fmt: skip
+_EIGHT_BIT: dict[str, Any] = {"optim": "adamw_bnb_8bit", "eight_bit_states": _ALL_GROUPS}
+_PAGED: dict[str, Any] = {"optim": "paged_adamw_8bit", "eight_bit_states": _ALL_GROUPS}
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def cases(batch_size: int, sequence_length: int) -> list[Case]:
         Case("… 8-bit state, embeddings 32-bit", replace(_LISA, optim="adamw_bnb_8bit")),
         Case(
             "… 8-bit state throughout",
-            replace(_LISA, optim="adamw_bnb_8bit", eight_bit_states=_ALL_GROUPS),
+            replace(_LISA, **_EIGHT_BIT),
         ),
         Case("… paged 8-bit state", replace(_LISA, optim="paged_adamw_8bit")),
         Case("… eager attention", replace(_LISA, attn_implementation="eager")),
@@ -48,16 +54,24 @@ def cases(batch_size: int, sequence_length: int) -> list[Case]:
             replace(_LISA, lisa=LisaConfig(2, seed=0, precision="fp32_active")),
         ),
         Case(
-            "LISA 2L, all that saves",
-            replace(
-                _LISA, lisa=_NOTHING_ALWAYS, gradient_checkpointing=True, chunked_loss=True,
-                step_in_backward=True,
-            ),
+            "LISA E+H+2L, chunked loss, 8-bit state throughout",
+            replace(_LISA, chunked_loss=True, **_EIGHT_BIT),
         ),
+        Case("LISA E+H+2L, all that saves", replace(_LISA, **_SAVING, **_EIGHT_BIT)),
+        Case("LISA 2L, all that saves", replace(_LISA, lisa=_NOTHING_ALWAYS, **_SAVING)),
+        Case(
+            "LISA 2L, all that saves, 8-bit state",
+            replace(_LISA, lisa=_NOTHING_ALWAYS, **_SAVING, **_EIGHT_BIT),
+        ),
+        Case(
+            "LISA 2L, all that saves, paged 8-bit state",
+            replace(_LISA, lisa=_NOTHING_ALWAYS, **_SAVING, **_PAGED),
+        ),
+        Case("LoRA r=16, chunked loss", replace(lora, chunked_loss=True)),
         Case("LoRA r=16, gradient checkpointing", replace(lora, gradient_checkpointing=True)),
         Case(
             "LoRA r=16, all that saves",
-            replace(lora, gradient_checkpointing=True, chunked_loss=True, step_in_backward=True),
+            replace(lora, **_SAVING),
         ),
     ]  # fmt: skip
     return [

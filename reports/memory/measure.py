@@ -2,11 +2,13 @@
 
 python reports/memory/measure.py --device cuda                 the four shapes, 1 x 1024 tokens
 python reports/memory/measure.py --device cpu                  tiny shapes: bytes counted, no times
+python reports/memory/measure.py --device cpu --shapes Llama-3.1-8B --length 1024 --timed 1 --append
+                                                               a whole model, if it fits, with times
 python reports/memory/measure.py --shapes Llama-3.1-8B --cases "LISA E+H+2L" "LoRA r=16"
 
 Models have random weights, made on the device from configurations that stand in shapes.py; no hub
 is asked. Every case runs in a process of its own. Writes results.json, results.md and figure.png
-into --out.
+into --out; --append adds to those that lie there, from the same machine and versions.
 """
 
 import argparse
@@ -26,6 +28,7 @@ ON = {
     "cpu": (("tiny-llama", "tiny-qwen3", "tiny-gpt2"), 64),
 }
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "numpy")
+STEPS_TIMED = {"cuda": 10, "cpu": 0}
 TIME_LIMIT = 1800
 
 
@@ -38,10 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", help="names of cases; all by default")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int)
+    parser.add_argument(
+        "--timed", type=int, help="steps whose time is taken; 10 on a GPU, none on a CPU"
+    )
+    parser.add_argument("--append", action="store_true", help="add to the results in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
     arguments = parser.parse_args(argv)
     shapes, length = ON[arguments.device]
     shapes, length = arguments.shapes or shapes, arguments.length or length
+    timed = arguments.timed if arguments.timed is not None else STEPS_TIMED[arguments.device]
     names = arguments.cases or [case.name for case in cases(1, 1)]
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -52,20 +60,48 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
         "rows": [],
     }
+    if arguments.append:
+        results["rows"] = earlier_rows(arguments.out / "results.json", results)
     for shape in shapes:
         for name in names:
-            row = run(shape, name, arguments.device, arguments.batch_size, length)
-            results["rows"].append(row)
+            row = run(shape, name, arguments.device, arguments.batch_size, length, timed)
+            add(results["rows"], row)
             print(f"{shape}, {name}: {row['status']}", file=sys.stderr, flush=True)
             write(results, arguments.out)
     return 0
 
 
-def run(shape: str, case: str, device: str, batch_size: int, length: int) -> dict[str, Any]:
+def earlier_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier call with the same machine, versions and batch."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in results.items():
+        if name != "rows" and earlier.get(name) != value:
+            raise SystemExit(
+                f"measure.py: {path} was measured with another {name} ({earlier.get(name)}, here "
+                f"{value}); choose another --out."
+            )
+    rows: list[dict[str, Any]] = earlier["rows"]
+    return rows
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Put a row in the place of the same case's, or at the end."""
+    for i, known in enumerate(rows):
+        if (known["shape"], known["case"]) == (row["shape"], row["case"]):
+            rows[i] = row
+            return
+    rows.append(row)
+
+
+def run(
+    shape: str, case: str, device: str, batch_size: int, length: int, timed: int
+) -> dict[str, Any]:
     """Run one case in its own process; what goes wrong there is reported as such."""
     command = [
         sys.executable, str(HERE / "one.py"), shape, case, "--device", device,
-        "--batch-size", str(batch_size), "--length", str(length),
+        "--batch-size", str(batch_size), "--length", str(length), "--timed", str(timed),
     ]  # fmt: skip
     failed = {"shape": shape, "case": case}
     try:
@@ -120,41 +156,69 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One table per shape."""
-    unit, name = (1e9, "GB") if results["device"] == "cuda" else (1e6, "MB")
+    """One table per shape: bytes and times where times were taken, else every count of bytes."""
     described = ", ".join(
         f"{k} {v}" for k, v in (results["hardware"] | results["versions"]).items()
     )
+    timed = any((row.get("measured") or {}).get("timed_steps") for row in results["rows"])
+    unit, name = _unit(results)
     lines = [
         f"Batch {results['batch_size']} × {results['sequence_length']} tokens, {name} = {unit:.0e} "
         f"bytes. {described}.",
     ]
     for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["shape"] == shape]
-        body = _cuda_table(rows, unit) if results["device"] == "cuda" else _cpu_table(rows, unit)
+        body = _timed_table(rows, unit, results["device"]) if timed else _cpu_table(rows, unit)
         lines += ["", f"## {shape}", "", *body]
     return "\n".join(lines) + "\n"
 
 
-def _cuda_table(rows: list[dict[str, Any]], unit: float) -> list[str]:
+def _unit(results: dict[str, Any]) -> tuple[float, str]:
+    large = any((row.get("estimate") or {}).get("total", 0) >= 1e9 for row in results["rows"])
+    return (1e9, "GB") if large else (1e6, "MB")
+
+
+def _timed_table(rows: list[dict[str, Any]], unit: float, device: str) -> list[str]:
+    """Return peaks beside the estimate, and times beside what the arithmetic of the step allows.
+
+    "Of full" compares the forward and backward passes, without the optimizer's part, with those of
+    full fine-tuning; "arithmetic" is the same ratio of floating-point operations.
+    """
+    other = "reserved" if device == "cuda" else "resident"
     lines = [
-        "| case | estimate | allocated | deviation | reserved | step, s | tokens/s |",
-        "|---|---|---|---|---|---|---|",
+        f"| case | estimate | allocated | deviation | {other} | step, s | tokens/s | of full | "
+        "arithmetic |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    full = next((row for row in rows if row["case"] == "full" and _passes(row)), None)
     for row in rows:
         found, guess = row.get("measured"), row.get("estimate")
         estimate = f"{guess['total'] / unit:.2f}" if guess else "–"
         if row["status"] != "ok" or not found or not guess:
-            lines.append(f"| {row['case']} | {estimate} | {row['status']} | | | | |")
+            lines.append(f"| {row['case']} | {estimate} | {row['status']} | | | | | | |")
             continue
-        allocated, reserved = found["peak_allocated"], found["peak_reserved"]
-        deviation = guess["total"] / allocated - 1
-        lines.append(
-            f"| {row['case']} | {estimate} | {allocated / unit:.2f} | {deviation:+.1%} | "
-            f"{reserved / unit:.2f} | {found['step_seconds']:.3f} | "
-            f"{found['tokens_per_second']:.0f} |"
-        )
+        allocated, second = found["peak_allocated"], found.get(f"peak_{other}")
+        cells = [
+            row["case"], estimate, f"{allocated / unit:.2f}",
+            f"{guess['total'] / allocated - 1:+.1%}", f"{second / unit:.2f}" if second else "–",
+        ]  # fmt: skip
+        if passes := _passes(row):
+            cells += [f"{found['step_seconds']:.2f}", f"{found['tokens_per_second']:.0f}"]
+            cells += (
+                [f"{passes / _passes(full):.2f}", f"{row['flops'] / full['flops']:.2f}"]
+                if full
+                else ["–", "–"]
+            )
+        else:
+            cells += ["–"] * 4
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _passes(row: dict[str, Any]) -> float:
+    """Seconds of forward and backward pass; 0 where no time was taken."""
+    found = row.get("measured") or {}
+    return found.get("step_seconds", 0.0) - found.get("optimizer_seconds", 0.0)
 
 
 def _cpu_table(rows: list[dict[str, Any]], unit: float) -> list[str]:
@@ -191,7 +255,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     rows = [row for row in results["rows"] if row.get("estimate")]
     if not rows:
         return
-    unit, name = (1e9, "GB") if results["device"] == "cuda" else (1e6, "MB")
+    unit, name = _unit(results)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     most = max(sum(row["shape"] == shape for row in rows) for shape in shapes)
     drawing = Figure(figsize=(4.6 * len(shapes), 1 + 0.3 * most), layout="constrained")

@@ -1,7 +1,7 @@
 """One case on one device: builds the model with random weights, trains a few steps, measures.
 
 Started by measure.py in a process of its own, so that running out of memory ends this case alone.
-Prints one JSON object.
+Prints one JSON object. On a CPU it counts bytes; with --timed it also takes the time of steps.
 """
 
 import argparse
@@ -13,15 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from arithmetic import step_flops
 from cases import cases
+from resident import Resident
 from shapes import SHAPES
+from transformers.initialization import no_init_weights
 
 import lisa_train as lt
 from lisa_train.eight_bit import set_eight_bit_states
+from lisa_train.head_gradient import sliced_head_gradient
 from lisa_train.memory.estimate import estimate
 from lisa_train.memory.setting import Setting
 
-WARM_UP, TIMED = 3, 10
+WARM_UP = 3
 
 
 class Training:
@@ -33,11 +37,12 @@ class Training:
         torch.manual_seed(0)
         self.setting, self.device = setting, torch.device(device)
         cls = getattr(transformers, config.architectures[0])
-        with self.device:
+        with self.device, no_init_weights():
             self.model: Any = cls._from_config(
                 config, dtype=getattr(torch, setting.dtype),
                 attn_implementation=setting.attn_implementation,
             ).train()  # fmt: skip
+        fill(self.model)
         if setting.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if setting.chunked_loss:
@@ -59,7 +64,7 @@ class Training:
         if setting.method == "lisa" and setting.active_layers is None:
             self.engine = lt.Lisa(self.model, self.optimizer, setting.lisa)
         self.inside = lt.StepInBackward(self.optimizer) if setting.step_in_backward else None
-        self.steps = 0
+        self.optimizer_seconds = 0.0
         shape = (setting.batch_size, setting.sequence_length)
         ids = torch.randint(3, config.vocab_size, shape, device=self.device)
         self.batch = {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -80,9 +85,30 @@ class Training:
     def step(self) -> None:
         """Train one step."""
         self.loss().backward()
+        begin = self.clock()
         self.optimizer.step()
+        self.optimizer_seconds = self.clock() - begin
         self.optimizer.zero_grad()
-        self.steps += 1
+
+    def clock(self) -> float:
+        """Seconds, once the device has done what it was asked."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random weights, quickly: a million normal numbers, over and over; biases are zero."""
+    block = torch.randn(1 << 20) * 0.02
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if name.endswith("bias"):
+            flat.zero_()
+        elif parameter.ndim > 1:
+            whole = len(flat) - len(flat) % len(block)
+            piece = block.to(flat)
+            flat[:whole].view(-1, len(block)).copy_(piece)
+            flat[whole:].copy_(piece[: len(flat) - whole])
 
 
 def _with_adapters(model: Any, setting: Setting) -> Any:
@@ -152,31 +178,40 @@ def count(training: Training) -> dict[str, int]:
     }  # fmt: skip
 
 
-def on_cuda(training: Training) -> dict[str, Any]:
+def on_cuda(training: Training, steps: int) -> dict[str, Any]:
     """Peak memory and time of warm steps."""
     for _ in range(WARM_UP):
         training.step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        training.step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    tokens = training.setting.batch_size * training.setting.sequence_length
+    times = timed(training, steps)
     return {
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "peak_reserved": torch.cuda.max_memory_reserved(),
+        **times,
+    }
+
+
+def timed(training: Training, steps: int) -> dict[str, float]:
+    """Medians over a few steps: of the whole step, and of the optimizer's part of it."""
+    seconds, of_optimizer = [], []
+    for _ in range(steps):
+        start = training.clock()
+        training.step()
+        seconds.append(training.clock() - start)
+        of_optimizer.append(training.optimizer_seconds)
+    median = statistics.median(seconds)
+    tokens = training.setting.batch_size * training.setting.sequence_length
+    return {
+        "timed_steps": steps,
         "step_seconds": median,
+        "optimizer_seconds": statistics.median(of_optimizer),
         "tokens_per_second": tokens / median,
     }
 
 
-def on_cpu(training: Training) -> dict[str, Any]:
-    """Peak of a warm step by the allocator's record, over what rests between steps. No times."""
-    training.step()
+def on_cpu(training: Training, steps: int) -> dict[str, Any]:
+    """Peak of a step by the allocator's record, over what rests between steps; then its time."""
     resting = stored(
         [
             *training.model.parameters(),
@@ -196,7 +231,8 @@ def on_cpu(training: Training) -> dict[str, Any]:
     for _, size in sorted(events, key=lambda event: event[0]):
         live += size
         top = max(top, live)
-    return {"peak_allocated": resting + top}
+    del profile
+    return {"peak_allocated": resting + top} | (timed(training, steps) if steps else {})
 
 
 def _dense(value: Any) -> bool:
@@ -236,18 +272,26 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--timed", type=int, default=0, help="steps whose time is taken")
     arguments = parser.parse_args()
     config = SHAPES[arguments.shape]
     named = {case.name: case for case in cases(arguments.batch_size, arguments.length)}
     setting = named[arguments.case].setting
     result: dict[str, Any] = {"shape": arguments.shape, "case": arguments.case, "status": "ok"}
     layers = setting.active_layers
+    on_gpu = arguments.device.startswith("cuda")
+    resident = None if on_gpu else Resident()
     try:
         training = Training(config, setting, arguments.device)
-        measure: Callable[[Training], dict[str, Any]] = (
-            on_cuda if arguments.device.startswith("cuda") else on_cpu
-        )
-        result["measured"] = count(training) | measure(training)
+        measure: Callable[[Training, int], dict[str, Any]] = on_cuda if on_gpu else on_cpu
+        with sliced_head_gradient():  # as in attach()
+            found = count(training)
+            if resident is not None:
+                resident.restart()
+            found |= measure(training, arguments.timed)
+        if resident is not None:
+            found["peak_resident"] = resident.peak()
+        result["measured"] = found
         layers = training.active_layers
         del training
     except torch.cuda.OutOfMemoryError as error:
@@ -257,6 +301,7 @@ def main() -> None:
         layers = tuple(range(setting.lisa.activated_layers))
     result["active_layers"] = list(layers) if layers is not None else None
     result["estimate"] = predict(config, setting, layers)
+    result["flops"] = step_flops(config, setting, layers)
     print(json.dumps(result))
 
 

@@ -43,6 +43,12 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
+    # As wide as Llama-3.1-8B, half as deep: what the other does not fit on a small machine.
+    "Llama-3.1-8B, 16 layers": _llama(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
     "Qwen3-8B": Qwen3Config(
         architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=12288,
         num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,

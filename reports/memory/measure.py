@@ -14,6 +14,7 @@ into --out; --append adds to those that lie there, from the same machine and ver
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -108,6 +109,11 @@ def run(
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
         return failed | {"status": "took too long", "message": f"over {TIME_LIMIT} s"}
+    if done.returncode == -signal.SIGKILL:
+        # By the kernel, as it does where memory ends: what was to be expected is still of interest.
+        again = subprocess.run([*command, "--estimate-only"], capture_output=True, text=True)
+        if again.returncode == 0:
+            return json.loads(again.stdout.strip().splitlines()[-1]) | {"status": "out of memory"}
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return failed | {"status": "failed", "message": last[:300]}

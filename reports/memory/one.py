@@ -265,6 +265,24 @@ def _saved(config: Any, setting: Setting) -> int:
     return record_step(stage, setting, pattern, backward=False).saved()
 
 
+def measured(
+    config: Any, setting: Setting, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """Bytes and times of a training under the setting, and LISA's layers in it."""
+    on_gpu = arguments.device.startswith("cuda")
+    resident = None if on_gpu else Resident()
+    training = Training(config, setting, arguments.device)
+    measure: Callable[[Training, int], dict[str, Any]] = on_cuda if on_gpu else on_cpu
+    with sliced_head_gradient():  # as in attach()
+        found = count(training)
+        if resident is not None:
+            resident.restart()
+        found |= measure(training, arguments.timed)
+    if resident is not None:
+        found["peak_resident"] = resident.peak()
+    return found, training.active_layers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=list(SHAPES))
@@ -273,30 +291,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--timed", type=int, default=0, help="steps whose time is taken")
+    parser.add_argument("--estimate-only", action="store_true")
     arguments = parser.parse_args()
     config = SHAPES[arguments.shape]
     named = {case.name: case for case in cases(arguments.batch_size, arguments.length)}
     setting = named[arguments.case].setting
     result: dict[str, Any] = {"shape": arguments.shape, "case": arguments.case, "status": "ok"}
     layers = setting.active_layers
-    on_gpu = arguments.device.startswith("cuda")
-    resident = None if on_gpu else Resident()
-    try:
-        training = Training(config, setting, arguments.device)
-        measure: Callable[[Training, int], dict[str, Any]] = on_cuda if on_gpu else on_cpu
-        with sliced_head_gradient():  # as in attach()
-            found = count(training)
-            if resident is not None:
-                resident.restart()
-            found |= measure(training, arguments.timed)
-        if resident is not None:
-            found["peak_resident"] = resident.peak()
-        result["measured"] = found
-        layers = training.active_layers
-        del training
-    except torch.cuda.OutOfMemoryError as error:
-        result["status"] = "out of memory"
-        result["message"] = str(error).splitlines()[0]
+    if not arguments.estimate_only:
+        try:
+            result["measured"], layers = measured(config, setting, arguments)
+        except torch.cuda.OutOfMemoryError as error:
+            result["status"] = "out of memory"
+            result["message"] = str(error).splitlines()[0]
     if setting.method == "lisa" and layers is None:
         layers = tuple(range(setting.lisa.activated_layers))
     result["active_layers"] = list(layers) if layers is not None else None

@@ -53,6 +53,53 @@ def test_what_is_written(study):
     assert (study / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_times_and_arithmetic_of_later_cases_are_added(study):
+    """A second call adds its rows; those of a case that was measured before are replaced."""
+    command = [
+        sys.executable, str(SCRIPT), "--device", "cpu", "--shapes", "tiny-llama", "--length", "32",
+        "--append", "--timed", "2", "--out", str(study),
+    ]  # fmt: skip
+    added = ["full", "LISA 2L, no E, H, norm"]
+    done = subprocess.run([*command, "--cases", *added], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((study / "results.json").read_text())
+    assert [row["case"] for row in results["rows"]] == [*CASES, "LISA 2L, no E, H, norm"]
+    rows = {row["case"]: row for row in results["rows"]}
+    for name in added:
+        found = rows[name]["measured"]
+        assert found["step_seconds"] > found["optimizer_seconds"] > 0
+        assert found["tokens_per_second"] == pytest.approx(32 / found["step_seconds"])
+    # Llama's products by hand, per token: 2 operations per weight forward and 4 backward, and two
+    # products of attention over 32 keys, as much again for each of their two factors.
+    weights, head, attention = 4 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 160), 64 * 512, 4 * 32 * 64
+    full = 32 * (6 * (weights + head) + 3 * 2 * 2 * attention)
+    assert rows["full"]["flops"] == full
+    assert "| of full | arithmetic |" in (study / "results.md").read_text()
+    other = subprocess.run(
+        [*command, "--cases", "full", "--batch-size", "2"], capture_output=True, text=True
+    )
+    assert other.returncode != 0
+    assert "measured with another batch_size (1, here 2)" in other.stderr
+
+
+def test_a_case_that_the_kernel_kills_keeps_its_estimate(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import measure
+
+    commands = []
+
+    def fake(command, **kwargs):
+        commands.append(command)
+        killed = "--estimate-only" not in command
+        code, out = (-9, "") if killed else (0, json.dumps({"case": "full", "status": "ok"}))
+        return subprocess.CompletedProcess(command, code, out, "")
+
+    monkeypatch.setattr(measure.subprocess, "run", fake)
+    row = measure.run("tiny-llama", "full", "cpu", 1, 32, 0)
+    assert row == {"case": "full", "status": "out of memory"}
+    assert len(commands) == 2
+
+
 def test_without_a_gpu_it_says_so():
     import torch
 

@@ -117,14 +117,20 @@ def test_chunks_never_hold_the_logits(tied):
     assert chunked.logits < tokens * 32_768 * 2 * 1.5  # one tile
 
 
-def test_chunks_cost_fp32_gradients_of_a_head_that_trains():
-    # TRL accumulates the head's gradient in fp32: more than whole logits of few tokens.
+def test_a_head_that_trains_is_summed_in_slices(monkeypatch):
+    """TRL sums its gradient in fp32: more than whole logits of few tokens, were it done at once."""
     config = small.llama(**{**WIDE, "vocab_size": 60_000})
     options = {"sequence_length": 32, "dtype": "bfloat16", "optim": "sgd"}
     plain = lt.estimate_memory(config, "full", **options).fullest
-    chunked = lt.estimate_memory(config, "full", chunked_loss=True, **options).fullest
-    assert chunked.logits > 60_000 * 128 * 4
-    assert chunked.peak > plain.peak
+    sliced = lt.estimate_memory(config, "full", chunked_loss=True, **options).fullest
+    monkeypatch.setattr("lisa_train.head_gradient.SLICE", 60_000)
+    at_once = lt.estimate_memory(config, "full", chunked_loss=True, **options).fullest
+    head = 60_000 * WIDE["hidden_size"]
+    assert at_once.logits > 4 * head
+    assert at_once.peak > plain.peak
+    assert sliced.logits < 2 * head + 4 * 8192 * WIDE["hidden_size"] + 32 * 32_768 * 2 * 1.5
+    assert sliced.peak < at_once.peak - head
+    assert sliced.peak < plain.peak + 1000  # which lies where all gradients stand
 
 
 def test_the_worst_draw_is_the_worst_of_all_draws():

@@ -7,6 +7,7 @@ tensors are counted, on the CPU; what kernels allocate within themselves is not 
 """
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ from helpers_allocations import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
+from lisa_train import head_gradient
 from lisa_train.eight_bit import set_eight_bit_states
+from lisa_train.head_gradient import sliced_head_gradient
 from lisa_train.lisa import Lisa
 from lisa_train.step_in_backward import StepInBackward
 
@@ -54,6 +57,7 @@ class Option:
     inside: bool = False
     checkpointing: bool = False
     fused_head: bool = False
+    slices: bool = False
     lora: bool = False
     dtype: torch.dtype = torch.bfloat16
 
@@ -76,6 +80,7 @@ OPTIONS = [
     Option("E+H+2L, 8-bit: embed, head", optim="8bit", eight_bit=("embed", "head")),
     Option("E+H+2L, 8-bit: all groups", **EIGHT_BITS),
     Option("E+H+2L, logits in tiles (TRL)", fused_head=True),
+    Option("E+H+2L, logits in tiles, head in slices", fused_head=True, slices=True),
     Option("E+H+2L, fp32_active", lisa={"precision": "fp32_active"}),
     Option("E+H+2L, checkpointing", checkpointing=True),
     Option("E+H+2L, checkpointing, in backward", checkpointing=True, inside=True),
@@ -145,7 +150,8 @@ def measure(option: Option) -> dict[str, float]:
             engine.begin_step(step)
             assert engine.active_layers == DRAWN
         states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-        with Allocations([*tensors_of(model), *states], width=TILE) as seen:
+        head = sliced_head_gradient if option.slices else nullcontext
+        with head(), Allocations([*tensors_of(model), *states], width=TILE) as seen:
             loss = model(input_ids=ids, labels=ids, **extra).loss
             found["activations"] = seen.live
             found["peak, forward"] = seen.peak
@@ -167,8 +173,9 @@ COLUMNS = ("weights", "gradients", "state", "activations", "peak")
 def table() -> dict[str, dict[str, float]]:
     import trl.trainer.utils
 
-    tile = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    tile, rows_at_once = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, head_gradient.SLICE
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE
+    head_gradient.SLICE //= 32
     try:
         with warnings.catch_warnings():
             # 2026-11-24: raised inside peft and torch, nothing that is called here directly
@@ -176,6 +183,7 @@ def table() -> dict[str, dict[str, float]]:
             rows = {option.name: measure(option) for option in OPTIONS}
     finally:
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
+        head_gradient.SLICE = rows_at_once
     print(f"\n| MiB (GiB for 8B) | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in COLUMNS)} |")
@@ -213,6 +221,13 @@ def test_resting_groups_and_checkpointing(table):
     assert table["H+2L"]["activations"] < 0.8 * default["activations"]
     assert table["2L"]["state"] < 0.35 * default["state"]
     assert table["E+H+2L, checkpointing"]["activations"] < 0.25 * default["activations"]
+
+
+def test_a_head_in_slices_is_below_one_summed_whole(table):
+    """By TRL's fp32 sums of the head, less a slice of them, and by the copy's own precision."""
+    whole = table["E+H+2L, logits in tiles (TRL)"]["peak"]
+    sliced = table["E+H+2L, logits in tiles, head in slices"]["peak"]
+    assert whole - sliced > 1.5 * LARGEST
 
 
 def test_lisa_against_lora(table):

@@ -49,7 +49,7 @@ class StepMeasure:
         self._cpu = table.tensors[0][1].device.type == "cpu"
         self._snapshots: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, torch.Tensor] = {}
-        self._gradient_factor = 1.0
+        self._gradient_factor: float | torch.Tensor = 1.0
         self._micro_before: dict[int, torch.Tensor] = {}
         self._micro_squares: list[tuple[np.ndarray, torch.Tensor]] = []
 
@@ -72,7 +72,7 @@ class StepMeasure:
     def gradients(
         self,
         step: int,
-        scale: float,
+        scale: float | torch.Tensor,
         undo: bool,
         tensors: list[tuple[int, nn.Parameter]] | None = None,
     ) -> None:
@@ -83,6 +83,7 @@ class StepMeasure:
         self.active = self._with_gradient() if tensors is None else tensors
         if not self.active:
             return
+        scale = _beside(scale, self.active[0][1])
         ids = _numbers(self.active)
         gradients = [p.grad.detach() for _, p in self.active if p.grad is not None]
         square = self._gradient_norms(step, ids, gradients, scale)
@@ -202,7 +203,7 @@ class StepMeasure:
         return [(i, p) for i, p in self._table.tensors if p.grad is not None and p.requires_grad]
 
     def _gradient_norms(
-        self, step: int, ids: np.ndarray, gradients: list[torch.Tensor], scale: float
+        self, step: int, ids: np.ndarray, gradients: list[torch.Tensor], scale: Any
     ) -> torch.Tensor:
         if "grad_norm_l1" in self._want:
             square, magnitude = squares_and_magnitudes(gradients)
@@ -215,7 +216,7 @@ class StepMeasure:
         return square
 
     def _gradient_noise(
-        self, step: int, ids: np.ndarray, square: torch.Tensor, scale: float
+        self, step: int, ids: np.ndarray, square: torch.Tensor, scale: Any
     ) -> None:
         """Tr Σ of one micro-batch gradient, unbiased: (n²Σ‖Gᵢ‖² − n‖ΣGᵢ‖²)/(n−1).
 
@@ -231,7 +232,7 @@ class StepMeasure:
 
     def _before_clipping(self, product: torch.Tensor, clip_coef: Any) -> torch.Tensor:
         """⟨g, Δθ⟩ with the gradient as it was before clipping."""
-        coefficient = 1.0 if clip_coef is None else torch.as_tensor(clip_coef).to(product)
+        coefficient = 1.0 if clip_coef is None else _beside(clip_coef, product)
         undone, copied = product / coefficient, product * self._gradient_factor
         if not self._gradients:
             return undone
@@ -255,21 +256,34 @@ class StepMeasure:
         self._buffer.add(step, "merged_norm", ids[indices], merged)
 
     def _optimizer_steps(self, step: int) -> None:
-        found: list[tuple[int, Any]] = []
+        # Where they are counted, on the host or on each device: bringing them together would wait.
+        found: dict[torch.device, dict[int, torch.Tensor]] = {}
         for i, p in self.active:
             state = self._optimizer.state.get(p)
             count = state.get("step") if isinstance(state, dict) else None
             if count is not None:
-                found.append((i, count))
-        if not found:
-            return
-        home = next((c.device for _, c in found if torch.is_tensor(c)), torch.device("cpu"))
-        counts = [torch.as_tensor(c, device=home).to(wide(home)).reshape(()) for _, c in found]
-        self._buffer.add(step, "opt_steps", np.array([i for i, _ in found]), torch.stack(counts))
+                count = torch.as_tensor(count).reshape(())
+                found.setdefault(count.device, {})[i] = count.to(wide(count.device))
+        for counts in found.values():
+            self._buffer.add(
+                step, "opt_steps", np.array(list(counts)), torch.stack(list(counts.values()))
+            )
 
 
 def _numbers(tensors: Iterable[tuple[int, Any]]) -> np.ndarray:
     return np.array([i for i, _ in tensors], dtype=np.int64)
+
+
+def _beside(value: Any, tensor: torch.Tensor) -> Any:
+    """Return a number to calculate with next to `tensor`.
+
+    One that lies on the host stays there, as an argument of the kernel: copying it to an
+    accelerator would wait for everything that runs there.
+    """
+    if not torch.is_tensor(value):
+        return float(value)
+    value = value.detach().reshape(())
+    return value if value.device.type == "cpu" else value.to(tensor.device)
 
 
 def _copies(

@@ -203,7 +203,9 @@ class NormRecorder:
             self._measure.micro_batch()
 
     @_measured
-    def before_step(self, step: int, *, gradient_scale: float = 1.0, undo: bool = False) -> None:
+    def before_step(
+        self, step: int, *, gradient_scale: float | torch.Tensor = 1.0, undo: bool = False
+    ) -> None:
         """Measure the gradients of step `step` and keep what its update is measured against.
 
         Parameters
@@ -211,7 +213,8 @@ class NormRecorder:
         step
             Number of the optimizer step about to be made, from 1.
         gradient_scale
-            Factor on the gradients that the optimizer will not see (fp16 loss scale).
+            Factor on the gradients that the optimizer will not see (fp16 loss scale), a number
+            or a tensor of one element.
         undo
             `after_step` will be told the clip coefficient, so that gradients in fp32 need not
             be copied for `descent`.

@@ -115,6 +115,7 @@ class RecordCallback(TrainerCallback):
         layer_map = find_layers(model, chosen or self.config.layers)
         table = TensorTable(model, layer_map, self.config.select)
         processes = Processes(table)
+        self._sharded = self._sharded or processes.sharded
         problem: Exception | None = None
         writer: RunWriter | SilentWriter | None = None
         try:
@@ -310,11 +311,13 @@ class RecordCallback(TrainerCallback):
         if not accelerator.sync_gradients:
             self.recorder.micro_batch(step)
             return
-        # Until clipping the gradients carry the loss scale; without a scaler it is 1.
+        # Until clipping the gradients carry the loss scale; without a scaler it is 1. `get_scale`
+        # would wait for the device.
         scaler = getattr(accelerator, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         self.recorder.before_step(
             step,
-            gradient_scale=scaler.get_scale() if scaler is not None else 1.0,
+            gradient_scale=scale,
             undo=not self._sharded,
         )
         if self.config.probe_every and step % self.config.probe_every == 0:

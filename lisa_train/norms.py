@@ -41,8 +41,7 @@ def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
         return _walk([[x] for x in tensors], _square)[:, 0]
-    norms = torch._foreach_norm([local(x) for x in tensors], 2, dtype=torch.float32)
-    return _stack(norms).square()
+    return _norms(tensors, 2).square()
 
 
 @torch.no_grad()
@@ -53,11 +52,7 @@ def squares_and_magnitudes(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tenso
     if _on_cpu(tensors):
         sums = _walk([[x] for x in tensors], _square_and_magnitude)
         return sums[:, 0], sums[:, 1]
-    parts = [local(x) for x in tensors]
-    return (
-        _stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square(),
-        _stack(torch._foreach_norm(parts, 1, dtype=torch.float32)),
-    )
+    return _norms(tensors, 2).square(), _norms(tensors, 1)
 
 
 @torch.no_grad()
@@ -151,14 +146,32 @@ def _walk_rows(
     ).sum()
 
 
+def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return numbers as one vector in the widest type, though they lie on several devices.
+
+    It lies where the first one on an accelerator does: between accelerators nothing waits.
+    """
+    home = _home(scalars)
+    if any(x.device != home for x in scalars):
+        scalars = [x.to(home) for x in scalars]
+    return torch.stack(list(scalars)).to(wide(home))
+
+
 def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
-    return tensors[0].device.type == "cpu"
+    return _home(tensors).type == "cpu"
 
 
-def _stack(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
-    home = scalars[0].device
-    stacked = torch.stack([x.to(home) for x in scalars])
-    return stacked.to(wide(home))
+def _home(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Return the first device that is an accelerator, or the CPU where all tensors are there."""
+    return next((x.device for x in tensors if x.device.type != "cpu"), tensors[0].device)
+
+
+def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:
+    """Norms of whole tensors by the kernels of accelerators."""
+    parts = [local(x) for x in tensors]
+    # The kernels refuse to narrow, and elements are taken in fp32.
+    parts = [x.float() if x.dtype == torch.float64 else x for x in parts]
+    return stacked(torch._foreach_norm(parts, order, dtype=torch.float32))
 
 
 def _walk(
@@ -171,19 +184,17 @@ def _walk(
     """
     results: list[torch.Tensor] = []
     counts: list[int] = []
-    home = groups[0][0].device
-    step = CHUNK if home.type == "cpu" else _DEVICE_CHUNK
-    work = _Workspace(home)
+    works = {device: _Workspace(device) for device in {group[0].device for group in groups}}
     for group in groups:
+        work = works[group[0].device]
+        step = CHUNK if group[0].device.type == "cpu" else _DEVICE_CHUNK
         flat = [local(x).reshape(-1) for x in group]
         size = flat[0].numel()
         for start in range(0, max(size, 1), step):
             pieces = flat if size <= step else [x[start : start + step] for x in flat]
             results += kernel(work, *(work.as_float(i, x) for i, x in enumerate(pieces)))
         counts.append(max(1, -(-size // step)))
-    if any(x.device != home for x in results):
-        results = [x.to(home) for x in results]
-    sums = torch.stack(results).to(wide(home)).view(sum(counts), -1)
+    sums = stacked(results).view(sum(counts), -1)
     if len(counts) == len(sums):
         return sums
     return torch.stack([part.sum(0) for part in sums.split(counts)])

@@ -33,6 +33,32 @@ def test_sums_agree_with_float64(dtype):
     torch.testing.assert_close(magnitude, expected_magnitudes, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_route_of_accelerators_agrees_too(monkeypatch, dtype):
+    """Their kernels as torch has them for the CPU; none of theirs can run here."""
+    monkeypatch.setattr("lisa_train.norms._on_cpu", lambda tensors: False)
+    # The CPU's kernels add flatly, those of accelerators in blocks: no long tensors here.
+    shapes = [(), (1,), (7,), (3, 5), (4096,), (4097,), (0, 33)]
+    tensors = [draw(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    expected = torch.stack([x.double().square().sum() for x in tensors])
+    torch.testing.assert_close(squares(tensors), expected, rtol=1e-5, atol=0)
+    square, magnitude = squares_and_magnitudes(tensors)
+    torch.testing.assert_close(square, expected, rtol=1e-5, atol=0)
+    expected = torch.stack([x.double().abs().sum() for x in tensors])
+    torch.testing.assert_close(magnitude, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("first", ["cpu", "meta"])
+def test_tensors_on_two_devices_are_summed_on_the_accelerator(first):
+    """As of a model that is spread over them; `meta` stands for an accelerator."""
+    devices = ["cpu", "meta"] if first == "cpu" else ["meta", "cpu"]
+    tensors = [torch.ones(3, 5, dtype=torch.bfloat16, device=device) for device in devices]
+    results = [squares(tensors), *squares_and_magnitudes(tensors)]
+    results += changes(tensors, tensors, tensors)
+    for result in results:
+        assert (result.device.type, result.shape, result.dtype) == ("meta", (2,), torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_changes_agree_with_float64_of_the_stored_values(dtype):
     before = [draw(shape, dtype, seed) for seed, shape in enumerate(SHAPES)]

@@ -185,40 +185,51 @@ def _unit(results: dict[str, Any]) -> tuple[float, str]:
 
 
 def _timed_table(rows: list[dict[str, Any]], unit: float, device: str) -> list[str]:
-    """Return peaks beside the estimate, and times beside what the arithmetic of the step allows.
+    """Return peaks beside the estimate, and times beside what skipping allows.
 
     "Of full" compares the forward and backward passes, without the optimizer's part, with those of
-    full fine-tuning; "arithmetic" is the same ratio of floating-point operations.
+    full fine-tuning; "allowed" takes from the latter the time that the skipped weight gradients
+    need by themselves; "arithmetic" is the ratio of floating-point operations.
     """
     other = "reserved" if device == "cuda" else "resident"
     lines = [
         f"| case | estimate | allocated | deviation | {other} | step, s | tokens/s | of full | "
-        "arithmetic |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "allowed | arithmetic |",
+        "|" + "---|" * 10,
     ]
     full = next((row for row in rows if row["case"] == "full" and _passes(row)), None)
     for row in rows:
         found, guess = row.get("measured"), row.get("estimate")
         estimate = f"{guess['total'] / unit:.2f}" if guess else "–"
         if row["status"] != "ok" or not found or not guess:
-            lines.append(f"| {row['case']} | {estimate} | {row['status']} | | | | | | |")
+            lines.append(f"| {row['case']} | {estimate} | {row['status']} |" + " |" * 7)
             continue
         allocated, second = found["peak_allocated"], found.get(f"peak_{other}")
         cells = [
             row["case"], estimate, f"{allocated / unit:.2f}",
             f"{guess['total'] / allocated - 1:+.1%}", f"{second / unit:.2f}" if second else "–",
+            *_times(row, full),
         ]  # fmt: skip
-        if passes := _passes(row):
-            cells += [f"{found['step_seconds']:.2f}", f"{found['tokens_per_second']:.0f}"]
-            cells += (
-                [f"{passes / _passes(full):.2f}", f"{row['flops'] / full['flops']:.2f}"]
-                if full
-                else ["–", "–"]
-            )
-        else:
-            cells += ["–"] * 4
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _times(row: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
+    """Cells of a row of the table of times; a dash where something was not measured."""
+    if not _passes(row):
+        return ["–"] * 5
+    found = row["measured"]
+    cells = [f"{found['step_seconds']:.2f}", f"{found['tokens_per_second']:.0f}"]
+    if full is None:
+        return cells + ["–"] * 3
+    # A checkpointed step computes more than it skips, of another kind.
+    again = "checkpointing" in row["case"] or "all that saves" in row["case"]
+    skipped = None if again else found.get("skipped_seconds")
+    allowed = None if skipped is None else 1 - skipped / _passes(full)
+    return [
+        *cells, f"{_passes(row) / _passes(full):.2f}",
+        "–" if allowed is None else f"{allowed:.2f}", f"{row['flops'] / full['flops']:.2f}",
+    ]  # fmt: skip
 
 
 def _passes(row: dict[str, Any]) -> float:

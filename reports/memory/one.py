@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -210,6 +211,31 @@ def timed(training: Training, steps: int) -> dict[str, float]:
     }
 
 
+def skipped_seconds(training: Training, repeats: int = 3) -> float:
+    """Time of the weight gradients that this training does not compute, were they computed alone.
+
+    One product per frozen linear map, of the shapes that autograd would take.
+    """
+    tokens = training.setting.batch_size * training.setting.sequence_length
+    shapes = Counter(
+        (module.out_features, module.in_features)
+        for module in training.model.modules()
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+    )
+    total = 0.0
+    kind = getattr(torch, training.setting.dtype)
+    for (rows, columns), count in shapes.items():
+        gradient = torch.randn(tokens, rows, device=training.device).to(kind)
+        entered = torch.randn(tokens, columns, device=training.device).to(kind)
+        seconds = []
+        for _ in range(repeats + 1):
+            start = training.clock()
+            torch.mm(gradient.t(), entered)
+            seconds.append(training.clock() - start)
+        total += count * statistics.median(seconds[1:])
+    return total
+
+
 def on_cpu(training: Training, steps: int) -> dict[str, Any]:
     """Peak of a step by the allocator's record, over what rests between steps; then its time."""
     resting = stored(
@@ -280,6 +306,8 @@ def measured(
         found |= measure(training, arguments.timed)
     if resident is not None:
         found["peak_resident"] = resident.peak()
+    if arguments.timed and setting.method == "lisa":
+        found["skipped_seconds"] = skipped_seconds(training)
     return found, training.active_layers
 
 

@@ -1,11 +1,16 @@
 """On a GPU nothing waits for the device between two flushes, and the numbers are the same."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
+from helpers_loops import ADAMW, CASES, build, measured, train
 from helpers_recording import examples, llama
 
 import lisa_train as lt
 from lisa_analysis.rundir import load
+from lisa_train.recorder import NormRecorder
 
 pytestmark = pytest.mark.gpu
 
@@ -41,3 +46,34 @@ def test_no_synchronisation_outside_a_flush(tmp_path, dtype):
     assert len(frame) == 4 * 30
     for row in frame.itertuples():
         assert row.grad_norm == pytest.approx(exact[row.step][names[row.param_id]], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ADAMW)
+@pytest.mark.parametrize("name", CASES)
+def test_every_loop(tmp_path, monkeypatch, name, optimizer):
+    """The loops of `tests/lisa_train/test_record_host_sync.py`, on a device that computes."""
+    case = CASES[name]
+    if torch.is_tensor(case.rate) and optimizer == "foreach":
+        pytest.skip("torch takes no tensor there")
+    expected = train(case, build(case, "cpu"), tmp_path / "cpu", optimizer)
+
+    def strict(method):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return method(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    for method in ("micro_batch", "before_step", "before_tensor", "after_tensor", "after_step"):
+        monkeypatch.setattr(NormRecorder, method, strict(getattr(NormRecorder, method)))
+    run = train(case, build(case, "cuda"), tmp_path / "cuda", optimizer)
+    for ours, theirs in zip(measured(run), measured(expected), strict=True):
+        assert ours.equals(theirs)
+    first = [r.metrics(["weight_norm", "grad_norm"], steps=[1]) for r in (run, expected)]
+    tolerance = 0.02 if case.half else 1e-3
+    for column in ("weight_norm", "grad_norm"):
+        np.testing.assert_allclose(first[0][column], first[1][column], rtol=tolerance)

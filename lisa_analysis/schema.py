@@ -144,15 +144,15 @@ METRICS_TABLE = Table(
             "grad_noise",
             "float32",
             True,
-            "optional: variance of the gradient between the micro-batches of the step, "
-            "tr Σ of one micro-batch gradient (unbiased)",
+            "optional: variance of the gradient between the micro-batches of the step, those of "
+            "all processes, tr Σ of one micro-batch gradient (unbiased)",
         ),
         Column(
             "probe_grad_norm",
             "float32",
             True,
-            "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included; "
-            "no update is made from it",
+            "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included, mean "
+            "over the processes; no update is made from it",
         ),
     ),
 )

@@ -1,5 +1,6 @@
 """LoRA factor pairs of a PEFT model, and the norms of their products without the products."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_train.norms import gram_square, merged_square, squares
+from lisa_train.norms import gram_square, local, merged_square, squares
+from lisa_train.processes import Processes
+from lisa_train.shards import is_sharded, local_slices, shards
 
 
 @dataclass(eq=False)
@@ -45,47 +48,80 @@ class LoraPair:
         """S: α/r, or α/√r with rank-stabilised LoRA."""
         return float(self.module.scaling[self.adapter])
 
-    def factors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (A, B) of shapes (r, n) and (m, r), one pair per expert."""
-        a, b = self.a.detach(), self.b.detach()
+    def factors(
+        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (A, B) of shapes (r, n) and (m, r), one pair per expert.
+
+        `a` and `b` stand for the parameters where these are sharded: as whole tensors.
+        """
+        a = self.a.detach() if a is None else a
+        b = self.b.detach() if b is None else b
         if self.experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
             stacked_a = a.reshape(self.experts, -1, a.shape[-1])
             stacked_b = b.reshape(b.shape[0], -1, self.experts)
             return [(stacked_a[e], stacked_b[:, :, e]) for e in range(self.experts)]
         return [(a.flatten(1), b.flatten(1))]
 
-    def delta_square(self) -> torch.Tensor:
-        """‖sBA‖², summed over the experts."""
-        return self.scale**2 * torch.stack([gram_square(a, b) for a, b in self.factors()]).sum()
+    def delta_square(
+        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """‖sBA‖², summed over the experts; `a` and `b` as in `factors`."""
+        squares_of_experts = [gram_square(*factors) for factors in self.factors(a, b)]
+        return self.scale**2 * torch.stack(squares_of_experts).sum()
 
-    def merged_square(self) -> torch.Tensor | None:
-        """‖W + sBA‖², or None where W is not at hand as a matrix (quantized, fused experts)."""
-        weight = self._weight()
-        if weight is None:
+    def merged_square(
+        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """‖W + sBA‖², or None where W is not at hand as a matrix (quantized, fused experts).
+
+        Of a sharded W the part that this process holds: the parts add up.
+        """
+        weight = self.weight
+        if weight is None or self.experts > 1 or self.module_is_wrapper:
             return None
-        version = (weight.data_ptr(), weight._version)
+        [(a, b)] = self.factors(a, b)
+        block = _matrix(weight, (b.shape[0], a.shape[1]), self.transposed)
+        if block is None:
+            return None
+        matrix, rows, columns = block
+        version = (matrix.data_ptr(), matrix._version)
         if version != self._weight_version:  # W rests, so that this happens once
-            self._weight_square = squares([weight])[0]
+            self._weight_square = squares([matrix])[0]
             self._weight_version = version
-        [(a, b)] = self.factors()
-        return merged_square(weight, self._weight_square, a, b, self.scale)
+        return merged_square(matrix, self._weight_square, a[:, columns], b[rows], self.scale)
 
-    def _weight(self) -> torch.Tensor | None:
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """W as the module holds it now, if it is a tensor of floating-point numbers."""
         weight = getattr(self.module.get_base_layer(), "weight", None)
-        if self.experts > 1 or self.module_is_wrapper or not torch.is_tensor(weight):
+        if not torch.is_tensor(weight) or not weight.is_floating_point():
             return None
-        if not weight.is_floating_point() or hasattr(weight, "quant_state"):
-            return None
-        weight = weight.detach().flatten(1)
-        [(a, b)] = self.factors()
-        if self.transposed:
-            weight = weight.T
-        return weight if weight.shape == (b.shape[0], a.shape[1]) else None
+        return None if hasattr(weight, "quant_state") else weight
 
     @property
     def module_is_wrapper(self) -> bool:
         """Whether the adapter sits on a bare parameter instead of on a module's weight."""
         return hasattr(self.module, "parameter_name")
+
+
+def _matrix(
+    weight: torch.Tensor, shape: tuple[int, int], transposed: bool
+) -> tuple[torch.Tensor, slice, slice] | None:
+    """What this process holds of W as a matrix, and its rows and columns in a W of `shape`."""
+    whole = (weight.shape[0], math.prod(weight.shape[1:]))
+    if (whole[::-1] if transposed else whole) != shape or weight.ndim < 2:
+        return None
+    where = local_slices(weight)
+    if where is None:
+        return None
+    rows, columns = where[:2]
+    if weight.ndim > 2:  # of a convolution, whose kernels are flattened
+        if any(cut != slice(0, n) for cut, n in zip(where[1:], weight.shape[1:], strict=True)):
+            return None
+        columns = slice(0, whole[1])
+    matrix = local(weight).flatten(1)
+    return (matrix.T, columns, rows) if transposed else (matrix, rows, columns)
 
 
 def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
@@ -126,13 +162,24 @@ def _factor(part: Any) -> nn.Parameter | None:
 
 
 def product_squares(
-    pairs: Sequence[LoraPair], merged: bool
+    pairs: Sequence[LoraPair], merged: bool, processes: Processes
 ) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Return ‖sBA‖² of the pairs, the indices of those with ‖W+sBA‖², and these."""
+    """Return ‖sBA‖² of the pairs, the indices of those with ‖W+sBA‖², and these.
+
+    All are this process's parts, as those of B are: the parts add up. Sharded factors are small
+    enough to be gathered whole, which takes one collective for all pairs together.
+    """
+    split = [p for pair in pairs for p in (pair.a, pair.b) if is_sharded(p)]
+    whole = dict(zip(map(id, split), processes.gather(split), strict=True))
+    deltas: list[torch.Tensor] = []
+    found: list[tuple[int, torch.Tensor]] = []
     with torch.no_grad():
-        deltas = torch.stack([pair.delta_square() for pair in pairs])
-        found = [(i, pair.merged_square()) for i, pair in enumerate(pairs)] if merged else []
-    known = [(i, square) for i, square in found if square is not None]
-    indices = [i for i, _ in known]
-    values = torch.stack([s for _, s in known]) if known else deltas[:0]
-    return deltas, indices, values
+        for i, pair in enumerate(pairs):
+            a, b = whole.get(id(pair.a)), whole.get(id(pair.b))
+            deltas.append(pair.delta_square(a, b) / shards(pair.b))
+            square = pair.merged_square(a, b) if merged else None
+            if square is not None and pair.weight is not None:
+                found.append((i, square * (shards(pair.weight) / shards(pair.b))))
+    indices = [i for i, _ in found]
+    stacked = torch.stack(deltas)
+    return stacked, indices, torch.stack([s for _, s in found]) if found else stacked[:0]

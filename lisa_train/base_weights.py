@@ -10,6 +10,7 @@ from torch import nn
 from lisa_analysis.layers import canonical_name, role_of
 from lisa_train.layermap import unwrap
 from lisa_train.norms import changes
+from lisa_train.shards import local_slices
 from lisa_train.tensor_table import TensorTable
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +47,7 @@ class BaseWeights:
         wanted: dict[Path, list[tuple[int, str, torch.Tensor]]] = {}
         for number, tensor in table.tensors:
             key = self._key(names[number])
-            if key is not None and not hasattr(tensor, "to_local"):
+            if key is not None and local_slices(tensor) is not None:
                 wanted.setdefault(self._where[key], []).append((number, key, tensor))
         found: list[tuple[int, torch.Tensor]] = []
         for path, entries in wanted.items():
@@ -55,7 +56,8 @@ class BaseWeights:
                     # As it was loaded: in the precision that the model is held in.
                     base = file.get_tensor(key).to(now.device, now.dtype)
                     if base.shape == now.shape:
-                        found.append((number, changes([base], [now.detach()])[0][0]))
+                        # Of a sharded tensor only what this process holds: the parts add up.
+                        found.append((number, changes([base[local_slices(now)]], [now])[0][0]))
         return found
 
     def _tell_of_missing(self, names: list[str]) -> None:

@@ -14,6 +14,8 @@ _ROOTS = frozenset(
     }
 )  # fmt: skip
 _INTEGERS = frozenset({"opt_steps"})
+# Differences of sums, which rounding may leave below zero.
+_VARIANCES = frozenset({"grad_noise"})
 
 
 @dataclass
@@ -93,6 +95,8 @@ def _rows(
             missing[where] = False
         if name in _ROOTS:
             values = np.sqrt(values)
+        if name in _VARIANCES:
+            values = np.maximum(values, 0)
         # Beyond the range of fp32 a norm is recorded as infinite; that is meant, not an accident.
         with np.errstate(over="ignore", invalid="ignore"):
             kept = values.astype(np.int32 if name in _INTEGERS else np.float32)

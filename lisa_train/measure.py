@@ -11,7 +11,11 @@ from lisa_train.adapters import LoraPair, find_lora_pairs, product_squares
 from lisa_train.base_weights import BaseWeights
 from lisa_train.buffers import MetricBuffer
 from lisa_train.config import RecordConfig
+from lisa_train.gradient_noise import GradientNoise
 from lisa_train.norms import changes, squares, squares_and_magnitudes, wide
+from lisa_train.probe import Probe
+from lisa_train.processes import Processes
+from lisa_train.shards import local_slices
 from lisa_train.tensor_table import TensorTable
 
 _OF_PRODUCTS = frozenset({"delta_norm", "merged_norm"})
@@ -37,37 +41,32 @@ class StepMeasure:
         config: RecordConfig,
         table: TensorTable,
         buffer: MetricBuffer,
+        processes: Processes | None = None,
+        due: Callable[[], bool] = lambda: True,
     ) -> None:
         self.active: list[tuple[int, nn.Parameter]] = []
         self._optimizer = optimizer
         self._want = frozenset(config.quantities)
-        self._noise = config.grad_noise
         self._table = table
         self._buffer = buffer
+        self._processes = processes or Processes(table)
+        self._probe = Probe(model, table, self._processes)
+        self._noise: GradientNoise | None = None
+        if config.grad_noise and not self._processes.sharded:
+            self._noise = GradientNoise(table, self._processes, due)
         self._pairs = _pairs(model, table) if self._want & _OF_PRODUCTS else []
         self._base = BaseWeights(model) if config.base_delta else None
         self._cpu = table.tensors[0][1].device.type == "cpu"
         self._snapshots: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, torch.Tensor] = {}
         self._gradient_factor: float | torch.Tensor = 1.0
-        self._micro_before: dict[int, torch.Tensor] = {}
-        self._micro_squares: list[tuple[np.ndarray, torch.Tensor]] = []
 
     # ------------------------------------------------------------------ around the step
 
     def micro_batch(self) -> None:
-        """Add the gradient that the micro-batch just done brought, for the gradient noise."""
-        if not self._noise:
-            return
-        active = self._with_gradient()
-        gradients = [p.grad.detach() for _, p in active if p.grad is not None]
-        before = [
-            self._micro_before.get(i, torch.zeros((), device=p.device).expand_as(p))
-            for i, p in active
-        ]
-        increments, _, _ = changes(before, gradients)
-        self._micro_squares.append((_numbers(active), increments))
-        self._micro_before = {i: g.clone() for (i, _), g in zip(active, gradients, strict=True)}
+        """Take note of a micro-batch that is done, for the gradient noise."""
+        if self._noise is not None:
+            self._noise.micro_batch()
 
     def gradients(
         self,
@@ -87,8 +86,10 @@ class StepMeasure:
         ids = _numbers(self.active)
         gradients = [p.grad.detach() for _, p in self.active if p.grad is not None]
         square = self._gradient_norms(step, ids, gradients, scale)
-        if self._noise and tensors is None:
-            self._gradient_noise(step, ids, square, scale)
+        if self._noise is not None and tensors is None:
+            noise = self._noise.variance(ids, square, scale)
+            if noise is not None:
+                self._buffer.add(step, "grad_noise", ids, noise)
         if self._want & _OF_UPDATES:
             self._snapshots = _copies(self._snapshots, self.active)
         self._gradients = {}
@@ -137,8 +138,8 @@ class StepMeasure:
         """
         self.active = []
         self._gradients = {}
-        self._micro_before = {}
-        self._micro_squares = []
+        if self._noise is not None:
+            self._noise.forget()
         if not self._cpu:
             self._snapshots = {}
 
@@ -157,45 +158,16 @@ class StepMeasure:
                 self._buffer.add(step, "delta_norm", ids, torch.stack([s for _, s in found]))
 
     def probe(self, step: int, backward: Callable[[], object]) -> None:
-        """Run one backward pass with all tensors and keep nothing of it but their norms.
+        """Run one backward pass with all tensors and keep nothing of it but their norms."""
+        ids, square = self._probe.run(backward)
+        if not len(ids):
+            raise RuntimeError("the pass brought no gradient to any of the measured tensors")
+        self._buffer.add(step, "probe_grad_norm", ids, square)
 
-        Every gradient goes as soon as its norm is taken. Flags, gradients and the random state
-        are as before afterwards.
-        """
-        tensors = self._table.tensors
-        flags = [(p, p.requires_grad, p.grad) for _, p in tensors]
-        found: dict[int, torch.Tensor] = {}
-        twice: set[int] = set()
-
-        def take(number: int, tensor: torch.Tensor) -> None:
-            if number in found:
-                twice.add(number)
-            elif tensor.grad is not None:
-                found[number] = squares([tensor.grad])[0]
-            tensor.grad = None
-
-        handles = []
-        devices = sorted({p.device.index for _, p in tensors if p.device.type == "cuda"})
-        try:
-            for i, p in tensors:
-                p.grad = None
-                p.requires_grad_(True)
-                handles.append(
-                    p.register_post_accumulate_grad_hook(lambda tensor, i=i: take(i, tensor))  # type: ignore[misc]
-                )
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p, flag, gradient in flags:
-                p.requires_grad_(flag)
-                p.grad = gradient
-        # The norm of a gradient that came in two parts, the first gone by then, is not known.
-        if ids := sorted(found.keys() - twice):
-            self._buffer.add(
-                step, "probe_grad_norm", np.array(ids), torch.stack([found[i] for i in ids])
-            )
+    def close(self) -> None:
+        """Listen to gradients no more."""
+        if self._noise is not None:
+            self._noise.close()
 
     # ------------------------------------------------------------------ parts
 
@@ -214,21 +186,6 @@ class StepMeasure:
         if "grad_norm" in self._want:
             self._buffer.add(step, "grad_norm", ids, square)
         return square
-
-    def _gradient_noise(
-        self, step: int, ids: np.ndarray, square: torch.Tensor, scale: Any
-    ) -> None:
-        """Tr Σ of one micro-batch gradient, unbiased: (n²Σ‖Gᵢ‖² − n‖ΣGᵢ‖²)/(n−1).
-
-        Gᵢ is what micro-batch i added to the accumulated gradient, 1/n of its own gradient.
-        """
-        self.micro_batch()
-        n = len(self._micro_squares)
-        same = all(np.array_equal(ids, other) for other, _ in self._micro_squares)
-        if n > 1 and same:
-            total = torch.stack([s for _, s in self._micro_squares]).sum(0) / scale**2
-            noise = (n * n * total - n * square) / (n - 1)
-            self._buffer.add(step, "grad_noise", ids, noise.clamp_min(0))
 
     def _before_clipping(self, product: torch.Tensor, clip_coef: Any) -> torch.Tensor:
         """⟨g, Δθ⟩ with the gradient as it was before clipping."""
@@ -250,7 +207,9 @@ class StepMeasure:
         if not pairs:
             return
         ids = np.array([self._table.ids[pair.name_b] for pair in pairs])
-        deltas, indices, merged = product_squares(pairs, "merged_norm" in self._want)
+        deltas, indices, merged = product_squares(
+            pairs, "merged_norm" in self._want, self._processes
+        )
         if "delta_norm" in self._want:
             self._buffer.add(step, "delta_norm", ids, deltas)
         self._buffer.add(step, "merged_norm", ids[indices], merged)
@@ -302,11 +261,10 @@ def _copies(
 
 def _pairs(model: nn.Module, table: TensorTable) -> list[LoraPair]:
     measured = {i for i, _ in table.tensors}
-    # Factors that are sharded (FSDP) have no Gram matrix of their own on any one process.
     return [
         pair
         for pair in find_lora_pairs(model)
         if table.ids.get(pair.name_b) in measured
-        and not hasattr(pair.a, "to_local")
-        and not hasattr(pair.b, "to_local")
+        and local_slices(pair.a) is not None
+        and local_slices(pair.b) is not None
     ]

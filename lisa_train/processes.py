@@ -4,7 +4,7 @@ What is recorded is additive (sums of squares, of magnitudes, of products), so t
 a sharded tensor add up to the tensor's, and equal copies add up to one copy after division.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lisa_train.buffers import Piece
-from lisa_train.norms import wide
+from lisa_train.norms import local, wide
+from lisa_train.shards import is_first_copy, is_sharded, local_slices, shards
 from lisa_train.tensor_table import TensorTable
 
 # Replicated on every process whatever holds the tensor.
@@ -26,11 +27,21 @@ class Processes:
     ----------
     table
         The tensors, plain ones (replicated, as under DDP) or sharded `DTensor` (FSDP2).
+
+    Attributes
+    ----------
+    count : int
+        How many there are.
+    first : bool
+        Whether this is the one that writes.
+    sharded : bool
+        Whether any tensor is split over them.
     """
 
     def __init__(self, table: TensorTable) -> None:
         running = dist.is_available() and dist.is_initialized()
         self.count = dist.get_world_size() if running else 1
+        self.sharded = any(is_sharded(tensor) for _, tensor in table.tensors)
         self.first = not running or dist.get_rank() == 0
         self._device = table.tensors[0][1].device
         self._shares = {i: _share(p, self.count) for i, p in table.tensors}
@@ -59,6 +70,24 @@ class Processes:
                 value = split.pop(0)
                 line[name] = value if line.get(name) is not None else None
 
+    def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return sharded tensors as whole ones, in fp32, with one all-reduce for all of them.
+
+        Every process calls it with the same tensors.
+        """
+        if not tensors:
+            return []
+        joined = torch.zeros(sum(tensor.numel() for tensor in tensors), device=self._device)
+        parts = joined.split([tensor.numel() for tensor in tensors])
+        whole = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        for target, tensor in zip(whole, tensors, strict=True):
+            where = local_slices(tensor)
+            assert where is not None
+            if is_first_copy(tensor):
+                target[where].copy_(local(tensor))
+        dist.all_reduce(joined)
+        return whole
+
     def agree(self, fine: bool) -> bool:
         """Return whether all processes are fine; they would wait for each other for ever else."""
         if self.count == 1:
@@ -78,14 +107,7 @@ class Processes:
 
 def _share(tensor: torch.Tensor, count: int) -> float:
     """Part that one process's sum has in the sum over all processes."""
-    placements: Iterable[Any] = getattr(tensor, "placements", ())
-    mesh = getattr(tensor, "device_mesh", None)
-    shards = 1
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():
-            assert mesh is not None
-            shards *= mesh.size(dimension)
-    return shards / count
+    return shards(tensor) / count
 
 
 def _scalar(value: Any, device: torch.device, kind: torch.dtype) -> torch.Tensor:

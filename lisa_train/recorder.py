@@ -28,6 +28,7 @@ from lisa_train.measure import StepMeasure
 from lisa_train.optimizer_state import unwrap_optimizer
 from lisa_train.outcome import one_sentence, outcome
 from lisa_train.processes import Processes
+from lisa_train.shards import local_slices
 from lisa_train.silent_writer import SilentWriter
 from lisa_train.step_in_backward import StepInBackward
 from lisa_train.storage import UnwritableError
@@ -138,11 +139,19 @@ class NormRecorder:
         self._optimizer = unwrap_optimizer(optimizer)
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
-        self._device = self.table.tensors[0][1].device
+        self._devices = {p.device for _, p in self.table.tensors}
         self._processes = Processes(self.table)
         self.writer = writer or self._new_writer(model, layer_map, manifest)
         self._buffer = MetricBuffer()
-        self._measure = StepMeasure(model, self._optimizer, config, self.table, self._buffer)
+        self._measure = StepMeasure(
+            model,
+            self._optimizer,
+            config,
+            self.table,
+            self._buffer,
+            self._processes,
+            due=lambda: self.due(self._step + 1),
+        )
         self._lines: list[dict[str, Any]] = []
         self._local_lines: list[dict[str, Any]] = []
         self._latest: dict[str, Any] = {}
@@ -158,11 +167,25 @@ class NormRecorder:
         if step_in_backward is not None:
             self._tensor_steps = TensorSteps(self._measure, self.table)
             step_in_backward.watchers.append(self)
+        self._say_what_sharding_forbids()
         if self.writer.segment and step:
             self._census_step = step  # the checkpoint that the run continues from has one
         else:
             self.census(step)
             self.flush(everything=True)
+
+    def _say_what_sharding_forbids(self) -> None:
+        """Null without a word is no measurement."""
+        if self.config.grad_noise and self._processes.sharded:
+            self._say(
+                "grad_noise is not measured with sharded weights (FSDP2): they are averaged over "
+                "the processes before any gradient of a micro-batch can be seen."
+            )
+        if any(local_slices(p) is None for _, p in self.table.tensors):
+            self._say(
+                "weights are sharded in two ways at once (FSDP and tensor parallelism): of those "
+                "‖W − W₀‖ and the products of LoRA are not measured."
+            )
 
     def _new_writer(
         self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None
@@ -199,7 +222,7 @@ class NormRecorder:
 
         Call it after the backward pass of every micro-batch of step `step` but the last.
         """
-        if self.due(step) and self._processes.count == 1:
+        if self.due(step):
             self._measure.micro_batch()
 
     @_measured
@@ -295,7 +318,7 @@ class NormRecorder:
         if line.get("learning_rate") is None:
             rate = self._optimizer.param_groups[0]["lr"]
             line["learning_rate"] = rate.detach().clone() if torch.is_tensor(rate) else rate
-        line["peak_memory_bytes"] = environment.peak_memory_bytes(self._device)
+        line["peak_memory_bytes"] = environment.peak_memory_bytes(*self._devices)
         spent = self.seconds + time.perf_counter() - self._entered
         line["recorder_seconds"] = spent - self._seconds_before
 
@@ -335,21 +358,27 @@ class NormRecorder:
             Runs one forward and backward pass; called once, with everything requiring gradients.
             No gradient is left of it, and the random state is as before. If it fails (no loss,
             no memory), nothing is probed any more; ``on_record_error="raise"`` stops training.
+
+        Notes
+        -----
+        With several processes each of them calls it with its own batch, and the norms are those
+        of the mean of their gradients; it takes collectives of its own. A failure on one of them
+        ends the probing on all. With sharded weights (FSDP2) it stops training: what FSDP began
+        cannot be taken back, and the others wait for the one that failed, as in training.
         """
-        if self._processes.count > 1:
-            self._say("probe_every is not available with several processes: nothing is probed.")
-            return
         if self._probe_failed:
             return
         try:
             with self._stepping.paused() if self._stepping is not None else nullcontext():
                 self._measure.probe(step, backward)
         except Exception as error:
-            # The pass is not the training's own: what is measured of that goes on.
-            if self.config.on_record_error == "raise":
+            # The pass is not the training's own: what is measured of that goes on. Not where it
+            # leaves FSDP between two collectives.
+            if self.config.on_record_error == "raise" or self._processes.sharded:
                 raise
             self._probe_failed = True
             self._say(f"probe_every: nothing is probed any more: {one_sentence(error)}")
+        self._merge()
 
     @_measured
     def checkpoint(self, step: int) -> None:
@@ -387,9 +416,9 @@ class NormRecorder:
         except RunDirectoryError as error:
             self._failed(error)  # the disk's trouble is no reason to miss this step
 
-    def latest_scalars(self) -> dict[str, Any]:
-        """Return the newest scalars that can be had without waiting for the device."""
-        if self._lines and self._device.type == "cpu":
+    def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:
+        """Return the newest scalars: those that the host has, or with `wait` the last step's."""
+        if self._lines and (wait or all(device.type == "cpu" for device in self._devices)):
             return to_host(self._lines[-1:])[0]
         return dict(self._latest)
 
@@ -400,6 +429,7 @@ class NormRecorder:
         """
         if self._stepping is not None and self in self._stepping.watchers:
             self._stepping.watchers.remove(self)
+        self._measure.close()
         if self.writer.closed:
             return
         problem: Exception | None = None

@@ -559,9 +559,10 @@ def test_a_probe_sees_what_lisa_froze(tmp_path):
 
 
 def test_a_probe_never_holds_two_gradients():
-    import lisa_train.measure as measure
+    import lisa_train.probe
     from lisa_train.buffers import MetricBuffer
     from lisa_train.layermap import find_layers
+    from lisa_train.measure import StepMeasure
     from lisa_train.tensor_table import TensorTable
 
     model = llama()
@@ -569,21 +570,21 @@ def test_a_probe_never_holds_two_gradients():
     table = TensorTable(model, find_layers(model), None)
     buffer = MetricBuffer()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    probe = measure.StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
+    probe = StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
     held = []
-    original = measure.squares
+    original = lisa_train.probe.squares
 
     def squares(tensors):
         held.append(sum(p.grad is not None for p in model.parameters()))
         return original(tensors)
 
-    measure.squares = squares
+    lisa_train.probe.squares = squares
     try:
         batch = {k: v[None] for k, v in examples(1)[0].items()}
         state = torch.random.get_rng_state()
         probe.probe(3, lambda: (torch.rand(5), model(**batch).loss.backward()))
     finally:
-        measure.squares = original
+        lisa_train.probe.squares = original
     assert len(held) == 30
     assert max(held) == 1
     assert torch.equal(state, torch.random.get_rng_state())
@@ -691,14 +692,28 @@ def test_a_probe_leaves_out_what_it_reaches_twice():
     buffer = MetricBuffer()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     probe = StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
-    again = model.model.layers[1].mlp.up_proj.weight
     batch = {k: v[None] for k, v in examples(1)[0].items()}
-    probe.probe(3, lambda: (model(**batch).loss.backward(), again.sum().backward()))
+    again = model.model.layers[1].mlp.up_proj
+    number = next(i for i, p in table.tensors if p is again.weight)
+    probe.probe(3, lambda: (model(**batch).loss.backward(), again.weight.sum().backward()))
     (rows,) = buffer.take()
-    number = next(i for i, p in table.tensors if p is again)
     assert sorted(rows["param_id"]) == sorted(i for i, _ in table.tensors if i != number)
     assert np.isfinite(rows["probe_grad_norm"].compressed()).all()
     assert len(rows["probe_grad_norm"].compressed()) == 29
+
+
+def test_a_probe_of_some_tensors_leaves_no_gradient_on_the_others(tmp_path):
+    """Else it would be part of the next step."""
+    model = llama()
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path / "run"), select=("attn.q",))
+    batch = {k: v[None] for k, v in examples(1)[0].items()}
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        recorder.probe(1, lambda: model(**batch).loss.backward())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert load(tmp_path / "run").metrics(["probe_grad_norm"]).dropna()["step"].tolist() == [1] * 3
 
 
 def test_the_distance_from_the_base_checkpoint(tmp_path):

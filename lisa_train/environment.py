@@ -93,9 +93,9 @@ def manifest(
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak allocated memory of a CUDA device, else the process's peak resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+def peak_memory_bytes(*devices: torch.device) -> int:
+    """Peak allocated memory of CUDA devices, added up, else the process's peak resident set."""
+    if cuda := {device for device in devices if device.type == "cuda"}:
+        return sum(int(torch.cuda.max_memory_allocated(device)) for device in cuda)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lisa_train
+from lisa_train.integration.record_callback import RecordCallback
 from lisa_train.recorder import NormRecorder
 
 DEVICE = torch.device("meta")
@@ -53,7 +54,7 @@ class DeviceWatch(TorchDispatchMode):
     Attributes
     ----------
     allowed : bool
-        Set while a flush runs.
+        Set while a flush or the end of a recording runs.
     waits : list of str
         What waited and was allowed, with the place that asked for it.
     """
@@ -127,20 +128,22 @@ def _place() -> str:
 def watched(
     monkeypatch: pytest.MonkeyPatch, *, everyone: bool = True, spared: str | None = None
 ) -> Iterator[DeviceWatch]:
-    """Watch a block of code; what a recorder's flush reads is allowed and answered with zeros.
+    """Watch a block of code; what a flush and the end read is allowed and answered with zeros.
 
     On `meta`, torch makes no copy of what `torch.tensor(1.0, device=…)` would copy on CUDA: the
     functions that make tensors of numbers are watched one by one.
     """
     watch = DeviceWatch(everyone, spared)
-    write = NormRecorder._write
 
-    def flush(self: NormRecorder, everything: bool) -> None:
-        watch.allowed = True
-        try:
-            write(self, everything)
-        finally:
-            watch.allowed = False
+    def allowing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, watch.allowed = watch.allowed, True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                watch.allowed = before
+
+        return call
 
     def checked(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +156,8 @@ def watched(
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(NormRecorder, "_write", flush)
+        patch.setattr(NormRecorder, "_write", allowing(NormRecorder._write))
+        patch.setattr(RecordCallback, "close", allowing(RecordCallback.close))
         for name in ("tensor", "as_tensor", "asarray"):
             patch.setattr(torch, name, checked(getattr(torch, name)))
         # AdamW's fused kernel has an implementation for meta, but asks for a list of devices.

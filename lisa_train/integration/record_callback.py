@@ -233,7 +233,8 @@ class RecordCallback(TrainerCallback):
 
     def _result(self) -> dict[str, Any]:
         assert self.recorder is not None
-        line = self.recorder.latest_scalars()
+        line = self.recorder.latest_scalars(wait=True)
+        devices = {p.device for p in self._trainer.model.parameters()}
         result = {
             "steps": self._trainer.state.global_step,
             "tokens": line.get("tokens"),
@@ -242,7 +243,7 @@ class RecordCallback(TrainerCallback):
             "loss": line.get("loss"),
             "first_held_out_loss": self._held_out[0] if self._held_out else None,
             "last_held_out_loss": self._held_out[-1] if self._held_out else None,
-            "peak_memory_bytes": peak_memory_bytes(self._trainer.args.device),
+            "peak_memory_bytes": peak_memory_bytes(*devices),
         }
         return {name: value for name, value in result.items() if value is not None}
 

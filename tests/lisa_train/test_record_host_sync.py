@@ -155,3 +155,6 @@ def test_a_trainer(tmp_path, monkeypatch, method):
     ours = [wait for wait in watch.waits if "lisa_train/" in wait and "tests/" not in wait]
     assert all("buffers.py" in wait for wait in ours)
     assert run.scalars["tokens"].notna().all()
+    # Nothing was flushed before the end, and still run.json knows the last step's numbers.
+    assert run.manifest["result"].keys() == expected.manifest["result"].keys()
+    assert {"loss", "tokens"} <= run.manifest["result"].keys()

@@ -326,3 +326,14 @@ def test_a_recording_whose_end_fails_is_not_finished(tmp_path, monkeypatch):
     run = load(tmp_path)
     assert (run.status, run.scalars["loss"].tolist()) == ("failed", [1.0])
     assert run.manifest["error"].endswith("RuntimeError: no census")
+
+
+def test_peak_memory_is_that_of_all_devices_together(monkeypatch):
+    from lisa_train.environment import peak_memory_bytes
+
+    peaks = {0: 5 * 2**30, 1: 7 * 2**30}
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peaks[device.index])
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    assert peak_memory_bytes(*devices) == 12 * 2**30
+    assert peak_memory_bytes(devices[1]) == 7 * 2**30
+    assert 2**24 < peak_memory_bytes(devices[2]) < 2**40

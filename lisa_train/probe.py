@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lisa_train.averaging import Averaging
-from lisa_train.norms import squares
+from lisa_train.norms import squares, stacked
 from lisa_train.processes import Processes
-from lisa_train.shards import is_sharded
+from lisa_train.shards import fsdp_modules, is_sharded, reshard
 from lisa_train.stand_ins import stand_ins
 from lisa_train.tensor_table import TensorTable
 
@@ -60,13 +60,15 @@ class Probe:
                 found[number] = squares([tensor.grad])[0]
             tensor.grad = None
 
+        # What is still gathered would be taken for a plain tensor, and keep the flags that it has.
+        reshard(self._model)
         with ExitStack() as stack:
             plain = stack.enter_context(stand_ins(self._model, set(numbers)))
             sharded = stack.enter_context(_requiring_gradients(self._model, set(numbers)))
             stack.enter_context(_unsynchronised(self._model))
             averaging = None
-            if self._processes.count > 1 and plain:
-                measured = {numbers[key]: p for key, p in plain.items() if key in numbers}
+            measured = {numbers[key]: p for key, p in plain.items() if key in numbers}
+            if self._processes.count > 1 and measured:
                 averaging = Averaging(self._table, measured, self._processes, at_once=not sharded)
             for key, tensor in {**plain, **sharded}.items():
                 number = numbers.get(key)
@@ -82,7 +84,7 @@ class Probe:
                 found.update(averaging.found)
         # The norm of a gradient that came in two parts, the first gone by then, is not known.
         ids = sorted(found.keys() - twice)
-        values = torch.stack([found[i] for i in ids]) if ids else torch.zeros(0)
+        values = stacked([found[i] for i in ids]) if ids else torch.zeros(0)
         return np.array(ids, dtype=np.int64), values
 
     def _pass(
@@ -115,7 +117,6 @@ def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[in
     if not tensors:
         yield {}
         return
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
     before = [(p, p.requires_grad, p.grad) for p in tensors.values()]
     unused: list[tuple[Any, bool]] = []
     try:
@@ -123,9 +124,7 @@ def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[in
             p.grad = None
             if key in wanted and p.is_floating_point():
                 p.requires_grad_(True)
-        for module in modules:
-            module.reshard()  # what is still gathered would keep the flags that it has
-        for group in _groups(modules):
+        for group in _groups(model):
             # Settled for good by the first forward pass, for the tensors that trained then.
             group._init_mp_dtypes()
             # A tensor that one process alone reaches must not hold up the others.
@@ -138,15 +137,14 @@ def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[in
         for p, flag, gradient in before:
             p.requires_grad_(flag)
             p.grad = gradient
-        for module in modules:
-            module.reshard()
+        reshard(model)
 
 
-def _groups(modules: list[Any]) -> list[Any]:
+def _groups(model: nn.Module) -> list[Any]:
     """FSDP's groups of tensors, where this torch has what is needed of them."""
     found = [
         group
-        for module in modules
+        for module in fsdp_modules(model)
         for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
     ]
     needed = ("_init_mp_dtypes", "reduce_scatter_unused_params")

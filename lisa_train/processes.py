@@ -1,7 +1,9 @@
 """Several processes, one run: every recorded step is put together by a single collective.
 
 What is recorded is additive (sums of squares, of magnitudes, of products), so that the pieces of
-a sharded tensor add up to the tensor's, and equal copies add up to one copy after division.
+a sharded tensor add up to the tensor's, and equal copies add up to one copy after division. The
+products of sharded LoRA factors take a second collective, which gathers the factors; a measuring
+pass takes its own.
 """
 
 from collections.abc import Sequence

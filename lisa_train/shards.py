@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -35,6 +36,17 @@ def local_slices(tensor: torch.Tensor) -> tuple[slice, ...] | None:
         if shape != tuple(tensor.to_local().shape):  # type: ignore[attr-defined]
             return None
     return tuple(cuts)
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 gathers and shards, each on its own."""
+    return [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put its shards back into the modules, which an evaluation leaves gathered."""
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 def is_first_copy(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from lisa_analysis.errors import ConfigError, suggest
 from lisa_analysis.layers import canonical_name, kind_of, role_of
 from lisa_train.layermap import LayerMap
+from lisa_train.shards import reshard
 
 
 class TensorTable:
@@ -30,6 +31,7 @@ class TensorTable:
     def __init__(
         self, model: nn.Module, layer_map: LayerMap, select: Sequence[str | int] | None
     ) -> None:
+        reshard(model)
         self.rows: list[dict[str, Any]] = []
         self.ids: dict[str, int] = {}
         owners: dict[int, int] = {}

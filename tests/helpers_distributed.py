@@ -59,12 +59,12 @@ def with_adapters(model):
     return get_peft_model(model, config)
 
 
-def shard(model):
+def shard(model, **options):
     from torch.distributed.fsdp import fully_shard
 
     for layer in find_layers(model).names:
-        fully_shard(next(m for n, m in model.named_modules() if n.endswith(layer)))
-    return fully_shard(model)
+        fully_shard(next(m for n, m in model.named_modules() if n.endswith(layer)), **options)
+    return fully_shard(model, **options)
 
 
 def batches(step):
@@ -239,6 +239,14 @@ def adapters_fsdp2(folder, rank, world):
     adapters(folder, rank, world, shard, collectives=2)
 
 
+def adapters_replicas(folder, rank, world):
+    """With replicas (HSDP) a tensor is sharded and copied at once."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("copies", "shards"))
+    adapters(folder, rank, world, lambda model: shard(model, mesh=mesh), collectives=2)
+
+
 def adapters_beside(folder, rank, world):
     """Adapters that were added to a sharded model are whole on every process."""
     model = with_adapters(shard(small()))
@@ -289,6 +297,48 @@ def reversed_order(folder, rank, world):
 
 def mixed_order(folder, rank, world):
     probe(folder, rank, lambda model: model, *MIXED)
+
+
+def resting(folder, rank, world):
+    """What FSDP has settled for frozen tensors, or has left gathered after an evaluation."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = small()
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, mp_policy=half)
+    optimizer = torch.optim.SGD(p for p in model.parameters() if p.requires_grad)
+    ids = batches(0)[0][rank::world]
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert not hasattr(model.lm_head.weight, "to_local")
+    with recorder(folder, model, optimizer, rank) as record:
+        with torch.no_grad():
+            model(input_ids=ids)
+        record.probe(1, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert [p.grad is not None for p in model.model.layers.parameters()] == (
+        [False] * 9 + [True] * 9 + [False] * 9
+    )
+    assert model.lm_head.weight.grad is None
+
+
+def failing_fsdp2(folder, rank, world):
+    """What FSDP began cannot be taken back: the error stops training."""
+    model = shard(Routed())
+
+    def backward():
+        model(1, 0)
+        raise ValueError("no loss")
+
+    try:
+        with recorder(folder, model, torch.optim.SGD(model.parameters()), rank) as record:
+            record.probe(1, backward)
+    except ValueError as error:
+        assert str(error) == "no loss"  # noqa: PT017
+        return
+    raise AssertionError("nothing was raised")
 
 
 def failing(folder, rank, world):
@@ -370,8 +420,8 @@ def trainer_ddp(folder, rank, world):
 LISA = lt.LisaConfig(activated_layers=1, interval_steps=2, sampling="cyclic")
 
 
-def trainer_lisa(folder, rank, world, **kwargs):
-    done = trainer(folder, rank, world, lisa=LISA, ddp_find_unused_parameters=True, **kwargs)
+def trainer_lisa(folder, rank, world):
+    done = trainer(folder, rank, world, lisa=LISA, ddp_find_unused_parameters=True)
     if not rank:
         torch.save(done.model.state_dict(), folder / "model.pt")
 
@@ -388,20 +438,34 @@ def trainer_fsdp2(folder, rank, world):
     trainer(folder, rank, world, model)
 
 
+def trainer_adapters(folder, rank, world):
+    """Adapters on a model that transformers has sharded: it averages their gradients itself."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    base, config = folder.parent / "base", DistributedConfig(fsdp_size=world)
+    model = LlamaForCausalLM.from_pretrained(base, distributed_config=config)
+    trainer(folder, rank, world, with_adapters(model))
+
+
 SCENARIOS = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "adapters-fsdp2": adapters_fsdp2,
+    "adapters-replicas": adapters_replicas,
     "adapters-beside": adapters_beside,
     "routed-ddp": routed_ddp,
     "routed-fsdp2": routed_fsdp2,
     "reversed": reversed_order,
     "mixed": mixed_order,
+    "resting": resting,
     "failing": failing,
+    "failing-fsdp2": failing_fsdp2,
     "memory": memory,
     "trainer-ddp": trainer_ddp,
     "trainer-lisa": trainer_lisa,
     "trainer-fsdp2": trainer_fsdp2,
+    "trainer-adapters": trainer_adapters,
 }
 
 if __name__ == "__main__":

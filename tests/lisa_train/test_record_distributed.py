@@ -182,12 +182,13 @@ def dense_products(model):
     return found
 
 
-def test_products_of_sharded_adapters_are_exact(one, two):
+@pytest.mark.parametrize("mode", ["fsdp2", "replicas"])
+def test_products_of_sharded_adapters_are_exact(one, two, mode):
     folder, _ = one
-    model = worker.adapters(folder / "adapters", 0, 1)
+    model = worker.adapters(folder / f"adapters-{mode}", 0, 1)
     columns = (*COLUMNS, "delta_norm", "merged_norm", "probe_grad_norm")
-    assert_same(folder / "adapters", two / "adapters-fsdp2", columns)
-    _, rows = rows_of(two / "adapters-fsdp2")
+    assert_same(folder / f"adapters-{mode}", two / f"adapters-{mode}", columns)
+    _, rows = rows_of(two / f"adapters-{mode}")
     assert rows["delta_norm"].notna().groupby("step").sum().tolist() == [14] * 4
     assert_products(rows.loc[worker.STEPS], dense_products(model))
 
@@ -247,6 +248,21 @@ def test_processes_may_reach_other_tensors_in_another_order(two, run, passes):
         assert value == pytest.approx(exact[name], rel=1e-5), name
 
 
+def test_what_rests_in_a_sharded_model_is_measured_too(two):
+    """In bf16, as FSDP's mixed precision computes."""
+    _, rows = rows_of(two / "resting")
+    probed = rows.loc[1]["probe_grad_norm"]
+    exact = gradients(worker.small().double(), worker.batches(0)[0])
+    assert set(probed.index) == set(exact)
+    for name, value in probed.items():
+        assert value == pytest.approx(float(exact[name].norm()), rel=3e-2), name
+
+
+def test_a_pass_that_fails_in_a_sharded_model_stops_training(two):
+    run = load(two / "failing-fsdp2")
+    assert (run.status, run.manifest["error"]) == ("failed", "ValueError: no loss")
+
+
 def test_a_pass_that_fails_on_one_process_ends_the_probing_on_all(two):
     for number in range(3):
         run, rows = rows_of(two / f"failing-{number}")
@@ -266,6 +282,13 @@ def test_trainer_with_two_processes_records_what_one_does(one, two, mode):
     columns = (*COLUMNS, "probe_grad_norm")
     assert_same(folder / f"trainer-{mode}", two / f"trainer-{mode}", columns)
     assert (load(two / f"trainer-{mode}").scalars["clip_coef"] < 1).all()
+
+
+def test_adapters_in_trainer_on_a_sharded_model(one, two):
+    folder, _ = one
+    worker.trainer(folder / "trainer-adapters", 0, 1, worker.with_adapters(worker.small()))
+    columns = (*COLUMNS, "delta_norm", "merged_norm", "probe_grad_norm")
+    assert_same(folder / "trainer-adapters", two / "trainer-adapters", columns)
 
 
 def test_lisa_in_trainer_with_two_processes_is_that_of_one(one, two):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_train.norms import gram_square, local, merged_square, squares
+from lisa_train.norms import gram_square, local, merged_square, squares, stacked
 from lisa_train.processes import Processes
 from lisa_train.shards import is_sharded, local_slices, shards
 
@@ -181,5 +181,5 @@ def product_squares(
             if square is not None and pair.weight is not None:
                 found.append((i, square * (shards(pair.weight) / shards(pair.b))))
     indices = [i for i, _ in found]
-    stacked = torch.stack(deltas)
-    return stacked, indices, torch.stack([s for _, s in found]) if found else stacked[:0]
+    known = stacked(deltas)
+    return known, indices, stacked([s for _, s in found]) if found else known[:0]

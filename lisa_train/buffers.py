@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lisa_train.norms import common_device
+
 # How a collected sum becomes the number of the schema.
 _ROOTS = frozenset(
     {
@@ -60,7 +62,10 @@ class MetricBuffer:
     def values(self, step: int, column: str) -> torch.Tensor | None:
         """All sums of one column at one step, or None."""
         found = [p.values for p in self._pieces.get(step, ()) if p.column == column]
-        return torch.cat(found) if found else None
+        if not found:
+            return None
+        home = common_device(found)
+        return torch.cat([values.to(home) for values in found])
 
     def take(self, before: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Yield and forget the rows of every step (below `before`), one copy to the host."""
@@ -68,7 +73,7 @@ class MetricBuffer:
         pieces = [piece for step in steps for piece in self._pieces[step]]
         if not pieces:
             return
-        home = pieces[0].values.device
+        home = common_device([piece.values for piece in pieces])
         joined = torch.cat([piece.values.to(home) for piece in pieces]).cpu().numpy()
         start = 0
         for step in steps:

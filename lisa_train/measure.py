@@ -12,7 +12,7 @@ from lisa_train.base_weights import BaseWeights
 from lisa_train.buffers import MetricBuffer
 from lisa_train.config import RecordConfig
 from lisa_train.gradient_noise import GradientNoise
-from lisa_train.norms import changes, squares, squares_and_magnitudes, wide
+from lisa_train.norms import changes, squares, squares_and_magnitudes, stacked, wide
 from lisa_train.probe import Probe
 from lisa_train.processes import Processes
 from lisa_train.shards import local_slices
@@ -155,7 +155,7 @@ class StepMeasure:
             found = self._base.deltas(self._table)
             ids = np.array([i for i, _ in found], dtype=np.int64)
             if found:
-                self._buffer.add(step, "delta_norm", ids, torch.stack([s for _, s in found]))
+                self._buffer.add(step, "delta_norm", ids, stacked([s for _, s in found]))
 
     def probe(self, step: int, backward: Callable[[], object]) -> None:
         """Run one backward pass with all tensors and keep nothing of it but their norms."""

@@ -151,19 +151,19 @@ def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
 
     It lies where the first one on an accelerator does: between accelerators nothing waits.
     """
-    home = _home(scalars)
+    home = common_device(scalars)
     if any(x.device != home for x in scalars):
         scalars = [x.to(home) for x in scalars]
     return torch.stack(list(scalars)).to(wide(home))
 
 
-def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
-    return _home(tensors).type == "cpu"
-
-
-def _home(tensors: Sequence[torch.Tensor]) -> torch.device:
+def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     """Return the first device that is an accelerator, or the CPU where all tensors are there."""
     return next((x.device for x in tensors if x.device.type != "cpu"), tensors[0].device)
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return common_device(tensors).type == "cpu"
 
 
 def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:

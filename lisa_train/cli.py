@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROG = "lisa-train"
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 _EPILOG = """\
-recipes that come with the package: --config full | lora | lisa | lisa-learned
+recipes that come with the package: --config full | lora | lisa | lisa-lean | lisa-learned
 example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
 --resume continues the run in --output_dir. --estimate [--memory 24GB,80GiB] trains nothing: it
 prints the memory of every method, from config.json alone, and which cards it fits.

@@ -25,6 +25,7 @@ from lisa_train.eight_bit import set_eight_bit_states
 from lisa_train.head_gradient import sliced_head_gradient
 from lisa_train.memory.estimate import estimate
 from lisa_train.memory.setting import Setting
+from lisa_train.samplers import make_sampler, resolve
 
 WARM_UP = 3
 
@@ -63,7 +64,8 @@ class Training:
             layer_map = lt.find_layers(self.model)
             set_eight_bit_states(self.optimizer, self.model, layer_map, setting.eight_bit_states)
         if setting.method == "lisa" and setting.active_layers is None:
-            self.engine = lt.Lisa(self.model, self.optimizer, setting.lisa)
+            depth = len(lt.find_layers(self.model))
+            self.engine = lt.Lisa(self.model, self.optimizer, typical(setting.lisa, depth))
         self.inside = lt.StepInBackward(self.optimizer) if setting.step_in_backward else None
         self.optimizer_seconds = 0.0
         shape = (setting.batch_size, setting.sequence_length)
@@ -96,6 +98,19 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def typical(lisa: lt.LisaConfig, depth: int) -> lt.LisaConfig:
+    """Let two layers be those at a third and at two thirds of the depth, about their mean places.
+
+    Where backward ends, and with it memory and time without the embeddings, hangs on the lower one.
+    """
+    wanted = (depth // 3, 2 * depth // 3)
+    if lisa.activated_layers != 2 or depth < 3:
+        return lisa
+    pi = resolve(None, depth, 2)
+    seeds = (s for s in range(100_000) if make_sampler("uniform", pi, 2, s).draw(0) == wanted)
+    return replace(lisa, seed=next(seeds))
 
 
 def fill(model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
     config = parse(["--config", name, *NEEDED]).config
     assert config.method == name.split("-")[0]
-    assert set(recipes()) == {"full", "lora", "lisa", "lisa-learned"}
+    assert set(recipes()) == {"full", "lora", "lisa", "lisa-lean", "lisa-learned"}
 
 
 def test_the_shell_overrides_the_file_at_any_depth(tmp_path: Path) -> None:

@@ -86,6 +86,35 @@ def test_lisa_logs_its_draws_and_only_drawn_layers_train(
         assert sum(draw["inclusion_probabilities"]) == pytest.approx(1)
 
 
+def test_the_lean_recipe_trains_two_layers_in_fp32_and_returns_bf16(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Every option that saves memory at once, as `--config lisa-lean` combines them."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    code = main([
+        "--config", "lisa-lean", "--model_name_or_path", str(tiny_model_dir), "--dataset_name",
+        str(text_file), "--output_dir", str(out), "--max_steps", "8", "--lisa.interval_steps", "4",
+        "--warmup_steps", "0", "--learning_rate", "1e-2", "--record.every", "1",
+        "--progress_bar", "false",
+    ])  # fmt: skip
+    assert code == 0
+    run = la.load(out)
+    assert run.status == "finished"
+    layer_of = run.parameters.set_index("param_id")["layer"]
+    metrics = run.metrics(columns=["grad_norm", "update_norm"])
+    trained = metrics[metrics["grad_norm"].notna()]
+    assert (trained["update_norm"] > 0).all()
+    draws = run.events[run.events["event"] == "lisa_draw"]
+    assert list(draws["step"]) == [0, 4]
+    for _, draw in draws.iterrows():
+        inside = trained[trained["step"].between(draw["step"] + 1, draw["step"] + 4)]
+        assert set(inside["param_id"].map(layer_of)) == set(draw["layers"])
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "final", dtype="auto")
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+
+
 @pytest.mark.parametrize("layout", ["completion", "chat", "chat-last-turn", "packed"])
 def test_every_layout_trains(
     layout: str,

@@ -403,9 +403,15 @@ def trainer(folder, rank, world, model=None, *, lisa=None, record=None, **change
         "per_device_train_batch_size": 4 // world, "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.5, "max_steps": 4, "adam_epsilon": 1e-4, **changes,
     }  # fmt: skip
-    trainer = Trainer(
-        model or llama(), arguments(folder / "out", **settings), train_dataset=examples(64)
-    )
+
+    class Keeping(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.batches.append(inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    model = model or llama()
+    trainer = Keeping(model, arguments(folder / "out", **settings), train_dataset=examples(64))
+    trainer.batches = []
     config = lt.RecordConfig(str(folder), **{"every": EVERY, "probe_every": 2, **(record or {})})
     lt.attach(trainer, lisa=lisa, record=config)
     trainer.train()
@@ -414,7 +420,8 @@ def trainer(folder, rank, world, model=None, *, lisa=None, record=None, **change
 
 
 def trainer_ddp(folder, rank, world):
-    trainer(folder, rank, world, ddp_find_unused_parameters=False)
+    record = {"grad_noise": True}
+    trainer(folder, rank, world, record=record, ddp_find_unused_parameters=False)
 
 
 LISA = lt.LisaConfig(activated_layers=1, interval_steps=2, sampling="cyclic")

@@ -284,6 +284,31 @@ def test_trainer_with_two_processes_records_what_one_does(one, two, mode):
     assert (load(two / f"trainer-{mode}").scalars["clip_coef"] < 1).all()
 
 
+def test_gradient_noise_in_trainer_with_two_processes(one, two):
+    """Micro-batches of unequal numbers of tokens, of which each counts in the step's mean."""
+    folder, _ = one
+    done = worker.trainer(folder / "noise", 0, 1)
+    whole = done.batches[: worker.MICRO]
+    total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in whole)
+    model = llama().double()
+    samples = []
+    for batch in whole:
+        for part in (slice(0, 2), slice(2, 4)):
+            rows = {name: value[part] for name, value in batch.items()}
+            labels = rows.pop("labels")[:, 1:].flatten()
+            logits = model(**rows).logits[:, :-1].flatten(0, 1)
+            model.zero_grad()
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            (4 * loss / total).backward()
+            samples.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    exact = variance(samples)
+    _, rows = rows_of(two / "trainer-ddp")
+    measured = rows.loc[1]["grad_noise"].dropna()
+    assert len(measured) == 30
+    for name, value in measured.items():
+        assert value == pytest.approx(exact[name], rel=1e-4), name
+
+
 def test_adapters_in_trainer_on_a_sharded_model(one, two):
     folder, _ = one
     worker.trainer(folder / "trainer-adapters", 0, 1, worker.with_adapters(worker.small()))

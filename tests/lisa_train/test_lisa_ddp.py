@@ -5,15 +5,12 @@ import socket
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
 from lisa_train.lisa import Lisa
-
-pytestmark = pytest.mark.slow
 
 STEPS, WORLD = 9, 2
 CONFIG = lt.LisaConfig(1, 3)

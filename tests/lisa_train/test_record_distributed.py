@@ -66,7 +66,7 @@ def rows_of(path):
     return run, frame.set_index(["step", "name"]).sort_index()
 
 
-def assert_same(first, second, columns=COLUMNS, scalars=SCALARS, rtol=1e-4):
+def assert_same(first, second, columns=COLUMNS, scalars=SCALARS, rtol=2e-5):
     """Hold the runs in two folders against each other, and return the first run's rows."""
     (run, a), (other, b) = rows_of(first), rows_of(second)
     assert list(a.index) == list(b.index)

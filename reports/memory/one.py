@@ -1,7 +1,7 @@
 """One case on one device: builds the model with random weights, trains a few steps, measures.
 
 Started by measure.py in a process of its own, so that running out of memory ends this case alone.
-Prints one JSON object. On a CPU it counts bytes; with --timed it also takes the time of steps.
+Prints one JSON object: of bytes, or with --timed of times.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -194,22 +194,23 @@ def count(training: Training) -> dict[str, int]:
     }  # fmt: skip
 
 
-def on_cuda(training: Training, steps: int) -> dict[str, Any]:
-    """Peak memory and time of warm steps."""
+def on_cuda(training: Training) -> dict[str, Any]:
+    """Peak memory of warm steps."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP):
         training.step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = timed(training, steps)
     return {
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "peak_reserved": torch.cuda.max_memory_reserved(),
-        **times,
     }
 
 
-def timed(training: Training, steps: int) -> dict[str, float]:
-    """Medians over a few steps: of the whole step, and of the optimizer's part of it."""
+def times(training: Training, steps: int) -> dict[str, float]:
+    """Medians over warm steps: of the whole step, of the optimizer's part, of what is skipped."""
+    for _ in range(WARM_UP if training.device.type == "cuda" else 1):
+        training.step()
     seconds, of_optimizer = [], []
     for _ in range(steps):
         start = training.clock()
@@ -218,12 +219,15 @@ def timed(training: Training, steps: int) -> dict[str, float]:
         of_optimizer.append(training.optimizer_seconds)
     median = statistics.median(seconds)
     tokens = training.setting.batch_size * training.setting.sequence_length
-    return {
+    found = {
         "timed_steps": steps,
         "step_seconds": median,
         "optimizer_seconds": statistics.median(of_optimizer),
         "tokens_per_second": tokens / median,
     }
+    if training.setting.method == "lisa":
+        found["skipped_seconds"] = skipped_seconds(training)
+    return found
 
 
 def skipped_seconds(training: Training, repeats: int = 3) -> float:
@@ -251,8 +255,8 @@ def skipped_seconds(training: Training, repeats: int = 3) -> float:
     return total
 
 
-def on_cpu(training: Training, steps: int) -> dict[str, Any]:
-    """Peak of a step by the allocator's record, over what rests between steps; then its time."""
+def on_cpu(training: Training) -> dict[str, Any]:
+    """Peak of a step by the allocator's record, over what rests between steps."""
     resting = stored(
         [
             *training.model.parameters(),
@@ -272,8 +276,7 @@ def on_cpu(training: Training, steps: int) -> dict[str, Any]:
     for _, size in sorted(events, key=lambda event: event[0]):
         live += size
         top = max(top, live)
-    del profile
-    return {"peak_allocated": resting + top} | (timed(training, steps) if steps else {})
+    return {"peak_allocated": resting + top}
 
 
 def _dense(value: Any) -> bool:
@@ -307,23 +310,21 @@ def _saved(config: Any, setting: Setting) -> int:
 
 
 def measured(
-    config: Any, setting: Setting, arguments: argparse.Namespace
+    config: Any, setting: Setting, device: str, timed_steps: int
 ) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """Bytes and times of a training under the setting, and LISA's layers in it."""
-    on_gpu = arguments.device.startswith("cuda")
+    """Bytes of a training under the setting, or its times, and LISA's layers in it."""
+    on_gpu = device.startswith("cuda")
     resident = None if on_gpu else Resident()
-    training = Training(config, setting, arguments.device)
-    measure: Callable[[Training, int], dict[str, Any]] = on_cuda if on_gpu else on_cpu
+    training = Training(config, setting, device)
     with sliced_head_gradient():  # as in attach()
+        if timed_steps:
+            return times(training, timed_steps), training.active_layers
         found = count(training)
-        if resident is not None:
-            resident.restart()
-        found |= measure(training, arguments.timed)
-    if resident is not None:
-        found["peak_resident"] = resident.peak()
-    if arguments.timed and setting.method == "lisa":
-        found["skipped_seconds"] = skipped_seconds(training)
-    return found, training.active_layers
+        if resident is None:
+            return found | on_cuda(training), training.active_layers
+        resident.restart()
+        found |= on_cpu(training)
+    return found | {"peak_resident": resident.peak()}, training.active_layers
 
 
 def main() -> None:
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--timed", type=int, default=0, help="steps whose time is taken")
+    parser.add_argument("--timed", type=int, default=0, help="steps whose time is taken; no bytes")
     parser.add_argument("--estimate-only", action="store_true")
     arguments = parser.parse_args()
     config = SHAPES[arguments.shape]
@@ -343,7 +344,9 @@ def main() -> None:
     layers = setting.active_layers
     if not arguments.estimate_only:
         try:
-            result["measured"], layers = measured(config, setting, arguments)
+            result["measured"], layers = measured(
+                config, setting, arguments.device, arguments.timed
+            )
         except torch.cuda.OutOfMemoryError as error:
             result["status"] = "out of memory"
             result["message"] = str(error).splitlines()[0]

@@ -13,7 +13,7 @@ from lisa_train.config import LisaConfig, TrainConfig
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "lisa", "lisa-learned"])
+@pytest.mark.parametrize("name", ["full", "lora", "lisa", "lisa-lean", "lisa-learned"])
 def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
     config = parse(["--config", name, *NEEDED]).config
     assert config.method == name.split("-")[0]

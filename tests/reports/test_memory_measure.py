@@ -98,7 +98,7 @@ def test_a_case_that_the_kernel_kills_keeps_its_estimate(monkeypatch):
 
     monkeypatch.setattr(measure.subprocess, "run", fake)
     row = measure.run("tiny-llama", "full", "cpu", 1, 32, 0)
-    assert row == {"case": "full", "status": "out of memory"}
+    assert row == {"shape": "tiny-llama", "case": "full", "status": "out of memory"}
     assert len(commands) == 2
 
 

@@ -159,6 +159,9 @@ class _Estimator:
         k = len(stage.layer_map) if every else setting.lisa.activated_layers
         groups = tuple(setting.lisa.group_probabilities)
         candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
+        if setting.gradient_checkpointing:
+            # Backward begins at the top, where the inputs of all layers still stand.
+            candidates |= {tuple(among[-k:]) for among in self._regions(k)}
         worst = max(map(self._of_layers, sorted(candidates)), key=lambda result: result.total)
         if setting.devices > 1:
             return worst

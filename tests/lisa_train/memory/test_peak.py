@@ -1,5 +1,6 @@
 """The peak: against the CPU allocator's own record of a real step, and its behaviour."""
 
+import itertools
 from dataclasses import replace
 
 import helpers_memory as small
@@ -144,6 +145,24 @@ def test_the_worst_draw_is_the_worst_of_all_draws():
     assert worst.active_layers == (0,)
     # One layer of four, each as often as any other.
     assert worst.mean == pytest.approx(sum(totals) / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["step-after", "step-in-backward"])
+@pytest.mark.parametrize("always", [(), ("embed", "head", "norm")], ids=["alone", "E+H"])
+def test_no_draw_of_two_layers_costs_more_than_the_worst(always, inside):
+    """With checkpointing the inputs of all layers stand when backward begins: at the top."""
+    config = small.llama(num_hidden_layers=6)
+    options = {
+        "sequence_length": 128, "dtype": "bfloat16", "gradient_checkpointing": True,
+        "step_in_backward": inside, "lisa": lt.LisaConfig(2, always_active=always),
+    }  # fmt: skip
+    worst = lt.estimate_memory(config, "lisa", **options).total
+    totals = [
+        lt.estimate_memory(config, "lisa", active_layers=pair, **options).total
+        for pair in itertools.combinations(range(6), 2)
+    ]
+    assert max(totals) <= worst
+    assert worst in totals
 
 
 def test_with_the_embeddings_on_all_draws_cost_the_same():

@@ -165,7 +165,7 @@ class _Estimator:
         worst = max(map(self._of_layers, sorted(candidates)), key=lambda result: result.total)
         if setting.devices > 1:
             return worst
-        spared = costs.of(worst.active_layers, groups) - costs.mean(draws)
+        spared = max(0.0, costs.of(worst.active_layers, groups) - costs.mean(draws))
         return replace(worst, mean=int(worst.total - spared))
 
     def _of_layers(self, layers: tuple[int, ...]) -> MemoryEstimate:

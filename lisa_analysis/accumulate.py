@@ -92,8 +92,9 @@ class Accumulator:
             if name in self.first_bad:
                 continue
             # One pass that stops at nothing is cheaper than a mask: NaN and inf survive a sum.
-            if measured is None and np.isfinite(np.dot(values, values)):
-                continue
+            with np.errstate(over="ignore", invalid="ignore"):  # then the mask decides
+                if measured is None and np.isfinite(np.dot(values, values)):
+                    continue
             bad = ~np.isfinite(values) if measured is None else measured & ~np.isfinite(values)
             if bad.any():
                 row = int(np.argmax(bad))

@@ -18,8 +18,11 @@ from lisa_analysis.schema import (
     SCALARS,
     SCALARS_TABLE,
 )
+from lisa_analysis.shard_keys import ShardKeys, in_order, read_keys
 from lisa_analysis.shards import (
+    Shard,
     Steps,
+    count_negative,
     last_valid_steps,
     list_shards,
     read_parameters,
@@ -36,13 +39,17 @@ from lisa_analysis.streams import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import pyarrow as pa
+    from numpy.typing import NDArray
 
 Layers = int | slice | Sequence[int]
 
 _KEYS = ("step", "param_id")
 _MEASURED = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
+# The one column that can be below zero; the others are norms, a variance and a count.
+SIGNED = frozenset({"descent"})
 
 
 def load(path: str | Path) -> "Run":
@@ -104,6 +111,7 @@ class Run:
                 "lisa-train wrote (its output_dir)."
             )
         self.manifest, self.warnings = read_manifest(path / MANIFEST)
+        self._seen_keys: dict[Path, ShardKeys] = {}
         self.run_id: str = self.manifest["run_id"]
         self.method: str = self.manifest["method"]
         self.layer_names = tuple(layer["name"] for layer in self.manifest["layers"])
@@ -127,7 +135,15 @@ class Run:
         lines, warnings = read_lines(self.path / SCALARS, SCALARS_TABLE, extra=False)
         self._warn(warnings)
         # A step that a resumed segment repeated stands as the newest segment wrote it.
-        newest = {line["step"]: line for line in self._still_valid(lines)}
+        valid = self._still_valid(lines)
+        newest = {line["step"]: line for line in valid}
+        if repeated := len(valid) - len({(line["step"], line["segment"]) for line in valid}):
+            self._warn(
+                [
+                    f"{SCALARS} repeats the step of {repeated} lines within a segment: of each "
+                    "step the last line counts."
+                ]
+            )
         ordered = [newest[step] for step in sorted(newest)]
         return lines_frame(ordered, SCALARS_TABLE)
 
@@ -207,10 +223,12 @@ class Run:
             end = min(last, limits.get(shard.segment, last))
             if shard.first > end or (shard.end is not None and shard.end <= first):
                 continue
-            bounded = condition & (pc.field("step") <= end)
-            for batch in read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings):
+            keys = self._keys(shard)
+            bounded = condition & (pc.field("step") <= end) & shard.holds()
+            batches = read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings)
+            for batch in batches if keys.in_order else in_order(batches):
                 self._check_keys(batch, shard.path)
-                yield batch
+                yield self._without_negative(batch, shard)
 
     def _check_keys(self, batch: "pa.RecordBatch", path: Path) -> None:
         """Refuse rows of steps and tensors that cannot be: they index arrays."""
@@ -225,9 +243,57 @@ class Run:
                     "delete it."
                 )
 
+        if self._known_ids is not None:
+            ids = batch.column("param_id").to_numpy()
+            if (unknown := ids[~self._known_ids[ids]]).size:
+                raise RunDirectoryError(
+                    f"{path} has param_id = {unknown[0]}, which {PARAMETERS} does not list: "
+                    "restore the files."
+                )
+
     @cached_property
     def _last_param_id(self) -> int:
         return int(self.parameters["param_id"].max())
+
+    @cached_property
+    def _known_ids(self) -> "NDArray[np.bool_] | None":
+        """Which numbers are those of tensors; None when all are, up to the last."""
+        import numpy as np
+
+        known = np.zeros(self._last_param_id + 1, dtype=bool)
+        known[self.parameters["param_id"]] = True
+        return None if known.all() else known
+
+    def _keys(self, shard: Shard) -> ShardKeys:
+        """Steps and tensors of a shard, looked through once; warns of what is left out of it."""
+        if shard.path not in self._seen_keys:
+            keys = self._seen_keys[shard.path] = read_keys(shard)
+            self._warn(keys.warnings)
+        return self._seen_keys[shard.path]
+
+    def _without_negative(self, batch: "pa.RecordBatch", shard: Shard) -> "pa.RecordBatch":
+        """Take numbers below zero for not measured where only a sum of squares can stand."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for index, name in enumerate(batch.schema.names):
+            if name in _KEYS or name in SIGNED:
+                continue
+            negative = pc.fill_null(pc.less(batch.column(index), 0), False)
+            if not pc.any(negative).as_py():
+                continue
+            count = count_negative(shard.path, name)
+            self._warn(
+                [
+                    f"{METRICS_DIR}/{shard.path.name} has {count} negative values of {name}, "
+                    "which cannot be: they count as not measured."
+                ]
+            )
+            null = pa.scalar(None, batch.schema.field(index).type)
+            batch = batch.set_column(
+                index, batch.schema.field(index), pc.if_else(negative, null, batch.column(index))
+            )
+        return batch
 
     def non_finite(self) -> "pd.DataFrame":
         """Return every value that was measured and is NaN or infinite.
@@ -296,7 +362,7 @@ class Run:
             if (limit := limits.get(line["segment"] or 0)) is None or line["step"] <= limit
         ]
 
-    def _warn(self, warnings: list[str]) -> None:
+    def _warn(self, warnings: Sequence[str]) -> None:
         self.warnings.extend(w for w in warnings if w not in self.warnings)
 
     def _columns(self, columns: Sequence[str] | None) -> list[str]:

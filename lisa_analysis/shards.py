@@ -26,6 +26,13 @@ class Shard:
     first: int
     end: int | None
 
+    def holds(self) -> Any:
+        """Return the condition on rows that belong into the shard by its name."""
+        import pyarrow.compute as pc
+
+        condition = pc.field("step") >= self.first
+        return condition if self.end is None else condition & (pc.field("step") < self.end)
+
 
 def list_shards(directory: Path) -> tuple[list[Shard], list[str]]:
     """Return the shards below `directory` in the order of segment and step, and warnings."""
@@ -152,6 +159,14 @@ def read_shard(
         raise
     except Exception as error:
         raise _unreadable(path, error) from None
+
+
+def count_negative(path: Path, column: str) -> int:
+    """Return how many values of a column of a shard are below zero."""
+    import pyarrow.compute as pc
+
+    batches = read_shard(path, ["step", "param_id"], pc.field(column) < 0, [])
+    return sum(batch.num_rows for batch in batches)
 
 
 def read_parameters(path: Path, n_layers: int, warnings: list[str]) -> "pd.DataFrame":

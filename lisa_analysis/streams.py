@@ -218,6 +218,13 @@ def usable_events(
     """Leave out events whose own fields are not what they should be, with a warning each."""
     kept, warnings = [], []
     for line in lines:
+        for field in ("inclusion_probabilities", "visits") if line["event"] == "lisa_draw" else ():
+            if reason := _broken_list(line, field, n_layers):
+                line = {**line, field: None}
+                warnings.append(
+                    f"{path.name}: the lisa_draw of step {line['step']} {reason}; these are left "
+                    "out, the draw counts."
+                )
         if reason := _broken_event(line, n_layers):
             warnings.append(
                 f"{path.name}: the {line['event']} of step {line['step']} {reason}; left out."
@@ -229,13 +236,9 @@ def usable_events(
 
 def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
     if line["event"] == "lisa_draw":
-        layers, pi = line.get("layers"), line.get("inclusion_probabilities")
+        layers = line.get("layers")
         if not _numbers(layers, int) or not all(0 <= layer < n_layers for layer in layers or ()):
             return f"has layers = {_short(layers)}, expected indices of the {n_layers} layers"
-        if pi is not None and not (_numbers(pi, int | float) and len(pi) == n_layers):
-            return f"has inclusion_probabilities = {_short(pi)}, expected {n_layers} numbers"
-        if (visits := line.get("visits")) is not None and not _numbers(visits, int | float):
-            return f"has visits = {_short(visits)}, expected numbers"
     if line["event"] == "evaluate":
         metrics = line.get("metrics")
         loss = metrics.get("eval_loss") if isinstance(metrics, Mapping) else None
@@ -243,6 +246,18 @@ def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
         if not isinstance(metrics, Mapping | None) or not (known or _numbers([loss], int | float)):
             return f"has metrics = {_short(metrics)}, expected an object with numbers"
     return None
+
+
+def _broken_list(line: Mapping[str, Any], field: str, n_layers: int) -> str | None:
+    """What is wrong with a list of one number per layer, which a draw may have or lack."""
+    values, most = line.get(field), 1 + 1e-6 if field != "visits" else math.inf
+    if values is None:
+        return None
+    whole = isinstance(values, list) and len(values) == n_layers and _numbers(values, int | float)
+    if whole and all(0 <= value <= most for value in values):
+        return None
+    kind = "numbers" if field == "visits" else "probabilities"
+    return f"has {field} = {_short(values)}, expected {n_layers} {kind}"
 
 
 def _numbers(values: object, kind: Any) -> bool:

@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers_damage import VALUES, places
 from helpers_runs import write_run
 
 from lisa_analysis.cli import main
-
-VALUES = [None, True, 0, -1, 3, 2**63, 1.5, "", "x", "\ud800", "<script>", [], {}, [1], {"a": 1},
-          [None], {"name": "\udfff"}, "9" * 400, "\u202e\x1b[31m", "delete"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +136,6 @@ def test_a_table_of_tensors_that_is_empty_or_absurd(run, capsys):
     )
     pq.write_table(huge.replace_schema_metadata(table.schema.metadata), run / "parameters.parquet")
     assert "param_id" in analyse(run, capsys)[1]
-
-
-def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [above] if above else []
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value[:3])
-        for key, inner in items:
-            found += places(inner, (*above, key))
-    return found
 
 
 @pytest.mark.parametrize("seed", range(3))

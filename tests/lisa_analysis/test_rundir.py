@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -304,30 +305,13 @@ def test_a_missing_stream_is_a_warning(directory):
     assert len(run.warnings) == 2
 
 
-def mutate(rng, raw):
-    """Return the bytes with one of: a cut, flipped bytes, a lost piece, a doubled piece, noise."""
-    raw = bytearray(raw)
-    kind = rng.integers(5)
-    a, b = sorted(rng.integers(0, len(raw) + 1, 2))
-    if kind == 0:
-        return bytes(raw[:a])
-    if kind == 1:
-        for index in rng.integers(0, max(len(raw), 1), rng.integers(1, 8)):
-            raw[index] = rng.integers(256)
-        return bytes(raw)
-    if kind == 2:
-        return bytes(raw[:a] + raw[b:])
-    if kind == 3:
-        return bytes(raw[:b] + raw[a:])
-    return bytes(raw[:a]) + rng.bytes(int(rng.integers(1, 40))) + bytes(raw[a:])
-
-
 FUZZ = """
 import sys
 from pathlib import Path
 import numpy as np
-sys.path.insert(0, {tests!r})
-from test_rundir import mutate, read_everything, SENTENCE
+sys.path[:0] = {tests!r}
+from helpers_damage import mutate
+from test_rundir import read_everything, SENTENCE
 from lisa_analysis.errors import RunDirectoryError
 
 path, seed, count = Path({path!r}), {seed}, {count}
@@ -353,7 +337,10 @@ print(*outcomes)
 def test_thousands_of_mutations_give_a_sentence_or_a_reading(directory):
     """In a process of its own: a damaged Parquet file must not bring the interpreter down."""
     code = FUZZ.format(
-        tests=str(__file__).rsplit("/", 1)[0], path=str(directory), seed=0, count=2000
+        tests=[str(parent) for parent in Path(__file__).parents[:2]],
+        path=str(directory),
+        seed=0,
+        count=2000,
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

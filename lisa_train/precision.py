@@ -59,6 +59,11 @@ class ActivePrecision:
         self._handles = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave, always_call=True),
+            *(
+                part.register_forward_pre_hook(_match_a_resting_norm)
+                for part in model.modules()
+                if isinstance(part, nn.LayerNorm)
+            ),
         ]
 
     def raise_(self, parameter: nn.Parameter) -> None:
@@ -91,6 +96,21 @@ class ActivePrecision:
     def _leave(self, *_: Any) -> None:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
+
+
+def _match_a_resting_norm(norm: nn.Module, arguments: Any) -> Any:
+    """Let a bf16 layer norm take fp32 from a layer that trains.
+
+    CUDA's autocast computes it in fp32. The CPU's leaves it as it is, where an fp32 input and bf16
+    weights are an error: the input is rounded, as it would be in a bf16 model.
+    """
+    weight = norm.weight
+    if not arguments or weight is None or weight.device.type != "cpu":
+        return None
+    entered, *rest = arguments
+    if entered.dtype == torch.float32 and weight.dtype == torch.bfloat16:
+        return (entered.to(torch.bfloat16), *rest)
+    return None
 
 
 def _mix(key: list[int]) -> int:

@@ -44,6 +44,7 @@ class Training:
                 config, dtype=getattr(torch, setting.dtype),
                 attn_implementation=setting.attn_implementation,
             ).train()  # fmt: skip
+        self.model.tie_weights()  # which belongs to what was skipped
         fill(self.model)
         if setting.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

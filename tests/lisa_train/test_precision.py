@@ -209,3 +209,25 @@ def test_a_trainer_run_resumed_inside_an_interval_is_bit_identical(make_llama, t
     resumed.save_model(tmp_path / "final")
     loaded = type(model).from_pretrained(tmp_path / "final", dtype="auto")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_layer_norms_that_rest_take_fp32_from_layers_that_train():
+    """GPT-2's norms: the CPU mixes neither fp32 with bf16 weights nor casts them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=16, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).to(torch.bfloat16).to(dtype)
+        optimizer = adamw(model, 1e-2)
+        settings = CONFIG if dtype == torch.bfloat16 else lt.LisaConfig(1, 3, "cyclic")
+        with Lisa(model, optimizer, settings) as engine:
+            losses[dtype] = train(model, optimizer, engine, range(6))
+        hooks = [m for m in model.modules() if m._forward_pre_hooks]
+        assert hooks == []
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.01)
+    assert losses[torch.float32][-1] < losses[torch.float32][0]

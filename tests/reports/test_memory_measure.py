@@ -40,6 +40,18 @@ def test_counted_bytes_are_the_estimates(study):
         assert found["gradients"] == (0 if inside else guess["gradients"])
 
 
+def test_a_tied_head_is_counted_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--shapes", "tiny-qwen3", "--length",
+         "32", "--cases", "LISA E+H+2L", "--out", str(tmp_path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["measured"]["weights"] == row["estimate"]["weights"]
+    assert row["measured"]["gradients"] == row["estimate"]["gradients"]
+
+
 def test_a_case_that_fails_is_reported_and_ends_alone(study):
     results = json.loads((study / "results.json").read_text())
     assert results["rows"][-1]["status"] == "failed"

@@ -295,10 +295,13 @@ def figure(results: dict[str, Any], path: Path) -> None:
     unit, name = _unit(results)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     most = max(sum(row["shape"] == shape for row in rows) for shape in shapes)
-    drawing = Figure(figsize=(4.6 * len(shapes), 1 + 0.3 * most), layout="constrained")
+    columns = min(len(shapes), 2 if len(shapes) != 3 else 3)
+    lines = -(-len(shapes) // columns)
+    size = (5.2 * columns, lines * (1.1 + 0.3 * most) + 0.4)
+    drawing = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(drawing)
     for i, shape in enumerate(shapes):
-        ax = drawing.add_subplot(1, len(shapes), i + 1)
+        ax = drawing.add_subplot(lines, columns, i + 1)
         of_shape = [row for row in rows if row["shape"] == shape]
         places = range(len(of_shape))
         peaks = [(row.get("measured") or {}).get("peak_allocated", 0) / unit for row in of_shape]
@@ -306,7 +309,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
         totals = [row["estimate"]["total"] / unit for row in of_shape]
         ax.plot(totals, places, "|", color=SERIES[3], markersize=14, mew=2, label="estimate")
         ax.set_yticks(list(places), [row["case"] for row in of_shape], fontsize="small")
-        ax.invert_yaxis()
+        ax.set_ylim(most - 0.5, -0.5)  # bars of one width in all panels
         ax.set_xlabel(f"peak memory, {name}")
         ax.set_title(shape, loc="left", fontsize="medium")
         finish(ax, grid="x")

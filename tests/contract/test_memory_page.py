@@ -1,5 +1,6 @@
 """docs/memory.md: its tables are what the scripts print."""
 
+import json
 import re
 import subprocess
 import sys
@@ -35,6 +36,21 @@ def test_the_goal_s_rows_are_the_code_s_output():
     lines = section("predicted")
     rows = [line for name in names for line in lines if line.startswith(f"| {name} |")]
     assert printed("predicted.py", *names) == [*lines[:2], *rows]
+
+
+def test_the_measured_rows_are_those_of_the_studies():
+    known = {}
+    for folder, tokens in (("2026-11-25-cpu-whole", ""), ("2026-11-25-cpu-512", ", 512 tokens")):
+        results = json.loads((SCRIPTS / folder / "results.json").read_text(encoding="utf-8"))
+        for row in results["rows"]:
+            found, guess = row.get("measured"), row["estimate"]
+            if found is not None:
+                sizes = (guess["total"], found["peak_allocated"], found["peak_resident"])
+                cells = [row["shape"] + tokens, row["case"], *(f"{x / 1e9:.2f}" for x in sizes)]
+                known["| " + " | ".join(cells) + " |"] = row
+    rows = section("measured")[2:]
+    assert len(rows) >= 7
+    assert not set(rows) - set(known)
 
 
 @pytest.mark.slow

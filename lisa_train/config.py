@@ -19,6 +19,7 @@ Sampling = Literal[
 ]
 OptimizerState = Literal["reset", "keep", "offload"]
 ActivePrecision = Literal["model", "fp32_active"]
+Recompute = Literal["all", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class LisaConfig:
         of a bf16 model in fp32, computes under bf16 autocast, and rounds them stochastically to
         bf16 when they are frozen: pure bf16 rounds most of a small update away. Checkpoints of a
         running training hold the active tensors in fp32; the trained model is bf16 again.
+    recompute
+        With gradient checkpointing, the layers that run again in the backward pass: ``all``, or
+        the ``frozen`` ones alone: those that train keep their activations, which saves their
+        second forward pass and costs their memory.
     """
 
     activated_layers: int = 2
@@ -78,6 +83,7 @@ class LisaConfig:
     head_probability: float | None = None
     layers: str | None = None
     precision: ActivePrecision = "model"
+    recompute: Recompute = "all"
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -94,6 +100,7 @@ class LisaConfig:
         _one_of("lisa.sampling", self.sampling, get_args(Sampling))
         _one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
         _one_of("lisa.precision", self.precision, get_args(ActivePrecision))
+        _one_of("lisa.recompute", self.recompute, get_args(Recompute))
         if isinstance(self.always_active, str):
             raise ConfigError(
                 f"lisa.always_active is the text {self.always_active!r}, but must be a list of "
@@ -477,6 +484,11 @@ class TrainConfig:
         _check_precision(self)
         _check_numbers(self)
         _check_data(self)
+        if self.lisa.recompute == "frozen" and not self.gradient_checkpointing:
+            raise ConfigError(
+                "lisa.recompute is 'frozen' but gradient_checkpointing is false: set it to true, "
+                "or lisa.recompute to 'all'."
+            )
         if self.step_in_backward:
             check_step_settings(
                 max_grad_norm=self.max_grad_norm,

@@ -28,6 +28,7 @@ from lisa_train.preconditions import (
     is_schedule_free,
     refuse_adapters_and_quantization,
 )
+from lisa_train.recomputation import Recomputation
 from lisa_train.schedule import Draw as Draw
 from lisa_train.schedule import Schedule, Unit
 from lisa_train.warmup import Warmup
@@ -158,6 +159,9 @@ class Lisa:
             if config.precision == "fp32_active"
             else None
         )
+        self._recomputation = (
+            Recomputation(model, self.layer_map) if config.recompute == "frozen" else None
+        )
         self._state = FrozenState(self._optimizer, config.optimizer_state)
         self._schedule_free = is_schedule_free(self._optimizer)
         self._warmup = Warmup(config.warmup_steps)
@@ -227,6 +231,8 @@ class Lisa:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._input_gradients.restore()
+        if self._recomputation is not None:
+            self._recomputation.restore()
 
     def __enter__(self) -> Self:
         return self
@@ -286,6 +292,8 @@ class Lisa:
             else:
                 self._freeze(parameter)
         self._active = wanted
+        if self._recomputation is not None:
+            self._recomputation.spare(self._schedule.layers)
 
     def _activate(self, parameter: nn.Parameter) -> None:
         if parameter not in self._active:

@@ -19,6 +19,7 @@ from lisa_train.memory.kernels import CudaKernels, one_sequence_per_row, tiles_i
 from lisa_train.memory.setting import Setting
 from lisa_train.memory.stage import Stage, quiet
 from lisa_train.memory.trace import ACTIVATIONS, GRADIENTS, LOGITS, WEIGHTS, StorageLog, Trace
+from lisa_train.recomputation import Recomputation
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def record_step(
     that the optimizer then needs besides are `scratch` of its parameter.
     """
     names = {id(p): name for name, p in stage.model.named_parameters()}
-    with stage.mode, _precision(stage.model, pattern), _hooks() as handles:
+    spared = _spared(stage, setting, pattern)
+    with stage.mode, _precision(stage.model, pattern), spared, _hooks() as handles:
         batch = stage.batch(setting)
         log = StorageLog()
         for name, parameter in stage.model.named_parameters():
@@ -123,6 +125,20 @@ def _precision(model: nn.Module, pattern: Pattern) -> Any:
         for parameter, flag, data in before:
             parameter.requires_grad_(flag)
             parameter.data = data
+
+
+@contextlib.contextmanager
+def _spared(stage: Stage, setting: Setting, pattern: Pattern) -> Any:
+    """Let the layers that train keep their activations, as `lisa.recompute` says."""
+    if setting.method != "lisa" or setting.lisa.recompute != "frozen":
+        yield
+        return
+    recomputation = Recomputation(stage.base, stage.layer_map)
+    recomputation.spare({stage.label(name) for name in pattern.trainable})
+    try:
+        yield
+    finally:
+        recomputation.restore()
 
 
 @contextlib.contextmanager

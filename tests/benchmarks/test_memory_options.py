@@ -91,6 +91,8 @@ OPTIONS = [
     Option("2L, step in backward", lisa=RESTING, inside=True),
     Option("2L, in backward, 8-bit", lisa=RESTING, inside=True, **EIGHT_BITS),
     Option("2L, checkpointing", lisa=RESTING, checkpointing=True),
+    Option("2L, checkpointing of frozen layers", checkpointing=True,
+           lisa={**RESTING, "recompute": "frozen"}),
     Option("2L, checkpointing, in backward, 8-bit", lisa=RESTING, checkpointing=True, inside=True,
            **EIGHT_BITS),
 ]  # fmt: skip

@@ -40,14 +40,15 @@ def allocator_peak(model, batch) -> int:
     return top
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [None, "all", "frozen"], ids=str)
 @pytest.mark.parametrize("layers", [None, (0, 2), (3,)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_peak_of_both_passes_is_the_allocators(family, layers, checkpointing):
     config = small.FAMILIES[family](**WIDE)
+    lisa = lt.LisaConfig(1, always_active=("head",), recompute=checkpointing or "all")
     setting = replace(
         BASE, method="full" if layers is None else "lisa", attn_implementation="eager",
-        gradient_checkpointing=checkpointing, lisa=lt.LisaConfig(1, always_active=("head",)),
+        gradient_checkpointing=checkpointing is not None, lisa=lisa,
     )  # fmt: skip
     if layers is None:
         setting = replace(setting, lisa=lt.LisaConfig())
@@ -62,6 +63,9 @@ def test_peak_of_both_passes_is_the_allocators(family, layers, checkpointing):
         parameter.requires_grad_(name in pattern.trainable)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing == "frozen":
+        for layer in layers or ():
+            model.model.layers[layer].gradient_checkpointing = False
     measured = allocator_peak(model, small.batch_for(model, BATCH, LENGTH))
     assert predicted == pytest.approx(measured, rel=0.05)
 

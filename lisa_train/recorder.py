@@ -133,6 +133,7 @@ class NormRecorder:
         self.config = config
         self.stopped = False
         self._probe_failed = False
+        self._written = -1  # the last step whose rows are complete on the disk
         self._problem: str | None = None
         self.seconds = 0.0
         self._inside = False
@@ -368,6 +369,12 @@ class NormRecorder:
         """
         if self._probe_failed:
             return
+        if step <= self._written:
+            self._say(
+                f"probe: the rows of step {step} are on the disk already and are never rewritten; "
+                "call probe before checkpoint. Such passes are left out."
+            )
+            return
         try:
             with self._stepping.paused() if self._stepping is not None else nullcontext():
                 self._measure.probe(step, backward)
@@ -400,6 +407,8 @@ class NormRecorder:
         for rows in self._buffer.take(None if everything else self._step):
             self.aggregates = aggregates(rows, self._groups) or self.aggregates
             self.writer.write_metrics(rows)
+        if everything:
+            self._written = self._step
         for line in to_host(self._lines):
             self.writer.scalars(_tidy(line))
             self._latest = line

@@ -337,3 +337,28 @@ def test_peak_memory_is_that_of_all_devices_together(monkeypatch):
     assert peak_memory_bytes(*devices) == 12 * 2**30
     assert peak_memory_bytes(devices[1]) == 7 * 2**30
     assert 2**24 < peak_memory_bytes(devices[2]) < 2**40
+
+
+def test_a_probe_comes_before_the_checkpoint_of_its_step(tmp_path):
+    """Else its rows would be those of a step that is on the disk, and end the recording."""
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch = next(batches(1))
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1)) as recorder:
+        for step in (1, 2, 3):
+            model(**batch).loss.backward()
+            recorder.before_step(step)
+            optimizer.step()
+            recorder.after_step(step)
+            optimizer.zero_grad()
+            if step == 2:
+                recorder.checkpoint(step)
+                with pytest.warns(RuntimeWarning, match="rows of step 2 are on the disk already"):
+                    recorder.probe(step, lambda: model(**batch).loss.backward())
+            else:
+                recorder.probe(step, lambda: model(**batch).loss.backward())
+    run = load(tmp_path)
+    assert run.status == "finished"
+    frame = run.metrics(["grad_norm", "probe_grad_norm"])
+    assert frame.dropna(subset=["grad_norm"])["step"].unique().tolist() == [1, 2, 3]
+    assert frame.dropna(subset=["probe_grad_norm"])["step"].unique().tolist() == [1, 3]

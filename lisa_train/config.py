@@ -237,7 +237,8 @@ class RecordConfig:
         Measure ‖W − W₀‖ of every tensor of the model in each census (start, checkpoints, end);
         W₀ is read again from the base checkpoint, tensor by tensor.
     grad_noise
-        Measure the variance of the gradient between the micro-batches of accumulation.
+        Measure the variance of the gradient between the micro-batches of accumulation, each of
+        which makes one backward pass.
     probe_every
         Every so many steps one extra backward pass measures the gradient of all layers, also of
         those that are frozen; 0 never does.

@@ -78,6 +78,44 @@ def test_time(tmp_path, shape, method):
     assert share / 10 <= 0.01
 
 
+@pytest.mark.parametrize("method", ["full", "lisa"])
+def test_time_with_gradient_noise(tmp_path, method):
+    """Everything on: four micro-batches of 256 tokens, each gradient looked at as it arrives."""
+    model, optimizer, ids = build("demo", method)
+    engine = lt.Lisa(model, optimizer, lt.LisaConfig(2)) if method == "lisa" else None
+    config = lt.RecordConfig(str(tmp_path), every=1, grad_noise=True)
+    recorder = lt.NormRecorder(model, optimizer, config)
+    noise = recorder._measure._noise
+    shares = []
+    for step in range(1, 5):
+        if engine is not None:
+            engine.begin_step(step - 1)
+        spent = {"recorder": 0.0}
+        timed = [(recorder, n) for n in ("micro_batch", "before_step", "after_step")]
+        timed.append((noise, "_arrive"))  # within the backward pass
+        for owner, name in timed:
+            spent_in(owner, name, spent)
+        begin = time.process_time()
+        for row in ids[:3]:
+            (model(input_ids=row[None], labels=row[None]).loss / 4).backward()
+            recorder.micro_batch(step)
+        row = ids[3:]
+        (model(input_ids=row, labels=row).loss / 4).backward()
+        recorder.before_step(step, undo=True)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recorder.after_step(step, clip_coef=(1 / (norm + 1e-6)).clamp(max=1), grad_norm=norm)
+        optimizer.zero_grad()
+        shares.append(spent["recorder"] / (time.process_time() - begin - spent["recorder"]))
+        for owner, name in timed:
+            delattr(owner, name)
+    recorder.close()
+    share = statistics.median(shares[1:])
+    print(f"\n{method} with gradient noise: {share:.2%} of a recorded step")
+    assert load(tmp_path).metrics(["grad_noise"])["grad_noise"].notna().any()
+    assert share <= 0.05
+
+
 def spent_in(recorder, name, spent):
     original = getattr(recorder, name)
 

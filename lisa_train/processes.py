@@ -113,4 +113,7 @@ def _share(tensor: torch.Tensor, count: int) -> float:
 
 
 def _scalar(value: Any, device: torch.device, kind: torch.dtype) -> torch.Tensor:
-    return torch.as_tensor(0.0 if value is None else value, device=device).to(kind).reshape(1)
+    if torch.is_tensor(value):
+        return value.detach().to(device, kind).reshape(1)
+    # A fill: copying a number to an accelerator would wait for it.
+    return torch.full((1,), 0.0 if value is None else float(value), dtype=kind, device=device)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lisa_train.norms import squares
+from lisa_train.norms import squares, stacked
 from lisa_train.processes import Processes
 from lisa_train.tensor_table import TensorTable
 
@@ -31,11 +31,18 @@ class GradientNoise:
         The processes that train them.
     due
         Whether the step in progress is to be measured.
+
+    Attributes
+    ----------
+    twice : set of int
+        Tensors of which a micro-batch of this step brought a second gradient: of what it brought
+        in all the norm is not known.
     """
 
     def __init__(self, table: TensorTable, processes: Processes, due: Callable[[], bool]) -> None:
         self._count = processes.count
         self._due = due
+        self.twice: set[int] = set()
         self._arrived: dict[int, torch.Tensor] = {}
         self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
         self._handles = [self._listen(i, p) for i, p in table.tensors]
@@ -44,16 +51,14 @@ class GradientNoise:
         """Take note of a micro-batch that is done."""
         order = sorted(self._arrived)
         values = [self._arrived[i] for i in order]
-        joined = torch.zeros(0, dtype=torch.float64)
-        if values:  # of a model on several devices, on the first one's
-            joined = torch.stack([value.to(values[0].device) for value in values])
+        joined = stacked(values) if values else torch.zeros(0, dtype=torch.float64)
         self._batches.append((np.array(order, dtype=np.int64), joined))
         self._arrived = {}
 
     def variance(
         self, numbers: np.ndarray, square: torch.Tensor, scale: Any
-    ) -> torch.Tensor | None:
-        """Return tr Σ of the tensors, or None if a step of one micro-batch cannot tell.
+    ) -> tuple[np.ndarray, torch.Tensor] | None:
+        """Return tensors and their tr Σ, or None if a step of one micro-batch cannot tell.
 
         Parameters
         ----------
@@ -64,18 +69,21 @@ class GradientNoise:
         """
         self.micro_batch()
         n = len(self._batches) * self._count
-        found = [self._aligned(numbers, *batch) for batch in self._batches]
-        parts = [part.to(square.device) for part in found if part is not None]
-        if n < 2 or len(parts) < len(found):
+        if n < 2:
             return None
+        parts = [self._aligned(numbers, *batch).to(square.device) for batch in self._batches]
         # The processes' values are averaged later: W times this one's part of Σ‖Gᵢ‖², in which
         # what it brought counts 1/W.
         total = torch.stack(parts).sum(0) / scale**2 / self._count
-        return (n * n * total - n * square) / (n - 1)
+        values = (n * n * total - n * square) / (n - 1)
+        if self.twice and self._count == 1:  # all processes must come to the same tensors
+            known = [k for k, i in enumerate(numbers.tolist()) if i not in self.twice]
+            numbers, values = numbers[known], values[known]
+        return numbers, values
 
     def forget(self) -> None:
         """Let go of everything that belongs to the step."""
-        self._arrived, self._batches = {}, []
+        self.twice, self._arrived, self._batches = set(), {}, []
 
     def close(self) -> None:
         """Look at gradients no more."""
@@ -91,24 +99,20 @@ class GradientNoise:
         return handle
 
     def _arrive(self, number: int, gradient: torch.Tensor) -> None:
-        if self._due():
-            square = squares([gradient])[0]
-            # A second part of one gradient leaves its norm unknown.
-            again = number in self._arrived
-            self._arrived[number] = torch.full_like(square, torch.nan) if again else square
+        if not self._due():
+            return
+        square = squares([gradient])[0]
+        if number in self._arrived:
+            self.twice.add(number)
+            square = torch.full_like(square, torch.nan)
+        self._arrived[number] = square
 
     def _aligned(
         self, numbers: np.ndarray, found: np.ndarray, values: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return one micro-batch's values of the tensors `numbers`, None if they are not there.
-
-        What a process' micro-batch did not reach got nothing from it, and others may have
-        reached it: all processes must come to the same tensors.
-        """
+    ) -> torch.Tensor:
+        """Return one micro-batch's values of the tensors `numbers`: zero where it reached none."""
         if np.array_equal(numbers, found):
             return values
-        if self._count == 1:
-            return None
         place = {int(i): n for n, i in enumerate(found)}
         zero = torch.zeros((), dtype=values.dtype, device=values.device)
         return torch.stack([values[place[i]] if i in place else zero for i in numbers.tolist()])

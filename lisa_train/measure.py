@@ -63,6 +63,11 @@ class StepMeasure:
 
     # ------------------------------------------------------------------ around the step
 
+    @property
+    def second_gradients(self) -> bool:
+        """Whether a micro-batch of the step in progress made more than one backward pass."""
+        return self._noise is not None and bool(self._noise.twice)
+
     def micro_batch(self) -> None:
         """Take note of a micro-batch that is done, for the gradient noise."""
         if self._noise is not None:
@@ -89,7 +94,7 @@ class StepMeasure:
         if self._noise is not None and tensors is None:
             noise = self._noise.variance(ids, square, scale)
             if noise is not None:
-                self._buffer.add(step, "grad_noise", ids, noise)
+                self._buffer.add(step, "grad_noise", *noise)
         if self._want & _OF_UPDATES:
             self._snapshots = _copies(self._snapshots, self.active)
         self._gradients = {}

@@ -248,6 +248,11 @@ class NormRecorder:
         self._flush_if_old()
         if self.due(step):
             self._measure.gradients(step, gradient_scale, undo)
+            if self._measure.second_gradients:
+                self._say(
+                    "grad_noise: a micro-batch made more than one backward pass; of the tensors "
+                    "that the second one reached it is not measured."
+                )
 
     @_measured
     def before_tensor(self, parameter: torch.Tensor) -> None:

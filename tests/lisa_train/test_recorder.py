@@ -129,6 +129,65 @@ def test_accumulation_in_a_plain_loop(tmp_path):
         assert rows.loc[number, "grad_noise"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradient_noise_of_what_one_micro_batch_reaches_alone(tmp_path):
+    """What a micro-batch does not reach got nothing from it, whichever one that is."""
+    torch.manual_seed(0)
+    stack = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)) for _ in range(3)]
+    model, x = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(stack)}), torch.randn(4, 3)
+    losses = [stack[0](stack[1](x)).square().mean(), stack[1](stack[2](x)).square().mean()]
+    parts = [
+        torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, materialize_grads=True
+        )
+        for loss in losses
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path), every=1, grad_noise=True)
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        losses[0].backward()
+        recorder.micro_batch(1)
+        losses[1].backward()
+        recorder.before_step(1)
+        optimizer.step()
+        recorder.after_step(1)
+    rows = load(tmp_path).metrics(["grad_noise"], steps=[1]).set_index("param_id")["grad_noise"]
+    for number, pair in enumerate(zip(*parts, strict=True)):
+        exact = float((2 * torch.stack(pair).double()).var(dim=0, unbiased=True).sum())
+        assert rows.loc[number] == pytest.approx(exact, rel=1e-4)
+
+
+def test_gradient_noise_of_two_backward_passes_is_not_made_up(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = lt.RecordConfig(str(tmp_path), every=1, grad_noise=True)
+
+    def warned():
+        return pytest.warns(RuntimeWarning, match="more than one backward pass")
+
+    def loop(recorder):
+        for step in (1, 2):
+            for i, batch in enumerate(batches(2)):
+                (model(**batch).loss / 2).backward()
+                if i == 0:
+                    model.lm_head.weight.square().mean().backward()
+                    recorder.micro_batch(step)
+            recorder.before_step(step)
+            optimizer.step()
+            recorder.after_step(step)
+            optimizer.zero_grad()
+
+    with lt.NormRecorder(model, optimizer, config) as recorder, warned() as caught:
+        loop(recorder)
+    assert len(caught) == 1
+    run = load(tmp_path)
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["grad_noise", "grad_norm"], steps=[1, 2])
+    missing = rows[rows["grad_noise"].isna()]
+    assert {names[i] for i in missing["param_id"]} == {"lm_head.weight"}
+    assert rows["grad_norm"].notna().all()
+    assert run.non_finite().empty
+
+
 def test_what_lies_in_memory_is_bounded_by_the_flush(tmp_path, monkeypatch):
     monkeypatch.setattr("lisa_train.recorder.MAX_BUFFERED_ROWS", 200)
     model = llama()

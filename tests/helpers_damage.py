@@ -1,5 +1,8 @@
 """What hands, disks and other programs do to files: absurd JSON values, and bytes gone wrong."""
 
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,24 @@ def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         for key, inner in items:
             found += places(inner, (*above, key))
     return found
+
+
+def edit_json(path: Path, rng: random.Random) -> None:
+    """Put an absurd value at a random place of a JSON file, or of a line of JSONL; or delete it."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    at = rng.randrange(len(lines))
+    content = json.loads(lines[at])
+    *way, last = rng.choice(places(content))
+    inner = content
+    for key in way:
+        inner = inner[key]
+    value = rng.choice(VALUES)
+    if value == "delete":
+        del inner[last]
+    else:
+        inner[last] = value
+    lines[at] = json.dumps(content)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def mutate(rng: np.random.Generator, raw: bytes) -> bytes:

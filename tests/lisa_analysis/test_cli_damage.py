@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers_damage import VALUES, places
+from helpers_damage import edit_json
 from helpers_runs import write_run
 
 from lisa_analysis.cli import main
@@ -143,19 +143,5 @@ def test_random_edits(source, tmp_path, capsys, seed):
     rng = random.Random(seed)
     for number in range(12):
         run = Path(shutil.copytree(source, tmp_path / str(number)))
-        path = run / rng.choice(["run.json", "run.json", "events.jsonl", "scalars.jsonl"])
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        at = rng.randrange(len(lines))
-        content = json.loads(lines[at])
-        *way, last = rng.choice(places(content))
-        inner = content
-        for key in way:
-            inner = inner[key]
-        value = rng.choice(VALUES)
-        if value == "delete":
-            del inner[last]
-        else:
-            inner[last] = value
-        lines[at] = json.dumps(content)
-        path.write_text("\n".join(lines) + "\n")
+        edit_json(run / rng.choice(["run.json", "run.json", "events.jsonl", "scalars.jsonl"]), rng)
         analyse(run, capsys)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from helpers_damage import VALUES, mutate, places
+from helpers_damage import edit_json, mutate
 from helpers_runs import write_run
 
 import lisa_analysis as la
@@ -194,22 +194,8 @@ def rename_shard(run: Path, rng: random.Random) -> str:
     return "any"
 
 
-def edit_json(run: Path, rng: random.Random) -> str:
-    path = run / rng.choice(["run.json", "events.jsonl", "scalars.jsonl"])
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    at = rng.randrange(len(lines))
-    content = json.loads(lines[at])
-    *way, last = rng.choice(places(content))
-    inner = content
-    for step in way:
-        inner = inner[step]
-    value = rng.choice(VALUES)
-    if value == "delete":
-        del inner[last]
-    else:
-        inner[last] = value
-    lines[at] = json.dumps(content)
-    path.write_text("\n".join(lines) + "\n")
+def edit_document(run: Path, rng: random.Random) -> str:
+    edit_json(run / rng.choice(["run.json", "events.jsonl", "scalars.jsonl"]), rng)
     return "any"
 
 
@@ -220,7 +206,7 @@ def edit_bytes(run: Path, rng: random.Random) -> str:
     return "any"
 
 
-EDITS = (edit_table, edit_table, edit_table, edit_json, edit_json, edit_bytes, rename_shard)
+EDITS = (edit_table, edit_table, edit_table, edit_document, edit_document, edit_bytes, rename_shard)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from helpers_allocations import (
     state_bytes,
     tensors_of,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lisa_train as lt
 from lisa_train.lisa import Lisa
@@ -212,6 +213,49 @@ def test_the_logits_never_stand_whole(make_llama, tiny_model_dir, tmp_path, smoo
         assert max(widest) >= tokens * VOCABULARY * 4
     else:
         assert widest == [tokens * TILE * 4] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_heads_gradient_never_stands_whole_in_fp32(
+    make_llama, tiny_model_dir, tmp_path, attached
+):
+    """Under `attach`, and for as long as it trains; TRL by itself sums it whole."""
+    from transformers import AutoTokenizer
+    from trl.trainer import utils
+
+    model = make_llama(layers=1, vocab_size=VOCABULARY).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    trainer = sft_trainer(model, tmp_path, tokenizer)
+    theirs = utils._ChunkedLogProbFunction
+    if attached:
+        lt.attach(trainer, lt.LisaConfig(1, 1))
+    step, whole = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        with Fp32Like(model.lm_head.weight) as seen:
+            loss = step(*args, **kwargs)
+        whole.append(seen.found)
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert whole == [not attached] * 2
+    assert utils._ChunkedLogProbFunction is theirs
+
+
+class Fp32Like(TorchDispatchMode):
+    """Whether any fp32 tensor of this shape came up."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.shape, self.found = tensor.shape, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.found |= result.shape == self.shape
+        return result
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lisa_analysis.errors import ConfigError, suggest
+from lisa_analysis.errors import ConfigError
 from lisa_train.config import LisaConfig, Method, check_eight_bit_states
+from lisa_train.config.checks import one_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["bfloat16", "float16"]
@@ -43,9 +44,9 @@ class Setting:
             ("attn_implementation", get_args(Attention)),
             ("spread", get_args(Spread)),
         ):
-            _one_of(name, getattr(self, name), allowed)
+            one_of(name, getattr(self, name), allowed)
         if self.autocast is not None:
-            _one_of("autocast", self.autocast, get_args(Autocast))
+            one_of("autocast", self.autocast, get_args(Autocast))
         for name in ("batch_size", "sequence_length", "gradient_accumulation_steps", "devices"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -70,11 +71,3 @@ class Setting:
         if self.method == "lisa" and self.lisa.precision == "fp32_active":
             return self.autocast or "bfloat16"
         return self.autocast
-
-
-def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(
-            f"{option} is {value!r}; expected one of {', '.join(allowed)}."
-            + suggest(str(value), allowed)
-        )

@@ -22,7 +22,7 @@ help:  ## list the targets
 setup: .venv/ready  ## install everything into .venv
 
 demo: setup  ## the main job on a real model: pilot, analysis, LISA twice, report (MODEL=… DATA=…)
-	$(BIN)/python -m lisa_train.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m lisa_train.command.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 test: setup  ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -8,63 +8,87 @@ Everything is loaded when it is first used: importing this package costs next to
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lisa_analysis.contract.moved import redirect
+
 if TYPE_CHECKING:
-    from lisa_analysis import plots as plots
-    from lisa_analysis.compare import Comparison as Comparison
-    from lisa_analysis.compare import compare as compare
-    from lisa_analysis.diagnostics import Diagnostics as Diagnostics
-    from lisa_analysis.diagnostics import Finding as Finding
-    from lisa_analysis.diagnostics import diagnose as diagnose
-    from lisa_analysis.importance import ImportanceProfile as ImportanceProfile
-    from lisa_analysis.importance import importance as importance
-    from lisa_analysis.probabilities import SamplingProbabilities as SamplingProbabilities
-    from lisa_analysis.probabilities import sampling_probabilities as sampling_probabilities
-    from lisa_analysis.report import Report as Report
-    from lisa_analysis.report import report as report
-    from lisa_analysis.rundir import Run as Run
-    from lisa_analysis.rundir import load as load
+    from lisa_analysis.plans.sampling import SamplingProbabilities as SamplingProbabilities
+    from lisa_analysis.plans.sampling import sampling_probabilities as sampling_probabilities
+    from lisa_analysis.profiles.from_run import importance as importance
+    from lisa_analysis.profiles.profile import ImportanceProfile as ImportanceProfile
+    from lisa_analysis.rundir.run import Run as Run
+    from lisa_analysis.rundir.run import load as load
+    from lisa_analysis.runs.compare import Comparison as Comparison
+    from lisa_analysis.runs.compare import compare as compare
+    from lisa_analysis.runs.diagnostics import Diagnostics as Diagnostics
+    from lisa_analysis.runs.diagnostics import Finding as Finding
+    from lisa_analysis.runs.diagnostics import diagnose as diagnose
+    from lisa_analysis.views import plots as plots
+    from lisa_analysis.views.report import Report as Report
+    from lisa_analysis.views.report import report as report
 
 _HOME = {
-    "Comparison": "compare",
-    "compare": "compare",
-    "Diagnostics": "diagnostics",
-    "Finding": "diagnostics",
-    "diagnose": "diagnostics",
-    "ImportanceProfile": "importance",
-    "importance": "importance",
-    "SamplingProbabilities": "probabilities",
-    "sampling_probabilities": "probabilities",
-    "Report": "report",
-    "report": "report",
-    "Run": "rundir",
-    "load": "rundir",
-    "LisaError": "errors",
+    "Comparison": "runs.compare",
+    "compare": "runs.compare",
+    "Diagnostics": "runs.diagnostics",
+    "Finding": "runs.diagnostics",
+    "diagnose": "runs.diagnostics",
+    "ImportanceProfile": "profiles.profile",
+    "importance": "profiles.from_run",
+    "SamplingProbabilities": "plans.sampling",
+    "sampling_probabilities": "plans.sampling",
+    "Report": "views.report",
+    "report": "views.report",
+    "Run": "rundir.run",
+    "load": "rundir.run",
+    "LisaError": "contract.errors",
 }
 __all__ = ["plots", *sorted(_HOME)]  # noqa: PLE0604
 
-
-class _Package(ModuleType):
-    """Keeps `la.importance` the function after the module of that name has been imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+# Where modules were before they moved into rooms.
+redirect(
+    __name__,
+    {
+        "accumulate": "metrics.layer_sums",
+        "aggregate": "metrics.step_table",
+        "allocation": "plans.budget",
+        "cli": "views.cli",
+        "compare": "runs.compare",
+        "diagnostics": "runs.diagnostics",
+        "draws": "rundir.draws",
+        "errors": "contract.errors",
+        "export": "views.json_output",
+        "fitting": "statistics.estimate",
+        "importance": "profiles.from_run",
+        "initialisation": "profiles.initialisation",
+        "judgement": "profiles.verdict",
+        "layers": "contract.layers",
+        "measurements": "metrics.log",
+        "notebook": "contract.reprs",
+        "outcomes": "runs.outcomes",
+        "plots": "views.plots",
+        "probabilities": "plans.sampling",
+        "probabilities_file": "contract.probabilities_file",
+        "profile": "profiles.profile",
+        "report": "views.report",
+        "schema": "contract.schema",
+        "series": "metrics.series",
+        "shard_keys": "rundir.shard_keys",
+        "shards": "rundir.shards",
+        "streams": "rundir.streams",
+        "terminal": "views.terminal",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "plots":
-        return importlib.import_module("lisa_analysis.plots")
+        return importlib.import_module("lisa_analysis.views.plots")
     if name in _HOME:
         return getattr(importlib.import_module(f"lisa_analysis.{_HOME[name]}"), name)
     raise AttributeError(f"module 'lisa_analysis' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

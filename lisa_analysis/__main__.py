@@ -2,6 +2,6 @@
 
 import sys
 
-from lisa_analysis.cli import main
+from lisa_analysis.views.cli import main
 
 sys.exit(main())

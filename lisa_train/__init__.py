@@ -9,38 +9,117 @@ Everything is loaded when it is first used: importing this package does not impo
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lisa_analysis.errors import LisaError as LisaError
+from lisa_analysis.contract.errors import LisaError as LisaError
+from lisa_analysis.contract.moved import redirect
 from lisa_train.config import LisaConfig as LisaConfig
 from lisa_train.config import RecordConfig as RecordConfig
 from lisa_train.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
-    from lisa_train.integration import LisaCallback as LisaCallback
-    from lisa_train.integration import RecordCallback as RecordCallback
-    from lisa_train.integration import attach as attach
-    from lisa_train.layermap import LayerMap as LayerMap
-    from lisa_train.layermap import find_layers as find_layers
-    from lisa_train.lisa import Lisa as Lisa
-    from lisa_train.memory.estimate import estimate_memory as estimate_memory
-    from lisa_train.memory.result import MemoryEstimate as MemoryEstimate
-    from lisa_train.recorder import NormRecorder as NormRecorder
-    from lisa_train.step_in_backward import StepInBackward as StepInBackward
-    from lisa_train.training import train as train
+    from lisa_train.command.training import train as train
+    from lisa_train.estimate.estimate import estimate_memory as estimate_memory
+    from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
+    from lisa_train.measure.recorder import NormRecorder as NormRecorder
+    from lisa_train.methods.lisa.engine import Lisa as Lisa
+    from lisa_train.model.layer_map import LayerMap as LayerMap
+    from lisa_train.model.layer_map import find_layers as find_layers
+    from lisa_train.optim.step_in_backward import StepInBackward as StepInBackward
+    from lisa_train.trainer import LisaCallback as LisaCallback
+    from lisa_train.trainer import RecordCallback as RecordCallback
+    from lisa_train.trainer import attach as attach
 
 _HOME = {
-    "LisaCallback": "integration",
-    "RecordCallback": "integration",
-    "attach": "integration",
-    "LayerMap": "layermap",
-    "find_layers": "layermap",
-    "Lisa": "lisa",
-    "estimate_memory": "memory.estimate",
-    "MemoryEstimate": "memory.result",
-    "NormRecorder": "recorder",
-    "StepInBackward": "step_in_backward",
-    "train": "training",
+    "Attachment": "trainer",
+    "LisaCallback": "trainer",
+    "RecordCallback": "trainer",
+    "attach": "trainer",
+    "LayerMap": "model.layer_map",
+    "find_layers": "model.layer_map",
+    "Lisa": "methods.lisa.engine",
+    "Draw": "methods.lisa.schedule",
+    "Sampler": "methods.lisa.samplers",
+    "estimate_memory": "estimate.estimate",
+    "MemoryEstimate": "estimate.result",
+    "NormRecorder": "measure.recorder",
+    "StepInBackward": "optim.step_in_backward",
+    "train": "command.training",
 }
 __all__ = ["LisaConfig", "LisaError", "RecordConfig", "TrainConfig", *sorted(_HOME)]  # noqa: PLE0604
+
+# Where modules were before they moved into rooms.
+redirect(
+    __name__,
+    {
+        "adapters": "measure.lora_products",
+        "aggregates": "measure.tracker_numbers",
+        "averaging": "measure.averaged_gradients",
+        "base_weights": "measure.base_weights",
+        "buffers": "measure.buffers",
+        "checkpoint_recipes": "measure.checkpoint_conversions",
+        "cli": "command.cli",
+        "conditional_poisson": "methods.lisa.conditional_poisson",
+        "data": "command.data",
+        "demo": "command.demo",
+        "eight_bit": "optim.eight_bit",
+        "encoding": "measure.disk.encoding",
+        "environment": "measure.disk.manifest",
+        "gradient_noise": "measure.gradient_noise",
+        "head_gradient": "trainer.trl_head",
+        "inclusion": "methods.lisa.inclusion",
+        "input_gradients": "methods.lisa.input_gradients",
+        "integration": "trainer",
+        "integration.attachment": "trainer.attachment",
+        "integration.eight_bit_callback": "trainer.eight_bit_callback",
+        "integration.lisa_callback": "trainer.lisa_callback",
+        "integration.record_callback": "trainer.record_callback",
+        "integration.step_callback": "trainer.step_callback",
+        "integration.unwinding": "trainer.unwinding",
+        "integration.wraps": "trainer.wraps",
+        "layermap": "model.layer_map",
+        "lisa": "methods.lisa.engine",
+        "memory": "estimate",
+        "memory.cards": "estimate.cards",
+        "memory.command": "command.estimate",
+        "memory.estimate": "estimate.estimate",
+        "memory.kernels": "estimate.kernels",
+        "memory.optimizers": "estimate.optimizers",
+        "memory.patterns": "estimate.patterns",
+        "memory.result": "estimate.result",
+        "memory.setting": "estimate.setting",
+        "memory.spread": "estimate.spread",
+        "memory.stage": "estimate.stage",
+        "memory.step": "estimate.step",
+        "memory.table": "estimate.table",
+        "memory.trace": "estimate.trace",
+        "modeling": "command.modeling",
+        "module_tree": "model.module_tree",
+        "norms": "model.norms",
+        "optimizer_state": "optim.frozen_state",
+        "outcome": "measure.disk.outcome",
+        "output": "command.output",
+        "precision": "methods.lisa.precision",
+        "preconditions": "methods.lisa.checks",
+        "probe": "measure.measuring_pass",
+        "processes": "measure.processes",
+        "progress": "trainer.progress",
+        "progress_html": "trainer.progress_html",
+        "recomputation": "methods.lisa.recomputation",
+        "recorder": "measure.recorder",
+        "samplers": "methods.lisa.samplers",
+        "schedule": "methods.lisa.schedule",
+        "shards": "model.sharding",
+        "silent_writer": "measure.disk.silent_writer",
+        "stand_ins": "measure.stand_ins",
+        "step_conditions": "optim.settings",
+        "step_in_backward": "optim.step_in_backward",
+        "storage": "measure.disk.storage",
+        "tensor_steps": "measure.tensor_steps",
+        "tensor_table": "model.tensor_table",
+        "training": "command.training",
+        "warmup": "optim.warmup",
+        "writer": "measure.disk.writer",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -50,4 +129,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

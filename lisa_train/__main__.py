@@ -2,6 +2,6 @@
 
 import sys
 
-from lisa_train.cli import main
+from lisa_train.command.cli import main
 
 sys.exit(main())

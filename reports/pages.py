@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lisa_analysis.errors import LisaError
+from lisa_analysis.contract.errors import LisaError
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from lisa_train.demo.chitchat import chitchat_folder
-from lisa_train.demo.smollm2 import smollm2_folder
+from lisa_train.command.demo.chitchat import chitchat_folder
+from lisa_train.command.demo.smollm2 import smollm2_folder
 
 KEPT = ("config.yaml", "parameters.parquet", "scalars.jsonl", "events.jsonl")
 

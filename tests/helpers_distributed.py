@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
-import lisa_train.probe
-from lisa_train import averaging
-from lisa_train.layermap import find_layers
-from lisa_train.norms import local
-from lisa_train.silent_writer import SilentWriter
-from lisa_train.tensor_table import TensorTable
+import lisa_train.measure.measuring_pass
+from lisa_train.measure.disk.silent_writer import SilentWriter
+from lisa_train.measure.step_measure import averaged_gradients as averaging
+from lisa_train.model.layer_map import find_layers
+from lisa_train.model.norms import local
+from lisa_train.model.tensor_table import TensorTable
 
 STEPS, MICRO, EVERY, CLIP = 4, 2, 2, 0.5
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lisa_train
-from lisa_train.integration.record_callback import RecordCallback
-from lisa_train.recorder import NormRecorder
+from lisa_train.measure.recorder import NormRecorder
+from lisa_train.trainer.record_callback import RecordCallback
 
 DEVICE = torch.device("meta")
 

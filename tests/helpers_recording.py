@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lisa_analysis.rundir import Run, load
+from lisa_analysis.rundir.run import Run, load
 
 VOCABULARY = 48
 

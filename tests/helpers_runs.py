@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lisa_analysis.schema import (
+from lisa_analysis.contract.schema import (
     EVENTS,
     MANIFEST,
     METRICS_DIR,
@@ -20,7 +20,7 @@ from lisa_analysis.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.shards import arrow_schema
+from lisa_analysis.rundir.shards import arrow_schema
 
 KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "norm")
 SPELLING = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",

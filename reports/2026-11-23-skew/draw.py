@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import lisa_analysis as la
-from lisa_analysis.plots import style
+from lisa_analysis.views.plots import style
 
 
 def profiles(

@@ -18,8 +18,8 @@ from seeds import Mean, mean_over_seeds
 from training import train_all
 
 import lisa_analysis as la
-from lisa_analysis.errors import LisaError
-from lisa_analysis.plots import style
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.views.plots import style
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"

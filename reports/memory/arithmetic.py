@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from lisa_train.memory.patterns import lisa_pattern, plain_pattern
-from lisa_train.memory.setting import Setting
-from lisa_train.memory.stage import Stage
-from lisa_train.memory.step import record_step
+from lisa_train.estimate.patterns import lisa_pattern, plain_pattern
+from lisa_train.estimate.setting import Setting
+from lisa_train.estimate.stage import Stage
+from lisa_train.estimate.step import record_step
 
 
 def step_flops(config: Any, setting: Setting, layers: tuple[int, ...] | None) -> int:

@@ -8,9 +8,9 @@ import torch
 from transformers.initialization import no_init_weights
 
 import lisa_train as lt
-from lisa_train.eight_bit import set_eight_bit_states
-from lisa_train.memory.setting import Setting
-from lisa_train.samplers import make_sampler, resolve
+from lisa_train.estimate.setting import Setting
+from lisa_train.methods.lisa.samplers import make_sampler, resolve
+from lisa_train.optim.eight_bit import set_eight_bit_states
 
 
 class Training:
@@ -114,7 +114,7 @@ def fill(model: torch.nn.Module) -> None:
 def _with_adapters(model: Any, setting: Setting) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from lisa_train.modeling import LORA_DEFAULTS
+    from lisa_train.command.modeling import LORA_DEFAULTS
 
     return get_peft_model(model, LoraConfig(**{**LORA_DEFAULTS, **setting.lora}))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lisa_train.config import LisaConfig
-from lisa_train.memory.setting import Setting
+from lisa_train.estimate.setting import Setting
 
 # Fused AdamW is what Trainer takes by itself; bf16 weights and bf16 arithmetic throughout.
 _BASE = Setting(method="full", dtype="bfloat16", optim="adamw_torch_fused")

@@ -287,7 +287,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from lisa_analysis.plots.style import SERIES, finish
+    from lisa_analysis.views.plots.style import SERIES, finish
 
     rows = [row for row in results["rows"] if row.get("estimate")]
     if not rows:

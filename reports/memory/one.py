@@ -19,9 +19,9 @@ from cases import cases
 from resident import Resident
 from shapes import SHAPES
 
-from lisa_train.head_gradient import sliced_head_gradient
-from lisa_train.memory.estimate import estimate
-from lisa_train.memory.setting import Setting
+from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.setting import Setting
+from lisa_train.trainer.trl_head import sliced_head_gradient
 
 WARM_UP = 3
 
@@ -169,9 +169,9 @@ def predict(config: Any, setting: Setting, layers: tuple[int, ...] | None) -> di
 
 def _saved(config: Any, setting: Setting) -> int:
     """Bytes that the estimate says are saved for backward, those of head and loss included."""
-    from lisa_train.memory.patterns import lisa_pattern, plain_pattern
-    from lisa_train.memory.stage import Stage
-    from lisa_train.memory.step import record_step
+    from lisa_train.estimate.patterns import lisa_pattern, plain_pattern
+    from lisa_train.estimate.stage import Stage
+    from lisa_train.estimate.step import record_step
 
     stage = Stage(config, setting)
     lisa = setting.method == "lisa"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from shapes import SHAPES
 
-from lisa_train.memory.estimate import estimate
-from lisa_train.memory.setting import Setting
-from lisa_train.memory.stage import Stage
+from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.setting import Setting
+from lisa_train.estimate.stage import Stage
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 COLUMNS = ("full", "LoRA 128", "LoRA 256", "LoRA 512", "E+H", "E+H+2L", "E+H+4L")

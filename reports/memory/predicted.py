@@ -12,8 +12,8 @@ from pathlib import Path
 from cases import cases
 from shapes import SHAPES
 
-from lisa_train.memory.estimate import estimate
-from lisa_train.memory.result import PARTS
+from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.result import PARTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 SHAPE = "Llama-3.1-8B"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lisa_analysis.schema import (
+from lisa_analysis.contract.schema import (
     EVENTS,
     MANIFEST,
     METRICS_DIR,
@@ -22,7 +22,7 @@ from lisa_analysis.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.shards import arrow_schema
+from lisa_analysis.rundir.shards import arrow_schema
 
 pytestmark = pytest.mark.benchmark
 

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
-from lisa_train.lisa import Lisa
+from lisa_train.methods.lisa.engine import Lisa
 
 pytestmark = pytest.mark.benchmark
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lisa_train as lt
-from lisa_train.demo.smollm2 import smollm2_folder
-from lisa_train.lisa import Lisa
+from lisa_train.command.demo.smollm2 import smollm2_folder
+from lisa_train.methods.lisa.engine import Lisa
 
 pytestmark = pytest.mark.benchmark
 

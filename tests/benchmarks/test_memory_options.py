@@ -23,11 +23,11 @@ from helpers_allocations import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
-from lisa_train import head_gradient
-from lisa_train.eight_bit import set_eight_bit_states
-from lisa_train.head_gradient import sliced_head_gradient
-from lisa_train.lisa import Lisa
-from lisa_train.step_in_backward import StepInBackward
+from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.optim.eight_bit import set_eight_bit_states
+from lisa_train.optim.step_in_backward import StepInBackward
+from lisa_train.trainer import trl_head as head_gradient
+from lisa_train.trainer.trl_head import sliced_head_gradient
 
 pytestmark = pytest.mark.benchmark
 

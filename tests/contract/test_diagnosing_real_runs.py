@@ -11,11 +11,11 @@ import torch
 from helpers_recording import examples, llama
 
 import lisa_analysis as la
-from lisa_analysis.probabilities import inclusion_probabilities
+from lisa_analysis.plans.sampling import inclusion_probabilities
 from lisa_train.config import LisaConfig, RecordConfig
-from lisa_train.lisa import Lisa
-from lisa_train.measure import StepMeasure
-from lisa_train.recorder import NormRecorder
+from lisa_train.measure.recorder import NormRecorder
+from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.methods.lisa.engine import Lisa
 
 LAYERS = 4
 STEPS = 40
@@ -245,7 +245,7 @@ def test_a_recorder_that_takes_too_long(tmp_path, monkeypatch, training, measuri
     def train(step, model):
         clock.now += 1.0
 
-    monkeypatch.setattr("lisa_train.recorder.time", clock)
+    monkeypatch.setattr("lisa_train.measure.recorder.time", clock)
     monkeypatch.setattr(StepMeasure, "gradients", slow)
     finding = found(training(tmp_path / "run", steps=6, on_gradients=train).run(), "recorder_cost")
     assert finding.state == state
@@ -293,7 +293,7 @@ class TestProbabilitiesReachTheSchedule:
         def uniform(self, index):
             return tuple(sorted(rng.choice(LAYERS, 2, replace=False).tolist()))
 
-        from lisa_train import samplers
+        from lisa_train.methods.lisa import samplers
 
         config = LisaConfig(activated_layers=2, interval_steps=1, sampling="systematic",
                             probabilities=tuple(pi.tolist()))  # fmt: skip

@@ -1,6 +1,7 @@
 """The import rules of the architecture, each held by a test."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING_STACK = {"torch", "transformers", "peft", "trl", "accelerate", "datasets", "lisa_train"}
-TORCH_FREE_FOR_TRAINING = {
-    "lisa_analysis", "lisa_analysis.errors", "lisa_analysis.layers", "lisa_analysis.probabilities",
-    "lisa_analysis.rundir", "lisa_analysis.schema", "lisa_analysis.shards", "lisa_analysis.streams",
-}  # fmt: skip
+# What training may import of the analysis.
+TORCH_FREE_FOR_TRAINING = ("contract", "rundir", "plans")
 
 
 def imported(path: Path) -> set[str]:
@@ -44,11 +43,11 @@ TRAINING = [path for path in modules("lisa_train") if "demo" not in path.parts]
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.stem)
 def test_training_imports_only_torch_free_modules_of_the_analysis(path: Path) -> None:
-    used = {name for name in imported(path) if name.split(".")[0] == "lisa_analysis"}
-    assert used <= TORCH_FREE_FOR_TRAINING
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("lisa_analysis.")}
+    assert used <= set(TORCH_FREE_FOR_TRAINING)
 
 
-@pytest.mark.parametrize("path", modules("lisa_analysis/plots"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", modules("lisa_analysis/views/plots"), ids=lambda p: p.stem)
 def test_plots_never_read_files_and_never_show(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     called = {
@@ -60,25 +59,79 @@ def test_plots_never_read_files_and_never_show(path: Path) -> None:
     assert "pyarrow" not in {name.split(".")[0] for name in imported(path)}
 
 
-@pytest.mark.parametrize("path", modules("lisa_analysis/report"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", modules("lisa_analysis/views/report"), ids=lambda p: p.stem)
 def test_report_never_computes(path: Path) -> None:
     used = imported(path)
     assert not {n for n in used if n.startswith("lisa_analysis.statistics")}
-    assert not used & {"lisa_analysis.fitting", "lisa_analysis.judgement", "pyarrow", "duckdb"}
+    assert not used & {
+        "lisa_analysis.statistics.estimate",
+        "lisa_analysis.profiles.verdict",
+        "pyarrow",
+        "duckdb",
+    }
 
 
-@pytest.mark.parametrize("path", modules("lisa_analysis/diagnostics"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", modules("lisa_analysis/runs/diagnostics"), ids=lambda p: p.stem)
 def test_rules_never_draw(path: Path) -> None:
     roots = {name.split(".")[0] for name in imported(path)}
     assert not roots & {"matplotlib", "seaborn"}
-    assert "lisa_analysis.plots" not in imported(path)
+    assert "lisa_analysis.views.plots" not in imported(path)
 
 
-@pytest.mark.parametrize("name", ["lisa", "samplers", "norms"])
-def test_the_engine_knows_no_trainer(name: str) -> None:
-    used = imported(ROOT / "lisa_train" / f"{name}.py")
-    assert not {n.split(".")[0] for n in used} & {"transformers", "trl", "accelerate"}
-    assert not any(n.startswith("lisa_train.integration") for n in used)
+# From the ground up: a room imports what stands before it here, and what it names.
+FLOORS = {
+    "lisa_train": {
+        "checks": (),
+        "model": (),
+        "optim": ("model",),
+        "methods": ("model", "optim"),
+        "measure": ("model", "optim"),
+        "trainer": ("model", "optim", "methods", "measure"),
+        "estimate": ("model", "optim", "methods", "measure", "trainer"),
+        "command": ("model", "optim", "methods", "measure", "trainer", "estimate", "config"),
+        "config": ("optim", "methods", "measure", "command"),
+    },
+    "lisa_analysis": {
+        "contract": (),
+        "rundir": ("contract",),
+        "statistics": (),
+        "metrics": ("contract", "rundir", "statistics"),
+        "profiles": ("contract", "rundir", "statistics", "metrics"),
+        "plans": ("contract", "statistics", "profiles"),
+        "runs": ("contract", "rundir", "statistics", "metrics", "profiles"),
+        "views": (
+            "contract", "rundir", "statistics", "metrics", "profiles", "plans", "runs",
+        ),
+    },
+}  # fmt: skip
+PLACES = [(package, place) for package, floors in FLOORS.items() for place in floors]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_a_floor(package: str) -> None:
+    found = {path.stem if path.suffix else path.name for path in (ROOT / package).iterdir()}
+    assert found - {"__init__", "__main__", "__pycache__", "py"} == set(FLOORS[package])
+
+
+@pytest.mark.parametrize(("package", "place"), PLACES)
+def test_a_room_imports_only_what_stands_below_it(package: str, place: str) -> None:
+    path = ROOT / package / place
+    files = [path.with_suffix(".py")] if not path.is_dir() else modules(f"{package}/{place}")
+    allowed = {place, "checks", *FLOORS[package][place]}
+    for file in files:
+        used = {name.split(".")[1] for name in imported(file) if name.startswith(f"{package}.")}
+        assert used <= allowed, f"{file.relative_to(ROOT)} imports {sorted(used - allowed)}"
+
+
+@pytest.mark.parametrize("room", ["model", "optim", "methods", "measure"])
+def test_below_the_trainer_nobody_knows_one(room: str) -> None:
+    for path in modules(f"lisa_train/{room}"):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+        assert not names & {"Trainer", "TrainerCallback", "SFTTrainer"}, path
+        assert not {n.split(".")[0] for n in imported(path)} & {"trl", "accelerate"}, path
 
 
 def loaded_after(code: str) -> set[str]:
@@ -95,7 +148,7 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     assert not loaded_after(f"import {package}") & {"torch", "transformers", "pandas", "pyarrow"}
 
 
-@pytest.mark.parametrize("module", ["lisa_train.cli", "lisa_analysis.cli"])
+@pytest.mark.parametrize("module", ["lisa_train.command.cli", "lisa_analysis.views.cli"])
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import contextlib, io\nfrom {module} import main\n"
@@ -114,9 +167,50 @@ def test_public_names_exist() -> None:
             assert getattr(package, name) is not None, name
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lisa_train.integration", "lisa_train.trainer"),
+        ("lisa_train.memory", "lisa_train.estimate"),
+        ("lisa_train.memory.estimate", "lisa_train.estimate.estimate"),
+        ("lisa_train.samplers", "lisa_train.methods.lisa.samplers"),
+        ("lisa_analysis.schema", "lisa_analysis.contract.schema"),
+        ("lisa_analysis.plots", "lisa_analysis.views.plots"),
+    ],
+)
+def test_old_module_paths_work_and_name_the_new_one(old: str, new: str) -> None:
+    code = (
+        "import importlib, warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    old = importlib.import_module({old!r})\n"
+        f"new = importlib.import_module({new!r})\n"
+        "public = [n for n in vars(new) if not n.startswith('_')]\n"
+        "assert public or hasattr(new, '__path__')\n"
+        "assert all(getattr(old, n) is getattr(new, n) for n in public)\n"
+        "told = [str(w.message) for w in seen if w.category is DeprecationWarning]\n"
+        f"assert {f'{old} is now {new}.'!r} in told, told"
+    )
+    loaded_after(code)
+
+
+def test_every_old_path_leads_to_a_module() -> None:
+    import lisa_analysis
+    import lisa_train
+
+    assert lisa_analysis is not None
+    assert lisa_train is not None
+    tables = [finder.table for finder in sys.meta_path if type(finder).__name__ == "_OldNames"]
+    assert len(tables) == 2
+    for table in tables:
+        for new in table.values():
+            assert importlib.util.find_spec(new) is not None, new
+
+
 def test_functions_stay_functions_after_their_module_is_imported() -> None:
     code = (
-        "import lisa_analysis.importance, lisa_analysis.compare, lisa_analysis.report\n"
+        "import lisa_analysis.profiles.from_run, lisa_analysis.runs.compare\n"
+        "import lisa_analysis.views.report\n"
         "import lisa_analysis as la\n"
         "assert all(map(callable, (la.importance, la.compare, la.report)))"
     )

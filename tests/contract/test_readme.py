@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lisa_analysis import schema
+from lisa_analysis.contract import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_tables_are_those_of_the_schema(name: str) -> None:
 
 
 def test_the_tour_in_the_shell_runs(clone: Path) -> None:
-    from lisa_analysis.cli import main
+    from lisa_analysis.views.cli import main
 
     line = next(x for x in blocks("sh")[2].splitlines() if x.startswith("lisa-analyze tests/data"))
     assert main(line.split()[1:]) == 0
@@ -55,7 +55,7 @@ def test_the_tour_in_python_runs(clone: Path) -> None:
 
 
 def test_every_command_line_of_the_loop_is_one_that_lisa_train_takes() -> None:
-    from lisa_train.cli import parse
+    from lisa_train.command.cli import parse
 
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     lines = [x.split("#")[0].split() for x in text.splitlines() if x.startswith("lisa-train")]
@@ -142,7 +142,7 @@ def resumed(folder: Path) -> str:
     """A run that was interrupted after step 3 and continued from step 1."""
     import numpy as np
 
-    from lisa_train.writer import RunWriter
+    from lisa_train.measure.disk.writer import RunWriter
 
     table = [{"param_id": 0, "name": "model.layers.0.w", "layer": 0, "kind": "other",
               "role": "base", "numel": 4, "shape": "4", "dtype": "float32",

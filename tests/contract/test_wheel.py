@@ -73,12 +73,12 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for needed in (
-        "lisa_analysis/py.typed", "lisa_train/py.typed", "lisa_train/recipes/lisa.yaml",
-        "lisa_train/demo/demo.yaml",
+        "lisa_analysis/py.typed", "lisa_train/py.typed", "lisa_train/command/recipes/lisa.yaml",
+        "lisa_train/command/demo/demo.yaml",
     ):  # fmt: skip
         assert needed in names
-    assert any(name.startswith("lisa_analysis/report/templates/") for name in names)
-    assert any(name.startswith("lisa_analysis/report/assets/") for name in names)
+    assert any(name.startswith("lisa_analysis/views/report/templates/") for name in names)
+    assert any(name.startswith("lisa_analysis/views/report/assets/") for name in names)
     assert not any(name.startswith("tests/") for name in names)
 
 
@@ -90,7 +90,7 @@ def test_the_base_install_brings_no_training_stack(wheel: Path, bare_python: lis
 def test_a_committed_run_is_analysed_without_torch(bare_python: list[str], tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("report.html", "all.json", "probabilities.json")]
     done = run(
-        bare_python, "from lisa_analysis.cli import main; sys.exit(main())",
+        bare_python, "from lisa_analysis.views.cli import main; sys.exit(main())",
         str(GOLDEN_RUN), "-o", str(files[0]), "--json", str(files[1]),
         "--probabilities", str(files[2]),
     )  # fmt: skip
@@ -99,7 +99,9 @@ def test_a_committed_run_is_analysed_without_torch(bare_python: list[str], tmp_p
 
 
 def test_training_without_its_extra_says_what_to_install(bare_python: list[str]) -> None:
-    done = run(bare_python, "from lisa_train.cli import main; sys.exit(main())", "--config", "lisa")
+    done = run(
+        bare_python, "from lisa_train.command.cli import main; sys.exit(main())", "--config", "lisa"
+    )
     assert done.returncode == 2
     assert 'pip install "lisa-toolkit[train]"' in done.stderr
     assert "Traceback" not in done.stderr

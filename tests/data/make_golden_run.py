@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 import lisa_train as lt
-from lisa_train.training import train
+from lisa_train.command.training import train
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"model": "tiny-llama", "data": "sentences.jsonl"}

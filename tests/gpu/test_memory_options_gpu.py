@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
-from lisa_train.eight_bit import set_eight_bit_states
-from lisa_train.lisa import Lisa
-from lisa_train.step_in_backward import StepInBackward
+from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.optim.eight_bit import set_eight_bit_states
+from lisa_train.optim.step_in_backward import StepInBackward
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ from helpers_loops import ADAMW, CASES, build, measured, train
 from helpers_recording import examples, llama
 
 import lisa_train as lt
-from lisa_analysis.rundir import load
-from lisa_train.recorder import NormRecorder
+from lisa_analysis.rundir.run import load
+from lisa_train.measure.recorder import NormRecorder
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +51,7 @@ def test_no_synchronisation_outside_a_flush(tmp_path, dtype):
 @pytest.mark.parametrize("optimizer", ADAMW)
 @pytest.mark.parametrize("name", CASES)
 def test_every_loop(tmp_path, monkeypatch, name, optimizer):
-    """The loops of `tests/lisa_train/test_record_host_sync.py`, on a device that computes."""
+    """The loops of `tests/lisa_train/measure/test_host_sync.py`, on a device that computes."""
     case = CASES[name]
     if torch.is_tensor(case.rate) and optimizer == "foreach":
         pytest.skip("torch takes no tensor there")

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lisa_analysis.rundir import Run, load
-from lisa_analysis.schema import (
+from lisa_analysis.contract.schema import (
     EVENTS,
     MANIFEST,
     METRICS_DIR,
@@ -23,7 +22,8 @@ from lisa_analysis.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.shards import arrow_schema
+from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.shards import arrow_schema
 
 KINDS = ("attn.q", "mlp.down")
 MODULES = {"attn.q": "self_attn.q_proj", "mlp.down": "mlp.down_proj"}

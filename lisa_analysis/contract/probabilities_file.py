@@ -1,0 +1,70 @@
+"""Reading a probabilities file: every way it can be wrong is one sentence."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.schema import SCHEMA_VERSION, parse_version
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Parse the file and check its version and the types of what the trainer needs."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ProbabilitiesError(
+            f"{path} does not exist: give a file written by lisa-analyze --probabilities."
+        ) from None
+    except OSError as error:
+        raise ProbabilitiesError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise ProbabilitiesError(
+            f"{path} is not complete JSON ({error}): write it again with lisa-analyze "
+            "--probabilities."
+        ) from None
+    if not isinstance(record, dict):
+        raise ProbabilitiesError(f"{path} holds {type(record).__name__}, expected an object.")
+    version = record.get("schema_version")
+    try:
+        major = parse_version(str(version))[0]
+    except ValueError:
+        major = -1
+    if major != parse_version(SCHEMA_VERSION)[0]:
+        raise ProbabilitiesError(
+            f"{path} has schema version {version!r}, this lisa_analysis reads {SCHEMA_VERSION}."
+        )
+    for name in ("layer_names", "inclusion_probabilities"):
+        if not isinstance(record.get(name), list):
+            raise ProbabilitiesError(f"{path} has no list {name}: it is no probabilities file.")
+    if not isinstance(record.get("activated_layers"), int):
+        raise ProbabilitiesError(
+            f"{path} has activated_layers = {record.get('activated_layers')!r}: expected a whole "
+            "number."
+        )
+    return record
+
+
+def check_vector(path: Path, names: list[Any], pi: list[Any], k: int) -> None:
+    """Σπ = k and 0 < π ≤ 1, one per layer."""
+    if len(names) != len(pi):
+        raise ProbabilitiesError(
+            f"{path} has {len(names)} layer names and {len(pi)} inclusion probabilities: expected "
+            "one per layer."
+        )
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ProbabilitiesError(f"{path} has layer names that are not distinct texts.")
+    for layer, value in enumerate(pi):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 < value <= 1):
+            raise ProbabilitiesError(
+                f"{path} has inclusion probability {value!r} for layer {layer}: expected a number "
+                "above 0 and at most 1."
+            )
+    total = math.fsum(pi)
+    if abs(total - k) > 1e-9:
+        raise ProbabilitiesError(
+            f"{path} has inclusion probabilities that sum to {total:.12g}: expected "
+            f"activated_layers = {k}."
+        )

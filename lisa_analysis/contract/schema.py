@@ -1,0 +1,279 @@
+"""The contract between the two halves: files, columns, types, meanings, version (stdlib only).
+
+Everything that a run directory holds is stated here once. The writer (`lisa_train.measure.disk`)
+and the reader (`lisa_analysis.rundir`) import it, and the documentation and the report print from
+it.
+
+Steps count *completed* optimizer steps. A metrics row with ``step = s`` describes the s-th
+optimizer step (s >= 1) and the weights after it; rows with ``step = 0`` are the census before
+any training. A ``lisa_draw`` event with ``step = s`` chooses the layers for the optimizer steps
+s+1 … s+K.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+SCHEMA_VERSION = "1.0"
+
+MANIFEST = "run.json"
+CONFIG = "config.yaml"
+PARAMETERS = "parameters.parquet"
+METRICS_DIR = "metrics"
+SCALARS = "scalars.jsonl"
+EVENTS = "events.jsonl"
+CHECKPOINTS_DIR = "checkpoints"
+ADAPTER_DIR = "adapter"
+LOCK = "run.lock"
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+STATUSES: tuple[str, ...] = ("running", "finished", "failed", "interrupted")
+
+ColumnType = Literal["int64", "int32", "int16", "float32", "float64", "string", "bool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table: its name, storage type, whether null is allowed, and its meaning."""
+
+    name: str
+    type: ColumnType
+    nullable: bool
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A named set of columns with the file (or folder) that holds it."""
+
+    name: str
+    file: str
+    meaning: str
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Column names in storage order."""
+        return tuple(column.name for column in self.columns)
+
+    def __getitem__(self, name: str) -> Column:
+        """Return the column called `name`; `KeyError` when there is none."""
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise KeyError(name)
+
+
+PARAMETERS_TABLE = Table(
+    "parameters",
+    PARAMETERS,
+    "one row per tensor of the model",
+    (
+        Column("param_id", "int32", False, "identifier used by the metrics table"),
+        Column("name", "string", False, "the name in `model.named_parameters()`"),
+        Column("layer", "int16", True, "index of the layer in the stack; null outside the stack"),
+        Column("kind", "string", False, "attn.q … mlp.down, norm, embed, head, other"),
+        Column("role", "string", False, "base, lora_A, lora_B, …: base weight or adapter part"),
+        Column("numel", "int64", False, "number of elements"),
+        Column("shape", "string", False, "shape, as '576x1536'"),
+        Column("dtype", "string", False, "storage precision, as 'bfloat16'"),
+        Column(
+            "tied_to",
+            "int32",
+            True,
+            "param_id of the tensor this name shares storage with; "
+            "a tied name has no metrics rows of its own",
+        ),
+    ),
+)
+
+METRICS_TABLE = Table(
+    "metrics",
+    METRICS_DIR,
+    "one row per recorded step and tensor; null = not measured, NaN or inf = measured and "
+    "non-finite; a frozen tensor is absent from a training step, never zero; numbers have 18 "
+    "significant bits (relative 4e-6)",
+    (
+        Column("step", "int64", False, "completed optimizer steps; 0 = before training"),
+        Column("param_id", "int32", False, "the tensor, see the parameters table"),
+        Column(
+            "weight_norm",
+            "float32",
+            True,
+            "‖θ_t‖ of the tensor after the step (Frobenius, accumulated in at least two-level "
+            "fp32)",
+        ),
+        Column(
+            "grad_norm",
+            "float32",
+            True,
+            "‖g_t‖ of the accumulated gradient of the optimizer step, before clipping",
+        ),
+        Column("grad_norm_l1", "float32", True, "‖g_t‖₁ of the same gradient"),
+        Column(
+            "update_norm",
+            "float32",
+            True,
+            "‖θ_{t+1} − θ_t‖ as realised in the stored precision",
+        ),
+        Column(
+            "descent",
+            "float32",
+            True,
+            "−⟨g_t, θ_{t+1} − θ_t⟩: the loss decrease that the step predicts, additive over "
+            "tensors; g_t is the gradient before clipping",
+        ),
+        Column(
+            "delta_norm",
+            "float32",
+            True,
+            "‖W_t − W_0‖; for LoRA ‖(α/r)BA‖ by r×r Gram matrices, on the row of lora_B",
+        ),
+        Column(
+            "merged_norm",
+            "float32",
+            True,
+            "LoRA only: ‖W + (α/r)BA‖ of the adapted weight, on the row of lora_B",
+        ),
+        Column(
+            "opt_steps",
+            "int32",
+            True,
+            "the optimizer's own step count of the tensor: a reset is visible",
+        ),
+        Column(
+            "grad_noise",
+            "float32",
+            True,
+            "optional: variance of the gradient between the micro-batches of the step, those of "
+            "all processes, tr Σ of one micro-batch gradient (unbiased)",
+        ),
+        Column(
+            "probe_grad_norm",
+            "float32",
+            True,
+            "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included, mean "
+            "over the processes; no update is made from it",
+        ),
+    ),
+)
+
+SCALARS_TABLE = Table(
+    "scalars",
+    SCALARS,
+    "one line per logged optimizer step",
+    (
+        Column("step", "int64", False, "completed optimizer steps"),
+        Column("epoch", "float64", True, "passes over the training data"),
+        Column("loss", "float64", True, "training loss of the step, mean over its micro-batches"),
+        Column("learning_rate", "float64", True, "learning rate used by the step"),
+        Column("grad_norm", "float64", True, "global gradient norm before clipping"),
+        Column("clip_coef", "float64", True, "factor applied by clipping; 1 = not clipped"),
+        Column("tokens", "int64", True, "tokens seen since the start of the run"),
+        Column("step_seconds", "float64", True, "wall time of the step, recording included"),
+        Column("recorder_seconds", "float64", True, "part of it spent recording"),
+        Column(
+            "peak_memory_bytes",
+            "int64",
+            True,
+            "peak allocated device memory so far (CUDA), or peak resident set (CPU)",
+        ),
+        Column("skipped", "bool", True, "the optimizer step was skipped (fp16 overflow)"),
+        Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
+    ),
+)
+
+EVENTS_TABLE = Table(
+    "events",
+    EVENTS,
+    "one line per event; every line has event, step and time (seconds since 1970)",
+    (
+        Column("event", "string", False, "lisa_draw, evaluate, checkpoint, resume, warning"),
+        Column("step", "int64", False, "completed optimizer steps when it happened"),
+        Column("time", "float64", False, "seconds since 1970, UTC"),
+        Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
+    ),
+)
+
+EVENT_FIELDS: dict[str, dict[str, str]] = {
+    "lisa_draw": {
+        "layers": "indices of the layers active for the next interval",
+        "inclusion_probabilities": "π of every layer for this draw",
+        "visits": "draws of every layer so far, this one included",
+    },
+    "evaluate": {"metrics": "held-out metrics by name, as eval_loss"},
+    "checkpoint": {"path": "folder below the run directory"},
+    "resume": {"segment": "number of the new segment", "checkpoint": "what it continued from"},
+    "warning": {"message": "what happened, in words"},
+}
+
+TABLES: tuple[Table, ...] = (PARAMETERS_TABLE, METRICS_TABLE, SCALARS_TABLE, EVENTS_TABLE)
+
+MANIFEST_FIELDS: dict[str, str] = {
+    "schema_version": "version of this contract",
+    "run_id": "unique name of the run",
+    "status": "running, finished, failed or interrupted",
+    "created": "start of the run, ISO 8601, UTC",
+    "updated": "last change of this file, ISO 8601, UTC",
+    "segment": "number of the newest segment; a resume adds one",
+    "versions": "packages and Python",
+    "hardware": "device, its name and memory, processor count, host",
+    "model": "name, architecture, parameter count, dtype",
+    "method": "full, lora, lisa, or what an outside trainer was doing",
+    "seeds": "training, data and layer-sampling seed (seed, data_seed, lisa_seed)",
+    "command": "the command line that started the run",
+    "layers": "one entry per layer: index, name, stack",
+    "recording": "what is measured and every how many steps",
+    "lisa": "the LISA configuration, when the method is lisa",
+    "lora": "rank, alpha, targets and initialisation, when the method is lora",
+    "dataset": "name, columns, number of training and held-out examples",
+    "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory",
+    "error": "one sentence, when the status is failed",
+}
+
+_SHARD = re.compile(r"part-(\d{3,})-(\d{8,})\.parquet")
+
+
+def shard_name(segment: int, first_step: int) -> str:
+    """File name of the metrics shard of `segment` whose first row has `first_step`."""
+    return f"part-{segment:03d}-{first_step:08d}.parquet"
+
+
+def parse_shard_name(name: str) -> tuple[int, int] | None:
+    """Return (segment, first step) of a shard's file name, or None for any other file."""
+    match = _SHARD.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """Split ``"1.0"`` into (major, minor); `ValueError` for anything else."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if not match:
+        raise ValueError(f"not a schema version: {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def to_markdown(table: Table) -> str:
+    """Write a table's columns as Markdown, as README.md shows them."""
+    lines = ["| column | type | null | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{c.name}` | {c.type} | {'yes' if c.nullable else 'no'} | {c.meaning} |"
+        for c in table.columns
+    ]
+    return "\n".join(lines)
+
+
+def layout_to_markdown() -> str:
+    """Write the files of a run directory as Markdown, as README.md shows them."""
+    events = ", ".join(f"`{name}`" for name in EVENT_FIELDS)
+    rows = (
+        (MANIFEST, ", ".join(MANIFEST_FIELDS)),
+        (CONFIG, "the resolved configuration; `lisa-train --config` repeats the run with it"),
+        (PARAMETERS, PARAMETERS_TABLE.meaning),
+        (f"{METRICS_DIR}/{shard_name(0, 1)}", METRICS_TABLE.meaning + "; never rewritten"),
+        (SCALARS, SCALARS_TABLE.meaning),
+        (EVENTS, f"{EVENTS_TABLE.meaning}: {events}"),
+        (f"{CHECKPOINTS_DIR}/ {ADAPTER_DIR}/", "the layouts of transformers and PEFT, untouched"),
+    )
+    lines = ["| file | what it holds |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in rows)])

@@ -1,0 +1,256 @@
+"""Batches of the fact table -> sums per step and group: the inner loop of the analysis.
+
+Every value of a run passes through here once, so rows are first summed over runs of equal
+(step, group) with `reduceat`, which costs about a nanosecond each, and only the sums are scattered.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lisa_analysis.contract.schema import METRICS_TABLE
+
+Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+# Column -> values and which of them were measured (None: all).
+Columns = dict[str, tuple[NDArray[np.float32], Mask | None]]
+
+_KEYS = ("step", "param_id")
+MEASURES = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
+# Norms of disjoint tensors add as squares, these as they are.
+ADDITIVE = ("grad_norm_l1", "descent", "grad_noise")
+# A measuring pass has gradients of frozen tensors as well: it is summed apart.
+PROBE = "probe_grad_norm"
+_TRAINING = ("grad_norm", "update_norm", "grad_norm_l1", "descent", "opt_steps")
+
+
+class Accumulator:
+    """Sums batches; a step cut by the end of a batch is completed by the next one.
+
+    Parameters
+    ----------
+    group_of
+        Shape (tensors,), group of every param_id; −1 leaves a tensor out.
+    width
+        Number of groups.
+    """
+
+    def __init__(self, group_of: Ids, width: int) -> None:
+        self.group_of, self.width = group_of, width
+        self.steps, self.probes = Chain(), Chain()
+        size = len(group_of)
+        self.complete = bool((group_of >= 0).all())
+        self.census = np.full(size, np.nan)
+        self.last = {name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm")}
+        self.ever_trained = np.zeros(size, dtype=bool)
+        self.first_bad: dict[str, tuple[int, int]] = {}
+        self.rows = 0
+
+    def add(self, batch: "pa.RecordBatch | pd.DataFrame") -> None:
+        """Sum one batch."""
+        step, ids, columns = unpack(batch)
+        if not len(step):
+            return
+        self.rows += len(step)
+        changes = step[1:] != step[:-1]
+        if (np.diff(step[1:][changes], prepend=step[0]) < 0).any():
+            order = np.argsort(step, kind="stable")
+            step, ids, columns = step[order], ids[order], _take(columns, order)
+        self._note(step, ids, columns)
+        trained = _trained_rows(columns, len(step))
+        group = self.group_of[ids]
+        self._probe(step, group, columns)
+        if step[0] == 0 or not self.complete:
+            kept = (step > 0) & (group >= 0)
+            trained = kept if trained is None else trained & kept
+        if trained is not None and not trained.all():
+            step, ids, group = step[trained], ids[trained], group[trained]
+            columns = _take(columns, trained)
+        if len(step):
+            if not self.ever_trained[ids].all():
+                self.ever_trained[ids] = True
+            columns.pop(PROBE, None)
+            self.steps.push(sum_batch(step, group, columns, self.width))
+
+    def _probe(self, step: Ids, group: Ids, columns: Columns) -> None:
+        """Sum the gradients of a measuring pass, which frozen tensors have too."""
+        if PROBE not in columns:
+            return
+        values, measured = columns[PROBE]
+        rows = group >= 0 if measured is None else measured & (group >= 0)
+        if rows.any():
+            part: Columns = {PROBE: (values[rows], None)}
+            self.probes.push(sum_batch(step[rows], group[rows], part, self.width))
+
+    def _note(self, step: Ids, ids: Ids, columns: Columns) -> None:
+        """Remember the first non-finite value of a column, and the norms of single tensors."""
+        for name, (values, measured) in columns.items():
+            if name in self.first_bad:
+                continue
+            # One pass that stops at nothing is cheaper than a mask: NaN and inf survive a sum.
+            with np.errstate(over="ignore", invalid="ignore"):  # then the mask decides
+                if measured is None and np.isfinite(np.dot(values, values)):
+                    continue
+            bad = ~np.isfinite(values) if measured is None else measured & ~np.isfinite(values)
+            if bad.any():
+                row = int(np.argmax(bad))
+                self.first_bad[name] = (int(step[row]), int(ids[row]))
+        # The last row of a tensor counts: where the last step holds them all, that step will do.
+        final = slice(int(np.searchsorted(step, step[-1])), None)
+        present = np.zeros(len(self.group_of), dtype=bool)
+        present[ids[final]] = True
+        for name, last in self.last.items():
+            if name in columns:
+                values, measured = columns[name]
+                if measured is not None:
+                    last[ids[measured]] = values[measured]
+                elif present[ids].all():
+                    last[ids[final]] = values[final]
+                else:
+                    last[ids] = values
+        if "weight_norm" in columns and step[0] == 0:
+            values, measured = columns["weight_norm"]
+            start = step == 0 if measured is None else (step == 0) & measured
+            self.census[ids[start]] = values[start]
+
+
+class Chain:
+    """Chunks in the order of steps; the last one waits for the rest of its last step."""
+
+    def __init__(self) -> None:
+        self._done: list[Chunk] = []
+        self._pending: Chunk | None = None
+
+    def push(self, chunk: "Chunk") -> None:
+        """Append; the two parts of a step that a batch cut are added."""
+        if self._pending is not None:
+            if self._pending.steps[-1] == chunk.steps[0]:
+                chunk.absorb(self._pending)
+                self._pending = self._pending.head()
+            if len(self._pending.steps):
+                self._done.append(self._pending.finished())
+        self._pending = chunk
+
+    def finish(self) -> "list[Chunk]":
+        """All chunks, as norms."""
+        if self._pending is not None:
+            self._done.append(self._pending.finished())
+            self._pending = None
+        return self._done
+
+
+@dataclass
+class Chunk:
+    """Sums over the tensors of each group, float64 until `finished`, for some steps in order."""
+
+    steps: Ids
+    sums: dict[str, Any]
+    counts: dict[str, Any]
+    trained: Mask
+
+    def absorb(self, before: "Chunk") -> None:
+        """Add the rows of the first step that `before` held as its last."""
+        self.trained[0] |= before.trained[-1]
+        for name in before.sums:
+            if name not in self.sums:
+                self.sums[name] = np.zeros(self.trained.shape)
+                self.counts[name] = np.zeros(self.trained.shape)
+            # Columns without nulls share one array of counts.
+            self.counts[name] = self.counts[name].copy()
+            self.sums[name][0] += before.sums[name][-1]
+            self.counts[name][0] += before.counts[name][-1]
+
+    def head(self) -> "Chunk":
+        """All but the last step."""
+        return Chunk(
+            self.steps[:-1],
+            {name: value[:-1] for name, value in self.sums.items()},
+            {name: value[:-1] for name, value in self.counts.items()},
+            self.trained[:-1],
+        )
+
+    def finished(self) -> "Chunk":
+        """Norms as float32: NaN where not measured, inf where not finite."""
+        result = {}
+        for name, total in self.sums.items():
+            count = self.counts[name]
+            if name == "opt_steps":
+                total = total / np.maximum(count, 1)
+            elif name not in ADDITIVE:
+                total = np.sqrt(total)
+            values = np.where(np.isfinite(total), total, np.inf).astype(np.float32)
+            values[count == 0] = np.nan
+            result[name] = values
+        return Chunk(self.steps, result, {}, self.trained)
+
+
+def unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
+    """Keys and measured columns as numpy; a column without any measured value is left out."""
+    if isinstance(batch, pd.DataFrame):
+        batch = pa.RecordBatch.from_pandas(batch, preserve_index=False)
+    columns: Columns = {}
+    for name in batch.schema.names:
+        if name not in MEASURES:
+            continue
+        column = batch.column(name)
+        if column.null_count == len(column):
+            continue
+        measured = None
+        if column.null_count:
+            measured = column.is_valid().to_numpy(zero_copy_only=False)
+        values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+        columns[name] = (values, measured)
+    step = batch.column("step").to_numpy(zero_copy_only=False)
+    ids = batch.column("param_id").to_numpy(zero_copy_only=False)
+    return step, ids, columns
+
+
+def sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> Chunk:
+    """Sum the rows of a batch per step and group: squares of norms, plain sums otherwise."""
+    new_step = np.empty(len(step), dtype=bool)
+    new_run = np.empty(len(step), dtype=bool)
+    new_step[0] = new_run[0] = True
+    np.not_equal(step[1:], step[:-1], out=new_step[1:])
+    np.not_equal(group[1:], group[:-1], out=new_run[1:])
+    new_run |= new_step
+    starts = np.flatnonzero(new_run)
+    steps = step[new_step].astype(np.int64)
+    key = (np.cumsum(new_step[starts]) - 1) * width + group[starts]
+    size, shape = len(steps) * width, (len(steps), width)
+
+    def scatter(per_run: NDArray[Any]) -> NDArray[np.float64]:
+        totals = np.bincount(key, weights=per_run, minlength=size)
+        return np.asarray(totals, dtype=np.float64).reshape(shape)
+
+    rows = scatter(np.diff(starts, append=len(step)))
+    sums, counts = {}, {}
+    for name, (values, measured) in columns.items():
+        if measured is not None:
+            values = np.where(measured, values, np.float32(0))
+        if name not in ADDITIVE and name != "opt_steps":
+            values = np.multiply(values, values, dtype=np.float64)
+        sums[name] = scatter(np.add.reduceat(values, starts, dtype=np.float64))
+        counts[name] = (
+            rows if measured is None else scatter(np.add.reduceat(measured, starts, dtype=np.int64))
+        )
+    return Chunk(steps, sums, counts, rows > 0)
+
+
+def _take(columns: Columns, rows: NDArray[Any]) -> Columns:
+    return {n: (v[rows], None if m is None else m[rows]) for n, (v, m) in columns.items()}
+
+
+def _trained_rows(columns: Columns, size: int) -> Mask | None:
+    """Rows of tensors that trained (None: all): census rows hold norms of weights, no more."""
+    trained = np.zeros(size, dtype=bool)
+    for name in _TRAINING:
+        if name in columns:
+            measured = columns[name][1]
+            if measured is None:
+                return None
+            trained |= measured
+    return trained

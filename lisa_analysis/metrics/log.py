@@ -1,0 +1,149 @@
+"""What a metric may look at: the table of norms, learning rates, visits and active steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.rundir.draws import draws, intervals
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a metric may look at.
+
+    Attributes
+    ----------
+    run
+        The run directory.
+    table
+        Norms per recorded step and group.
+    learning_rate
+        Shape (n,), NaN where it was not logged.
+    visits
+        Shape (n, groups): activation intervals of each group up to the step, 1 throughout for a
+        group that always trains.
+    active_steps
+        Shape (n, groups): optimizer steps that trained the group up to the step.
+    interval
+        Shape (n,): index of the activation interval of every step, or None without LISA.
+    all_numel
+        Shape (groups,): elements of all tensors of a group, trained or not.
+    rates
+        Shape (steps + 1,): learning rate of every optimizer step, recorded or not; None where it
+        was not logged.
+    """
+
+    run: Any
+    table: StepTable
+    learning_rate: Array
+    visits: Array
+    active_steps: Array
+    interval: NDArray[np.int64] | None
+    all_numel: Array
+    rates: Array | None
+
+    def exposure(self, power: float = 1.0) -> NDArray[Any]:
+        """Training behind every group at every recorded step, shape (n, groups).
+
+        The steps that trained it, weighted by their learning rates, to the power with which
+        change grows with them: (Σ lr^(1/p))^p, Σ lr for a directed change (p = 1) and √Σ lr² for
+        a random one (p = ½). The unit is an average interval, so that it is `visits`^p where all
+        intervals weigh the same; a layer drawn late in a decaying schedule has less.
+        """
+        drawn = draws(self.run)
+        if self.interval is None or self.rates is None or not self.rates[1:].any():
+            result: NDArray[Any] = self.visits**power
+            return result
+        weights = (self.rates / self.rates[1:].max()) ** (1 / power)
+        spent = np.cumsum(np.append(0.0, weights[1:]))
+        exposure = self.visits.copy()
+        columns = np.flatnonzero(self.table.groups.layer >= 0)
+        behind = _behind(self.run, self.table, self.interval, spent)
+        exposure[:, columns] = behind[:, self.table.groups.layer[columns]]
+        exposure[:, columns] /= spent[-1] / len(drawn)
+        return exposure**power
+
+
+def measurements(run: Any, by: str = "layer") -> Measurements:
+    """Read the table of `run` and what else the metrics need."""
+    table = step_table(run, by)
+    rates = _learning_rates(run, _last_step(run, table))
+    rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
+    interval = intervals(run, table.steps) if draws(run) else None
+    visits, active = _visits(run, table, interval)
+    frame = run.parameters
+    group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]
+    inside = (group >= 0) & (frame["role"] == "base").to_numpy()
+    width = len(table.groups.names)
+    weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
+    elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
+    return Measurements(run, table, rate, visits, active, interval, elements, rates)
+
+
+def _learning_rates(run: Any, last: int) -> Array | None:
+    """Return the learning rate of steps 0 (that of the first) to `last`, None when not logged.
+
+    A step that was not logged has that of the nearest one that was.
+    """
+    scalars = run.scalars
+    if not len(scalars) or "learning_rate" not in scalars:
+        return None
+    logged = scalars.dropna(subset=["learning_rate"]).drop_duplicates("step", keep="last")
+    if not len(logged):
+        return None
+    known = logged.set_index("step")["learning_rate"].sort_index()
+    rates = known.reindex(np.arange(last + 1), method="nearest").to_numpy(dtype=np.float64)
+    return np.asarray(rates)
+
+
+def _visits(
+    run: Any, table: StepTable, interval: NDArray[np.int64] | None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Activation intervals and optimizer steps behind every group at every recorded step."""
+    shape = table.trained.shape
+    visits: NDArray[Any] = np.ones(shape, dtype=np.float32)
+    active: NDArray[Any] = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
+    if interval is None or not len(table.steps):
+        return visits, active
+    columns = np.flatnonzero(table.groups.layer >= 0)
+    layer = table.groups.layer[columns]
+    visits[:, columns] = np.cumsum(_chosen(run), axis=0)[np.maximum(interval, 0)][:, layer]
+    count = np.arange(_last_step(run, table) + 1, dtype=np.float64)
+    active[:, columns] = _behind(run, table, interval, count)[:, layer]
+    return visits, active
+
+
+def _chosen(run: Any) -> NDArray[np.float32]:
+    """1 where a draw holds a layer, shape (draws, layers)."""
+    drawn = draws(run)
+    chosen = np.zeros((len(drawn), run.n_layers), dtype=np.float32)
+    for index, (_, layers) in enumerate(drawn):
+        chosen[index, list(layers)] = 1
+    return chosen
+
+
+def _last_step(run: Any, table: StepTable) -> int:
+    """Last step that was recorded or drawn for."""
+    return int(max([0, *table.steps[-1:], *(step for step, _ in draws(run)[-1:])]))
+
+
+def _behind(
+    run: Any, table: StepTable, interval: NDArray[np.int64], total: NDArray[Any]
+) -> NDArray[Any]:
+    """Sum over the steps that trained each layer up to each recorded step, shape (n, layers).
+
+    `total` is the sum over all steps up to each, of whatever is summed.
+    """
+    chosen, now = _chosen(run), np.maximum(interval, 0)
+    starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
+    ends = np.append(starts[1:], _last_step(run, table))
+    whole = np.cumsum(chosen * (total[ends] - total[starts])[:, None], axis=0)
+    before = np.vstack([np.zeros(run.n_layers), whole])
+    within = (total[table.steps] - total[starts[now]])[:, None] * chosen[now]
+    result: NDArray[Any] = before[now] + within
+    return result

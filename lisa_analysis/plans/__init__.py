@@ -1,0 +1,1 @@
+"""A profile turned into what the next run does."""

@@ -1,0 +1,1 @@
+"""Importance profiles: made from runs, and what can be said of them."""

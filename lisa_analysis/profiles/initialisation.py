@@ -1,0 +1,137 @@
+"""How much of a profile was there before training: scores at step 0 and PEFT's formulas."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.metrics.log import Measurements
+from lisa_analysis.profiles.profile import Initialisation
+from lisa_analysis.statistics.shape import MATERIAL
+
+Array = NDArray[np.float64]
+
+# The share of a profile above which it is called that of its initialisation.
+EXPLAINED = 0.9
+_GRADIENT = ("grad_rms", "l1_descent", "probe_rms")
+
+
+def initial_scores(metric: str, data: Measurements, values: NDArray[np.floating]) -> Array:
+    """Score of every group at step 0; NaN where it was not measured.
+
+    Weight norms come from the census before training. Gradients of the first optimizer step are
+    those of the initial weights. Nothing has changed at step 0: metrics of change have no
+    initial score.
+    """
+    if metric == "weight_norm":
+        return data.table.initial.copy()
+    if metric == "probe_rms" and len(values) and data.table.probe_steps[0] == 0:
+        return np.asarray(values[0], dtype=np.float64)
+    if metric in _GRADIENT[:2] and len(data.table.steps) and data.table.steps[0] == 1:
+        first = np.asarray(values[0], dtype=np.float64)
+        return np.where(np.isfinite(first), first, np.nan)
+    return np.full(values.shape[1], np.nan)
+
+
+def initialisation(
+    metric: str, data: Measurements, scores: Array, initial: Array
+) -> Initialisation | None:
+    """Compare a profile with the one at step 0; None when that is unknown.
+
+    The share is R² of the final log-profile given the initial one with slope 1, over layers and
+    the groups outside the stack: 1 when training left the differences as they were. A profile is
+    explained by its initialisation when this holds among the layers alone as well.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        final, start = np.log(scores), np.log(initial)
+    known = np.isfinite(final) & np.isfinite(start)
+    if metric in _GRADIENT:
+        # The embedding's gradient is of another size; it would make any profile look inherited.
+        known[data.table.groups.inside :] = False
+    # A LISA run's first step has gradients of the layers drawn first, which are no profile.
+    if known.sum() < max(2, 0.5 * np.isfinite(final).sum()):
+        return None
+    inside = data.table.groups.inside
+    layers = known & (np.arange(len(known)) < inside)
+    change = (final - start)[known]
+    level = float(min(np.exp(-abs(change.mean())), 1.0))
+    share = _share(final[known], start[known])
+    if metric in _GRADIENT and np.isnan(share):
+        return None
+    raw_adapters = metric == "weight_norm" and data.run.method == "lora"
+    # An embedding of ten times the norm hides what the layers learned: they must pass alone too.
+    alone = _share(final[layers], start[layers])
+    measures = [level, *(part for part in (share, alone) if not np.isnan(part))]
+    explained = raw_adapters and min(measures) >= EXPLAINED
+    expected = default_lora_norms(data) if raw_adapters else np.full(len(scores), np.nan)
+    statement = _words(metric, share, alone, level, explained, raw_adapters)
+    if raw_adapters:
+        statement += _formula_words(expected[:inside], initial[:inside], scores[:inside])
+    return Initialisation(share, level, explained, expected[:inside], statement)
+
+
+def _share(final: Array, start: Array) -> float:
+    """R² of log-scores given those at step 0, slope 1; NaN where the scores do not differ."""
+    spread = float(final.var()) if len(final) else 0.0
+    # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
+    if spread <= MATERIAL**2:
+        return float("nan")
+    return float(np.clip(1 - (final - start).var() / spread, 0, 1))
+
+
+def default_lora_norms(data: Measurements) -> Array:
+    """Raw ‖(A, B)‖ of every group under PEFT's default initialisation.
+
+    Linear maps: A ~ kaiming_uniform(√5), so ‖A‖² = r/3 on average, and B = 0. Embeddings: A = 0
+    and B ~ N(0, 1), so ‖B‖² = hidden · r. NaN for groups without adapters.
+    """
+    groups, frame = data.table.groups, data.run.parameters
+    squares = np.zeros(len(groups.names))
+    columns = (frame["param_id"], frame["name"], frame["role"], frame["shape"], frame["numel"])
+    for param_id, name, role, shape, numel in zip(*columns, strict=True):
+        group = groups.of[param_id]
+        if group < 0:
+            continue
+        if "lora_embedding_B" in name:
+            squares[group] += float(numel)
+        elif role == "lora_A" and "lora_embedding" not in name:
+            squares[group] += int(str(shape).split("x")[0]) / 3
+    return np.sqrt(np.where(squares > 0, squares, np.nan))
+
+
+def _words(
+    metric: str, share: float, alone: float, level: float, explained: bool, raw_adapters: bool
+) -> str:
+    if metric in _GRADIENT:
+        return (
+            f"{share:.0%} of the spread of this profile is that of the first gradient, which "
+            "belongs to the untrained weights (one step, its noise included)."
+        )
+    part = (
+        f"layers, embedding and head differ by less than {MATERIAL:.0%}"
+        if np.isnan(share)
+        else f"{share:.0%} of the spread between layers, embedding and head was there at step 0"
+    )
+    if not np.isnan(alone) and f"{alone:.0%}" != f"{share:.0%}":
+        part += f", {alone:.0%} of that among the layers alone"
+    text = f"{part[0].upper()}{part[1:]}; {level:.0%} of the level was there at step 0."
+    if explained:
+        return (
+            f"{text} This profile is explained by adapter initialisation: it shows how A and B "
+            "were drawn, not which layers learned."
+        )
+    if raw_adapters:
+        where = "The layers' raw" if share >= EXPLAINED > alone else "Raw"
+        return f"{text} {where} adapter norms have moved away from their initialisation."
+    return (
+        f"{text} It is mostly the profile of the pretrained weights." if level > EXPLAINED else text
+    )
+
+
+def _formula_words(expected: Array, initial: Array, final: Array) -> str:
+    known = np.isfinite(expected) & np.isfinite(initial) & np.isfinite(final)
+    if not known.any():
+        return ""
+    return (
+        " PEFT's default initialisation gives a layer "
+        f"{expected[known].mean():.4g} by formula; measured {initial[known].mean():.4g} at step 0 "
+        f"and {final[known].mean():.4g} on average over training."
+    )

@@ -1,0 +1,1 @@
+"""One run directory: opened, checked, and read as batches and frames."""

@@ -1,0 +1,434 @@
+"""Run: opens and checks one run directory, pushes filters down to its files."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract import reprs as notebook
+from lisa_analysis.contract.errors import RunDirectoryError, suggest
+from lisa_analysis.contract.schema import (
+    EVENTS,
+    EVENTS_TABLE,
+    LOCK,
+    MANIFEST,
+    METRICS_DIR,
+    METRICS_TABLE,
+    PARAMETERS,
+    SCALARS,
+    SCALARS_TABLE,
+)
+from lisa_analysis.rundir.shard_keys import ShardKeys, in_order, read_keys
+from lisa_analysis.rundir.shards import (
+    Shard,
+    Steps,
+    count_negative,
+    last_valid_steps,
+    list_shards,
+    read_parameters,
+    read_shard,
+    step_bounds,
+)
+from lisa_analysis.rundir.streams import (
+    MOST_STEPS,
+    lines_frame,
+    read_lines,
+    read_manifest,
+    usable_events,
+    writer_lives,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+Layers = int | slice | Sequence[int]
+
+_KEYS = ("step", "param_id")
+_MEASURED = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
+# The one column that can be below zero; the others are norms, a variance and a count.
+SIGNED = frozenset({"descent"})
+
+
+def load(path: str | Path) -> "Run":
+    """Open a run directory.
+
+    Cheap: reads run.json only; tables are read when they are asked for.
+
+    Parameters
+    ----------
+    path
+        Folder that `lisa-train` or a recorder wrote.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    RunDirectoryError
+        One sentence, when the folder is missing, torn, foreign or of another major version.
+    """
+    return Run(Path(path))
+
+
+class Run:
+    """One run directory.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    manifest : dict
+        run.json, see `lisa_analysis.contract.schema.MANIFEST_FIELDS`.
+    run_id, method : str
+        From the manifest.
+    status : str
+        ``running``, ``finished``, ``failed`` or ``interrupted``. A run whose file says
+        ``running`` but whose process is gone is ``interrupted``.
+    layer_names : tuple of str
+        Canonical module path of every layer, by index.
+    warnings : list of str
+        What was left out or looks wrong so far, in sentences; grows as tables are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            is_directory, exists = path.is_dir(), path.exists()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{path} cannot be opened ({error.strerror or error}): check its permissions."
+            ) from None
+        if not is_directory:
+            found = "is a file, not a folder" if exists else "does not exist"
+            raise RunDirectoryError(f"{path} {found}: give the run directory of a training run.")
+        if not (path / MANIFEST).exists():
+            raise RunDirectoryError(
+                f"{path} holds no {MANIFEST}: it is not a run directory, give the folder that "
+                "lisa-train wrote (its output_dir)."
+            )
+        self.manifest, self.warnings = read_manifest(path / MANIFEST)
+        self._seen_keys: dict[Path, ShardKeys] = {}
+        self.run_id: str = self.manifest["run_id"]
+        self.method: str = self.manifest["method"]
+        self.layer_names = tuple(layer["name"] for layer in self.manifest["layers"])
+        self.status: str = self.manifest["status"]
+        if self.status == "running" and not writer_lives(path / LOCK):
+            self.status = "interrupted"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of all stacks together."""
+        return len(self.layer_names)
+
+    @cached_property
+    def parameters(self) -> "pd.DataFrame":
+        """One row per tensor, see `lisa_analysis.contract.schema.PARAMETERS_TABLE`."""
+        return read_parameters(self.path / PARAMETERS, self.n_layers, self.warnings)
+
+    @cached_property
+    def scalars(self) -> "pd.DataFrame":
+        """One row per logged optimizer step, see `lisa_analysis.contract.schema.SCALARS_TABLE`."""
+        lines, warnings = read_lines(self.path / SCALARS, SCALARS_TABLE, extra=False)
+        self._warn(warnings)
+        # A step that a resumed segment repeated stands as the newest segment wrote it.
+        valid = self._still_valid(lines)
+        newest = {line["step"]: line for line in valid}
+        if repeated := len(valid) - len({(line["step"], line["segment"]) for line in valid}):
+            self._warn(
+                [
+                    f"{SCALARS} repeats the step of {repeated} lines within a segment: of each "
+                    "step the last line counts."
+                ]
+            )
+        ordered = [newest[step] for step in sorted(newest)]
+        return lines_frame(ordered, SCALARS_TABLE)
+
+    @cached_property
+    def events(self) -> "pd.DataFrame":
+        """One row per event; fields by kind in `lisa_analysis.contract.schema.EVENT_FIELDS`."""
+        kept: list[dict[str, Any]] = []
+        draws: dict[int, int] = {}
+        for line in self._still_valid(self._event_lines):
+            if line["event"] == "lisa_draw":
+                # A resume repeats the draw of the interval that it continues.
+                if line["step"] in draws:
+                    kept[draws[line["step"]]] = line
+                    continue
+                draws[line["step"]] = len(kept)
+            kept.append(line)
+        return lines_frame(kept, EVENTS_TABLE)
+
+    def metrics(
+        self,
+        columns: Sequence[str] | None = None,
+        layers: Layers | None = None,
+        steps: Steps | None = None,
+    ) -> "pd.DataFrame":
+        """Read metrics rows, with the filters pushed down to the files.
+
+        Parameters
+        ----------
+        columns
+            Names from `lisa_analysis.contract.schema.METRICS_TABLE`; None reads all.
+        layers
+            Layer index, slice or indices (negative ones count from the end); None reads every
+            tensor, those outside the stack too.
+        steps
+            Slice of step numbers (the end is not included) or step numbers; None reads all.
+
+        Returns
+        -------
+        DataFrame
+            `step`, `param_id` and the columns, sorted by both. Null and NaN are both NaN here;
+            `non_finite` tells what was measured and not finite.
+        """
+        import pyarrow as pa
+
+        names = self._columns(columns)
+        batches = list(self.iter_metrics(names, layers, steps))
+        schema = batches[0].schema if batches else _result_schema(names)
+        table = pa.Table.from_batches(batches, schema=schema)
+        table = table.sort_by([(key, "ascending") for key in _KEYS])
+        if "opt_steps" in names:
+            index = table.schema.get_field_index("opt_steps")
+            table = table.set_column(index, "opt_steps", table["opt_steps"].cast(pa.float64()))
+        return table.to_pandas()
+
+    def iter_metrics(
+        self,
+        columns: Sequence[str] | None = None,
+        layers: Layers | None = None,
+        steps: Steps | None = None,
+    ) -> "Iterator[pa.RecordBatch]":
+        """Yield the rows of `metrics` as Arrow batches, shard by shard, in bounded memory.
+
+        Batches come in the order of steps; within a batch the order is the file's. Rows that a
+        resumed segment replaced are already left out. Arrow keeps null and NaN apart.
+        """
+        import pyarrow.compute as pc
+
+        names = self._columns(columns)
+        first, last, chosen = step_bounds(steps)
+        condition = pc.field("step") >= first
+        if chosen is not None:
+            condition &= pc.field("step").isin(chosen)
+        if layers is not None:
+            condition &= pc.field("param_id").isin(self._param_ids(layers))
+        limits = last_valid_steps(self._segment_starts, self._shards)
+        for shard in self._shards:
+            end = min(last, limits.get(shard.segment, last))
+            if shard.first > end or (shard.end is not None and shard.end <= first):
+                continue
+            keys = self._keys(shard)
+            bounded = condition & (pc.field("step") <= end) & shard.holds()
+            batches = read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings)
+            for batch in batches if keys.in_order else in_order(batches):
+                self._check_keys(batch, shard.path)
+                yield self._without_negative(batch, shard)
+
+    def _check_keys(self, batch: "pa.RecordBatch", path: Path) -> None:
+        """Refuse rows of steps and tensors that cannot be: they index arrays."""
+        import pyarrow.compute as pc
+
+        for name, most in (("step", MOST_STEPS), ("param_id", self._last_param_id)):
+            bounds = pc.min_max(batch.column(name)).as_py()
+            if bounds["min"] < 0 or bounds["max"] > most:
+                worst = bounds["min"] if bounds["min"] < 0 else bounds["max"]
+                raise RunDirectoryError(
+                    f"{path} has {name} = {worst}, expected 0 to {most}: restore the file or "
+                    "delete it."
+                )
+
+        if self._known_ids is not None:
+            ids = batch.column("param_id").to_numpy()
+            if (unknown := ids[~self._known_ids[ids]]).size:
+                raise RunDirectoryError(
+                    f"{path} has param_id = {unknown[0]}, which {PARAMETERS} does not list: "
+                    "restore the files."
+                )
+
+    @cached_property
+    def _last_param_id(self) -> int:
+        return int(self.parameters["param_id"].max())
+
+    @cached_property
+    def _known_ids(self) -> "NDArray[np.bool_] | None":
+        """Which numbers are those of tensors; None when all are, up to the last."""
+        import numpy as np
+
+        known = np.zeros(self._last_param_id + 1, dtype=bool)
+        known[self.parameters["param_id"]] = True
+        return None if known.all() else known
+
+    def _keys(self, shard: Shard) -> ShardKeys:
+        """Steps and tensors of a shard, looked through once; warns of what is left out of it."""
+        if shard.path not in self._seen_keys:
+            keys = self._seen_keys[shard.path] = read_keys(shard)
+            self._warn(keys.warnings)
+        return self._seen_keys[shard.path]
+
+    def _without_negative(self, batch: "pa.RecordBatch", shard: Shard) -> "pa.RecordBatch":
+        """Take numbers below zero for not measured where only a sum of squares can stand."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for index, name in enumerate(batch.schema.names):
+            if name in _KEYS or name in SIGNED:
+                continue
+            negative = pc.fill_null(pc.less(batch.column(index), 0), False)
+            if not pc.any(negative).as_py():
+                continue
+            count = count_negative(shard.path, name)
+            self._warn(
+                [
+                    f"{METRICS_DIR}/{shard.path.name} has {count} negative values of {name}, "
+                    "which cannot be: they count as not measured."
+                ]
+            )
+            null = pa.scalar(None, batch.schema.field(index).type)
+            batch = batch.set_column(
+                index, batch.schema.field(index), pc.if_else(negative, null, batch.column(index))
+            )
+        return batch
+
+    def non_finite(self) -> "pd.DataFrame":
+        """Return every value that was measured and is NaN or infinite.
+
+        Returns
+        -------
+        DataFrame
+            `step`, `param_id`, `column`, `value`, in the order of steps.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = []
+        names = [name for name in _MEASURED if METRICS_TABLE[name].type == "float32"]
+        for batch in self.iter_metrics(names):
+            for name in names:
+                mask = pc.invert(pc.is_finite(batch.column(name)))
+                rows = batch.filter(pc.fill_null(mask, False))
+                if rows.num_rows:
+                    label = pa.array([name] * rows.num_rows)
+                    found.append(
+                        pa.table(
+                            [
+                                rows.column("step"),
+                                rows.column("param_id"),
+                                label,
+                                rows.column(name),
+                            ],
+                            names=["step", "param_id", "column", "value"],
+                        )
+                    )
+        schema = pa.schema(
+            [("step", "int64"), ("param_id", "int32"), ("column", "string"), ("value", "float32")]
+        )
+        table = pa.concat_tables(found) if found else schema.empty_table()
+        return table.sort_by([(key, "ascending") for key in _KEYS]).to_pandas()
+
+    @cached_property
+    def _event_lines(self) -> list[dict[str, Any]]:
+        path = self.path / EVENTS
+        lines, warnings = read_lines(path, EVENTS_TABLE, extra=True)
+        self._warn(warnings)
+        lines, warnings = usable_events(lines, self.n_layers, path)
+        self._warn(warnings)
+        return lines
+
+    @cached_property
+    def _shards(self) -> list[Any]:
+        shards, warnings = list_shards(self.path / METRICS_DIR)
+        self._warn(warnings)
+        return shards
+
+    @cached_property
+    def _segment_starts(self) -> dict[int, int]:
+        return {
+            line["segment"]: line["step"]
+            for line in self._event_lines
+            if line["event"] == "resume" and line["segment"]
+        }
+
+    def _still_valid(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        limits = last_valid_steps(self._segment_starts, self._shards)
+        return [
+            line
+            for line in lines
+            if (limit := limits.get(line["segment"] or 0)) is None or line["step"] <= limit
+        ]
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        self.warnings.extend(w for w in warnings if w not in self.warnings)
+
+    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        if columns is None:
+            return list(_MEASURED)
+        names = [columns] if isinstance(columns, str) else list(columns)
+        for name in names:
+            if name not in METRICS_TABLE.names:
+                raise RunDirectoryError(
+                    f"The metrics have no column {name!r}: there are {', '.join(_MEASURED)}."
+                    f"{suggest(name, _MEASURED)}"
+                )
+        return [name for name in dict.fromkeys(names) if name not in _KEYS]
+
+    def _param_ids(self, layers: Layers) -> list[int]:
+        wanted: list[int] = []
+        if isinstance(layers, slice):
+            wanted = list(range(self.n_layers))[layers]
+        else:
+            for layer in [layers] if isinstance(layers, int) else layers:
+                index = int(layer) + (self.n_layers if layer < 0 else 0)
+                if not 0 <= index < self.n_layers:
+                    raise RunDirectoryError(
+                        f"There is no layer {layer} in {self.path}: it has {self.n_layers} "
+                        "layers, counted from 0."
+                    )
+                wanted.append(index)
+        table = self.parameters
+        return [int(i) for i in table["param_id"][table["layer"].isin(wanted)]]
+
+    def __repr__(self) -> str:
+        model = self.manifest.get("model")
+        name = model.get("name") if isinstance(model, dict) else None
+        return (
+            f"Run {self.run_id!r} ({self.method}, {self.status}): {name or 'a model'} with "
+            f"{self.n_layers} layers, started {self.manifest.get('created', 'at an unknown time')}"
+            f", {len(self._shards)} metrics shards in {self.path}"
+        )
+
+    def _repr_html_(self) -> str:
+        first, last = (self._entry("result", f"{x}_held_out_loss") for x in ("first", "last"))
+        measured = isinstance(first, float) and isinstance(last, float)
+        every = self._entry("recording", "every")
+        return notebook.facts(
+            [
+                ("run", self.run_id),
+                ("method", f"{self.method}, {self.status}"),
+                ("model", self._entry("model", "name") or self._entry("model", "architecture")),
+                ("layers", self.n_layers),
+                ("steps", self._entry("result", "steps")),
+                ("held-out loss", f"{first:.3f} → {last:.3f}" if measured else None),
+                ("measured", "every step" if every == 1 else every and f"every {every} steps"),
+                ("started", str(self.manifest.get("created", "unknown"))[:19].replace("T", " ")),
+                ("folder", self.path),
+            ]
+        )
+
+    def _entry(self, part: str, name: str) -> Any:
+        """Value in a part of the manifest; None when there is no such part."""
+        found = self.manifest.get(part)
+        return found.get(name) if isinstance(found, dict) else None
+
+
+def _result_schema(names: Sequence[str]) -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        [(name, pa.type_for_alias(METRICS_TABLE[name].type)) for name in (*_KEYS, *names)]
+    )

@@ -1,0 +1,1 @@
+"""Runs as runs: is one healthy, what did it cost, did it help."""

@@ -1,0 +1,332 @@
+"""Several runs side by side: outcome at equal cost, agreement of profiles, seeds together."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lisa_analysis import statistics as st
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics.definitions import metric_name
+from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
+from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
+from lisa_analysis.runs import outcomes
+
+Array = NDArray[np.float64]
+
+MIN_SEEDS = 3
+PAIRS = 400
+
+
+# Columns of the table of runs that a notebook shows, and what it calls them.
+_SHOWN = {
+    "run": "run", "method": "method", "seed": "seed", "steps": "steps", "tokens": "tokens",
+    "seconds": "seconds", "peak_memory_bytes": "peak memory, GB", "held_out_loss": "held-out loss",
+    "loss_at_equal_steps": "at equal steps", "loss_at_equal_seconds": "at equal time",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side. Made by `compare`.
+
+    Attributes
+    ----------
+    table
+        One row per run: run, method, status, configuration, seed, steps, tokens, seconds,
+        peak_memory_bytes, held_out_loss (the last), and held-out loss at the largest number of
+        steps, tokens and seconds that all runs reached.
+    profiles
+        One row per layer, one column per run: share of the total score; NaN is unknown.
+    rank_agreement
+        One row per pair of runs: Kendall's τ with interval, Spearman, overlap of the top
+        quarters, Jensen–Shannon divergence and its noise floor, whether it is beyond noise.
+    concordance
+        Kendall's W over all runs with the same layers; NaN for fewer than three.
+    seeds
+        One row per configuration: runs, held-out loss with a t interval over seeds (three or
+        more), and Kendall's τ between its runs.
+    curves
+        Every evaluation: run, step, tokens, seconds, held_out_loss.
+    """
+
+    metric: str
+    table: pd.DataFrame = field(repr=False)
+    profiles: pd.DataFrame = field(repr=False)
+    rank_agreement: pd.DataFrame = field(repr=False)
+    concordance: float
+    seeds: pd.DataFrame = field(repr=False)
+    curves: pd.DataFrame = field(repr=False)
+    statement: str = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per run."""
+        return self.table.copy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        record = {
+            "metric": self.metric,
+            "statement": self.statement,
+            "concordance": self.concordance,
+            "runs": self.table.to_dict("records"),
+            "profiles": self.profiles.to_dict("records"),
+            "rank_agreement": self.rank_agreement.to_dict("records"),
+            "seeds": self.seeds.to_dict("records"),
+        }
+        plain: dict[str, Any] = to_plain(record)
+        return plain
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table of runs as `.csv`, or everything as `.json`."""
+        import json
+
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        elif path.suffix == ".csv":
+            self.table.to_csv(path, index=False)
+        else:
+            raise LisaError(f"cannot save a comparison as {path.name!r}: use .csv or .json.")
+        return path
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {len(self.table)} runs by {self.metric}>"
+
+    def _repr_html_(self) -> str:
+        peak = pd.to_numeric(self.table["peak_memory_bytes"]) / 1e9  # None where unknown
+        shown = self.table.assign(peak_memory_bytes=peak)
+        table = outcomes.to_html(shown[list(_SHOWN)].rename(columns=_SHOWN))
+        pairs = outcomes.to_html(self.rank_agreement)
+        return (
+            f"<section><p>{html.escape(self.statement)}</p>{table}"
+            f"<details><summary>Agreement of profiles</summary>{pairs}</details></section>"
+        )
+
+
+def compare(
+    runs: Sequence[Any], metric: Any = DEFAULT_METRIC, *, confidence: float = 0.95, seed: int = 0
+) -> Comparison:
+    """Put runs side by side.
+
+    Parameters
+    ----------
+    runs
+        Run directories opened with `load`, any number; layers are aligned by name.
+    metric
+        Importance metric whose profiles are compared: an id or a callable, see `importance`.
+    confidence, seed
+        Of the intervals and their bootstrap.
+
+    Returns
+    -------
+    Comparison
+        Runs that did not record the metric, or have other layers, take no part in the agreement
+        of profiles and keep their row in the table.
+
+    Raises
+    ------
+    LisaError
+        Without any run.
+    """
+    runs = list(runs)
+    if not runs:
+        raise LisaError("compare needs at least one run, got none.")
+    labels = outcomes.labels(runs)
+    summaries = [outcomes.Outcome.of(run, label) for run, label in zip(runs, labels, strict=True)]
+    table = outcomes.table(summaries)
+    profiles: dict[str, ImportanceProfile] = {}
+    for run, label in zip(runs, labels, strict=True):
+        try:
+            profiles[label] = importance(run, metric, confidence=confidence, seed=seed)
+        except LisaError:
+            # The run keeps its row; its profile under this metric is unknown.
+            continue
+    pairs = pd.DataFrame(
+        [
+            _pair(a, b, profiles[a], profiles[b], confidence, seed)
+            for a, b in combinations(profiles, 2)
+        ],
+        columns=list(_PAIR_COLUMNS),
+    )
+    seeds = _seeds(table, pairs, confidence)
+    return Comparison(
+        metric=metric_name(metric),
+        table=table,
+        profiles=_aligned(profiles),
+        rank_agreement=pairs,
+        concordance=_concordance(profiles),
+        seeds=seeds,
+        curves=pd.concat([s.curve for s in summaries], ignore_index=True),
+        statement=_statement(table, pairs, seeds),
+    )
+
+
+_PAIR_COLUMNS = (
+    "run_a", "run_b", "kendall", "kendall_low", "kendall_high", "spearman", "top_overlap",
+    "divergence", "noise_floor", "beyond_noise", "layers",
+)  # fmt: skip
+
+
+def _pair(
+    name_a: str,
+    name_b: str,
+    a: ImportanceProfile,
+    b: ImportanceProfile,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Agreement of two profiles on the layers that both know."""
+    result: dict[str, Any] = dict.fromkeys(_PAIR_COLUMNS, float("nan"))
+    result |= {"run_a": name_a, "run_b": name_b, "beyond_noise": None, "layers": 0}
+    if tuple(a.layers["name"]) != tuple(b.layers["name"]):
+        return result
+    known = np.isfinite(a.scores) & np.isfinite(b.scores)
+    result["layers"] = int(known.sum())
+    if known.sum() < 3:
+        return result
+    x, y = a.scores[known], b.scores[known]
+    result["kendall"], result["spearman"] = st.kendall_tau(x, y), st.spearman(x, y)
+    result["top_overlap"] = st.top_jaccard(x, y)
+    positive = bool((x > 0).any() and (y > 0).any())
+    if positive:
+        result["divergence"] = float(st.jensen_shannon(np.maximum(x, 0), np.maximum(y, 0)))
+    if a.samples is None or b.samples is None:
+        return result
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, (len(a.samples), len(b.samples)), size=(PAIRS, 2))
+    first, second = a.samples[rows[:, 0]], b.samples[rows[:, 1]]
+    taus = st.kendall_taus(first, second)
+    taus = taus[np.isfinite(taus)]
+    if len(taus):
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(taus, [tail, 1 - tail])
+        # Noise lowers τ twice over in the samples: the interval reaches at least the estimate.
+        result["kendall_low"] = float(min(low, result["kendall"]))
+        result["kendall_high"] = float(max(2 * result["kendall"] - low, high).clip(-1, 1))
+    if positive:
+        result["noise_floor"] = _noise_floor(x, y, first, second, confidence)
+        result["beyond_noise"] = bool(result["divergence"] > result["noise_floor"])
+    return result
+
+
+def _noise_floor(x: Array, y: Array, first: Array, second: Array, confidence: float) -> float:
+    """Divergence that noise alone gives when both runs have the same true profile."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle = np.sqrt(np.maximum(x, 0) / x.sum() * np.maximum(y, 0) / y.sum())
+        relative_a, relative_b = first / x, second / y
+    null = st.jensen_shannon(
+        np.maximum(np.nan_to_num(middle * relative_a), 0),
+        np.maximum(np.nan_to_num(middle * relative_b), 0),
+    )
+    return float(np.quantile(null, confidence))
+
+
+def _aligned(profiles: dict[str, ImportanceProfile]) -> pd.DataFrame:
+    """Shares of the total score, layers by name in the order of first appearance."""
+    columns = {}
+    for label, profile in profiles.items():
+        scores = np.maximum(profile.scores, 0)
+        total = np.nansum(scores)
+        share = scores / total if total > 0 else np.full(len(scores), np.nan)
+        columns[label] = pd.Series(share, index=list(profile.layers["name"]))
+    names = list(dict.fromkeys(name for column in columns.values() for name in column.index))
+    frame = pd.DataFrame(columns, index=names)
+    return frame.rename_axis("name").reset_index()
+
+
+def _concordance(profiles: dict[str, ImportanceProfile]) -> float:
+    tables = [tuple(profile.layers["name"]) for profile in profiles.values()]
+    if len(tables) < 3 or len(set(tables)) > 1:
+        return float("nan")
+    scores = np.stack([profile.scores for profile in profiles.values()])
+    known = np.isfinite(scores).all(axis=0)
+    return st.kendall_w(scores[:, known]) if known.sum() > 2 else float("nan")
+
+
+def _seeds(table: pd.DataFrame, pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Runs of one configuration together: mean held-out loss, its t interval, agreement."""
+    rows = []
+    for configuration, group in table.groupby("configuration", sort=False):
+        names = set(group["run"])
+        losses = group["loss_at_equal_steps"].fillna(group["held_out_loss"]).dropna()
+        low = high = float("nan")
+        if len(losses) >= MIN_SEEDS:
+            t = float(st.t_quantile(0.5 + confidence / 2, len(losses) - 1))
+            half = t * float(losses.std(ddof=1)) / np.sqrt(len(losses))
+            low, high = float(losses.mean()) - half, float(losses.mean()) + half
+        inside = pairs[pairs["run_a"].isin(names) & pairs["run_b"].isin(names)]
+        rows.append(
+            {
+                "configuration": configuration,
+                "method": group["method"].iloc[0],
+                "runs": len(group),
+                "held_out_loss": float(losses.mean()) if len(losses) else float("nan"),
+                "low": low,
+                "high": high,
+                "kendall": float(inside["kendall"].mean()) if len(inside) else float("nan"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _statement(table: pd.DataFrame, pairs: pd.DataFrame, seeds: pd.DataFrame) -> str:
+    parts = []
+    losses = table.dropna(subset=["loss_at_equal_steps"])
+    if seeds["low"].notna().any():
+        parts.append(_configurations_words(seeds))
+    elif len(losses) > 1:
+        best = losses.iloc[int(losses["loss_at_equal_steps"].argmin())]
+        parts.append(
+            f"At equal steps {best['run']} has the lowest held-out loss "
+            f"({best['loss_at_equal_steps']:.4f})."
+        )
+        parts.append("One run is one sample of the seed: repeat with three seeds or more.")
+    known = pairs.dropna(subset=["kendall"])
+    if len(known) == 1:
+        row = known.iloc[0]
+        bounds = (
+            "insufficient data for an interval"
+            if np.isnan(row["kendall_low"])
+            else f"{row['kendall_low']:.2f} … {row['kendall_high']:.2f}"
+        )
+        parts.append(f"Their rankings of layers agree with τ = {row['kendall']:.2f} ({bounds}).")
+    elif len(known):
+        parts.append(
+            f"Rankings of the layers agree with τ from {known['kendall'].min():.2f} to "
+            f"{known['kendall'].max():.2f}."
+        )
+    return " ".join(parts)
+
+
+def _configurations_words(seeds: pd.DataFrame) -> str:
+    """Mean held-out losses of the configurations with their intervals, the lowest first."""
+    known = seeds.dropna(subset=["low"]).sort_values("held_out_loss", ignore_index=True)
+    listed = ", ".join(
+        f"{row['configuration']} {row['held_out_loss']:.4f} "
+        f"({row['low']:.4f} … {row['high']:.4f}, {row['runs']} runs)"
+        for _, row in known.iterrows()
+    )
+    text = f"Mean held-out loss at equal steps over seeds, with its interval: {listed}."
+    if len(known) > 1:
+        best = known["configuration"][0]
+        clear = bool((known["low"][1:] > known["high"][0]).all())
+        text += (
+            f" The interval of {best} lies below all others."
+            if clear
+            else f" The interval of {best}, the lowest, overlaps with others: seeds may explain "
+            "the difference."
+        )
+    single = len(seeds) - len(known)
+    if single:
+        text += (
+            f" {single} more configuration{'s' * (single > 1)} without an interval: repeat with "
+            "three seeds or more."
+        )
+    return text

@@ -1,0 +1,197 @@
+"""Rules on LISA's schedule: declared against active, covered, visited as often as intended."""
+
+from dataclasses import dataclass
+from math import exp, lgamma, log
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.runs.diagnostics.rule import (
+    CouldNotRunError,
+    Evidence,
+    Outcome,
+    Rule,
+    name_layers,
+)
+
+
+@dataclass(frozen=True)
+class _ScheduleRule(Rule):
+    """Applies to LISA runs, and needs their draws."""
+
+    methods: ClassVar[tuple[str, ...] | None] = ("lisa",)
+
+    def draws(self, evidence: Evidence) -> list[tuple[int, tuple[int, ...], NDArray | None]]:
+        if not evidence.draws:
+            raise CouldNotRunError("no lisa_draw event was logged")
+        return evidence.draws
+
+
+@dataclass(frozen=True)
+class ScheduleMismatch(_ScheduleRule):
+    """The declared layers are not those that trained."""
+
+    id: ClassVar[str] = "schedule_mismatch"
+    title: ClassVar[str] = "Schedule and training disagree"
+    meaning: ClassVar[str] = (
+        "The layers that were drawn are not the layers that had gradients: freezing did not take "
+        "effect, or the layers were found at the wrong path."
+    )
+    advice: ClassVar[str] = (
+        "Check find_layers(model); attach LISA before the optimizer is built and let no other "
+        "callback touch requires_grad."
+    )
+
+    @property
+    def threshold(self) -> str:
+        """When the rule fires."""
+        return "any recorded step whose trained layers differ from the draw in force"
+
+    def check(self, evidence: Evidence) -> Outcome:
+        """Compare every recorded step with its draw."""
+        draws = self.draws(evidence)
+        declared = np.zeros((len(draws), evidence.n_layers), dtype=bool)
+        for index, (_, layers, _) in enumerate(draws):
+            inside = [layer for layer in layers if 0 <= layer < evidence.n_layers]
+            declared[index, inside] = True
+        ruled = evidence.interval >= 0
+        if not ruled.any():
+            raise CouldNotRunError("no step was recorded after a draw")
+        trained = evidence.table.trained[ruled][:, : evidence.n_layers]
+        wrong = trained != declared[evidence.interval[ruled]]
+        if not wrong.any():
+            return Outcome(
+                "ok", f"Trained layers are the drawn ones at all {int(ruled.sum())} recorded steps."
+            )
+        row = int(np.argmax(wrong.any(axis=1)))
+        step = int(evidence.table.steps[ruled][row])
+        drawn = np.flatnonzero(declared[evidence.interval[ruled][row]])
+        active = np.flatnonzero(trained[row])
+        return Outcome(
+            "fail",
+            f"{int(wrong.any(axis=1).sum())} of {int(ruled.sum())} recorded steps; at step {step} "
+            f"{name_layers(drawn)} drawn, {name_layers(active) if len(active) else 'none'} "
+            "trained.",
+            tuple(np.flatnonzero(wrong.any(axis=0)).tolist()),
+            step,
+        )
+
+
+@dataclass(frozen=True)
+class Coverage(_ScheduleRule):
+    """Layers that were never drawn."""
+
+    id: ClassVar[str] = "coverage"
+    title: ClassVar[str] = "Layers never sampled"
+    meaning: ClassVar[str] = (
+        "A layer that was never drawn has not trained, and nothing is known about its importance."
+    )
+    advice: ClassVar[str] = (
+        "Use a balanced or cyclic sampler, shorter intervals, more layers per interval, or more "
+        "steps."
+    )
+
+    @property
+    def threshold(self) -> str:
+        """When the rule fires."""
+        return "any layer without a draw"
+
+    def check(self, evidence: Evidence) -> Outcome:
+        """Count draws per layer."""
+        draws = self.draws(evidence)
+        visits = count_visits(draws, evidence.n_layers)
+        unseen = np.flatnonzero(visits == 0)
+        if not len(unseen):
+            return Outcome("ok", f"Every layer was drawn, the least {int(visits.min())} times.")
+        k = np.mean([len(layers) for _, layers, _ in draws])
+        expected = evidence.n_layers * (1 - k / evidence.n_layers) ** len(draws)
+        return Outcome(
+            "warn",
+            f"{len(unseen)} of {evidence.n_layers} layers were never drawn in {len(draws)} draws "
+            f"({name_layers(unseen)}); independent uniform draws would leave {expected:.1f}.",
+            tuple(unseen.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class Visits(_ScheduleRule):
+    """Draws against the probabilities they were meant to follow."""
+
+    error: float = 0.01
+    id: ClassVar[str] = "visits"
+    title: ClassVar[str] = "Visits against expectation"
+    meaning: ClassVar[str] = (
+        "The layers were not drawn with the probabilities that the run declares: an inexact "
+        "sampler, or a schedule from another file."
+    )
+    advice: ClassVar[str] = (
+        "Check which probabilities file the run used; naive weighted sampling without replacement "
+        "misses its probabilities."
+    )
+
+    @property
+    def threshold(self) -> str:
+        """When the rule fires."""
+        return (
+            f"a layer's draws outside the binomial range of Σπ with error {self.error:g}, all "
+            "layers together"
+        )
+
+    def check(self, evidence: Evidence) -> Outcome:
+        """Compare visits with Σπ over the draws."""
+        draws = self.draws(evidence)
+        pis = [pi for _, _, pi in draws if pi is not None and len(pi) == evidence.n_layers]
+        if len(pis) < len(draws):
+            raise CouldNotRunError("inclusion probabilities were not logged with every draw")
+        visits = count_visits(draws, evidence.n_layers)
+        expected = np.sum(pis, axis=0)
+        n = len(draws)
+        # Two tails, all layers: a binomial is wider than the sum of draws with varying π.
+        limit = self.error / (2 * evidence.n_layers)
+        odd = [
+            layer
+            for layer in range(evidence.n_layers)
+            if min(
+                binomial_tail(n, float(expected[layer]) / n, int(visits[layer]), upper=True),
+                binomial_tail(n, float(expected[layer]) / n, int(visits[layer]), upper=False),
+            )
+            < limit
+        ]
+        gap = np.abs(visits - expected)
+        worst = int(odd[0]) if odd else int(np.argmax(gap))
+        text = (
+            f"Layer {worst} was drawn {int(visits[worst])} times where {expected[worst]:.1f} were "
+            f"expected in {n} draws"
+        )
+        if not odd:
+            return Outcome("ok", f"Visits agree with π; largest gap: {text[0].lower()}{text[1:]}.")
+        return Outcome("warn", f"{text}; {len(odd)} layers are outside chance.", tuple(odd))
+
+
+def count_visits(
+    draws: list[tuple[int, tuple[int, ...], NDArray | None]], n_layers: int
+) -> NDArray[np.int64]:
+    """Draws of every layer."""
+    visits = np.zeros(n_layers, dtype=np.int64)
+    for _, layers, _ in draws:
+        for layer in layers:
+            if 0 <= layer < n_layers:
+                visits[layer] += 1
+    return visits
+
+
+def binomial_tail(n: int, p: float, x: int, *, upper: bool) -> float:
+    """P(X ≥ x) or P(X ≤ x) of a binomial, summed exactly in logarithms."""
+    if p <= 0 or p >= 1:
+        certain = 0 if p <= 0 else n
+        return float(certain >= x if upper else certain <= x)
+    values = range(x, n + 1) if upper else range(0, x + 1)
+    head = lgamma(n + 1)
+    return min(
+        1.0,
+        sum(
+            exp(head - lgamma(v + 1) - lgamma(n - v + 1) + v * log(p) + (n - v) * log(1 - p))
+            for v in values
+        ),
+    )

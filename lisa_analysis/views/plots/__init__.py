@@ -1,0 +1,14 @@
+"""Plots: Axes in, Axes out; they read no files and show nothing."""
+
+from lisa_analysis.views.plots.grids import heatmap as heatmap
+from lisa_analysis.views.plots.grids import kind_grid as kind_grid
+from lisa_analysis.views.plots.grids import schedule as schedule
+from lisa_analysis.views.plots.lines import bands as bands
+from lisa_analysis.views.plots.lines import curves as curves
+from lisa_analysis.views.plots.lines import trajectories as trajectories
+from lisa_analysis.views.plots.lines import update_ratio as update_ratio
+from lisa_analysis.views.plots.profiles import probabilities as probabilities
+from lisa_analysis.views.plots.profiles import profile as profile
+from lisa_analysis.views.plots.profiles import profiles as profiles
+from lisa_analysis.views.plots.profiles import rank_stability as rank_stability
+from lisa_analysis.views.plots.runs import comparison as comparison

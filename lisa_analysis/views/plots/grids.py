@@ -1,0 +1,229 @@
+"""Layer × step and layer × kind pictures: heat map, LISA schedule, module kinds."""
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LogNorm, Normalize, to_rgba
+
+from lisa_analysis.metrics.step_table import draw_events
+from lisa_analysis.views.plots import style
+from lisa_analysis.views.plots.data import MAX_COLUMNS, LayerGrid, layer_grids
+
+COLUMN_TITLES = {
+    "weight_norm": "weight norm",
+    "grad_norm": "gradient norm",
+    "grad_norm_l1": "gradient norm, L1",
+    "update_norm": "update norm",
+    "delta_norm": "distance from the start",
+    "merged_norm": "norm of the adapted weight",
+    "probe_grad_norm": "probe gradient norm",
+}
+
+
+def heatmap(
+    run: Any, column: str = "grad_norm", *, ax: Axes | None = None, most: int = MAX_COLUMNS
+) -> Axes:
+    """Draw one metrics column as colour over layer × step.
+
+    Parameters
+    ----------
+    run
+        An opened run directory, or a `LayerGrid` that was read from one.
+    column
+        Name of a metrics column; ignored for a `LayerGrid`.
+    ax
+        Where to draw; a new figure when None (show it with ``ax.figure``).
+    most
+        Largest number of columns; more recorded steps are averaged, and the axis says so.
+
+    Returns
+    -------
+    Axes
+        Colour is logarithmic when the values are positive. Grey cells were frozen or not
+        measured, red cells hold a NaN or an infinity.
+    """
+    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    ax = style.axes_or_new(ax, (7.2, _height(len(grid.values))))
+    title = COLUMN_TITLES.get(grid.column, grid.column)
+    if not len(grid) or not len(grid.values):
+        return style.note(ax, f"No {title} was recorded.")
+    shown, group = grid.thinned(most)
+    ax.set_facecolor(style.FROZEN)
+    image = ax.imshow(
+        np.ma.masked_invalid(np.where(shown.non_finite, np.nan, shown.values)),
+        norm=_norm(shown.values),
+        cmap=_colormap(),
+        **_raster(shown.values.shape),
+    )
+    if shown.non_finite.any():
+        _mark_non_finite(ax, shown.non_finite)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=18)
+    bar.outline.set_visible(False)
+    bar.set_label(title)
+    _label_colors(bar, image.norm)
+    _label_layers(ax, len(shown.values))
+    _label_steps(ax, shown.steps, group)
+    return ax
+
+
+def _mark_non_finite(ax: Axes, cells: np.ndarray) -> None:
+    """Paint cells red, with a mark above their column: a cell can be thinner than a pixel."""
+    alarm = np.zeros((*cells.shape, 4))
+    alarm[cells] = to_rgba(style.NON_FINITE)
+    ax.imshow(alarm, **_raster(cells.shape))
+    columns = np.flatnonzero(cells.any(axis=0))
+    above: Any = {"transform": ax.get_xaxis_transform(), "clip_on": False, "markersize": 4}
+    ax.plot(columns, np.full(len(columns), 1.02), "v", color=style.NON_FINITE, **above)
+
+
+def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
+    """Draw which layers LISA made active, with expected against observed visits at the right.
+
+    The bars at the right are the draws in which a layer was active; the mark is what its
+    inclusion probabilities add up to. Runs without LISA draws get a note instead.
+    """
+    draws = draw_events(run)
+    ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
+    if not draws:
+        return style.note(ax, "This run drew no layers: LISA was not used.")
+    active = np.zeros((run.n_layers, len(draws)))
+    for position, (_, layers, _) in enumerate(draws):
+        active[list(layers), position] = 1.0
+    steps = np.array([step for step, _, _ in draws])
+    grid, group = LayerGrid("active", steps, active, np.zeros_like(active, dtype=bool)).thinned(
+        most
+    )
+    ax.set_facecolor(style.FROZEN)
+    colors = mpl.colors.ListedColormap([to_rgba(style.SERIES[0], a) for a in np.linspace(0, 1, 64)])
+    ax.imshow(grid.values, norm=Normalize(0, 1), cmap=colors, **_raster(grid.values.shape))
+    _label_layers(ax, run.n_layers)
+    _label_steps(ax, grid.steps, group, what="draw at step", unit="draws")
+    visits = visit_counts(run)
+    side = ax.inset_axes((1.02, 0, 0.22, 1), sharey=ax)
+    side.barh(visits["layer"], visits["observed"], height=0.72, color=style.SERIES[0], alpha=0.55)
+    side.plot(
+        visits["expected"],
+        visits["layer"],
+        "|",
+        color=style.SERIES[3],
+        markersize=6,
+        markeredgewidth=1.6,
+    )
+    side.tick_params(labelleft=False, length=0)
+    side.set_xlabel("visits")
+    side.set_xlim(0, float(np.nanmax(visits[["observed", "expected"]])) * 1.08)
+    style.finish(side, grid="x")
+    side.spines["left"].set_visible(False)
+    return ax
+
+
+def visit_counts(run: Any) -> pd.DataFrame:
+    """Return layer, draws that chose it, and the draws that its probabilities add up to.
+
+    ``expected`` is NaN when a draw did not log its inclusion probabilities.
+    """
+    observed, expected = np.zeros(run.n_layers), np.zeros(run.n_layers)
+    for _, layers, pi in draw_events(run):
+        observed[list(layers)] += 1
+        expected += np.nan if pi is None else pi
+    return pd.DataFrame(
+        {"layer": np.arange(run.n_layers), "observed": observed.astype(int), "expected": expected}
+    )
+
+
+def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = None) -> Axes:
+    """Draw a score as colour over module kind × layer.
+
+    Parameters
+    ----------
+    scores
+        Columns ``layer``, ``kind`` and ``score``; missing combinations stay grey.
+    label
+        What the score is, for the colour bar.
+    ax
+        Where to draw; a new figure when None.
+    """
+    scores = scores.dropna(subset=["layer", "kind"])
+    kinds = sorted(scores["kind"].unique(), key=_kind_order)
+    ax = style.axes_or_new(ax, (7.2, 0.9 + 0.26 * max(len(kinds), 2)))
+    if scores.empty:
+        return style.note(ax, "No module was measured.")
+    n_layers = int(scores["layer"].max()) + 1
+    values = np.full((len(kinds), n_layers), np.nan)
+    for kind, layer, score in zip(scores["kind"], scores["layer"], scores["score"], strict=True):
+        values[kinds.index(kind), int(layer)] = score
+    ax.set_facecolor(style.FROZEN)
+    options = _raster(values.shape) | {"origin": "upper"}
+    options["extent"] = (-0.5, n_layers - 0.5, len(kinds) - 0.5, -0.5)
+    image = ax.imshow(np.ma.masked_invalid(values), norm=_norm(values), cmap=_colormap(), **options)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=12)
+    bar.outline.set_visible(False)
+    bar.set_label(style.literal(label))
+    _label_colors(bar, image.norm)
+    ax.set_yticks(range(len(kinds)), [style.literal(kind) for kind in kinds])
+    ax.set_xticks(style.layer_ticks(n_layers))
+    ax.set_xlabel("layer")
+    return style.finish(ax, grid=None)
+
+
+_KINDS = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.gate_up",
+          "mlp.down", "moe.router", "norm", "other")  # fmt: skip
+
+
+def _kind_order(kind: str) -> tuple[int, str]:
+    return (_KINDS.index(kind) if kind in _KINDS else len(_KINDS), kind)
+
+
+def _height(n_layers: int) -> float:
+    """Figure height in inches: rows stay thick enough to see, tall stacks do not fill pages."""
+    return float(np.clip(1.0 + 0.1 * n_layers, 2.2, 5.2))
+
+
+def _colormap() -> mpl.colors.Colormap:
+    return mpl.colormaps[style.COLORMAP].with_extremes(bad=(0, 0, 0, 0))
+
+
+def _norm(values: np.ndarray) -> Normalize:
+    """Logarithmic colour over the positive values; linear when some are zero or negative."""
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
+    if not len(positive):
+        return Normalize(0, 1)
+    low, high = float(positive.min()), float(positive.max())
+    if len(positive) < len(finite) and finite.min() < 0:
+        return Normalize(float(finite.min()), high)
+    if high <= low * (1 + 1e-9):
+        low, high = low * 0.9, high * 1.1
+    return LogNorm(low, high, clip=True)
+
+
+def _label_colors(bar: Colorbar, norm: Any) -> None:
+    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
+        style.log_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
+
+
+def _raster(shape: tuple[int, ...]) -> dict[str, Any]:
+    """`imshow` options for a layer × column raster with layer 0 at the bottom."""
+    return {
+        "origin": "lower",
+        "aspect": "auto",
+        "interpolation": "none",
+        "extent": (-0.5, shape[1] - 0.5, -0.5, shape[0] - 0.5),
+    }
+
+
+def _label_layers(ax: Axes, n_layers: int) -> None:
+    ax.set_yticks(style.layer_ticks(n_layers))
+    ax.set_ylabel("layer")
+
+
+def _label_steps(
+    ax: Axes, steps: np.ndarray, group: int, what: str = "optimizer step", unit: str = "records"
+) -> None:
+    ax.set_xticks(*style.step_ticks(steps))
+    ax.set_xlabel(what if group <= 1 else f"{what} (each column: mean of {group:,} {unit})")
+    style.finish(ax, grid=None)

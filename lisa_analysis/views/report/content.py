@@ -1,0 +1,309 @@
+"""What the report says of one run: facts, findings, figures; gathered, never computed here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
+from lisa_analysis.metrics.step_table import draws, step_table
+from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
+from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
+from lisa_analysis.views.plots.data import LayerGrid, layer_grids
+from lisa_analysis.views.report import figures
+from lisa_analysis.views.report.figures import Budget, ReportFigure
+from lisa_analysis.views.report.format import redact
+
+# Worst first; the words stand beside the icons, never colour alone.
+STATES: Mapping[str, tuple[str, str, str]] = {
+    "fail": ("✗", "problem", "problems"),
+    "warn": ("!", "warning", "warnings"),
+    "could not run": ("?", "could not run", "could not run"),
+    "info": ("i", "note", "notes"),
+    "ok": ("✓", "passed", "passed"),
+}
+
+METHODS = {"lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning"}
+
+# What a shape says in words; "score" because a metric may be of gradients or of weights.
+SHAPES: Mapping[str, str] = {
+    "U": "The ends of the stack score highest",
+    "inverted U": "The middle of the stack scores highest",
+    "ramp": "One end of the stack scores higher than the other",
+    "flat": "The layers score alike",
+    "undecided": "No shape can be claimed from these data",
+}
+
+# A profile by module holds (steps × modules) numbers per column: not for the longest logs.
+_MOST_MODULE_ROWS = 20_000_000
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """Everything that the page shows of one run."""
+
+    run: Any
+    slug: str
+    name: str
+    diagnostics: Diagnostics
+    profile: ImportanceProfile | None
+    why_no_profile: str | None
+    facts: list[tuple[str, Any]]
+    profile_figures: list[ReportFigure]
+    heatmaps: list[ReportFigure]
+    schedule: ReportFigure | None
+    curves: list[ReportFigure]
+    limits: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[Any]:
+        """Findings, worst first; those of one state keep the order of the rules."""
+        order = list(STATES)
+        return sorted(self.diagnostics.findings, key=lambda finding: order.index(finding.state))
+
+    @property
+    def counts(self) -> list[tuple[str, int]]:
+        """(state, number of findings) for the states that occur, worst first."""
+        states = [finding.state for finding in self.diagnostics.findings]
+        return [(state, states.count(state)) for state in STATES if state in states]
+
+    @property
+    def worst(self) -> str:
+        """State of the whole run; a run that could not be checked at all is not ok."""
+        for state in ("fail", "warn"):
+            if any(state == found for found, _ in self.counts):
+                return state
+        return "ok" if any(state in ("ok", "info") for state, _ in self.counts) else "could not run"
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a few words."""
+        if self.profile is None:
+            return "No profile"
+        verdict = self.profile.verdict
+        return f"{SHAPES[verdict]} ({verdict})" if verdict in SHAPES else verdict
+
+    @property
+    def why(self) -> str:
+        """The reasons behind the headline, in sentences."""
+        if self.profile is None:
+            return f"There is no profile: {self.why_no_profile}"
+        return self.profile.statement
+
+    @property
+    def start_statement(self) -> str | None:
+        """What was there at step 0, in words; None when the verdict says it already."""
+        start = None if self.profile is None else self.profile.initialisation
+        if self.profile is None or start is None or start.statement in self.profile.statement:
+            return None
+        return start.statement
+
+    @property
+    def figures(self) -> Iterator[ReportFigure]:
+        """Every figure, in the order of the page."""
+        yield from self.profile_figures
+        yield from self.heatmaps
+        if self.schedule is not None:
+            yield self.schedule
+        yield from self.curves
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One rule's finding in the runs where it fired."""
+
+    finding: Any
+    evidence: list[tuple[str, str]]
+
+    @property
+    def same(self) -> bool:
+        """Whether all runs show it in the same words."""
+        return len({text for _, text in self.evidence}) == 1
+
+
+def troubles(contents: Sequence[RunContent]) -> list[Trouble]:
+    """Problems and warnings of several runs, each rule once per state, worst first."""
+    found: dict[tuple[int, str], Trouble] = {}
+    for content in contents:
+        for finding in content.findings:
+            if finding.state in ("fail", "warn"):
+                key = (list(STATES).index(finding.state), finding.id)
+                trouble = found.setdefault(key, Trouble(finding, []))
+                trouble.evidence.append((content.name, finding.evidence))
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def gather(
+    run: Any, position: int, name: str, metric: Any, budget: Budget, *, alone: bool
+) -> RunContent:
+    """Analyse one run and draw its figures.
+
+    Parameters
+    ----------
+    run
+        An opened run directory.
+    position, name
+        Place among the runs of the report, and what the report calls it.
+    metric
+        Importance metric, or None for the default.
+    budget
+        How finely to draw.
+    alone
+        Whether it is the only run; curves of several runs share their figures instead.
+    """
+    slug = f"r{position}"
+    diagnostics = diagnose(run)
+    profile, why_not = _profile(run, metric)
+    columns = ["grad_norm", "update_norm"]
+    columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
+    grids = layer_grids(run, {*columns, "weight_norm"})
+    names = run.layer_names
+    heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
+    schedule = None
+    if draws(run):
+        schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
+    return RunContent(
+        run,
+        slug,
+        name,
+        diagnostics,
+        profile,
+        why_not,
+        _facts(run),
+        _profile_figures(run, slug, profile, metric, alone=alone),
+        heatmaps,
+        schedule,
+        _curves(run, slug, grids, budget) if alone else [],
+        _limits(run),
+    )
+
+
+def _curves(
+    run: Any, slug: str, grids: Mapping[str, LayerGrid], budget: Budget
+) -> list[ReportFigure]:
+    found = [
+        figures.curve_figure(f"{slug}-loss", run, "loss", budget),
+        figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
+        figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
+        figures.ratio_figure(f"{slug}-ratio", grids, budget),
+        figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def _profile(run: Any, metric: Any) -> tuple[ImportanceProfile | None, str | None]:
+    try:
+        return importance(run, metric or DEFAULT_METRIC), None
+    except LisaError as error:
+        return None, str(error)
+
+
+def _profile_figures(
+    run: Any, slug: str, profile: ImportanceProfile | None, metric: Any, *, alone: bool
+) -> list[ReportFigure]:
+    if profile is None:
+        return []
+    found = [figures.profile_figure(f"{slug}-profile", profile, run.layer_names)]
+    if alone and found[0].image is not None and step_table(run).rows <= _MOST_MODULE_ROWS:
+        try:
+            by_module = importance(run, metric or DEFAULT_METRIC, by="module")
+        except LisaError:
+            return found
+        found.append(figures.kind_figure(f"{slug}-kinds", by_module))
+    return found
+
+
+def _has_adapters(run: Any) -> bool:
+    roles = run.parameters["role"]
+    return bool((roles != "base").any())
+
+
+def _facts(run: Any) -> list[tuple[str, Any]]:
+    """Who, what, where and when, from the manifest; what is unknown is left out."""
+    manifest = run.manifest
+    model = mapping(manifest, "model")
+    hardware = mapping(manifest, "hardware")
+    dataset = mapping(manifest, "dataset")
+    device = " ".join(str(hardware[k]) for k in ("device", "name") if hardware.get(k))
+    rows = [
+        ("run", run.run_id),
+        ("model", _last_part(model.get("name"))),
+        ("architecture", model.get("architecture")),
+        ("method", _method(run)),
+        ("layers", run.n_layers),
+        ("data", _last_part(dataset.get("name"))),
+        ("hardware", device or None),
+        ("started", str(manifest.get("created") or "")[:19].replace("T", " ")),
+        ("status", run.status),
+    ]
+    return [(name, value) for name, value in rows if value not in (None, "")]
+
+
+def _last_part(name: Any) -> str | None:
+    """Name of a folder without the way to it; other names, as ``org/model``, stay whole."""
+    return Path(str(name)).name if name and Path(str(name)).is_absolute() else name
+
+
+def _method(run: Any) -> str:
+    """Name the method with the settings that define it."""
+    lisa, lora = mapping(run.manifest, "lisa"), mapping(run.manifest, "lora")
+    if run.method == "lisa" and lisa:
+        k, interval = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
+        return f"LISA, {k} layers for {interval} steps at a time"
+    if run.method == "lora" and lora:
+        return f"LoRA, r = {lora.get('r', '?')}"
+    return str(METHODS.get(run.method, run.method))
+
+
+def mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Entry of a manifest that should be a mapping; empty when it is absent or is not."""
+    value = manifest.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _limits(run: Any) -> list[str]:
+    """What the reader of this run must know was not seen."""
+    limits = [str(warning) for warning in run.warnings]
+    if run.status != "finished":
+        limits.append(f"The run is {run.status}: everything here is as far as it got.")
+    table = step_table(run)
+    if not len(table.steps):
+        return [*limits, "No training step was recorded."]
+    recorded = [c for c in METRICS_TABLE.names[2:] if c in table]
+    missing = [c for c in METRICS_TABLE.names[2:] if c not in table]
+    limits.append(
+        f"{len(table.steps):,} of the optimizer steps up to {table.steps[-1]:,} were recorded, "
+        f"with {', '.join(recorded)}; not measured: {', '.join(missing) or 'nothing'}."
+    )
+    trained = np.asarray(table.trained[:, : run.n_layers].any(axis=0))
+    never = np.flatnonzero(~trained).tolist()
+    if never:
+        limits.append(f"Layers never trained while recording: {', '.join(map(str, never))}.")
+    if _has_adapters(run):
+        limits.append(
+            "Norms of an adapter run are those of its adapters: they compare with other adapter "
+            "runs of the same rank, not with full fine-tuning."
+        )
+    return limits
+
+
+def reproduction(run: Any) -> list[tuple[str, str]]:
+    """Command, configuration and versions that repeat the run, secrets redacted."""
+    found = []
+    if run.manifest.get("command"):
+        command = run.manifest["command"]
+        text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
+        found.append(("command", redact(text)))
+    for key in ("versions", "seeds", "hardware", "dataset"):
+        entries = mapping(run.manifest, key)
+        if entries:
+            found.append((key, "\n".join(f"{k}: {redact(v)}" for k, v in entries.items())))
+    try:
+        config = (run.path / CONFIG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return found
+    return [*found, (CONFIG, redact(config))]

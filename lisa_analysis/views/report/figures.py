@@ -1,0 +1,299 @@
+"""The report's figures: a plot as SVG, a sentence on how to read it, and its data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lisa_analysis import plots
+from lisa_analysis.views.plots.data import LayerGrid, depth_bands, thin
+from lisa_analysis.views.plots.grids import COLUMN_TITLES, visit_counts
+from lisa_analysis.views.plots.lines import (
+    QUANTITIES,
+    band_series,
+    curve_frame,
+    held_out_frame,
+    update_ratio_grid,
+)
+from lisa_analysis.views.report import svg
+from lisa_analysis.views.report.format import count, number
+from lisa_analysis.views.report.tables import Table, frame_table, grid_table, series_table
+
+WIDE, HALF = 9.4, 4.9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How finely figures are drawn: a report of many runs may not weigh more than it is worth."""
+
+    points: int
+    columns: int
+
+    @classmethod
+    def for_runs(cls, n_runs: int) -> "Budget":
+        """Full detail for one run, less for several."""
+        if n_runs == 1:
+            return cls(400, 400)
+        return cls(240, 240) if n_runs <= 3 else cls(120, 160)
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One figure of the page; without an `image` the caption says why there is none."""
+
+    slug: str
+    title: str
+    caption: str
+    image: Markup | None
+    table: Table | None
+    wide: bool = True
+
+
+def canvas(
+    width: float, height: float, *, left: float = 0.85, right: float = 0.15, top: float = 0.38
+) -> Axes:
+    """Axes of a new figure with margins in inches.
+
+    Fixed margins keep the axes of all figures in line down the page, and cost a fraction of the
+    time that matplotlib needs to find them.
+    """
+    figure = Figure(figsize=(width, height))
+    bottom = 0.52
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+    return figure.add_subplot()
+
+
+def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> ReportFigure:
+    """Importance per layer with intervals."""
+    title = f"Importance of each layer: {profile.metric}"
+    frame = profile.to_frame()
+    scores = pd.to_numeric(frame["score"]) if "score" in frame else pd.Series(dtype=float)
+    if not np.isfinite(scores.to_numpy(dtype=float)).any():
+        return ReportFigure(slug, title, "No layer has a score: nothing was recorded.", None, None)
+    with svg.ink(slug):
+        ax = canvas(WIDE, 3.3)
+        plots.profile(profile, ax=ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", scores), layer_names)
+    caption = (
+        f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals; an open "
+        "circle means that the run is too short for one."
+    )
+    if "initial" in frame and pd.to_numeric(frame["initial"], errors="coerce").gt(0).any():
+        caption += (
+            " Grey: the score at step 0; a line above its bar is a score that has fallen since."
+        )
+    return ReportFigure(slug, title, caption, image, profile_table(profile))
+
+
+def profile_table(profile: Any) -> Table:
+    """Profile as numbers; embedding, head and final norm follow the layers of the stack."""
+    frame = profile.to_frame()
+    outside = profile.outside
+    if outside is not None and len(outside):
+        frame = pd.concat([frame, outside.dropna(axis=1, how="all")], ignore_index=True)
+        # Groups outside the stack have no place in it.
+        frame.loc[frame.index >= profile.n_layers, "layer"] = np.nan
+    return frame_table(
+        f"{profile.metric} of every layer, then of what lies outside the stack",
+        frame,
+        [
+            ("layer", "layer"),
+            ("name", "name"),
+            ("score", "score"),
+            ("low", "low"),
+            ("high", "high"),
+            ("n_eff", "effective samples"),
+            ("visits", "visits"),
+            ("initial", "at step 0"),
+        ],
+        layer="layer",
+    )
+
+
+def kind_figure(slug: str, profile: Any) -> ReportFigure:
+    """Module kind × layer, from a profile by module."""
+    title = f"Where in the layer: {profile.metric} by kind of module"
+    frame = profile.to_frame()
+    if "kind" not in frame:
+        frame = frame.assign(kind=frame["name"].astype(str).str.rsplit(" ", n=1).str[-1])
+    if not frame["score"].notna().any():
+        return ReportFigure(slug, title, "No module has a score.", None, None)
+    # Layers without a score stay, grey; a kind that was never measured in any layer goes.
+    frame = frame[frame.groupby("kind")["score"].transform("count") > 0]
+    kinds = frame["kind"].nunique()
+    with svg.ink(slug):
+        ax = canvas(WIDE, 0.9 + 0.26 * max(kinds, 2), right=0.85, top=0.1)
+        plots.kind_grid(frame, label=profile.metric, ax=ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Colour map.", frame["score"]))
+    wide = frame.pivot(index="layer", columns="kind", values="score").reset_index()
+    table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
+    return ReportFigure(slug, title, "Grey: no such module, or never measured.", image, table)
+
+
+_GRID_NOTES = {
+    "grad_norm": "Gradient of the optimizer step before clipping",
+    "update_norm": "Change of the stored weights in one step",
+    "weight_norm": "Size of the trained weights after the step",
+    "delta_norm": "Distance from the weights that training started with",
+}
+
+
+def heatmap_figure(
+    slug: str, grid: LayerGrid, layer_names: Sequence[str], budget: Budget
+) -> ReportFigure:
+    """One metrics column over layer × step."""
+    name = COLUMN_TITLES.get(grid.column, grid.column)
+    title = name[:1].upper() + name[1:]
+    if not len(grid) or not (np.isfinite(grid.values).any() or grid.non_finite.any()):
+        return ReportFigure(slug, title, f"The run recorded no {name}.", None, None)
+    shown, group = grid.thinned(budget.columns)
+    with svg.ink(slug):
+        ax = canvas(WIDE, _grid_height(len(grid.values)), right=0.85, top=0.15)
+        plots.heatmap(grid, ax=ax, most=budget.columns)
+        svg.mark_layers(ax, len(grid.values))
+        text = _extremes("Colour map, layers upwards, steps to the right.", shown.values)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
+    caption = f"{_GRID_NOTES.get(grid.column, name)}, per layer and recorded step"
+    caption += ", on a logarithmic colour scale. Grey: frozen or not measured."
+    if grid.non_finite.any():
+        found = int(grid.non_finite.sum())
+        caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
+    caption += thinned(group, "column")
+    table = grid_table(title, shown)
+    return ReportFigure(slug, title, caption, image, table)
+
+
+def schedule_figure(
+    slug: str, run: Any, layer_names: Sequence[str], budget: Budget
+) -> ReportFigure:
+    """LISA's draws."""
+    title = "Which layers LISA trained, and when"
+    visits = visit_counts(run)
+    if not visits["observed"].any():
+        return ReportFigure(slug, title, "The run drew no layers.", None, None)
+    with svg.ink(slug):
+        # The visits stand to the right of the raster.
+        ax = canvas(WIDE, _grid_height(run.n_layers), right=1.85, top=0.1)
+        plots.schedule(run, ax=ax, most=budget.columns)
+        svg.mark_layers(ax, run.n_layers)
+        text = _extremes("Raster of active layers with visit counts.", visits["observed"])
+        image = svg.to_svg(ax, slug, title, text, layer_names)
+    caption = (
+        "Blue: active during the interval that begins at that step. Right: draws of each layer "
+        "(bar) and the number that its inclusion probabilities add up to (mark)."
+    )
+    table = frame_table(
+        "Visits of each layer",
+        visits,
+        [("layer", "layer"), ("observed", "observed"), ("expected", "expected")],
+        layer="layer",
+    )
+    return ReportFigure(slug, title, caption, image, table)
+
+
+_CURVE_NOTES = {
+    "loss": "Training loss of each step, and the held-out loss where it was evaluated.",
+    "learning_rate": "The rate that each step used.",
+    "grad_norm": "Norm over all tensors, before clipping; marks at the bottom are clipped steps.",
+    "memory": "Peak so far: on a GPU of allocated memory, on a CPU of the process.",
+    "recorder": "What measuring costs the steps that are recorded, as a share of their time.",
+}
+
+
+def curve_figure(slug: str, run: Any, quantity: str, budget: Budget) -> ReportFigure | None:
+    """One quantity of training; None when the run did not log it."""
+    frame = curve_frame(run, quantity)
+    held_out = held_out_frame(run) if quantity == "loss" else frame.iloc[:0]
+    if not np.isfinite(frame["value"]).any() and held_out.empty:
+        return None
+    name = QUANTITIES[quantity]
+    title = name[:1].upper() + name[1:]
+    series = thin(frame["step"].to_numpy(), frame["value"].to_numpy(), budget.points)
+    wide = quantity == "loss"
+    with svg.ink(slug):
+        ax = canvas(WIDE if wide else HALF, 3.2 if wide else 2.7)
+        plots.curves(run, quantity, ax=ax, most=budget.points)
+        short_label(ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", frame["value"]))
+    named = [("training" if quantity == "loss" else name, series)]
+    if not held_out.empty:
+        named.append(
+            (
+                "held-out",
+                thin(held_out["step"].to_numpy(), held_out["value"].to_numpy(), budget.points),
+            )
+        )
+    caption = _CURVE_NOTES[quantity] + thinned(series.group, "point")
+    return ReportFigure(slug, title, caption, image, series_table(title, named), wide)
+
+
+def ratio_figure(slug: str, grids: Mapping[str, LayerGrid], budget: Budget) -> ReportFigure | None:
+    """Update-to-weight ratio by depth; None when either norm was not recorded."""
+    grid = update_ratio_grid(grids)
+    if not np.isfinite(grid.values).any():
+        return None
+    title = "Update-to-weight ratio"
+    named = [
+        (name, band_series(grid, part, budget.points))
+        for name, part in depth_bands(len(grid.values)).items()
+    ]
+    with svg.ink(slug):
+        ax = canvas(HALF, 2.7)
+        plots.update_ratio(grid, ax=ax, most=budget.points)
+        short_label(ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", grid.values))
+    caption = (
+        "Thirds of the stack: mean and range of their layers. The dotted line at 10⁻³ is a rule "
+        "of thumb for Adam, not a limit."
+    )
+    caption += thinned(max(series.group for _, series in named), "point")
+    return ReportFigure(slug, title, caption, image, series_table(title, named), wide=False)
+
+
+def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[str]) -> ReportFigure:
+    """Inclusion probabilities beside uniform sampling."""
+    title = "How often to sample each layer next time"
+    pi = np.asarray(probabilities.inclusion_probabilities, dtype=float)
+    with svg.ink(slug):
+        ax = canvas(WIDE, 3.0)
+        plots.probabilities(probabilities, ax=ax)
+        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", pi), layer_names)
+    frame = probabilities.to_frame()
+    if "layer" not in frame:
+        frame = frame.reset_index(names="layer")
+    table = frame_table(
+        "From score to probability", frame, [(c, str(c).replace("_", " ")) for c in frame],
+        layer="layer",
+    )  # fmt: skip
+    return ReportFigure(slug, title, probabilities.statement, image, table)
+
+
+def _grid_height(n_layers: int) -> float:
+    return float(np.clip(1.3 + 0.085 * n_layers, 2.7, 5.6))
+
+
+def short_label(ax: Axes) -> None:
+    """The caption tells of thinning; below a half-width figure the sentence would not fit."""
+    ax.set_xlabel("optimizer step")
+
+
+def thinned(group: int, what: str) -> str:
+    """Sentence for a caption when points or columns were merged."""
+    if group <= 1:
+        return ""
+    band = ", the band their range" if what == "point" else ""
+    return f" Thinned: each {what} is the mean of {count(group)} records{band}."
+
+
+def _extremes(lead: str, values: Any) -> str:
+    """Say the range of the data for those who cannot see it."""
+    values = np.asarray(values, dtype=np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return lead
+    return f"{lead} Values from {number(values.min())} to {number(values.max())}."

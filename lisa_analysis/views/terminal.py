@@ -1,0 +1,143 @@
+"""What `lisa-analyze` prints: findings, a table of layers with bars, a comparison of runs."""
+
+import math
+import shutil
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lisa_analysis.plans.sampling import SamplingProbabilities
+    from lisa_analysis.profiles.from_run import ImportanceProfile
+    from lisa_analysis.rundir.run import Run
+    from lisa_analysis.runs.compare import Comparison
+    from lisa_analysis.runs.diagnostics import Diagnostics
+
+_MARKS = {"fail": "✗", "warn": "!", "could not run": "?", "info": "i", "ok": "✓"}
+_ORDER = ("fail", "warn", "could not run", "info", "ok")
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+BAR_WIDTH = 24
+
+
+def findings(run: "Run", diagnostics: "Diagnostics") -> str:
+    """Header of a run and what is wrong with it, worst first; rules that passed are counted."""
+    model = (run.manifest.get("model") or {}).get("name", "unknown model")
+    name = run.path.resolve().name
+    lines = [f"{name}: {run.method} on {Path(str(model)).name}, {run.status}"]
+    lines += [f"  {warning}" for warning in run.warnings]
+    by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in _ORDER}
+    for state in ("fail", "warn", "info"):
+        for finding in by_state[state]:
+            lines.append(f"  {_MARKS[state]} {finding.title}: {finding.evidence}")
+            if state != "info":
+                lines.append(f"      try: {finding.advice}")
+    lines.append(
+        "  " + ", ".join(f"{len(f)} {state}" for state, f in by_state.items() if f)
+        if diagnostics.findings
+        else "  no diagnostics"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def profile(profile: "ImportanceProfile", probabilities: "SamplingProbabilities | None") -> str:
+    """The layers as a table: score, sampling probability, and a bar that shows the score."""
+    frame = profile.to_frame()
+    scores = [float(score) for score in frame["score"]]
+    pi = None if probabilities is None else probabilities.inclusion_probabilities
+    known = [score for score in scores if math.isfinite(score) and score > 0]
+    top = max(known, default=0.0)
+    name_width = max(5, *(len(str(name)) for name in frame["name"])) if len(frame) else 5
+    lines = [
+        f"{profile.metric}: {profile.definition}",
+        "",
+        f"{'layer':<{name_width}}  {'score':>9}  {'π':>6}  of the largest score",
+    ]
+    for i, (name, score) in enumerate(zip(frame["name"], scores, strict=True)):
+        chance = f"{pi[i]:6.3f}" if pi is not None else "     –"
+        if math.isfinite(score):
+            shown, drawn = f"{score:9.3g}", bar(score / top if top else 0.0)
+        else:
+            shown, drawn = f"{'unseen':>9}", ""
+        lines.append(f"{name!s:<{name_width}}  {shown}  {chance}  {drawn}".rstrip())
+    said = [ends_to_middle(profile), profile.statement]
+    if probabilities is not None:
+        said.append(probabilities.statement)
+        if len(set(probabilities.inclusion_probabilities)) == 1:
+            said.append(
+                "The probabilities are therefore uniform; --ignore-intervals takes the scores as "
+                "they are."
+            )
+    lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
+    return "\n".join(lines) + "\n"
+
+
+def ends_to_middle(profile: "ImportanceProfile") -> str:
+    """Say how the bottom and top of the stack compare with its middle, with the number."""
+    ratio = profile.concentration.ends_to_middle
+    if not math.isfinite(ratio.value):
+        return "Bottom and top against the middle: unknown, too few layers were seen."
+    known = ratio.low is not None and ratio.high is not None
+    interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if known else " (no interval: too few steps)"
+    return (
+        f"Bottom and top eighth of the layers score ×{ratio.value:.2f}{interval} the middle half."
+    )
+
+
+def bar(share: float, width: int = BAR_WIDTH) -> str:
+    """A horizontal bar for a share in [0, 1], in eighths of a character."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def comparison(comparison: "Comparison") -> str:
+    """Runs side by side: held-out loss, time, peak memory."""
+    frame = comparison.to_frame()
+    columns: list[tuple[str, str, Any]] = [
+        ("run", "run", str),
+        ("method", "method", str),
+        ("status", "status", str),
+        ("steps", "steps", _whole),
+        ("held_out_loss", "held-out loss", _decimals(4)),
+        ("seconds", "seconds", _decimals(1)),
+        ("peak_memory_bytes", "peak memory", _bytes),
+    ]
+    columns = [column for column in columns if column[0] in frame.columns]
+    rows = [[title for _, title, _ in columns]]
+    rows += [[show(row[name]) for name, _, show in columns] for _, row in frame.iterrows()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    left = {"run", "method", "status"}
+    lines = [
+        "  ".join(
+            f"{cell:<{w}}" if name in left else f"{cell:>{w}}"
+            for cell, w, (name, _, _) in zip(row, widths, columns, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    said = textwrap.fill(comparison.statement, min(100, width()))
+    return "\n".join([*lines, "", said] if said else lines) + "\n"
+
+
+def written(files: list[tuple[str, Path]]) -> str:
+    """Where the output is, one file a line."""
+    return "\n".join(f"{what + ':':<15}{path}" for what, path in files)
+
+
+def width() -> int:
+    """Columns of the terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _whole(value: Any) -> str:
+    return "–" if _missing(value) else f"{int(value):,}"
+
+
+def _decimals(places: int) -> Any:
+    return lambda value: "–" if _missing(value) else f"{float(value):.{places}f}"
+
+
+def _bytes(value: Any) -> str:
+    return "–" if _missing(value) else f"{float(value) / 2**30:.2f} GiB"

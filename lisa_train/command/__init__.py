@@ -1,0 +1,1 @@
+"""`lisa-train`: arguments, settings, data, recipes, and the demo."""

@@ -1,0 +1,169 @@
+"""The folder of a run: claimed before training, kept repeatable, continued where it stands."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lisa_analysis.contract import schema
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
+from lisa_train.command.config import TrainConfig
+
+INPUT_PROBABILITIES = "lisa_probabilities.json"
+_STORAGE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+)
+
+# What may differ between a run and its continuation without making it another computation.
+_MAY_CHANGE = frozenset(
+    {"output_dir", "report_to", "logging_steps", "progress_bar", "save_total_limit", "record"}
+)
+
+
+def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
+    """Return the run directory; it does not exist yet, is empty, or holds the run to resume."""
+    if config.output_dir is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{config.method}-{stamp}"
+    run_dir = Path(config.output_dir)
+    holds_run = (run_dir / schema.MANIFEST).exists()
+    if resume and not holds_run:
+        raise RunDirectoryError(f"{run_dir} holds no run to resume; start it without --resume.")
+    if holds_run and not resume:
+        raise RunDirectoryError(
+            f"output_dir {run_dir} already holds a run; choose another folder, or continue it "
+            "with --resume."
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunDirectoryError(f"output_dir {run_dir} is a file; choose a folder.")
+    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
+        raise RunDirectoryError(
+            f"output_dir {run_dir} is not empty and holds no run; choose a new or empty folder."
+        )
+    return run_dir
+
+
+@contextlib.contextmanager
+def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
+    """Make the run directory, and take it away again when the run is refused before it starts."""
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise RunDirectoryError(
+            f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
+            "that this user can write to, on a disk with room."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if not (run_dir / schema.MANIFEST).exists():
+            for path in (run_dir / schema.CHECKPOINTS_DIR, *new):
+                with contextlib.suppress(OSError):  # a folder that holds something stays
+                    path.rmdir()
+        raise
+
+
+def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
+    """Return the configuration that repeats the run from anywhere; keep what it needs.
+
+    Local paths are made absolute, and the probabilities file is copied into the run directory.
+    """
+    config = dataclasses.replace(
+        config,
+        output_dir=None,
+        model_name_or_path=_absolute(config.model_name_or_path),
+        dataset_name=_absolute(config.dataset_name),
+    )
+    if isinstance(config.lisa.probabilities, str):
+        kept = run_dir / INPUT_PROBABILITIES
+        if not resume:
+            kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
+        lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
+        config = dataclasses.replace(config, lisa=lisa)
+    if resume:
+        _check_same(config, run_dir / schema.CONFIG)
+    return config
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _check_same(config: TrainConfig, path: Path) -> None:
+    import yaml
+
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{path} cannot be read ({error}); the run cannot resume."
+        ) from error
+    now = plain(dataclasses.asdict(config))
+    for name, value in now.items():
+        if name not in _MAY_CHANGE and kept.get(name) != value:
+            raise ConfigError(
+                f"{name} is {value} but the run to resume had {kept.get(name)}; a continued run "
+                f"keeps its settings: use --config {path}."
+            )
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Write a configuration as the YAML that `lisa-train --config` reads."""
+    import yaml
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """Replace tuples and sets by lists, as YAML and JSON hold them."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """Return the newest whole checkpoint: one that a kill cut short is passed over."""
+    folder = run_dir / schema.CHECKPOINTS_DIR
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    for _, path in sorted(found, reverse=True):
+        # Trainer writes this file last: where it can be read, the others are there.
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    raise RunDirectoryError(
+        f"{run_dir} holds no checkpoint to resume from; set save_steps when starting a run "
+        "that is to be resumed, and start this one again in a new folder."
+    )
+
+
+def check_unfinished(checkpoint: Path) -> None:
+    """Refuse to resume a run that has made all its steps: Trainer would make one more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] >= state["max_steps"]:
+        raise RunDirectoryError(
+            f"{checkpoint} is the end of a run that has made all its {state['max_steps']} steps; "
+            "there is nothing to resume."
+        )
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether a file could not be written; each library that writes has an error of its own."""
+    return (
+        (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS)
+        or type(error).__name__ == "SafetensorError"
+        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    )

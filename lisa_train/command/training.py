@@ -1,0 +1,254 @@
+"""`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract import schema
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
+from lisa_train.command.config import TrainConfig
+from lisa_train.command.data import TrainingData, check_dataset_name, load_data
+from lisa_train.command.modeling import describe_model, load_model
+from lisa_train.command.output import (
+    check_unfinished,
+    find_run_dir,
+    is_storage_error,
+    keep_inputs,
+    last_checkpoint,
+    no_trace_of_a_refused_run,
+    plain,
+    to_yaml,
+)
+from lisa_train.methods.lora import lora_config
+from lisa_train.model.source import check_model_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from trl import SFTConfig, SFTTrainer
+
+FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train as configured and record the run.
+
+    Parameters
+    ----------
+    config
+        The whole configuration; it is written, resolved, to `config.yaml` of the run directory.
+    resume
+        Continue the run in `config.output_dir` from its newest checkpoint.
+
+    Returns
+    -------
+    pathlib.Path
+        The run directory.
+
+    Raises
+    ------
+    ConfigError
+        For settings, data or a model that cannot be used; nothing has been written then.
+    RunDirectoryError
+        When `output_dir` already holds a run, or cannot be written.
+    """
+    _check_inputs(config)
+    run_dir = find_run_dir(config, resume=resume)
+    checkpoint = last_checkpoint(run_dir) if resume else None
+    with no_trace_of_a_refused_run(run_dir):
+        trainer, attached = _prepare(config, run_dir, resume=resume)
+        if checkpoint is not None:
+            check_unfinished(checkpoint)
+    try:
+        with attached:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if config.save_final_model:
+                folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
+                trainer.save_model(str(run_dir / folder))
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise RunDirectoryError(
+            f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
+            "some room and resume the run, or start it elsewhere."
+        ) from error
+    return run_dir
+
+
+def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTTrainer, Any]":
+    """Build the trainer with LISA and the recorder attached; refuse what cannot be trained."""
+    arguments = _trainer_arguments(config, run_dir)
+    peft_config = lora_config(config.lora) if config.method == "lora" else None
+    model, tokenizer = load_model(config)
+    if config.method == "lisa":
+        _check_lisa(model, config)
+    data = load_data(config)
+    manifest = _manifest(config, model, data)
+    trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
+    kept = keep_inputs(config, run_dir, resume=resume)
+
+    from lisa_train.trainer import attach
+
+    attached = attach(
+        trainer,
+        lisa=config.lisa if config.method == "lisa" else None,
+        record=dataclasses.replace(config.record, run_dir=str(run_dir)),
+        step_in_backward=config.step_in_backward,
+        eight_bit_states=config.eight_bit_states,
+        manifest=manifest,
+        config_yaml=to_yaml(kept),
+        resume=resume,
+    )
+    _add_progress(trainer, config, attached)
+    return trainer, attached
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """Refuse what can be seen to be wrong before anything heavy is loaded."""
+    if config.record.run_dir is not None:
+        raise ConfigError("record.run_dir is for attach(); lisa-train writes to output_dir.")
+    check_model_name(config.model_name_or_path)
+    check_dataset_name(config.dataset_name)
+    if isinstance(config.lisa.probabilities, str):
+        from lisa_analysis.plans.sampling import SamplingProbabilities
+
+        SamplingProbabilities.load(config.lisa.probabilities)
+
+
+def _check_lisa(model: "PreTrainedModel", config: TrainConfig) -> None:
+    """Refuse numbers and probabilities that do not fit the model before anything is written."""
+    from lisa_train.methods.lisa.checks import given_probabilities
+    from lisa_train.methods.lisa.samplers import make_sampler, resolve
+    from lisa_train.model.layer_map import find_layers
+
+    layer_map = find_layers(model, config.lisa.layers)
+    k = config.lisa.activated_layers
+    pi = resolve(given_probabilities(config.lisa, layer_map), len(layer_map), k)
+    make_sampler(config.lisa.sampling, pi, k, config.seed)
+
+
+def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
+    """Translate the configuration to TRL's; extra `trainer_args` are checked by name."""
+    import torch
+    from trl import SFTConfig
+
+    known = {f.name for f in dataclasses.fields(SFTConfig)}
+    for name in config.trainer_args:
+        if name not in known:
+            raise ConfigError(
+                f"trainer_args.{name} is not a field of TRL's SFTConfig.{suggest(name, known)}"
+            )
+    same_name = {
+        name: getattr(config, name)
+        for name in known & set(TrainConfig.__dataclass_fields__)
+        if name not in ("output_dir", "trainer_args", "report_to", "trust_remote_code")
+    }
+    if "activation_checkpointing" in known:  # the name that transformers 6 keeps
+        same_name["activation_checkpointing"] = same_name.pop("gradient_checkpointing")
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    settings = {
+        **same_name,
+        "output_dir": str(run_dir / schema.CHECKPOINTS_DIR),
+        "report_to": list(config.report_to) or "none",
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "use_cpu": not has_accelerator,
+        "disable_tqdm": True,  # the run shows one bar of its own
+        "dataloader_pin_memory": has_accelerator,
+        **config.trainer_args,
+    }
+    if config.dataset_test_split is None and not config.eval_size:
+        settings["eval_on_start"] = False
+    try:
+        return SFTConfig(**settings)
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"The trainer refuses these settings: {error}") from error
+
+
+def _build_trainer(
+    arguments: "SFTConfig", model: Any, tokenizer: Any, data: TrainingData, peft_config: Any
+) -> "SFTTrainer":
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    if data.held_out is None:
+        arguments.eval_on_start = False
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The trainer refuses this combination: {reason}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:
+    from lisa_train.trainer.progress import EvaluateAtEnd, ProgressBar, ProgressCell, ProgressLines
+
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluateAtEnd())
+    if config.progress_bar is not False:
+        bar = ProgressBar if config.progress_bar or sys.stderr.isatty() else ProgressLines
+        kind = ProgressCell if "ipykernel" in sys.modules else bar
+        trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
+
+
+def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData) -> dict[str, Any]:
+    """Collect the entries of run.json that only this module knows."""
+    lisa_seed = config.seed if config.lisa.seed is None else config.lisa.seed
+    entries: dict[str, Any] = {
+        "model": describe_model(model, config.model_name_or_path),
+        "method": config.method,
+        "seeds": {
+            "seed": config.seed,
+            "data_seed": config.seed if config.data_seed is None else config.data_seed,
+        },
+        "dataset": data.describe(config.dataset_name),
+    }
+    if (command := _command()) is not None:
+        entries["command"] = command
+    if config.method == "lisa":
+        entries["seeds"]["lisa_seed"] = lisa_seed
+        entries["lisa"] = plain(dataclasses.asdict(config.lisa))
+    if config.method == "lora":
+        peft_config = lora_config(config.lora)
+        entries["lora"] = plain(
+            {
+                k: v
+                for k, v in peft_config.to_dict().items()
+                if isinstance(v, str | int | float | bool | list | set)
+            }
+        )
+    return entries
+
+
+def _command() -> str | None:
+    """Command line of this process; None in a notebook or script, whose arguments are not ours."""
+    program = Path(sys.argv[0])
+    if program.stem == "lisa-train" or program.parent.name == "lisa_train":
+        return " ".join(["lisa-train", *sys.argv[1:]])
+    return None
+
+
+def summary(run_dir: Path) -> str:
+    """Say in a few lines what a run did and where it is."""
+    import lisa_analysis as la
+
+    run = la.load(run_dir)
+    result = run.manifest.get("result") or {}
+    lines = []
+    if result:
+        first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
+        loss = f", held-out loss {first:.4f} → {last:.4f}" if first and last else ""
+        lines.append(f"{run.method}: {result.get('steps')} steps{loss}.")
+    lines.append(f"Run directory: {run_dir}")
+    lines.append(f"Next: lisa-analyze {run_dir}")
+    return "\n".join(lines)

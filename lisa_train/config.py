@@ -1,0 +1,22 @@
+"""Every setting of a training run: frozen dataclasses, the same from YAML, shell and notebook.
+
+No torch here: `lisa-train --help` and `--print_config` must not wait for it.
+"""
+
+from lisa_train.command.config import TrainConfig
+from lisa_train.measure.config import OF_TRAINING, QUANTITIES, RecordConfig
+from lisa_train.methods import Method
+from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig
+from lisa_train.optim.settings import OptimizerState, check_eight_bit_states
+
+__all__ = [
+    "ALWAYS_ACTIVE_GROUPS",
+    "OF_TRAINING",
+    "QUANTITIES",
+    "LisaConfig",
+    "Method",
+    "OptimizerState",
+    "RecordConfig",
+    "TrainConfig",
+    "check_eight_bit_states",
+]

@@ -1,0 +1,275 @@
+"""`estimate_memory`: peak bytes of a training step, from shapes alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.estimate.optimizers import OptimizerKind, StateBytes, optimizer_kind
+from lisa_train.estimate.patterns import (
+    check_layers,
+    draw_costs,
+    lisa_pattern,
+    may_train,
+    plain_pattern,
+    some_draws,
+)
+from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
+from lisa_train.estimate.setting import Setting
+from lisa_train.estimate.spread import Held, by_layers, sharded, whole
+from lisa_train.estimate.stage import Stage
+from lisa_train.estimate.step import Pattern, record_step
+from lisa_train.estimate.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def estimate_memory(
+    model_or_config: "nn.Module | PretrainedConfig | str | Path",
+    method: str = "lisa",
+    **setting: Any,
+) -> MemoryEstimate:
+    """Predict the peak memory of a training step; no weights, data or GPU are needed.
+
+    One step of the real model runs on tensors that have a shape but no data, and every storage
+    is followed from birth to death, so that any architecture counts as it computes. The peak is
+    the largest of three: the forward pass (weights, optimizer state, what backward needs), the
+    backward pass (gradients come while activations go), and the optimizer step (gradients, and
+    what the optimizer allocates for its arithmetic). It is that of a step in the middle of
+    training: the optimizer state is there from the start.
+
+    Sequences are full, without padding, and the attention mask is the model's own; attention is
+    taken to run in the flash kernel where `attn_implementation` is ``sdpa``. Left out: the CUDA
+    context, workspaces of kernels and the allocator's fragmentation, for which `allowance` adds
+    0.6 GB and 5 % of gradients and activations (assumed, not measured).
+
+    Parameters
+    ----------
+    model_or_config
+        A module, a transformers configuration, or a folder or hub id (only its config.json is
+        read). The class is that of `architectures`, else the one for causal language modelling.
+    method
+        ``full``, ``lora`` or ``lisa``.
+    batch_size, sequence_length
+        Sequences per device and forward pass, and their tokens.
+    dtype
+        Of the weights; ``auto`` takes the configuration's or the module's.
+    autocast
+        ``bfloat16`` or ``float16`` to compute under autocast; None computes in the weights' type.
+    attn_implementation
+        ``sdpa`` or ``eager``.
+    optim
+        Optimizer, as transformers names it.
+    eight_bit_states
+        As in `TrainConfig`: the groups with 8-bit state; None as transformers does it.
+    gradient_checkpointing
+        Recompute each layer in backward.
+    gradient_accumulation_steps
+        Above 1, gradients already stand during the forward pass.
+    chunked_loss
+        TRL's fused head (`SFTTrainer`'s default): the logits never stand whole.
+    step_in_backward
+        Each gradient is used and freed as soon as it is there.
+    lisa
+        A `LisaConfig`: layers, always-active groups, probabilities of embeddings and head,
+        `optimizer_state`, `precision`.
+    lora
+        Fields of PEFT's `LoraConfig`, over the defaults of `lisa-train`.
+    autocast_adapter_dtype
+        As PEFT's: adapters of a half-precision model are held in fp32.
+    active_layers
+        LISA's layers of the interval; None takes those that cost the most.
+    devices, spread
+        Number of devices, and how a model is spread over them: ``fsdp`` shards every tensor
+        (FSDP2, each device with its own batch), ``layers`` puts equally many layers on each.
+
+    Returns
+    -------
+    MemoryEstimate
+
+    Raises
+    ------
+    ConfigError
+        For a setting, an optimizer or a model that cannot be estimated.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig
+    >>> estimate_memory(LlamaConfig(), "lisa", dtype="bfloat16").total < 24e9
+    True
+    """
+    try:
+        wanted = Setting(method=method, **setting)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise _unknown(setting, error) from error
+    return estimate(model_or_config, wanted)
+
+
+def estimate(
+    source: "Stage | nn.Module | PretrainedConfig | str | Path", setting: Setting
+) -> MemoryEstimate:
+    """Predict the peak memory of one `Setting`; see `estimate_memory`.
+
+    A `Stage` may serve several settings that differ in the method alone, LoRA excepted.
+    """
+    kind = optimizer_kind(setting.optim)
+    stage = source if isinstance(source, Stage) else Stage(source, setting)
+    return _Estimator(stage, setting, kind).run()
+
+
+def _unknown(given: Mapping[str, Any], error: TypeError) -> ConfigError:
+    from dataclasses import fields
+
+    from lisa_analysis.contract.errors import suggest
+
+    known = [f.name for f in fields(Setting)]
+    strangers = [name for name in given if name not in known]
+    if not strangers:
+        return ConfigError(str(error))
+    return ConfigError(
+        f"estimate_memory has no setting {strangers[0]!r}.{suggest(strangers[0], known)}"
+    )
+
+
+class _Estimator:
+    """Everything that one estimate shares: the model, the optimizer, bytes per tensor."""
+
+    def __init__(self, stage: Stage, setting: Setting, kind: OptimizerKind) -> None:
+        self.stage, self.setting, self.kind = stage, setting, kind
+        self.parameters = dict(stage.model.named_parameters())
+        self._wide = stage.wide_states(setting)
+        self._shards = setting.devices if setting.spread == "fsdp" else 1
+        self._known: dict[Any, StateBytes] = {}
+
+    def run(self) -> MemoryEstimate:
+        setting, stage = self.setting, self.stage
+        if setting.method != "lisa":
+            return self._result(plain_pattern(stage), ())
+        if setting.active_layers is not None:
+            check_layers(stage, setting.active_layers)
+            return self._of_layers(setting.active_layers)
+        draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
+        costs = draw_costs(stage, setting, self._held)
+        every = setting.lisa.sampling == "bernoulli"
+        k = len(stage.layer_map) if every else setting.lisa.activated_layers
+        groups = tuple(setting.lisa.group_probabilities)
+        candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
+        if setting.gradient_checkpointing:
+            # Backward begins at the top, where the inputs of all layers still stand.
+            candidates |= {tuple(among[-k:]) for among in self._regions(k)}
+        worst = max(map(self._of_layers, sorted(candidates)), key=lambda result: result.total)
+        if setting.devices > 1:
+            return worst
+        spared = max(0.0, costs.of(worst.active_layers, groups) - costs.mean(draws))
+        return replace(worst, mean=int(worst.total - spared))
+
+    def _of_layers(self, layers: tuple[int, ...]) -> MemoryEstimate:
+        return self._result(lisa_pattern(self.stage, self.setting, layers), layers)
+
+    def _result(self, pattern: Pattern, layers: tuple[int, ...]) -> MemoryEstimate:
+        setting, stage = self.setting, self.stage
+        stepped = setting.step_in_backward
+        trace = record_step(
+            stage, setting, pattern,
+            scratch=self._scratch(pattern) if stepped else None,
+        )  # fmt: skip
+        kept, aside = self._with_state(pattern)
+        held = [
+            Held(stage.label(name), state.device, state.scratch if name in pattern.trainable else 0)
+            for name, state in kept.items()
+        ]
+        devices = self._devices(trace, held)
+        host = sum(state.paged for state in kept.values())
+        host += sum(state.device + state.paged for state in aside.values())
+        return MemoryEstimate(
+            model=type(stage.base).__name__,
+            setting=setting,
+            parameters=sum(p.numel() for p in self.parameters.values()),
+            trainable=sum(self.parameters[name].numel() for name in pattern.trainable),
+            devices=devices,
+            mean=max(device.peak for device in devices),
+            host=host,
+            active_layers=layers,
+        )
+
+    def _devices(self, trace: Trace, held: list[Held]) -> tuple[DeviceMemory, ...]:
+        count, layers = self.setting.devices, len(self.stage.layer_map)
+        how = {"at_once": self.kind.at_once, "stepped": self.setting.step_in_backward}
+        if count == 1:
+            return (whole(trace, held, **how),)
+        if self.setting.spread == "fsdp":
+            return (sharded(trace, held, count, layers, **how),) * count
+        return by_layers(trace, held, self._place, count, **how)
+
+    def _place(self, label: int) -> int:
+        """Device of a label: equally many layers on each; a tied head lies with the embedding."""
+        count, layers = self.setting.devices, len(self.stage.layer_map)
+        if label >= layers:
+            return 0 if self.stage.layer_map.tied else count - 1
+        return max(label, 0) * count // layers
+
+    def _regions(self, k: int) -> list[list[int]]:
+        """Sets of layers within which the worst draw is looked for: a device may get all of it."""
+        layers = list(range(len(self.stage.layer_map)))
+        if self.setting.devices == 1 or self.setting.spread == "fsdp":
+            return [layers]
+        regions = [
+            [i for i in layers if self._place(i) == device]
+            for device in range(self.setting.devices)
+        ]
+        return [region for region in regions if len(region) >= k] or [layers]
+
+    # ------------------------------------------------------------------ bytes of a tensor
+
+    def _state(self, name: str, raised: bool) -> StateBytes:
+        """Optimizer state of a tensor, of a device's share where it is sharded."""
+        parameter = self.parameters[name]
+        shape = parameter.shape
+        if self._shards > 1 and shape:
+            shape = torch.Size((-(-shape[0] // self._shards), *shape[1:]))
+        key = (
+            shape,
+            torch.float32 if raised else parameter.dtype,
+            id(parameter) in self._wide,
+        )
+        if key not in self._known:
+            self._known[key] = self.kind.state(*key)
+        return self._known[key]
+
+    def _held(self, name: str) -> int:
+        """Bytes that a tensor adds when it trains: gradient, state that comes and goes, fp32."""
+        parameter = self.parameters[name]
+        half = parameter.dtype == torch.bfloat16
+        raised = half and self.setting.lisa.precision == "fp32_active"
+        plain = parameter.numel() * parameter.element_size()
+        state = (
+            0 if self.setting.lisa.optimizer_state == "keep" else self._state(name, raised).device
+        )
+        return (2 * plain + plain if raised else plain) + state
+
+    def _with_state(self, pattern: Pattern) -> tuple[dict[str, StateBytes], dict[str, StateBytes]]:
+        """State of the tensors that have it on the device, and of those offloaded to the host."""
+        active = {name: self._state(name, name in pattern.raised) for name in pattern.trainable}
+        if self.setting.method != "lisa" or self.setting.lisa.optimizer_state == "reset":
+            return active, {}
+        raised = bool(pattern.raised)
+        resting = {
+            name: self._state(name, raised)
+            for name in may_train(self.stage, self.setting) - pattern.trainable
+        }
+        if self.setting.lisa.optimizer_state == "keep":
+            return active | resting, {}
+        return active, resting
+
+    def _scratch(self, pattern: Pattern) -> Callable[[nn.Parameter], int]:
+        """What the optimizer allocates to step one tensor."""
+        sizes = {
+            id(self.parameters[name]): self._state(name, name in pattern.raised).scratch
+            for name in pattern.trainable
+        }
+        return lambda parameter: sizes[id(parameter)]

@@ -1,0 +1,142 @@
+"""Which tensors train: all, the adapters, or LISA's units; and which draw costs the most."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.estimate.setting import Setting
+from lisa_train.estimate.stage import Stage
+from lisa_train.estimate.step import Pattern, record_step
+from lisa_train.estimate.trace import ACTIVATIONS
+from lisa_train.methods.lisa.checks import given_probabilities
+from lisa_train.methods.lisa.engine import _units
+from lisa_train.methods.lisa.schedule import Draw, Schedule, Unit
+
+# Draws over which the mean of a schedule is taken.
+_DRAWS = 256
+
+
+def units_of(stage: Stage) -> dict[Unit, tuple[str, ...]]:
+    """Names of the trainable tensors of every layer and group, as the LISA engine sees them."""
+    names = {id(p): name for name, p in stage.base.named_parameters()}
+    units = _units(stage.base, stage.layer_map)
+    return {unit: tuple(names[id(p)] for p in tensors) for unit, tensors in units.items()}
+
+
+def plain_pattern(stage: Stage) -> Pattern:
+    """Everything that requires gradients: full fine-tuning, or the adapters of LoRA."""
+    return Pattern(frozenset(n for n, p in stage.model.named_parameters() if p.requires_grad))
+
+
+def lisa_pattern(stage: Stage, setting: Setting, layers: Iterable[int]) -> Pattern:
+    """What trains in an interval with these layers and every group that may train."""
+    units = units_of(stage)
+    groups = (*setting.lisa.always_active, *setting.lisa.group_probabilities)
+    chosen: list[Unit] = [*layers, *groups]
+    active = frozenset(name for unit in chosen for name in units[unit])
+    return Pattern(active, active if setting.lisa.precision == "fp32_active" else frozenset())
+
+
+def may_train(stage: Stage, setting: Setting) -> frozenset[str]:
+    """Every tensor that LISA ever trains."""
+    return lisa_pattern(stage, setting, range(len(stage.layer_map))).trainable
+
+
+def check_layers(stage: Stage, layers: Sequence[int]) -> None:
+    """Refuse indices of layers that the model does not have."""
+    wrong = [i for i in layers if not 0 <= i < len(stage.layer_map)]
+    if wrong:
+        raise ConfigError(
+            f"active_layers holds {wrong[0]}, but the model has layers 0 to "
+            f"{len(stage.layer_map) - 1}."
+        )
+
+
+@dataclass(frozen=True)
+class DrawCosts:
+    """Bytes that a draw adds: per layer when it trains, and when a gradient passes through it.
+
+    Attributes
+    ----------
+    active, passing
+        One number per layer. Below the lowest training layer, with the embeddings at rest,
+        a layer costs nothing.
+    groups
+        Bytes of a drawn group (embed, head).
+    embed_always
+        Whether the embeddings train in every interval, so that gradients pass all layers.
+    """
+
+    active: tuple[int, ...]
+    passing: tuple[int, ...]
+    groups: dict[str, int]
+    embed_always: bool
+
+    def of(self, layers: Collection[int], groups: Collection[str]) -> int:
+        """Bytes that this draw adds."""
+        all_pass = self.embed_always or "embed" in groups
+        lowest = 0 if all_pass else min(layers, default=len(self.active))
+        passed = sum(f for i, f in enumerate(self.passing) if i >= lowest and i not in layers)
+        return passed + sum(self.active[i] for i in layers) + sum(self.groups[g] for g in groups)
+
+    def worst(self, k: int, among: Sequence[int], groups: Collection[str]) -> tuple[int, ...]:
+        """The `k` layers of `among` that cost the most; the lowest of equal ones."""
+        k = min(k, len(among))
+        if k == 0:
+            return ()
+        candidates = []
+        for lowest in among[: len(among) - k + 1]:
+            above = [i for i in among if i > lowest]
+            gain = {i: self.active[i] - self.passing[i] for i in above}
+            best = sorted(above, key=lambda i: (-gain[i], i))[: k - 1]
+            candidates.append(tuple(sorted((lowest, *best))))
+        return max(candidates, key=lambda layers: self.of(layers, groups))
+
+    def mean(self, draws: Iterable[Draw]) -> float:
+        """Mean over draws."""
+        return float(np.mean([self.of(set(d.layers), d.groups) for d in draws]))
+
+
+def draw_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> DrawCosts:
+    """Measure what every layer saves for backward when it trains and when it only passes.
+
+    `held` gives the bytes of gradient, state and raised precision of a training tensor.
+    """
+    units = units_of(stage)
+    count = len(stage.layer_map)
+    everything = may_train(stage, setting) | frozenset(units["embed"])
+    saved_active = _saved(stage, setting, everything)
+    # With the embeddings alone training, every layer only passes the gradient on.
+    lowest = units["embed"] or units[0]
+    saved_passing = _saved(stage, setting, frozenset(lowest))
+    active = tuple(saved_active[i] + sum(map(held, units[i])) for i in range(count))
+    always = set(setting.lisa.always_active)
+    resting = {n for unit in always for n in units[unit]}
+    return DrawCosts(
+        active,
+        tuple(saved_passing[i] for i in range(count)),
+        {
+            group: sum(held(n) for n in units[group] if n not in resting)
+            for group in setting.lisa.group_probabilities
+        },
+        "embed" in always or bool(resting & set(units["embed"])),
+    )
+
+
+def _saved(stage: Stage, setting: Setting, trainable: frozenset[str]) -> list[int]:
+    """Bytes that each layer keeps for backward."""
+    plain = replace(setting, gradient_accumulation_steps=1)
+    trace = record_step(stage, plain, Pattern(trainable), backward=False)
+    kept = trace.alive(trace.marks["forward"]) & (trace.kinds == ACTIVATIONS)
+    return [int(trace.bytes[kept & (trace.labels == i)].sum()) for i in range(len(stage.layer_map))]
+
+
+def some_draws(stage: Stage, setting: Setting) -> list[Draw]:
+    """The first draws of the schedule that the setting describes."""
+    config = setting.lisa
+    probabilities = given_probabilities(config, stage.layer_map)
+    schedule = Schedule(config, stage.layer_map.names, probabilities, seed=0)
+    steps = (n * config.interval_steps for n in range(_DRAWS))
+    return [draw for step in steps if (draw := schedule.advance(step)) is not None]

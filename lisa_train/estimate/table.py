@@ -1,0 +1,154 @@
+"""The same model under every method, side by side."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lisa_train.estimate.cards import Card
+from lisa_train.estimate.result import CONTEXT_BYTES, FRAGMENTATION, PARTS, MemoryEstimate
+from lisa_train.estimate.setting import Setting
+from lisa_train.methods.lisa.config import LisaConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+    from transformers import PretrainedConfig
+
+CONFIGURED = "as configured"
+
+
+@dataclass(frozen=True)
+class MethodTable:
+    """Estimates by the name of their method, in the order of the table."""
+
+    rows: dict[str, MemoryEstimate]
+    cards: tuple[Card, ...] = ()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per method: GB (10⁹ bytes) of the fullest device, and which cards fit."""
+        import pandas as pd
+
+        rows = []
+        for name, estimate in self.rows.items():
+            device = estimate.fullest
+            row: dict[str, object] = {"method": name}
+            row |= {part: getattr(device, part) / 1e9 for part in PARTS}
+            row |= {"total": estimate.total / 1e9, "needs": estimate.needs() / 1e9}
+            row |= {card.name: estimate.fits(card.bytes) for card in self.cards}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        first = next(iter(self.rows.values()))
+        numbers = [*PARTS, "total", "needs"]
+        lines = [["method", *numbers, *(card.name for card in self.cards)]]
+        for name, estimate in self.rows.items():
+            device = estimate.fullest
+            values = [getattr(device, part) for part in PARTS]
+            values += [estimate.total, estimate.needs()]
+            fits = ["fits" if estimate.fits(card.bytes) else "no" for card in self.cards]
+            lines.append([name, *(f"{value / 1e9:.2f}" for value in values), *fits])
+        return "\n".join([_headline(first), "", *_aligned(lines), "", _legend(self.rows)])
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().round(2).to_html(index=False, border=0))
+
+
+def _headline(estimate: MemoryEstimate) -> str:
+    setting = estimate.setting
+    several = ""
+    if setting.devices > 1:
+        several = f", {setting.devices} devices ({setting.spread})"
+    compute = f" under {setting.autocast} autocast" if setting.autocast else ""
+    options = [
+        name.replace("_", " ")
+        for name in ("gradient_checkpointing", "chunked_loss", "step_in_backward")
+        if getattr(setting, name)
+    ]
+    return (
+        f"{estimate.model}, {estimate.parameters / 1e9:.3g} B parameters: batch "
+        f"{setting.batch_size} × {setting.sequence_length} tokens, weights {setting.dtype}"
+        f"{compute}, {setting.attn_implementation} attention, {setting.optim}"
+        + "".join(f", {option}" for option in options)
+        + several
+    )
+
+
+def _legend(rows: dict[str, MemoryEstimate]) -> str:
+    lines = [
+        "GB of 10⁹ bytes on the fullest device. The parts are each at their largest; total is the",
+        "most that is allocated at once. needs = total + "
+        f"{CONTEXT_BYTES / 1e9:g} GB for the CUDA context and workspaces + {FRAGMENTATION:.0%} of",
+        "gradients and activations for fragmentation (assumed, not measured).",
+    ]
+    drawn = {name: e for name, e in rows.items() if e.mean != e.total}
+    if drawn:
+        means = ", ".join(f"{name} {e.mean / 1e9:.2f}" for name, e in drawn.items())
+        lines.append(f"LISA: the layers that cost the most. Total in the mean over draws: {means}.")
+    if host := {name: e.host for name, e in rows.items() if e.host}:
+        states = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in host.items())
+        lines.append(f"Optimizer state in host memory besides: {states}.")
+    return "\n".join(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        cells = [f"{line[0]:<{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def methods(base: Setting, layers: int) -> dict[str, Setting]:
+    """Return the methods of the table, with everything else as in `base`.
+
+    Rows of LISA that need more layers than the model has are left out.
+    """
+    plain = replace(
+        base, method="full", lisa=LisaConfig(layers=base.lisa.layers), lora={}, active_layers=None
+    )
+    rows = {
+        "full": plain,
+        "LoRA r=16": replace(plain, method="lora", lora={"r": 16}),
+        "LoRA r=128": replace(plain, method="lora", lora={"r": 128}),
+        "LISA E+H": replace(plain, method="lisa", active_layers=()),
+    }
+    for k in (2, 4):
+        if k <= layers:
+            lisa = replace(plain.lisa, activated_layers=k)
+            rows[f"LISA E+H+{k}L"] = replace(plain, method="lisa", lisa=lisa)
+    if layers >= 2:
+        lisa = replace(plain.lisa, activated_layers=2, always_active=())
+        rows["LISA 2L, no E, H, norm"] = replace(plain, method="lisa", lisa=lisa)
+    return rows
+
+
+def method_table(
+    source: "nn.Module | PretrainedConfig | str | Path",
+    base: Setting,
+    cards: tuple[Card, ...] = (),
+) -> MethodTable:
+    """Estimate `base` and the usual methods beside it.
+
+    Parameters
+    ----------
+    source
+        As in `estimate_memory`.
+    base
+        The row ``as configured``; the other rows differ from it in the method alone.
+    cards
+        Cards to compare with.
+    """
+    from lisa_train.estimate.estimate import estimate
+    from lisa_train.estimate.stage import Stage
+
+    shared = Stage(source, replace(base, method="full", active_layers=None))
+    rows = {CONFIGURED: base, **methods(base, len(shared.layer_map))}
+    return MethodTable(
+        {
+            name: estimate(source if setting.method == "lora" else shared, setting)
+            for name, setting in rows.items()
+        },
+        cards,
+    )

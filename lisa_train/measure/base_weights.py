@@ -1,0 +1,189 @@
+"""‖W − W₀‖ with W₀ read again from the base checkpoint, parameter by parameter."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lisa_analysis.contract.layers import canonical_name, role_of
+from lisa_train.measure.checkpoint_conversions import Recipe, recipes
+from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.model.layer_map import unwrap
+from lisa_train.model.norms import changes
+from lisa_train.model.sharding import local_slices
+from lisa_train.model.tensor_table import TensorTable
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class BaseWeights:
+    """The weights that training started from, on the disk; never more than one in memory.
+
+    One may be made of several tensors of the checkpoint (experts), and is then there twice while
+    it is put together.
+
+    Parameters
+    ----------
+    model
+        A model loaded by `from_pretrained`, with or without adapters. Where its checkpoint
+        cannot be found nothing is measured, with a warning.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        name = getattr(getattr(self._model, "config", None), "_name_or_path", "")
+        self._recipes: list[Recipe] | None = None
+        self._unreadable: dict[str, str] = {}
+        self._where = _find(name) if name else {}
+        self._told = False
+        if not self._where:
+            warnings.warn(
+                f"record.base_delta: no safetensors checkpoint of {name or 'this model'} was "
+                "found; ‖W − W₀‖ of its weights is not measured.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def deltas(self, table: TensorTable) -> list[tuple[int, torch.Tensor]]:
+        """Return (number, ‖W − W₀‖²) of every tensor whose W₀ is in the checkpoint."""
+        measured = {i: p for i, p in table.tensors if local_slices(p) is not None}
+        numbers = _numbers(table)
+        if self._recipes is None:
+            self._recipes = self._make_recipes(numbers)
+        found: dict[int, torch.Tensor] = {}
+        with _Checkpoint(self._where) as checkpoint:
+            for recipe in self._recipes:
+                chosen = [i for i in numbers[recipe.target] if i in measured]
+                # One tensor of the checkpoint may be split into parameters not yet known by name.
+                if not chosen and recipe.converter is None:
+                    continue
+                dtype = measured[chosen[0]].dtype if chosen else None
+                for name, base in self._built(recipe, checkpoint, dtype).items():
+                    for i in numbers.get(name, ()):
+                        if i in measured and measured[i].shape == base.shape:
+                            found[i] = _distance(base, measured[i])
+        self._tell_of_missing(table, [i for i in measured if i not in found])
+        return sorted(found.items())
+
+    def _make_recipes(self, numbers: Mapping[str, list[int]]) -> list[Recipe]:
+        """Ask transformers; what it does not explain is looked up by name."""
+        try:
+            made = recipes(self._model, self._where, numbers)
+        except Exception:  # another version's rules: names alone
+            made = []
+        told = {recipe.target for recipe in made}
+        for name in numbers.keys() - told:
+            if (key := self._key(name)) is not None:
+                made.append(Recipe(name, sources=[(key, None)]))
+        # Of two names of one tensor the model's own comes last, and counts.
+        own: dict[int, str] = {}
+        for name, chosen in numbers.items():
+            for number in chosen:
+                own.setdefault(number, name)
+        names = set(own.values())
+        return sorted(made, key=lambda recipe: recipe.target in names)
+
+    def _built(
+        self, recipe: Recipe, checkpoint: "_Checkpoint", dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        try:
+            return recipe.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
+        except Exception as error:
+            self._unreadable.setdefault(recipe.target, one_sentence(error))
+            return {}
+
+    def _tell_of_missing(self, table: TensorTable, numbers: list[int]) -> None:
+        """Say once which weights have no W₀: new ones, and those that nobody can build."""
+        names = {number: name for name, number in table.ids.items()}
+        missing = [names[i] for i in numbers if role_of(names[i]) == "base"]
+        if missing and self._where and not self._told:
+            self._told = True
+            reason = next(iter(self._unreadable.values()), "")
+            warnings.warn(
+                f"record.base_delta: the checkpoint holds no tensor for {len(missing)} of the "
+                f"model's {len(table.tensors)} ({missing[0]}, …): new ones, or ones that it stores "
+                "in a layout that transformers cannot be asked for"
+                f"{f' ({reason})' if reason else ''}; their ‖W − W₀‖ is not measured.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _key(self, name: str) -> str | None:
+        # A checkpoint of the bare model lacks the prefix of the one with a head, or has it.
+        shorter = name.split(".", 1)[-1]
+        longer = [key for key in (f"model.{name}", f"transformer.{name}") if key in self._where]
+        return next((k for k in (name, shorter, *longer) if k in self._where), None)
+
+
+class _Checkpoint:
+    """Files of a checkpoint, each opened when something in it is asked for."""
+
+    def __init__(self, where: Mapping[str, Path]) -> None:
+        self._where = where
+        self._files = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor."""
+        from safetensors import safe_open
+
+        path = self._where[key]
+        if path not in self._open:
+            self._open[path] = self._files.enter_context(safe_open(str(path), framework="pt"))
+        return self._open[path].get_tensor(key)  # type: ignore[no-any-return]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+
+def _distance(base: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """‖W − W₀‖² with W₀ as it was loaded: in the precision that the model is held in."""
+    # Of a sharded tensor only what this process holds: the parts add up.
+    base = base[local_slices(now)].to(now.device, now.dtype)
+    return changes([base], [now])[0][0]
+
+
+def _numbers(table: TensorTable) -> dict[str, list[int]]:
+    """Numbers of the model's own weights by the names without adapters, second names too.
+
+    PEFT's `modules_to_save` trains a copy beside the original: one name, two tensors.
+    """
+    numbers: dict[str, list[int]] = {}
+    for row in table.rows:
+        if row["role"] == "base":
+            number = row["param_id"] if row["tied_to"] is None else row["tied_to"]
+            numbers.setdefault(canonical_name(row["name"]), []).append(number)
+    return numbers
+
+
+def _find(name: str) -> dict[str, Path]:
+    """Return key -> file of a checkpoint in a folder or in the local cache of the hub."""
+    if (folder := Path(name)).is_dir():
+        single, index = folder / _SINGLE, folder / _INDEX
+    else:
+        from transformers.utils import cached_file
+
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False,
+                   "_raise_exceptions_for_connection_errors": False}  # fmt: skip
+        try:
+            files = [cached_file(name, file, **options) for file in (_SINGLE, _INDEX)]
+        except OSError:
+            return {}
+        single, index = (Path(file) if file else Path() for file in files)
+    if index.is_file():
+        shards = json.loads(index.read_text())["weight_map"]
+        return {key: index.parent / file for key, file in shards.items()}
+    if single.is_file():
+        from safetensors import safe_open
+
+        with safe_open(str(single), framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    return {}

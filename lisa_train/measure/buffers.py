@@ -1,0 +1,125 @@
+"""Measured values on their way to the disk: on the device until one copy brings them over."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lisa_train.model.norms import common_device
+
+# How a collected sum becomes the number of the schema.
+_ROOTS = frozenset(
+    {
+        "weight_norm", "grad_norm", "update_norm", "delta_norm", "merged_norm", "probe_grad_norm",
+    }
+)  # fmt: skip
+_INTEGERS = frozenset({"opt_steps"})
+# Differences of sums, which rounding may leave below zero.
+_VARIANCES = frozenset({"grad_noise"})
+
+
+@dataclass
+class Piece:
+    """Sums of one column for some tensors at one step; `merged` when all processes are in."""
+
+    column: str
+    ids: np.ndarray
+    values: torch.Tensor
+    merged: bool = False
+
+
+class MetricBuffer:
+    """Collects per-tensor sums by step and turns them into the rows of the metrics table.
+
+    Values arrive as float64 vectors on the device of the tensors, sums of squares for norms;
+    nothing is read by the host before `take`.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[Piece]] = {}
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that wait, roughly: rows of a step hold one weight norm each."""
+        pieces = (piece for step in self._pieces.values() for piece in step)
+        return sum(len(piece.ids) for piece in pieces if piece.column == "weight_norm")
+
+    def add(self, step: int, column: str, ids: np.ndarray, values: torch.Tensor) -> None:
+        """Add one column's sums of some tensors at one step, both of shape (n,)."""
+        if len(ids):
+            self._pieces.setdefault(step, []).append(Piece(column, ids, values))
+
+    def unmerged(self) -> list[Piece]:
+        """Pieces that hold this process's part only."""
+        return [piece for step in self._pieces.values() for piece in step if not piece.merged]
+
+    def measured(self, step: int, column: str) -> set[int]:
+        """Numbers of the tensors that have a value of `column` at `step` in here."""
+        return {int(i) for p in self._pieces.get(step, ()) if p.column == column for i in p.ids}
+
+    def values(self, step: int, column: str) -> torch.Tensor | None:
+        """All sums of one column at one step, or None."""
+        found = [p.values for p in self._pieces.get(step, ()) if p.column == column]
+        if not found:
+            return None
+        home = common_device(found)
+        return torch.cat([values.to(home) for values in found])
+
+    def take(self, before: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield and forget the rows of every step (below `before`), one copy to the host."""
+        steps = sorted(s for s in self._pieces if before is None or s < before)
+        pieces = [piece for step in steps for piece in self._pieces[step]]
+        if not pieces:
+            return
+        home = common_device([piece.values for piece in pieces])
+        joined = torch.cat([piece.values.to(home) for piece in pieces]).cpu().numpy()
+        start = 0
+        for step in steps:
+            columns: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+            for piece in self._pieces.pop(step):
+                values = joined[start : start + len(piece.ids)]
+                columns.setdefault(piece.column, []).append((piece.ids, values))
+                start += len(piece.ids)
+            yield _rows(step, columns)
+
+
+def _rows(
+    step: int, columns: Mapping[str, list[tuple[np.ndarray, np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """One row per tensor that has any value; what a tensor lacks is masked (null)."""
+    ids = np.unique(np.concatenate([i for parts in columns.values() for i, _ in parts]))
+    rows: dict[str, Any] = {"step": np.full(len(ids), step), "param_id": ids}
+    for name, parts in columns.items():
+        values = np.zeros(len(ids))
+        missing = np.ones(len(ids), dtype=bool)
+        for part_ids, part_values in parts:
+            where = np.searchsorted(ids, part_ids)
+            values[where] = part_values
+            missing[where] = False
+        if name in _ROOTS:
+            values = np.sqrt(values)
+        if name in _VARIANCES:
+            values = np.maximum(values, 0)
+        # Beyond the range of fp32 a norm is recorded as infinite; that is meant, not an accident.
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept = values.astype(np.int32 if name in _INTEGERS else np.float32)
+        rows[name] = np.ma.array(kept, mask=missing)
+    return rows
+
+
+def to_host(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replace the tensors in the lines by numbers, with one copy per device."""
+    where: dict[torch.device, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines):
+        for name, value in line.items():
+            if torch.is_tensor(value):
+                where.setdefault(value.device, []).append((number, name))
+    result = [dict(line) for line in lines]
+    for device, places in where.items():
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        stacked = torch.stack([lines[n][name].detach().reshape(()).to(kind) for n, name in places])
+        for (number, name), value in zip(places, stacked.tolist(), strict=True):
+            result[number][name] = value
+    return result

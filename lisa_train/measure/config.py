@@ -1,0 +1,116 @@
+"""`RecordConfig`: what a run writes into its run directory, and how often."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lisa_analysis.contract.errors import ConfigError, suggest
+
+QUANTITIES = (
+    "weight_norm",
+    "grad_norm",
+    "grad_norm_l1",
+    "update_norm",
+    "descent",
+    "delta_norm",
+    "merged_norm",
+    "opt_steps",
+)
+# Quantities that only a tensor that trains in the step has.
+OF_TRAINING = ("grad_norm", "grad_norm_l1", "update_norm", "descent", "opt_steps")
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What a run writes into its run directory, and how often.
+
+    Parameters
+    ----------
+    run_dir
+        The run directory. `lisa-train` fills in its `output_dir`.
+    every
+        Record the norms of every n-th optimizer step (and of the first).
+    quantities
+        Columns of the metrics table to measure at those steps. `update_norm` and `descent` keep
+        a copy of the weights that train during such a step; `delta_norm` and `merged_norm` are
+        those of LoRA adapters. Norms of weights alone get `opt_steps` with them: a census has
+        these norms too, of frozen tensors as well, and the analysis must tell the two apart.
+    select
+        Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
+        expressions that are searched in the tensor's name. None measures all.
+    layers
+        Path of the list that holds the layers, where the model's structure leaves it open
+        (with LISA: `LisaConfig.layers`).
+    base_delta
+        Measure ‖W − W₀‖ of every tensor of the model in each census (start, checkpoints, end);
+        W₀ is read again from the base checkpoint, tensor by tensor.
+    grad_noise
+        Measure the variance of the gradient between the micro-batches of accumulation, each of
+        which makes one backward pass.
+    probe_every
+        Every so many steps one extra backward pass measures the gradient of all layers, also of
+        those that are frozen; 0 never does.
+    flush_seconds
+        Longest time that measured values stay in memory only.
+    on_record_error
+        ``warn``: when recording fails, say so and train on. ``raise``: stop training. A
+        directory that holds a run already is refused before training in either case, and so is
+        one that another process writes if the checkpoints are to go there too.
+    """
+
+    run_dir: str | None = None
+    every: int = 10
+    quantities: tuple[str, ...] = QUANTITIES
+    select: tuple[str | int, ...] | None = None
+    layers: str | None = None
+    base_delta: bool = False
+    grad_noise: bool = False
+    probe_every: int = 0
+    flush_seconds: float = 30.0
+    on_record_error: Literal["warn", "raise"] = "warn"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ConfigError(f"record.every is {self.every!r}: give a whole number of at least 1.")
+        if isinstance(self.quantities, str):
+            raise ConfigError(
+                f"record.quantities is the text {self.quantities!r}: give a list of names."
+            )
+        object.__setattr__(self, "quantities", tuple(self.quantities))
+        for name in self.quantities:
+            if name not in QUANTITIES:
+                raise ConfigError(
+                    f"record.quantities names {name!r}: there are {', '.join(QUANTITIES)}."
+                    f"{suggest(str(name), QUANTITIES)}"
+                )
+        if self.quantities and not set(self.quantities) & set(OF_TRAINING):
+            object.__setattr__(self, "quantities", (*self.quantities, "opt_steps"))
+        if self.probe_every < 0:
+            raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")
+        if not self.flush_seconds >= 0:
+            raise ConfigError(
+                f"record.flush_seconds is {self.flush_seconds}: give 0 (every recorded step) or "
+                "more."
+            )
+        if self.on_record_error not in ("warn", "raise"):
+            raise ConfigError(
+                f"record.on_record_error is {self.on_record_error!r}: give 'warn' or 'raise'."
+            )
+        self._check_select()
+
+    def _check_select(self) -> None:
+        if self.select is None:
+            return
+        entries = (self.select,) if isinstance(self.select, str | int) else tuple(self.select)
+        object.__setattr__(self, "select", entries)
+        if not entries:
+            raise ConfigError("record.select is empty: leave it out to measure every tensor.")
+        for entry in entries:
+            try:
+                if not isinstance(entry, int):
+                    re.compile(entry)
+            except (re.error, TypeError):
+                raise ConfigError(
+                    f"record.select holds {entry!r}: give layer indices, kinds as 'attn.q', or "
+                    "regular expressions."
+                ) from None

@@ -1,0 +1,1 @@
+"""Writes the run directory: shards, streams and the manifest."""

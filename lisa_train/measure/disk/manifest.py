@@ -1,0 +1,101 @@
+"""What run.json says about the machine, the packages and the model."""
+
+import dataclasses
+import os
+import platform
+import resource
+import socket
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from lisa_train.measure.config import RecordConfig
+from lisa_train.model.layer_map import LayerMap, unwrap
+from lisa_train.model.tensor_table import TensorTable
+
+_PACKAGES = ("lisa-toolkit", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Describe the device that trains, its memory, the processors and the host."""
+    described: dict[str, Any] = {
+        "device": device.type,
+        "processes": processes,
+        "processors": os.cpu_count(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["name"] = properties.name
+        described["memory_bytes"] = properties.total_memory
+    else:
+        described["name"] = platform.processor() or platform.machine()
+        described["threads"] = torch.get_num_threads()
+    return described
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Name, architecture, parameter counts and precision of a model."""
+    bare = unwrap(model)
+    parameters = list(model.parameters())
+    config = getattr(bare, "config", None)
+    return {
+        "name": getattr(config, "_name_or_path", "") or type(bare).__name__,
+        "architecture": type(bare).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+    }
+
+
+def method_of(model: nn.Module) -> str:
+    """Name the training method that a model's adapters show; ``full`` without any."""
+    adapters = getattr(model, "peft_config", None)
+    if not isinstance(adapters, dict) or not adapters:
+        return "full"
+    kind = getattr(next(iter(adapters.values())), "peft_type", "peft")
+    return str(getattr(kind, "value", kind)).lower()
+
+
+def layer_entries(layer_map: LayerMap) -> list[dict[str, Any]]:
+    """Return the layer table of run.json."""
+    pairs = zip(layer_map.names, layer_map.stacks, strict=True)
+    return [{"index": i, "name": name, "stack": stack} for i, (name, stack) in enumerate(pairs)]
+
+
+def manifest(
+    model: nn.Module, config: RecordConfig, table: TensorTable, layer_map: LayerMap
+) -> dict[str, Any]:
+    """Entries of run.json that the model and the machine tell."""
+    recording = {k: v for k, v in dataclasses.asdict(config).items() if k != "run_dir"}
+    return {
+        "method": method_of(model),
+        "model": describe_model(model),
+        "versions": versions(),
+        "hardware": hardware(table.tensors[0][1].device),
+        "layers": layer_entries(layer_map),
+        "recording": recording,
+    }
+
+
+def peak_memory_bytes(*devices: torch.device) -> int:
+    """Peak allocated memory of CUDA devices, added up, else the process's peak resident set."""
+    if cuda := {device for device in devices if device.type == "cuda"}:
+        return sum(int(torch.cuda.max_memory_allocated(device)) for device in cuda)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

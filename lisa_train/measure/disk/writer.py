@@ -1,0 +1,313 @@
+"""RunWriter: writes a run directory so that a kill at any moment leaves it readable."""
+
+import datetime
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lisa_analysis.contract.errors import RunDirectoryError, suggest
+from lisa_analysis.contract.schema import (
+    CONFIG,
+    EVENT_FIELDS,
+    EVENTS,
+    LOCK,
+    MANIFEST,
+    METRICS_DIR,
+    METRICS_TABLE,
+    PARAMETERS,
+    SCALARS,
+    SCALARS_TABLE,
+    SCHEMA_VERSION,
+    shard_name,
+)
+from lisa_analysis.rundir.shards import read_parameters
+from lisa_analysis.rundir.streams import read_manifest
+from lisa_train.measure.disk.encoding import as_utf8, metrics_table, parameter_table, plain
+from lisa_train.measure.disk.storage import LineFile, RunLock, describe_os_error, replace_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Rows that wait for a disk that refuses them; beyond it the oldest are given up.
+MAX_WAITING_ROWS = 1_000_000
+
+
+class RunWriter:
+    """Writes one run directory.
+
+    Rows and lines are collected and reach the disk together in `flush`: one immutable Parquet
+    shard, and whole JSONL lines. What was flushed is never touched again.
+
+    Parameters
+    ----------
+    run_dir
+        Folder to write; made if absent.
+    manifest
+        Entries of run.json (`lisa_analysis.contract.schema.MANIFEST_FIELDS`); version, status,
+        times and segment are filled in here.
+    parameters
+        One mapping per tensor with the columns of `lisa_analysis.contract.schema.PARAMETERS_TABLE`.
+    config_yaml
+        Content of config.yaml, if there is any.
+    resume
+        Continue the run that the directory holds in a new segment.
+    step
+        With `resume`: completed optimizer steps that the run continues from; what an earlier
+        segment recorded beyond it no longer counts.
+    checkpoint
+        With `resume`: the checkpoint that it continues from.
+
+    Raises
+    ------
+    RunDirectoryError
+        When the directory holds a run already (without `resume`), is being written by another
+        process, does not fit the model (with `resume`), or cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        manifest: Mapping[str, Any],
+        parameters: Sequence[Mapping[str, Any]],
+        config_yaml: str | None = None,
+        resume: bool = False,
+        step: int = 0,
+        checkpoint: str | None = None,
+    ) -> None:
+        self.path = Path(run_dir)
+        self.closed = False
+        self._rows: list[dict[str, np.ndarray]] = []
+        self._scalar_lines: list[str] = []
+        self._event_lines: list[str] = []
+        self.lost_rows = 0
+        try:
+            (self.path / METRICS_DIR).mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.path / LOCK)
+        except OSError as error:
+            raise describe_os_error(self.path, error) from error
+        try:
+            self._open(dict(manifest), parameters, config_yaml, resume)
+            if resume:
+                self._begin_segment(step, checkpoint)
+        except OSError as error:
+            self._lock.release()
+            raise describe_os_error(self.path, error) from error
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(
+        self,
+        manifest: dict[str, Any],
+        parameters: Sequence[Mapping[str, Any]],
+        config_yaml: str | None,
+        resume: bool,
+    ) -> None:
+        exists = (self.path / MANIFEST).exists()
+        if exists and not resume:
+            raise RunDirectoryError(
+                f"{self.path} already holds a run: choose another run directory, or resume "
+                "that run from its checkpoint."
+            )
+        if resume and not exists:
+            raise RunDirectoryError(f"{self.path} holds no run to resume: give its directory.")
+        table = parameter_table(parameters)
+        if resume:
+            self.manifest, _ = read_manifest(self.path / MANIFEST)
+            self._check_same_tensors(table)
+            for field in ("error", "result"):  # of how the earlier segment ended
+                self.manifest.pop(field, None)
+            self.manifest["segment"] = int(self.manifest.get("segment", 0)) + 1
+        else:
+            self.manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "run_id": new_run_id(),
+                "created": _now(),
+                "segment": 0,
+                **manifest,
+            }
+            self._write_parquet(self.path / PARAMETERS, table)
+            if config_yaml is not None:
+                text = as_utf8(config_yaml)
+                replace_file(self.path / CONFIG, lambda path: path.write_text(text, "utf-8"))
+        self.segment: int = self.manifest["segment"]
+        for leftover in (self.path / METRICS_DIR).glob("*.tmp"):
+            leftover.unlink()  # of a kill in the middle of a flush
+        self._scalars = LineFile(self.path / SCALARS)
+        self._events = LineFile(self.path / EVENTS)
+        self._save_manifest(status="running")
+
+    def _check_same_tensors(self, table: "pa.Table") -> None:
+        known = read_parameters(self.path / PARAMETERS, 2**15, [])
+        before = list(zip(known["param_id"], known["name"], known["shape"], strict=True))
+        now = list(zip(*(table[c].to_pylist() for c in ("param_id", "name", "shape")), strict=True))
+        if before != now:
+            changed = next((n for b, n in zip(before, now, strict=False) if b != n), None)
+            detail = f"; the first that differs is {changed[1]!r}" if changed else ""
+            raise RunDirectoryError(
+                f"{self.path} was recorded from another model ({len(before)} tensors, this one "
+                f"has {len(now)}{detail}): choose another run directory."
+            )
+
+    def begin_segment(self, step: int, checkpoint: str | None = None) -> None:
+        """Start a new segment: training goes on from `step`, what was recorded beyond is void."""
+        self.flush()
+        self.segment += 1
+        self._save_manifest(status="running", segment=self.segment)
+        self._begin_segment(step, checkpoint)
+
+    def _begin_segment(self, step: int, checkpoint: str | None) -> None:
+        # `segment` is a column of the stream as well as the event's own field.
+        self.event("resume", step, checkpoint=checkpoint)
+        self.flush()
+
+    def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Add rows to the metrics.
+
+        Parameters
+        ----------
+        columns
+            `step`, `param_id` and measured columns, arrays of one length. Masked entries of a
+            masked array are null (not measured). All rows of a step belong between two flushes.
+        """
+        for name in columns:
+            if name not in METRICS_TABLE.names:
+                raise ValueError(f"no metrics column {name!r}.{suggest(name, METRICS_TABLE.names)}")
+        self._rows.append({name: np.ma.asarray(array) for name, array in columns.items()})
+
+    def scalars(self, line: Mapping[str, Any]) -> None:
+        """Add one line to the scalars; None is left out, NaN is kept."""
+        for name in line:
+            if name not in SCALARS_TABLE.names:
+                raise ValueError(f"no scalar {name!r}.{suggest(name, SCALARS_TABLE.names)}")
+        self._scalar_lines.append(self._line(line))
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Add one event. After `close` it is written at once (a last evaluation, for example)."""
+        if name not in EVENT_FIELDS:
+            raise ValueError(f"no event {name!r}.{suggest(name, EVENT_FIELDS)}")
+        line = {"event": name, "step": int(step), "time": round(time.time(), 3), **fields}
+        self._event_lines.append(self._line(line))
+        if self.closed:
+            self._flush_lines()
+
+    def _line(self, fields: Mapping[str, Any]) -> str:
+        line = {key: plain(value) for key, value in fields.items() if value is not None}
+        if self.segment:
+            line["segment"] = self.segment
+        return json.dumps(line, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Number of metrics rows that are not on the disk yet."""
+        return sum(len(rows["step"]) for rows in self._rows)
+
+    def flush(self) -> None:
+        """Put everything collected on the disk.
+
+        Raises
+        ------
+        RunDirectoryError
+            When the disk refuses. What was flushed before is untouched; what was collected
+            stays and is tried again by the next flush.
+        """
+        try:
+            if self._rows:
+                self._write_shard()
+            self._flush_lines()
+        except OSError as error:
+            self._give_up_oldest()
+            raise describe_os_error(self.path, error) from error
+
+    def _write_shard(self) -> None:
+        table = metrics_table(self._rows)
+        first = int(table["step"][0].as_py())
+        path = self.path / METRICS_DIR / shard_name(self.segment, first)
+        if path.exists():
+            raise FileExistsError(17, f"{path.name} exists: a step was flushed twice")
+        ordered = table.sort_by([("param_id", "ascending"), ("step", "ascending")])
+        self._write_parquet(path, ordered)
+        self._rows.clear()
+
+    def _flush_lines(self) -> None:
+        for file, lines in ((self._scalars, self._scalar_lines), (self._events, self._event_lines)):
+            if lines:
+                file.append(lines)
+                lines.clear()
+
+    def _give_up_oldest(self) -> None:
+        excess = self.waiting_rows - MAX_WAITING_ROWS
+        while excess > 0:
+            rows = len(self._rows.pop(0)["step"])
+            excess -= rows
+            self.lost_rows += rows
+
+    def _write_parquet(self, path: Path, table: "pa.Table") -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+        others = [name for name in table.schema.names if name not in floats]
+        table = table.replace_schema_metadata(None)
+
+        def write(temporary: Path) -> None:
+            # Arrow opens no path that is not UTF-8; Python does.
+            with (
+                temporary.open("wb") as sink,
+                pq.ParquetWriter(
+                    sink,
+                    table.schema,
+                    compression="zstd",
+                    compression_level=9,
+                    use_dictionary=others,
+                    # Exponents compress well once they lie side by side.
+                    use_byte_stream_split=floats,
+                    # The types are Parquet's own; the Arrow schema would be half of a small shard.
+                    store_schema=False,
+                    write_statistics=[name for name in ("step", "param_id") if name in others],
+                ) as file,
+            ):
+                file.write_table(table)
+                file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
+
+        replace_file(path, write)
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Change entries of run.json and rewrite it in one move."""
+        try:
+            self._save_manifest(**fields)
+        except OSError as error:
+            raise describe_os_error(self.path / MANIFEST, error) from error
+
+    def _save_manifest(self, **fields: Any) -> None:
+        self.manifest.update(fields)
+        self.manifest["updated"] = _now()
+        text = json.dumps(plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
+        replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n", "utf-8"))
+
+    def close(self, status: str = "finished", **fields: Any) -> None:
+        """Flush, state how the run ended in run.json, and give the directory free."""
+        if self.closed:
+            return
+        try:
+            self.flush()
+            self.update_manifest(status=status, **fields)
+        finally:
+            self.closed = True
+            self._lock.release()
+
+
+def new_run_id() -> str:
+    """Return a name for a run: its start (UTC) and six random hexadecimal digits."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{secrets.token_hex(3)}"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,118 @@
+"""Gradient noise: how much the gradient varies between the micro-batches of a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lisa_train.measure.processes import Processes
+from lisa_train.model.norms import squares, stacked
+from lisa_train.model.tensor_table import TensorTable
+
+
+class GradientNoise:
+    """tr Σ of one micro-batch gradient, unbiased: (N²Σ‖Gᵢ‖² − N‖ΣGᵢ‖²)/(N−1).
+
+    Gᵢ is what micro-batch i brings into the gradient of the step, 1/N of its own gradient. With
+    several processes the micro-batches are those of all of them: n of each of W make N = nW, and
+    already one each will do.
+
+    Every Gᵢ is looked at as it arrives, before it is added to what is there: no copy of the
+    gradients is needed, no precision is lost in the sum, and DDP has not averaged it yet. That
+    takes one backward pass per micro-batch.
+
+    Parameters
+    ----------
+    table
+        The tensors to measure.
+    processes
+        The processes that train them.
+    due
+        Whether the step in progress is to be measured.
+
+    Attributes
+    ----------
+    twice : set of int
+        Tensors of which a micro-batch of this step brought a second gradient: of what it brought
+        in all the norm is not known.
+    """
+
+    def __init__(self, table: TensorTable, processes: Processes, due: Callable[[], bool]) -> None:
+        self._count = processes.count
+        self._due = due
+        self.twice: set[int] = set()
+        self._arrived: dict[int, torch.Tensor] = {}
+        self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
+        self._handles = [self._listen(i, p) for i, p in table.tensors]
+
+    def micro_batch(self) -> None:
+        """Take note of a micro-batch that is done."""
+        order = sorted(self._arrived)
+        values = [self._arrived[i] for i in order]
+        joined = stacked(values) if values else torch.zeros(0, dtype=torch.float64)
+        self._batches.append((np.array(order, dtype=np.int64), joined))
+        self._arrived = {}
+
+    def variance(
+        self, numbers: np.ndarray, square: torch.Tensor, scale: Any
+    ) -> tuple[np.ndarray, torch.Tensor] | None:
+        """Return tensors and their tr Σ, or None if a step of one micro-batch cannot tell.
+
+        Parameters
+        ----------
+        numbers, square
+            The tensors, and ‖g‖² of the gradient of the step.
+        scale
+            Factor on the gradients that `square` is free of (fp16 loss scale).
+        """
+        self.micro_batch()
+        n = len(self._batches) * self._count
+        if n < 2:
+            return None
+        parts = [self._aligned(numbers, *batch).to(square.device) for batch in self._batches]
+        # The processes' values are averaged later: W times this one's part of Σ‖Gᵢ‖², in which
+        # what it brought counts 1/W.
+        total = torch.stack(parts).sum(0) / scale**2 / self._count
+        values = (n * n * total - n * square) / (n - 1)
+        if self.twice and self._count == 1:  # all processes must come to the same tensors
+            known = [k for k, i in enumerate(numbers.tolist()) if i not in self.twice]
+            numbers, values = numbers[known], values[known]
+        return numbers, values
+
+    def forget(self) -> None:
+        """Let go of everything that belongs to the step."""
+        self.twice, self._arrived, self._batches = set(), {}, []
+
+    def close(self) -> None:
+        """Look at gradients no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _listen(self, number: int, parameter: nn.Parameter) -> Any:
+        flag = parameter.requires_grad
+        parameter.requires_grad_(True)  # torch takes hooks of such tensors only
+        handle = parameter.register_hook(lambda gradient: self._arrive(number, gradient))
+        parameter.requires_grad_(flag)
+        return handle
+
+    def _arrive(self, number: int, gradient: torch.Tensor) -> None:
+        if not self._due():
+            return
+        square = squares([gradient])[0]
+        if number in self._arrived:
+            self.twice.add(number)
+            square = torch.full_like(square, torch.nan)
+        self._arrived[number] = square
+
+    def _aligned(
+        self, numbers: np.ndarray, found: np.ndarray, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return one micro-batch's values of the tensors `numbers`: zero where it reached none."""
+        if np.array_equal(numbers, found):
+            return values
+        place = {int(i): n for n, i in enumerate(found)}
+        zero = torch.zeros((), dtype=values.dtype, device=values.device)
+        return torch.stack([values[place[i]] if i in place else zero for i in numbers.tolist()])

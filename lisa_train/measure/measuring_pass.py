@@ -1,0 +1,173 @@
+"""A measuring pass: one backward pass with all tensors, of which only the norms are kept.
+
+With several processes the norms are those of the gradient averaged over all of them. What FSDP2
+shards it averages itself; for plain tensors see `lisa_train.measure.averaged_gradients`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lisa_train.measure.averaged_gradients import Averaging
+from lisa_train.measure.processes import Processes
+from lisa_train.measure.stand_ins import stand_ins
+from lisa_train.model.norms import squares, stacked
+from lisa_train.model.sharding import fsdp_modules, is_sharded, reshard
+from lisa_train.model.tensor_table import TensorTable
+
+
+class Probe:
+    """Runs measuring passes on a model.
+
+    Plain tensors take no part: others of the same memory stand in for them, so that nothing
+    that hangs on the real ones (DDP, a step inside backward) notices. Sharded ones do, because
+    FSDP puts them into the modules itself; their flags and gradients are put back.
+
+    Parameters
+    ----------
+    model
+        The model.
+    table
+        Its tensors; those that it selects are measured.
+    processes
+        The processes that train the model.
+    """
+
+    def __init__(self, model: nn.Module, table: TensorTable, processes: Processes) -> None:
+        self._model = model
+        self._table = table
+        self._processes = processes
+
+    def run(self, backward: Callable[[], object]) -> tuple[np.ndarray, torch.Tensor]:
+        """Return the numbers of the tensors reached, and this process's parts of ‖g‖² of each.
+
+        All processes call it together; a failure of one is raised in all of them. Only in a
+        sharded model the others wait for the one that failed, as they do in training.
+        """
+        numbers = {id(p): i for i, p in self._table.tensors}
+        found: dict[int, torch.Tensor] = {}
+        twice: set[int] = set()
+
+        def take(tensor: torch.Tensor, number: int | None) -> None:
+            """Keep the norm of a complete gradient, or only drop it where nobody asks."""
+            if number in found:
+                twice.add(number)
+            elif number is not None and tensor.grad is not None:
+                found[number] = squares([tensor.grad])[0]
+            tensor.grad = None
+
+        # What is still gathered would be taken for a plain tensor, and keep the flags that it has.
+        reshard(self._model)
+        with ExitStack() as stack:
+            plain = stack.enter_context(stand_ins(self._model, set(numbers)))
+            sharded = stack.enter_context(_requiring_gradients(self._model, set(numbers)))
+            stack.enter_context(_unsynchronised(self._model))
+            averaging = None
+            measured = {numbers[key]: p for key, p in plain.items() if key in numbers}
+            if self._processes.count > 1 and measured:
+                averaging = Averaging(self._table, measured, self._processes, at_once=not sharded)
+            for key, tensor in {**plain, **sharded}.items():
+                number = numbers.get(key)
+                if not tensor.requires_grad:
+                    continue
+                if averaging is not None and key in plain and number is not None:
+                    hook = _hook(averaging.take, number)
+                else:
+                    hook = _hook(take, number)
+                stack.callback(tensor.register_post_accumulate_grad_hook(hook).remove)
+            self._pass(backward, averaging, bool(sharded))
+            if averaging is not None:
+                found.update(averaging.found)
+        # The norm of a gradient that came in two parts, the first gone by then, is not known.
+        ids = sorted(found.keys() - twice)
+        values = stacked([found[i] for i in ids]) if ids else torch.zeros(0)
+        return np.array(ids, dtype=np.int64), values
+
+    def _pass(
+        self, backward: Callable[[], object], averaging: Averaging | None, sharded: bool
+    ) -> None:
+        devices = sorted({p.device.index for p in self._model.parameters() if p.is_cuda})
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                backward()
+        except Exception:
+            # The others are waiting for this process; in a sharded model FSDP's own collectives
+            # are what they wait for, and there is nothing that could be said to them.
+            if averaging is not None and not sharded:
+                averaging.finish(failed=True)
+            raise
+        if averaging is not None:
+            averaging.finish()
+
+
+def _hook(
+    take: Callable[[torch.Tensor, Any], None], number: int | None
+) -> Callable[[torch.Tensor], None]:
+    return lambda tensor: take(tensor, number)
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
+    """Let the `wanted` sharded tensors (by id) require gradients; yield all sharded ones by id."""
+    tensors = {id(p): p for p in model.parameters() if is_sharded(p)}
+    if not tensors:
+        yield {}
+        return
+    before = [(p, p.requires_grad, p.grad) for p in tensors.values()]
+    unused: list[tuple[Any, bool]] = []
+    try:
+        for key, p in tensors.items():
+            p.grad = None
+            if key in wanted and p.is_floating_point():
+                p.requires_grad_(True)
+        for group in _groups(model):
+            # Settled for good by the first forward pass, for the tensors that trained then.
+            group._init_mp_dtypes()
+            # A tensor that one process alone reaches must not hold up the others.
+            unused.append((group, group.reduce_scatter_unused_params))
+            group.reduce_scatter_unused_params = True
+        yield tensors
+    finally:
+        for group, flag in unused:
+            group.reduce_scatter_unused_params = flag
+        for p, flag, gradient in before:
+            p.requires_grad_(flag)
+            p.grad = gradient
+        reshard(model)
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of tensors, where this torch has what is needed of them."""
+    found = [
+        group
+        for module in fsdp_modules(model)
+        for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+    ]
+    needed = ("_init_mp_dtypes", "reduce_scatter_unused_params")
+    return [group for group in found if all(hasattr(group, name) for name in needed)]
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep DDP from waiting for gradients of its tensors if the pass goes through its wrapper."""
+    kind = nn.parallel.DistributedDataParallel
+    silenced: list[Any] = []
+
+    def silence(*_: Any) -> None:
+        wrapper: Any = getattr(kind, "_active_ddp_module", None)
+        if wrapper is not None and wrapper.require_backward_grad_sync:
+            wrapper.require_backward_grad_sync = False  # as `no_sync` does
+            silenced.append(wrapper)
+
+    inner = model.module if isinstance(model, kind) else model
+    handle = inner.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for wrapper in silenced:
+            wrapper.require_backward_grad_sync = True

@@ -1,0 +1,119 @@
+"""Several processes, one run: every recorded step is put together by a single collective.
+
+What is recorded is additive (sums of squares, of magnitudes, of products), so that the pieces of
+a sharded tensor add up to the tensor's, and equal copies add up to one copy after division. The
+products of sharded LoRA factors take a second collective, which gathers the factors; a measuring
+pass takes its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lisa_train.measure.buffers import Piece
+from lisa_train.model.norms import local, wide
+from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, shards
+from lisa_train.model.tensor_table import TensorTable
+
+# Replicated on every process whatever holds the tensor.
+_COPIED = frozenset({"opt_steps"})
+
+
+class Processes:
+    """The processes that train one model together; often just one.
+
+    Parameters
+    ----------
+    table
+        The tensors, plain ones (replicated, as under DDP) or sharded `DTensor` (FSDP2).
+
+    Attributes
+    ----------
+    count : int
+        How many there are.
+    first : bool
+        Whether this is the one that writes.
+    sharded : bool
+        Whether any tensor is split over them.
+    """
+
+    def __init__(self, table: TensorTable) -> None:
+        running = dist.is_available() and dist.is_initialized()
+        self.count = dist.get_world_size() if running else 1
+        self.sharded = any(is_sharded(tensor) for _, tensor in table.tensors)
+        self.first = not running or dist.get_rank() == 0
+        self._device = table.tensors[0][1].device
+        self._shares = {i: _share(p, self.count) for i, p in table.tensors}
+
+    def merge(self, pieces: list[Piece], lines: list[dict[str, Any]]) -> None:
+        """Replace local values by those of all processes, with one all-reduce.
+
+        Every process calls it at the same steps with the same tensors. `loss` becomes the mean
+        over the processes, `tokens` the sum; a process of its own leaves everything as it is.
+        """
+        if self.count == 1:
+            return
+        kind = wide(self._device)
+        parts = [piece.values.to(self._device, kind) * self._weights(piece) for piece in pieces]
+        parts += [_scalar(line.get("loss"), self._device, kind) / self.count for line in lines]
+        parts += [_scalar(line.get("tokens"), self._device, kind) for line in lines]
+        if not parts:
+            return
+        joined = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(joined)
+        split = list(joined.split([part.numel() for part in parts]))
+        for piece in pieces:
+            piece.values, piece.merged = split.pop(0), True
+        for name in ("loss", "tokens"):
+            for line in lines:
+                value = split.pop(0)
+                line[name] = value if line.get(name) is not None else None
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return sharded tensors as whole ones, in fp32, with one all-reduce for all of them.
+
+        Every process calls it with the same tensors.
+        """
+        if not tensors:
+            return []
+        joined = torch.zeros(sum(tensor.numel() for tensor in tensors), device=self._device)
+        parts = joined.split([tensor.numel() for tensor in tensors])
+        whole = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+        for target, tensor in zip(whole, tensors, strict=True):
+            where = local_slices(tensor)
+            assert where is not None
+            if is_first_copy(tensor):
+                target[where].copy_(local(tensor))
+        dist.all_reduce(joined)
+        return whole
+
+    def agree(self, fine: bool) -> bool:
+        """Return whether all processes are fine; they would wait for each other for ever else."""
+        if self.count == 1:
+            return fine
+        flag = torch.tensor(float(fine), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _weights(self, piece: Piece) -> torch.Tensor | float:
+        if piece.column in _COPIED:
+            return 1 / self.count
+        shares = np.array([self._shares[int(i)] for i in piece.ids])
+        if (shares == shares[0]).all():
+            return float(shares[0])
+        return torch.from_numpy(shares).to(piece.values.device, wide(self._device))
+
+
+def _share(tensor: torch.Tensor, count: int) -> float:
+    """Part that one process's sum has in the sum over all processes."""
+    return shards(tensor) / count
+
+
+def _scalar(value: Any, device: torch.device, kind: torch.dtype) -> torch.Tensor:
+    if torch.is_tensor(value):
+        return value.detach().to(device, kind).reshape(1)
+    # A fill: copying a number to an accelerator would wait for it.
+    return torch.full((1,), 0.0 if value is None else float(value), dtype=kind, device=device)

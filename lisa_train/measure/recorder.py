@@ -1,0 +1,546 @@
+"""NormRecorder: what to measure when, for any training loop; it knows no Trainer.
+
+Between two flushes nothing waits for the device: sums stay where the tensors are, and one copy
+brings them over. Rows of the newest step are held back until the next one begins, because a
+census of the same step completes them, and what is flushed is never rewritten.
+"""
+
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import torch
+from torch import nn
+
+from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
+from lisa_analysis.contract.schema import SCALARS_TABLE
+from lisa_train.measure.buffers import MetricBuffer, to_host
+from lisa_train.measure.config import RecordConfig
+from lisa_train.measure.disk import manifest as environment
+from lisa_train.measure.disk.outcome import one_sentence, outcome
+from lisa_train.measure.disk.silent_writer import SilentWriter
+from lisa_train.measure.disk.storage import UnwritableError
+from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.processes import Processes
+from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.tensor_steps import TensorSteps
+from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
+from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.sharding import local_slices
+from lisa_train.model.tensor_table import TensorTable
+from lisa_train.optim.frozen_state import unwrap_optimizer
+from lisa_train.optim.step_in_backward import StepInBackward
+
+# Rows that may lie on the device before they are written, however long the flush window is.
+MAX_BUFFERED_ROWS = 100_000
+
+_SCALARS = tuple(name for name in SCALARS_TABLE.names if name not in ("step", "segment"))
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _measured(
+    method: "Callable[Concatenate[NormRecorder, P], T]",
+) -> "Callable[Concatenate[NormRecorder, P], T | None]":
+    """Time a public method, and apply `on_record_error` to what goes wrong in it."""
+
+    @functools.wraps(method)
+    def wrapped(self: "NormRecorder", *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if self.stopped or self._inside:
+            return method(self, *args, **kwargs) if self._inside else None
+        self._entered = time.perf_counter()
+        self._inside = True
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self._failed(error)
+            return None
+        finally:
+            self._inside = False
+            self.seconds += time.perf_counter() - self._entered
+
+    return wrapped
+
+
+class NormRecorder:
+    """Measures a training loop and writes its run directory.
+
+    Call `before_step` after the backward pass of the last micro-batch and before clipping, and
+    `after_step` after `optimizer.step()`, both with the number of the step (from 1).
+
+    Parameters
+    ----------
+    model
+        The model; only its tensors are read.
+    optimizer
+        Its optimizer, for the learning rate and the step counts; wrappers are looked through.
+    config
+        What to measure; `run_dir` is needed unless a writer is given.
+    writer
+        Where to; None opens a new run in `config.run_dir`.
+    layer_map
+        The layers; None finds them.
+    step
+        Completed optimizer steps at the start, 0 unless training continues.
+    step_in_backward
+        What steps the optimizer inside the backward pass, if anything does: then every tensor is
+        measured around its own step. The calls that the loop makes stay the same.
+    manifest
+        Entries of the run's `run.json` that only the loop knows, as ``{"method": "lisa"}``; not
+        for a given writer, which has its own.
+
+    Raises
+    ------
+    RunDirectoryError
+        When the run directory holds a run already; with ``on_record_error="raise"`` also when it
+        cannot be written or another process writes it (else a warning: nothing is recorded).
+    ConfigError
+        When `config.select` matches nothing, or no run directory is given.
+
+    Examples
+    --------
+    >>> recorder = NormRecorder(model, optimizer, RecordConfig("runs/a"))  # doctest: +SKIP
+    >>> with recorder:
+    ...     for step, batch in enumerate(batches, 1):
+    ...         loss = model(**batch).loss
+    ...         loss.backward()
+    ...         recorder.before_step(step)
+    ...         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    ...         optimizer.step()
+    ...         recorder.after_step(step, loss=loss)
+    ...         optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: RecordConfig,
+        writer: RunWriter | SilentWriter | None = None,
+        layer_map: LayerMap | None = None,
+        *,
+        table: TensorTable | None = None,
+        step: int = 0,
+        step_in_backward: StepInBackward | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.stopped = False
+        self._probe_failed = False
+        self._written = -1  # the last step whose rows are complete on the disk
+        self._problem: str | None = None
+        self.seconds = 0.0
+        self._inside = False
+        self._optimizer = unwrap_optimizer(optimizer)
+        layer_map = layer_map or find_layers(model, config.layers)
+        self.table = table or TensorTable(model, layer_map, config.select)
+        self._devices = {p.device for _, p in self.table.tensors}
+        self._processes = Processes(self.table)
+        self.writer = writer or self._new_writer(model, layer_map, manifest)
+        self._buffer = MetricBuffer()
+        self._measure = StepMeasure(
+            model,
+            self._optimizer,
+            config,
+            self.table,
+            self._buffer,
+            self._processes,
+            due=lambda: self.due(self._step + 1),
+        )
+        self._lines: list[dict[str, Any]] = []
+        self._local_lines: list[dict[str, Any]] = []
+        self._latest: dict[str, Any] = {}
+        self.aggregates: dict[str, float] = {}
+        self._groups = tensor_groups(self.table, len(layer_map))
+        self._step = step
+        self._census_step: int | None = None
+        self._said: set[str] = set()
+        self._flushed_at = self._stepped_at = time.monotonic()
+        self._seconds_before = self._entered = 0.0
+        self._tensor_steps: TensorSteps | None = None
+        self._stepping = step_in_backward
+        if step_in_backward is not None:
+            self._tensor_steps = TensorSteps(self._measure, self.table)
+            step_in_backward.watchers.append(self)
+        self._say_what_sharding_forbids()
+        if self.writer.segment and step:
+            self._census_step = step  # the checkpoint that the run continues from has one
+        else:
+            self.census(step)
+            self.flush(everything=True)
+
+    def _say_what_sharding_forbids(self) -> None:
+        """Null without a word is no measurement."""
+        if self.config.grad_noise and self._processes.sharded:
+            self._say(
+                "grad_noise is not measured with sharded weights (FSDP2): they are averaged over "
+                "the processes before any gradient of a micro-batch can be seen."
+            )
+        if any(local_slices(p) is None for _, p in self.table.tensors):
+            self._say(
+                "weights are sharded in two ways at once (FSDP and tensor parallelism): of those "
+                "‖W − W₀‖ and the products of LoRA are not measured."
+            )
+
+    def _new_writer(
+        self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None
+    ) -> RunWriter | SilentWriter:
+        """Open the run directory, or record nothing if it cannot be had and the user said so."""
+        if self.config.run_dir is None:
+            raise ConfigError("record.run_dir is not set: name the folder to write.")
+        known = environment.manifest(model, self.config, self.table, layer_map)
+        try:
+            return RunWriter(
+                self.config.run_dir,
+                manifest=known | dict(manifest or {}),
+                parameters=self.table.rows,
+            )
+        except Exception as error:
+            # A process that goes on alone would let the others wait for ever.
+            if self.config.on_record_error == "raise" or self._processes.count > 1:
+                raise
+            if is_refusal(error):
+                raise
+            self.stopped = True
+            warn_unrecorded(error)
+            return SilentWriter()
+
+    # ------------------------------------------------------------------ every step
+
+    def due(self, step: int) -> bool:
+        """Whether the norms of optimizer step `step` are recorded: the first and every n-th."""
+        return step == 1 or step % self.config.every == 0
+
+    @_measured
+    def micro_batch(self, step: int) -> None:
+        """Take note of a micro-batch, for `grad_noise`.
+
+        Call it after the backward pass of every micro-batch of step `step` but the last.
+        """
+        if self.due(step):
+            self._measure.micro_batch()
+
+    @_measured
+    def before_step(
+        self, step: int, *, gradient_scale: float | torch.Tensor = 1.0, undo: bool = False
+    ) -> None:
+        """Measure the gradients of step `step` and keep what its update is measured against.
+
+        Parameters
+        ----------
+        step
+            Number of the optimizer step about to be made, from 1.
+        gradient_scale
+            Factor on the gradients that the optimizer will not see (fp16 loss scale), a number
+            or a tensor of one element.
+        undo
+            `after_step` will be told the clip coefficient, so that gradients in fp32 need not
+            be copied for `descent`.
+        """
+        if self._tensor_steps is None or not self._tensor_steps.begun:
+            self._seconds_before = self.seconds
+        self._flush_if_old()
+        if self.due(step):
+            self._measure.gradients(step, gradient_scale, undo)
+            if self._measure.second_gradients:
+                self._say(
+                    "grad_noise: a micro-batch made more than one backward pass; of the tensors "
+                    "that the second one reached it is not measured."
+                )
+
+    @_measured
+    def before_tensor(self, parameter: torch.Tensor) -> None:
+        """Measure a gradient inside backward (`TensorWatcher`)."""
+        assert self._tensor_steps is not None
+        if self.due(self._step + 1):
+            if not self._tensor_steps.begun:
+                self._seconds_before = self.seconds
+            self._tensor_steps.before(self._step + 1, parameter)
+
+    @_measured
+    def after_tensor(self, parameter: torch.Tensor) -> None:
+        """Measure the step of one tensor inside backward (`TensorWatcher`)."""
+        assert self._tensor_steps is not None
+        if self.due(self._step + 1):
+            self._tensor_steps.after(self._step + 1)
+
+    def after_step(
+        self, step: int, *, clip_coef: Any = None, skipped: bool = False, **scalars: Any
+    ) -> None:
+        """Measure what the optimizer did in step `step` and add a line to the scalars.
+
+        Parameters
+        ----------
+        step
+            Number of the optimizer step just made, from 1.
+        clip_coef
+            Factor that clipping applied to all gradients (number or tensor), if known.
+        skipped
+            The optimizer did not step (fp16 overflow): there is no update to measure.
+        **scalars
+            Columns of the scalars table, as `loss`; numbers or tensors of one element. What is
+            left out and can be seen from here is filled in.
+
+        Raises
+        ------
+        ConfigError
+            When a scalar has a name that the table does not know, whatever `on_record_error` is.
+        """
+        _check_names(scalars)
+        self._after_step(step, skipped, {"step": step, "clip_coef": clip_coef, **scalars})
+
+    @_measured
+    def _after_step(self, step: int, skipped: bool, line: dict[str, Any]) -> None:
+        self._step = step
+        line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
+        due = self.due(step)
+        if due:
+            if not skipped:
+                self._measure.update(step, line["clip_coef"])
+            if self._tensor_steps is not None:
+                self._measure.active += self._tensor_steps.take()
+            self._measure.state(step)
+            self._measure.forget()
+        line["skipped"] = bool(skipped)
+        self._local_lines.append(line)
+        if due or self._processes.count == 1:
+            self._merge()
+        if due and line.get("grad_norm") is None and self.config.select is None:
+            square = self._buffer.values(step, "grad_norm")
+            line["grad_norm"] = square.sum().sqrt() if square is not None else None
+        self._complete(line)
+
+    def _complete(self, line: dict[str, Any]) -> None:
+        """Fill in what the loop did not say and can be seen from here."""
+        now = time.monotonic()
+        line.setdefault("step_seconds", now - self._stepped_at)
+        self._stepped_at = now
+        if line.get("learning_rate") is None:
+            rate = self._optimizer.param_groups[0]["lr"]
+            line["learning_rate"] = rate.detach().clone() if torch.is_tensor(rate) else rate
+        line["peak_memory_bytes"] = environment.peak_memory_bytes(*self._devices)
+        spent = self.seconds + time.perf_counter() - self._entered
+        line["recorder_seconds"] = spent - self._seconds_before
+
+    def amend(self, **scalars: Any) -> None:
+        """Add what became known late to the newest line of the scalars."""
+        _check_names(scalars)
+        for lines in (self._local_lines, self._lines):
+            if lines:
+                lines[-1].update(scalars)
+                return
+
+    def _merge(self) -> None:
+        """Put the processes' parts together; one collective, at the same steps on all."""
+        self._processes.merge(self._buffer.unmerged(), self._local_lines)
+        self._lines += self._local_lines
+        self._local_lines = []
+
+    # ------------------------------------------------------------------ now and then
+
+    @_measured
+    def census(self, step: int) -> None:
+        """Measure the weights of all tensors, frozen ones too, after `step` completed steps."""
+        if self._census_step != step:
+            self._census_step = step
+            self._measure.census(step)
+            self._merge()
+
+    @_measured
+    def probe(self, step: int, backward: Callable[[], object]) -> None:
+        """Measure the gradients of all layers, frozen ones too, after `step` completed steps.
+
+        Parameters
+        ----------
+        step
+            Completed optimizer steps; the row that the norms stand in.
+        backward
+            Runs one forward and backward pass; called once, with everything requiring gradients.
+            No gradient is left of it, and the random state is as before. If it fails (no loss,
+            no memory), nothing is probed any more; ``on_record_error="raise"`` stops training.
+
+        Notes
+        -----
+        With several processes each of them calls it with its own batch, and the norms are those
+        of the mean of their gradients; it takes collectives of its own. A failure on one of them
+        ends the probing on all. With sharded weights (FSDP2) it stops training: what FSDP began
+        cannot be taken back, and the others wait for the one that failed, as in training.
+        """
+        if self._probe_failed:
+            return
+        if step <= self._written:
+            self._say(
+                f"probe: the rows of step {step} are on the disk already and are never rewritten; "
+                "call probe before checkpoint. Such passes are left out."
+            )
+            return
+        try:
+            with self._stepping.paused() if self._stepping is not None else nullcontext():
+                self._measure.probe(step, backward)
+        except Exception as error:
+            # The pass is not the training's own: what is measured of that goes on. Not where it
+            # leaves FSDP between two collectives.
+            if self.config.on_record_error == "raise" or self._processes.sharded:
+                raise
+            self._probe_failed = True
+            self._say(f"probe_every: nothing is probed any more: {one_sentence(error)}")
+        self._merge()
+
+    @_measured
+    def checkpoint(self, step: int) -> None:
+        """Take a census and put everything on the disk; call it before writing a checkpoint."""
+        self.census(step)
+        self.flush(everything=True)
+
+    @_measured
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Write an event, see `lisa_analysis.contract.schema.EVENT_FIELDS`."""
+        self.writer.event(name, step, **fields)
+
+    @_measured
+    def flush(self, *, everything: bool = False) -> None:
+        """Put on the disk what was measured up to the step before the newest (or all of it)."""
+        self._write(everything)
+
+    def _write(self, everything: bool) -> None:
+        for rows in self._buffer.take(None if everything else self._step):
+            self.aggregates = aggregates(rows, self._groups) or self.aggregates
+            self.writer.write_metrics(rows)
+        if everything:
+            self._written = self._step
+        for line in to_host(self._lines):
+            self.writer.scalars(_tidy(line))
+            self._latest = line
+        self._lines = []
+        self._flushed_at = time.monotonic()
+        self.writer.flush()
+
+    def _flush_if_old(self) -> None:
+        age = time.monotonic() - self._flushed_at
+        if age < self.config.flush_seconds and self._buffer.rows < MAX_BUFFERED_ROWS:
+            return
+        try:
+            self.flush()
+        except RunDirectoryError as error:
+            self._failed(error)  # the disk's trouble is no reason to miss this step
+
+    def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:
+        """Return the newest scalars: those that the host has, or with `wait` the last step's."""
+        if self._lines and (wait or all(device.type == "cpu" for device in self._devices)):
+            return to_host(self._lines[-1:])[0]
+        return dict(self._latest)
+
+    def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
+        """Take the last census, write everything and say in run.json how the run ended.
+
+        A recording that an error of its own cut short is ``failed``, however training ended.
+        """
+        if self._stepping is not None and self in self._stepping.watchers:
+            self._stepping.watchers.remove(self)
+        self._measure.close()
+        if self.writer.closed:
+            return
+        problem: Exception | None = None
+        try:
+            if status == "finished":
+                self.census(self._step)
+            elif self._processes.count > 1:
+                # The others may be gone: what they had to add stays unknown.
+                self._lines += [
+                    {**line, "loss": None, "tokens": None} for line in self._local_lines
+                ]
+                self._local_lines = []
+            else:
+                self.census(self._step)
+            self._write(everything=True)
+        except Exception as failure:
+            problem = failure
+        if problem is not None and not isinstance(problem, UnwritableError):
+            # What the disk refused is tried once more below.
+            self._problem = self._problem or f"recording ended early: {one_sentence(problem)}"
+        if self.writer.lost_rows and self._problem is None:
+            self._problem = f"{self.writer.lost_rows} rows were lost while the disk refused them"
+        if status == "finished" and self._problem:
+            status = "failed"
+        fields: dict[str, Any] = {"result": result} if result else {}
+        if error or self._problem:
+            fields["error"] = error or self._problem
+        try:
+            self.writer.close(status, **fields)
+        except Exception as failure:
+            problem = problem or failure
+        if problem is not None and error is None:
+            self._failed(problem)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(*outcome(error))
+
+    def _failed(self, error: Exception) -> None:
+        """Stop training or say it once, as the user chose; a full disk may have room later."""
+        disk = isinstance(error, RunDirectoryError)
+        if self.config.on_record_error == "raise" or (self._processes.count > 1 and not disk):
+            raise error  # a process that goes on alone would let the others wait for ever
+        if disk:
+            self._say(f"Recording: {error}")
+        else:
+            self.stopped = True
+            self._problem = f"recording stopped after step {self._step}: {one_sentence(error)}"
+            self._say(f"Recording stopped, training goes on: {one_sentence(error)}")
+
+    def _say(self, text: str) -> None:
+        """Warn once, on the terminal and in the run's events."""
+        if text not in self._said:
+            self._said.add(text)
+            if not self.writer.closed:
+                self.writer.event("warning", self._step, message=text)
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a wrong choice of the user's (a directory that holds a run) is to blame.
+
+    It stops training before anything has begun, whatever `on_record_error` says: what fails for
+    another reason, the disk's or the recorder's own, does not have to.
+    """
+    return isinstance(error, LisaError) and not isinstance(error, UnwritableError)
+
+
+def warn_unrecorded(error: Exception) -> None:
+    """Say that training goes on without a recording."""
+    reason = str(error) if isinstance(error, LisaError) else one_sentence(error)
+    warnings.warn(f"Training goes on unrecorded: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def _check_names(scalars: Mapping[str, Any]) -> None:
+    """Refuse a misspelt scalar where it is passed: the table is written much later."""
+    for name in scalars:
+        if name not in _SCALARS:
+            raise ConfigError(
+                f"{name!r} is no scalar that a run records, expected one of "
+                f"{', '.join(_SCALARS)}.{suggest(name, _SCALARS)}"
+            )
+
+
+def _tidy(line: dict[str, Any]) -> dict[str, Any]:
+    """Whole numbers as such, durations to the microsecond."""
+    for name in ("tokens", "peak_memory_bytes"):
+        value = line.get(name)
+        if value is not None and math.isfinite(value):
+            line[name] = int(value)
+    for name in ("step_seconds", "recorder_seconds"):
+        line[name] = round(float(line[name]), 6)
+    return line

@@ -1,0 +1,5 @@
+"""How a model is trained."""
+
+from typing import Literal
+
+Method = Literal["full", "lora", "lisa"]

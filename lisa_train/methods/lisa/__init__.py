@@ -1,0 +1,1 @@
+"""LISA: the engine that samples layers, its settings, checks, schedule and samplers."""

@@ -1,0 +1,133 @@
+"""What must hold before LISA starts: plain weights, a complete optimizer, fitting numbers."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
+from lisa_analysis.contract.layers import canonical_name, role_of
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.inclusion import CERTAIN
+from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.module_tree import unwrap
+
+
+def refuse_adapters_and_quantization(model: nn.Module) -> None:
+    """`ConfigError` for a model whose own weights cannot train: PEFT adapters, quantized base."""
+    kind = type(unwrap(model)).__name__
+    adapters = next((n for n, _ in model.named_parameters() if role_of(n) != "base"), None)
+    if adapters is not None or hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"LISA trains the weights of the model itself, but {kind} carries PEFT adapters"
+            f"{f' ({adapters})' if adapters else ''}; merge them first (merge_and_unload()), or "
+            "train them without LISA."
+        )
+    packed = next(
+        (n for n, p in model.named_parameters()
+         if not p.is_floating_point() or hasattr(p, "quant_state")), None,
+    )  # fmt: skip
+    if packed is not None or getattr(unwrap(model), "is_quantized", False):
+        raise ConfigError(
+            f"LISA trains the weights of the model itself, but those of {kind} are quantized"
+            f"{f' ({packed})' if packed else ''} and cannot train; load the model without "
+            "quantization, or train adapters (method 'lora')."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`ConfigError` unless every one of `tensors` is in exactly one parameter group."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"LISA needs a torch.optim.Optimizer whose steps it can follow, got "
+            f"{type(optimizer).__name__}; train without DeepSpeed and similar engines."
+        )
+    counts: dict[torch.Tensor, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            counts[parameter] = counts.get(parameter, 0) + 1
+    missing = [name for name, p in tensors.items() if p not in counts]
+    if missing:
+        raise ConfigError(
+            f"the optimizer lacks {len(missing)} of the {len(tensors)} tensors that LISA may train "
+            f"(first: {canonical_name(missing[0])}), so they would never move; build it from all "
+            "parameters of the model, before anything is frozen."
+        )
+    twice = [name for name, p in tensors.items() if counts[p] > 1]
+    if twice:
+        raise ConfigError(
+            f"{len(twice)} tensors are in more than one parameter group of the optimizer (first: "
+            f"{canonical_name(twice[0])}); give each to one group."
+        )
+
+
+def check_units(
+    units: Mapping[int | str, Sequence[torch.Tensor]],
+    layer_map: LayerMap,
+    config: LisaConfig,
+    pi: NDArray[np.float64],
+) -> None:
+    """`ConfigError` for what would leave an interval, or a layer, with nothing to train.
+
+    `pi` holds the inclusion probabilities of the layers, shape (L,).
+    """
+    for i, name in enumerate(layer_map.names):
+        if not units[i]:
+            raise ConfigError(
+                f"layer {name} has no parameter that requires gradients, so drawing it would train "
+                "nothing; unfreeze the model (requires_grad_(True)) before LISA starts."
+            )
+    if config.head_probability is not None and not layer_map.groups["head"]:
+        raise ConfigError(
+            f"head_probability is {config.head_probability:g}, but this model's head is its "
+            "embedding matrix (tied): set embed_probability instead."
+        )
+    certain = [*config.always_active, *(g for g, p in config.group_probabilities.items() if p == 1)]
+    some_layer = config.sampling != "bernoulli" or bool((pi >= CERTAIN).any())
+    if not some_layer and not any(units[group] for group in certain):
+        raise ConfigError(
+            f"sampling='bernoulli' draws no layer at all in some intervals, and always_active = "
+            f"{list(config.always_active)} trains nothing in this model; keep a group active or "
+            "use sampling='uniform'."
+        )
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights are an average that the optimizer computes (package schedulefree)."""
+    return "weight_sum" in optimizer.param_groups[0]
+
+
+def check_warmup(optimizer: torch.optim.Optimizer, config: LisaConfig) -> None:
+    """`ConfigError` for a warm-up that an averaging optimizer would undo."""
+    if config.warmup_steps and is_schedule_free(optimizer):
+        raise ConfigError(
+            f"warmup_steps is {config.warmup_steps}, but {type(optimizer).__name__} keeps its "
+            "weights as an average, which shortened updates would break; set warmup_steps to 0 "
+            "and use the optimizer's own warm-up."
+        )
+
+
+def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:
+    """Inclusion probabilities of the configuration, checked against the model's layers."""
+    if not isinstance(config.probabilities, str):
+        return config.probabilities
+    from lisa_analysis.plans.sampling import SamplingProbabilities
+
+    loaded = SamplingProbabilities.load(config.probabilities)
+    names = tuple(loaded.layer_names)
+    if names != layer_map.names:
+        ours = layer_map.names
+        odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
+        detail = f"{odd[0]} against {odd[1]}" if odd else "the first ones agree"
+        raise ProbabilitiesError(
+            f"{config.probabilities} was made for {len(names)} layers, this model has {len(ours)} "
+            f"({detail}); make probabilities from a run of this model."
+        )
+    if loaded.activated_layers != config.activated_layers:
+        raise ProbabilitiesError(
+            f"{config.probabilities} activates {loaded.activated_layers} layers, but "
+            f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
+        )
+    return tuple(loaded.inclusion_probabilities)

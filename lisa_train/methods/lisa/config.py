@@ -1,0 +1,163 @@
+"""`LisaConfig`: which layers train, and for how long."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Literal, get_args
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.checks import one_of, real, whole
+from lisa_train.optim.settings import OptimizerState
+
+ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm")
+Sampling = Literal[
+    "uniform", "bernoulli", "cyclic", "systematic", "conditional_poisson", "balanced"
+]
+ActivePrecision = Literal["model", "fp32_active"]
+Recompute = Literal["all", "frozen"]
+
+
+@dataclass(frozen=True)
+class LisaConfig:
+    """Which layers train, and for how long (LISA, arXiv 2403.17919, Algorithm 1).
+
+    Parameters
+    ----------
+    activated_layers
+        Number of layers k that train in each interval (γ in the paper); with
+        `sampling="bernoulli"` the expected number.
+    interval_steps
+        Optimizer steps K between two draws.
+    sampling
+        How the layers of an interval are drawn: ``uniform`` (all sets of k layers equally
+        likely), ``bernoulli`` (every layer on its own, the paper's first version), ``cyclic``
+        (shuffled sweeps), and three exact schemes for unequal probabilities: ``systematic``,
+        ``conditional_poisson`` and ``balanced`` (no layer waits long). ``uniform`` with unequal
+        `probabilities` draws by the systematic scheme, of which it is the equal-weight case.
+    probabilities
+        Path of a `probabilities.json` file, or a sequence of inclusion probabilities π, one per
+        layer, Σπ = k. None means equal probabilities k/L.
+    always_active
+        Groups that train in every interval: any of ``embed``, ``head``, ``norm``.
+    optimizer_state
+        What happens to the optimizer state of a layer that is frozen again: ``reset`` frees it,
+        ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns.
+    seed
+        Seed of the layer schedule; None takes the training seed.
+    warmup_steps
+        Scale the first updates of a layer after its activation by 1/(n+1), 2/(n+1), … over n
+        steps; after a state reset, Adam's first step moves every weight by the full learning rate.
+    embed_probability
+        Draw the embeddings in each interval with this probability, like a layer, instead of
+        naming them in `always_active`.
+    head_probability
+        The same for the head; a head tied to the embeddings goes with them.
+    layers
+        Path of the list of layers to rotate, as ``model.vision_tower.encoder.layers``; several
+        separated by commas. Needed only where the structure of a model leaves a choice.
+    precision
+        ``model`` trains in the precision of the weights. ``fp32_active`` holds the active tensors
+        of a bf16 model in fp32, computes under bf16 autocast, and rounds them stochastically to
+        bf16 when they are frozen: pure bf16 rounds most of a small update away. Checkpoints of a
+        running training hold the active tensors in fp32; the trained model is bf16 again.
+    recompute
+        With gradient checkpointing, the layers that run again in the backward pass: ``all``, or
+        the ``frozen`` ones alone: those that train keep their activations, which saves their
+        second forward pass and costs their memory.
+    """
+
+    activated_layers: int = 2
+    interval_steps: int = 20
+    sampling: Sampling = "uniform"
+    probabilities: str | tuple[float, ...] | None = None
+    always_active: tuple[str, ...] = ALWAYS_ACTIVE_GROUPS
+    optimizer_state: OptimizerState = "reset"
+    seed: int | None = None
+    warmup_steps: int = 0
+    embed_probability: float | None = None
+    head_probability: float | None = None
+    layers: str | None = None
+    precision: ActivePrecision = "model"
+    recompute: Recompute = "all"
+
+    def __post_init__(self) -> None:
+        for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
+            value = whole(f"lisa.{name}", getattr(self, name), f" of at least {least}", least)
+            object.__setattr__(self, name, value)
+        if self.seed is not None:
+            words = ", or None for the training seed"
+            object.__setattr__(self, "seed", whole("lisa.seed", self.seed, words))
+        if not isinstance(self.layers, str | None):
+            raise ConfigError(
+                f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "
+                "'model.layers', or None to find it."
+            )
+        one_of("lisa.sampling", self.sampling, get_args(Sampling))
+        one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
+        one_of("lisa.precision", self.precision, get_args(ActivePrecision))
+        one_of("lisa.recompute", self.recompute, get_args(Recompute))
+        if isinstance(self.always_active, str):
+            raise ConfigError(
+                f"lisa.always_active is the text {self.always_active!r}, but must be a list of "
+                f"groups, as [{self.always_active}]."
+            )
+        if not isinstance(self.always_active, Iterable):
+            raise ConfigError(
+                f"lisa.always_active is {self.always_active!r}, but must be a list of groups (of "
+                f"{', '.join(ALWAYS_ACTIVE_GROUPS)}); give [] for none."
+            )
+        object.__setattr__(self, "always_active", tuple(self.always_active))
+        for group in self.always_active:
+            one_of("lisa.always_active", group, ALWAYS_ACTIVE_GROUPS)
+        for group, given in self.group_probabilities.items():
+            option = f"{group}_probability"
+            probability = real(f"lisa.{option}", given, "a number in (0, 1], or None")
+            object.__setattr__(self, option, probability)
+            if not 0.0 < probability <= 1.0:
+                raise ConfigError(
+                    f"lisa.{group}_probability is {probability:g}, but must lie in (0, 1]; leave "
+                    f"{group!r} out of always_active to freeze it."
+                )
+            if group in self.always_active:
+                raise ConfigError(
+                    f"lisa.{group}_probability is {probability:g}, but {group!r} is also in "
+                    f"always_active = {list(self.always_active)}; take it out of one of them."
+                )
+        self._check_probabilities()
+
+    @property
+    def group_probabilities(self) -> dict[str, float]:
+        """Groups that are drawn like layers, with their probability."""
+        given = {"embed": self.embed_probability, "head": self.head_probability}
+        return {group: p for group, p in given.items() if p is not None}
+
+    def _check_probabilities(self) -> None:
+        if self.probabilities is None or isinstance(self.probabilities, str | PathLike):
+            if isinstance(self.probabilities, PathLike):
+                object.__setattr__(self, "probabilities", fspath(self.probabilities))
+            return
+        try:
+            given = tuple(self.probabilities)
+        except TypeError:  # a number, or an array without dimensions
+            raise ConfigError(
+                f"lisa.probabilities is {self.probabilities!r}, but must be the path of a "
+                "probabilities.json file or a list of one number per layer."
+            ) from None
+        values = tuple(
+            real(f"lisa.probabilities[{i}]", p, "a number above 0 and at most 1")
+            for i, p in enumerate(given)
+        )
+        object.__setattr__(self, "probabilities", values)
+        for i, value in enumerate(values):
+            if not 0.0 < value <= 1.0:
+                raise ConfigError(
+                    f"lisa.probabilities[{i}] is {value:g}, but every inclusion probability must "
+                    "be above 0 and at most 1."
+                )
+        # The same tolerance as the samplers': the rounding of a file with six decimals.
+        if abs(sum(values) - self.activated_layers) > 1e-5:
+            raise ConfigError(
+                f"lisa.probabilities sum to {sum(values):.6g}, but activated_layers is "
+                f"{self.activated_layers}: they must be equal; scale the probabilities or set "
+                "activated_layers to their sum."
+            )

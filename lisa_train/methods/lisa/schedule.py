@@ -1,0 +1,179 @@
+"""Which layers and groups train at which step: draws, visits, and their resumable state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.inclusion import resolve
+from lisa_train.methods.lisa.samplers import make_sampler, never_drawn, seed_word
+
+# A unit is what is drawn as a whole: a layer by its index, or a group by its name.
+Unit = int | str
+
+# First word of the key of a group's draws; the layers' stream is another.
+_STREAM = 0x115B
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw: it rules the optimizer steps `step`+1 … up to the next draw.
+
+    `visits` counts the draws of every layer so far, this one included; `groups` are the groups
+    (embed, head) that were drawn beside the layers.
+    """
+
+    step: int
+    index: int
+    layers: tuple[int, ...]
+    inclusion_probabilities: tuple[float, ...]
+    visits: tuple[int, ...]
+    groups: tuple[str, ...] = ()
+
+
+class Schedule:
+    """Draws at steps 0, K, 2K and so on; every draw is a function of seed and index alone.
+
+    Parameters
+    ----------
+    config
+        The settings.
+    layer_names
+        Names of the model's layers.
+    probabilities
+        Inclusion probabilities of the layers, or None for equal ones.
+    seed
+        Seed of the schedule where `config.seed` is None.
+    """
+
+    def __init__(
+        self,
+        config: LisaConfig,
+        layer_names: Sequence[str],
+        probabilities: Sequence[float] | None,
+        seed: int,
+    ) -> None:
+        pi = resolve(probabilities, len(layer_names), config.activated_layers)
+        self.seed = seed if config.seed is None else config.seed
+        self.step = 0
+        self.index: int | None = None
+        self.layers: tuple[int, ...] = ()
+        self.groups: tuple[str, ...] = ()
+        self.visits: NDArray[np.int64] = np.zeros(len(layer_names), dtype=np.int64)
+        self._config = config
+        self._layer_names = list(layer_names)
+        self._sampler = make_sampler(config.sampling, pi, config.activated_layers, self.seed)
+        self._activated_at: dict[Unit, int] = {}
+
+    @property
+    def inclusion_probabilities(self) -> NDArray[np.float64]:
+        """π of every layer, shape (L,)."""
+        return self._sampler.inclusion_probabilities
+
+    def advance(self, step: int) -> Draw | None:
+        """Go to the optimizer step after `step` completed ones; the draw that this makes, if any.
+
+        A schedule that starts in the middle of an interval makes the draw of that interval.
+        """
+        if step < 0:
+            raise ConfigError(f"step counts completed optimizer steps from 0, got {step}.")
+        self.step = step
+        index = step // self._config.interval_steps
+        if index == self.index:
+            return None
+        self.index = index
+        self.layers = self._sampler.draw(index)
+        self.groups = self._draw_groups(index)
+        drawn: tuple[Unit, ...] = (*self.layers, *self.groups)
+        self._activated_at = {unit: self._activated_at.get(unit, step) for unit in drawn}
+        self.visits[list(self.layers)] += 1
+        return Draw(
+            step,
+            index,
+            self.layers,
+            tuple(self.inclusion_probabilities.tolist()),
+            tuple(self.visits.tolist()),
+            self.groups,
+        )
+
+    def ages(self) -> dict[Unit, int]:
+        """Steps since the activation of every drawn unit."""
+        return {unit: self.step - at for unit, at in self._activated_at.items()}
+
+    def never_drawn(self, total_steps: int) -> tuple[int, ...]:
+        """Layers that no draw of the first `total_steps` steps takes."""
+        return never_drawn(self._sampler, -(-total_steps // self._config.interval_steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule stands, as JSON values."""
+        return {
+            "version": 1,
+            "index": self.index,
+            "step": self.step,
+            "layers": list(self.layers),
+            "groups": list(self.groups),
+            "visits": self.visits.tolist(),
+            "activated_at": {str(unit): step for unit, step in self._activated_at.items()},
+            "interval_steps": self._config.interval_steps,
+            "layer_names": self._layer_names,
+            "sampler": self._sampler.state_dict(),
+            "settings": _settings(self._config),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; another model or other settings are a `ConfigError`."""
+        names = list(state["layer_names"])
+        if names != self._layer_names:
+            raise ConfigError(
+                f"the saved LISA state is of {len(names)} layers ({names[0]} …), this model has "
+                f"{len(self._layer_names)} ({self._layer_names[0]} …); resume with the model that "
+                "it was saved with."
+            )
+        interval = self._config.interval_steps
+        if state["interval_steps"] != interval:
+            raise ConfigError(
+                f"the saved LISA state has interval_steps = {state['interval_steps']}, this run "
+                f"{interval}; resume with the setting that it was saved with."
+            )
+        settings = _settings(self._config)
+        for name, saved in state.get("settings", {}).items():  # states of older versions lack it
+            if name in settings and saved != settings[name]:
+                raise ConfigError(
+                    f"the saved LISA state has {name} = {saved!r}, this run {settings[name]!r}; "
+                    "resume with the setting that it was saved with."
+                )
+        self._sampler.load_state_dict(state["sampler"])
+        self.index = state["index"]
+        self.step = int(state["step"])
+        self.layers = tuple(int(i) for i in state["layers"])
+        self.groups = tuple(state["groups"])
+        self.visits = np.array(state["visits"], dtype=np.int64)
+        self._activated_at = {
+            int(unit) if unit.isdigit() else unit: int(step)
+            for unit, step in state["activated_at"].items()
+        }
+
+    def _draw_groups(self, index: int) -> tuple[str, ...]:
+        """Groups with a probability of their own that draw `index` takes."""
+        drawn = []
+        for group, probability in self._config.group_probabilities.items():
+            key = [_STREAM, ("embed", "head").index(group), seed_word(self.seed), index]
+            if np.random.default_rng(key).random() < probability:
+                drawn.append(group)
+        return tuple(drawn)
+
+
+def _settings(config: LisaConfig) -> dict[str, Any]:
+    """Settings beside the sampler's without which a resumed run would not be the same."""
+    return {
+        "always_active": sorted(set(config.always_active)),
+        "embed_probability": config.embed_probability,
+        "head_probability": config.head_probability,
+        "optimizer_state": config.optimizer_state,
+        "warmup_steps": config.warmup_steps,
+        "precision": config.precision,
+    }

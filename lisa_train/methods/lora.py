@@ -1,0 +1,37 @@
+"""LoRA: the settings of PEFT's `LoraConfig`, over this project's defaults."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def lora_config(lora: Mapping[str, Any]) -> "LoraConfig":
+    """Build PEFT's `LoraConfig` from settings over the defaults r=16, alpha=32, all linear.
+
+    Raises
+    ------
+    ConfigError
+        For a field that `LoraConfig` does not have, or a value that it refuses.
+    """
+    from peft import LoraConfig
+
+    known = {f.name for f in fields(LoraConfig)}
+    for name in lora:
+        if name not in known:
+            raise ConfigError(
+                f"lora.{name} is not a field of PEFT's LoraConfig.{suggest(name, known)}"
+            )
+    settings = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **lora}
+    if not isinstance(settings["r"], int) or settings["r"] < 1:
+        raise ConfigError(f"lora.r is {settings['r']!r}; expected a rank of at least 1.")
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"PEFT refuses the lora settings: {error}") from error

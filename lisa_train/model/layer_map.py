@@ -1,0 +1,275 @@
+"""Where the layers of a model are: found from its structure, for any architecture."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_analysis.contract.layers import canonical_name, kind_of
+from lisa_train.model.module_tree import (
+    Stack,
+    below,
+    common_path,
+    embeddings_path,
+    is_list,
+    module_from,
+    output_head,
+    parameter_ids,
+    resting_tower,
+    shared_depth,
+    stacks,
+)
+from lisa_train.model.module_tree import unwrap as unwrap
+
+GROUPS = ("embed", "head", "norm", "other")
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Every parameter of a model in exactly one place: a layer or a group.
+
+    Parameters
+    ----------
+    names
+        Canonical module path of each layer, as ``model.layers.0``: what wrappers (PEFT,
+        torch.compile, DDP) add is left out.
+    stacks
+        Path of the stack that each layer belongs to; the layers of an encoder and a decoder are
+        numbered on.
+    layers
+        Names of the parameters of each layer, as in `model.named_parameters()`.
+    groups
+        Names of the parameters outside the layers: ``embed``, ``head``, ``norm`` and ``other``
+        (which LISA never trains: a frozen vision tower, say).
+    tied
+        Second names of shared tensors -> the name that `named_parameters()` gives.
+    sizes
+        Number of elements of every parameter.
+    """
+
+    names: tuple[str, ...]
+    stacks: tuple[str, ...]
+    layers: tuple[tuple[str, ...], ...]
+    groups: Mapping[str, tuple[str, ...]]
+    tied: Mapping[str, str]
+    sizes: Mapping[str, int] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        places = {name: i for i, names in enumerate(self.layers) for name in names}
+        object.__setattr__(self, "_layer_of", places)
+        groups = {name: group for group, names in self.groups.items() for name in names}
+        object.__setattr__(self, "_group_of", groups)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def layer_of(self, name: str) -> int | None:
+        """Index of the layer that holds parameter `name`, or None outside the layers."""
+        return self._layer_of.get(self.tied.get(name, name))  # type: ignore[attr-defined]
+
+    def group_of(self, name: str) -> str:
+        """``layer``, ``embed``, ``head``, ``norm`` or ``other``; `KeyError` for a stranger."""
+        name = self.tied.get(name, name)
+        if name in self._layer_of:  # type: ignore[attr-defined]
+            return "layer"
+        return self._group_of[name]  # type: ignore[attr-defined]
+
+    def parameters(self, model: nn.Module, layer: int) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of layer `layer` of `model`."""
+        return _pick(model, self.layers[layer])
+
+    def group_parameters(self, model: nn.Module, group: str) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of the group called `group`."""
+        return _pick(model, self.groups[group])
+
+    def __str__(self) -> str:
+        rows = [("layer", "path", "tensors", "parameters")]
+        rows += [
+            (str(i), name, str(len(tensors)), f"{self._count(tensors):,}")
+            for i, (name, tensors) in enumerate(zip(self.names, self.layers, strict=True))
+        ]
+        rows += [
+            (group, _summary(names), str(len(names)), f"{self._count(names):,}")
+            for group, names in self.groups.items()
+        ]
+        everything = [name for names in (*self.layers, *self.groups.values()) for name in names]
+        rows.append(("total", "", str(len(everything)), f"{self._count(everything):,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
+            for a, b, c, d in rows
+        ]
+        lines += [f"tied: {name} is {owner}" for name, owner in self.tied.items()]
+        return "\n".join(lines)
+
+    def _count(self, names: Iterable[str]) -> int:
+        return sum(self.sizes[name] for name in names)
+
+
+def _pick(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    parameters = dict(model.named_parameters())
+    return [(name, parameters[name]) for name in names]
+
+
+def _summary(names: tuple[str, ...]) -> str:
+    """First names of a group: enough to recognise it in the table."""
+    shown = ", ".join(canonical_name(name) for name in names[:2])
+    return shown + (f", … ({len(names) - 2} more)" if len(names) > 2 else "")
+
+
+def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
+    """Find the layers of a model from its structure.
+
+    A stack is a list of modules of which each has at least two weight matrices. The stack of a
+    model is its only one; both of an encoder-decoder; of several in a generating model (vision
+    and language), the one that lies nearest to the token embeddings. Anything else is ambiguous.
+
+    Parameters
+    ----------
+    model
+        Any `torch.nn.Module`, wrapped by PEFT, `torch.compile` or DDP or not.
+    layers
+        Path of the stack to take instead, as ``model.vision_tower.encoder.layers``; several
+        separated by commas.
+
+    Returns
+    -------
+    LayerMap
+
+    Raises
+    ------
+    ConfigError
+        When there is no stack, when several are equally plausible, or `layers` names none.
+    """
+    bare = unwrap(model)
+    found = stacks(model)
+    chosen = _named(found, layers, model) if layers else _main(found, bare)
+    layer_ids: dict[int, int] = {}
+    blocks = [block for stack in chosen for block in stack.blocks]
+    for i, block in enumerate(blocks):
+        for parameter in block.parameters():
+            layer_ids.setdefault(id(parameter), i)  # a tensor shared by layers stays in the first
+    inside: list[list[str]] = [[] for _ in blocks]
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    owners: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    group_of = _Grouping(model, bare, found, chosen)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners:
+            tied[name] = owners[id(parameter)]
+            continue
+        owners[id(parameter)] = name
+        if id(parameter) in layer_ids:
+            inside[layer_ids[id(parameter)]].append(name)
+        else:
+            groups[group_of(name, parameter)].append(name)
+    return LayerMap(
+        names=tuple(f"{stack.path}.{i}" for stack in chosen for i in range(len(stack.blocks))),
+        stacks=tuple(stack.path for stack in chosen for _ in stack.blocks),
+        layers=tuple(tuple(names) for names in inside),
+        groups={group: tuple(names) for group, names in groups.items()},
+        tied=tied,
+        sizes={name: _numel(p) for name, p in model.named_parameters()},
+    )
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    return int(parameter.numel())
+
+
+def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
+    """Choose the stack, or both of an encoder-decoder, whose layers LISA rotates."""
+    if not stacks:
+        raise ConfigError(
+            f"no stack of repeated layers was found in {type(bare).__name__}; name the list that "
+            "holds its layers with `layers`, as layers='encoder.blocks'."
+        )
+    if len(stacks) == 1:
+        return stacks
+    config = getattr(bare, "config", None)
+    if len(stacks) == 2 and getattr(config, "is_encoder_decoder", False):
+        return stacks
+    if (embeddings := embeddings_path(bare)) is not None and output_head(bare) is not None:
+        depth = {stack.path: shared_depth(stack.path, embeddings) for stack in stacks}
+        deepest = [s for s in stacks if depth[s.path] == max(depth.values())]
+        if len(deepest) == 1:
+            return deepest
+    raise ConfigError(
+        f"{type(bare).__name__} has {len(stacks)} stacks of layers ({_listing(stacks)}) and its "
+        f"structure does not say which to train; choose one with layers={stacks[0].path!r}."
+    )
+
+
+def _listing(stacks: list[Stack]) -> str:
+    return ", ".join(f"{stack.path}: {len(stack.blocks)} layers" for stack in stacks)
+
+
+def _named(stacks: list[Stack], layers: str, model: nn.Module) -> list[Stack]:
+    """Stacks that the user names, found among all lists of the model."""
+    lists = {
+        canonical_name(name): tuple(module.children())
+        for name, module in model.named_modules()
+        if name and is_list(list(module.named_children()))
+    }
+    chosen = []
+    for path in (part.strip() for part in layers.split(",")):
+        if path not in lists:
+            raise ConfigError(
+                f"layers={path!r} is not a list of modules of {type(unwrap(model)).__name__}; the "
+                f"candidates are {_listing(stacks) or 'none'}.{suggest(path, lists)}"
+            )
+        chosen.append(Stack(path, lists[path]))
+    return chosen
+
+
+class _Grouping:
+    """Sorts the parameters outside the layers into embed, head, norm and other.
+
+    The modules that the model itself names (token embeddings, output embeddings, everything
+    outside its base model) come first, then the type of the module, then the vocabulary of
+    `lisa_analysis.contract.layers`. What belongs to a stack that does not rotate is ``other``.
+    """
+
+    def __init__(
+        self, model: nn.Module, bare: nn.Module, stacks: list[Stack], chosen: list[Stack]
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._embed = parameter_ids(module_from(bare, "get_input_embeddings"))
+        head = output_head(bare)
+        base = getattr(bare, "base_model", None)
+        outside = isinstance(base, nn.Module) and base is not bare
+        self._head = parameter_ids(head)
+        self._in_base = parameter_ids(base) if outside else None
+        rotating = [stack.path for stack in chosen]
+        others = [stack.path for stack in stacks if stack.path not in rotating]
+        self._frozen = tuple(resting_tower(path, rotating) for path in others)
+        # With a second stack about, only what surrounds the rotating one belongs to it.
+        embeddings = embeddings_path(bare)
+        self._home = (
+            common_path([*rotating, *([embeddings] if embeddings else [])]) if others else ""
+        )
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> str:
+        if id(parameter) in self._embed:
+            return "embed"
+        if id(parameter) in self._head:
+            return "head"
+        path = canonical_name(name)
+        if any(below(path, tower) for tower in self._frozen):
+            return "other"
+        if self._in_base is not None and id(parameter) not in self._in_base:
+            return "head"
+        if self._home and not below(path, self._home):
+            return "other"
+        owner = self._modules[name.rpartition(".")[0]]
+        kind = kind_of(name, layer_path=None)
+        if kind == "head":
+            return "head"
+        if isinstance(owner, nn.Embedding):
+            return "embed"
+        if re.search("norm", type(owner).__name__, re.IGNORECASE):
+            return "norm"
+        return kind if kind in GROUPS else "other"

@@ -1,0 +1,76 @@
+"""Which tensors of a bitsandbytes optimizer hold 8-bit state, by group instead of by module."""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import kind_of
+from lisa_train.model.layer_map import LayerMap
+from lisa_train.optim.frozen_state import unwrap_optimizer
+
+
+def set_eight_bit_states(
+    optimizer: Any, model: nn.Module, layer_map: LayerMap, groups: Collection[str]
+) -> None:
+    """Give the tensors of `groups` 8-bit optimizer state, and all others 32-bit state.
+
+    Per element, AdamW then holds 2.03 bytes (two bytes, and two fp32 scales for every 256
+    elements) instead of 8. bitsandbytes leaves tensors below `min_8bit_size` elements (4,096) in
+    32 bits. Without this, transformers' Trainer keeps all of an `nn.Embedding` in 32 bits.
+
+    Call it before the first step.
+
+    Parameters
+    ----------
+    optimizer
+        A bitsandbytes optimizer; wrappers are looked through.
+    model, layer_map
+        The model and its layers.
+    groups
+        Any of ``layers``, ``embed``, ``head`` and ``norm``. A matrix that is embedding and head at
+        once belongs to both.
+
+    Raises
+    ------
+    ConfigError
+        For an optimizer of another package.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    try:
+        from bitsandbytes.optim import GlobalOptimManager
+        from bitsandbytes.optim.optimizer import Optimizer8bit
+    except ImportError:
+        raise ConfigError(
+            f"eight_bit_states is {list(groups)} but bitsandbytes is not installed; install it "
+            "(pip install bitsandbytes)."
+        ) from None
+    if not isinstance(optimizer, Optimizer8bit):
+        raise ConfigError(
+            f"eight_bit_states is {list(groups)} but the optimizer is {type(optimizer).__name__}: "
+            "only those of bitsandbytes hold 8-bit state by tensor; set optim to adamw_bnb_8bit "
+            "or paged_adamw_8bit."
+        )
+    # A manager of its own: the one that bitsandbytes shares between all optimizers of a process
+    # would hand these settings on to the next one, by position.
+    manager = GlobalOptimManager.__new__(GlobalOptimManager)
+    manager.initialize()
+    small = _parameters_of(model, layer_map, groups)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            manager.override_config(parameter, "optim_bits", 8 if parameter in small else 32)
+    optimizer.mng = manager
+
+
+def _parameters_of(
+    model: nn.Module, layer_map: LayerMap, groups: Collection[str]
+) -> set[nn.Parameter]:
+    names = [name for group in groups if group != "layers" for name in layer_map.groups[group]]
+    if "layers" in groups:
+        names += [name for layer in layer_map.layers for name in layer]
+    if "head" in groups:
+        heads = (n for n in layer_map.tied if kind_of(n, layer_path=None) == "head")
+        names += [layer_map.tied[name] for name in heads]
+    parameters = dict(model.named_parameters())
+    return {parameters[name] for name in names}

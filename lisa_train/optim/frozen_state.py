@@ -1,0 +1,125 @@
+"""The optimizer state of frozen tensors: freed, kept aside, or moved to host memory."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lisa_train.optim.settings import OptimizerState
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside wrappers such as accelerate's `AcceleratedOptimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+class FrozenState:
+    """Takes the state of frozen tensors out of an optimizer and puts it back on their return.
+
+    Nothing of a frozen tensor stays where the optimizer's step, its `train()` and `eval()`
+    (schedule-free) or a loop that zeroes gradients could act on it. State that is kept or
+    offloaded still appears in `optimizer.state_dict()`, so that a checkpoint is complete.
+
+    Parameters
+    ----------
+    optimizer
+        The optimizer.
+    policy
+        ``reset`` frees the state, ``keep`` holds it where it is, ``offload`` in host memory.
+    """
+
+    def __init__(self, optimizer: Optimizer, policy: OptimizerState) -> None:
+        self._optimizer = optimizer
+        self._policy = policy
+        self._aside: dict[torch.Tensor, dict[str, Any]] = {}
+        self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
+        self._handles = [optimizer.register_state_dict_post_hook(self._into_state_dict)]
+
+    def freeze(self, parameter: torch.Tensor) -> None:
+        """Take the state of `parameter` out of the optimizer."""
+        state = self._optimizer.state.pop(parameter, None)
+        if not state or self._policy == "reset":
+            return
+        if self._policy == "offload":
+            self._devices[parameter] = {
+                key: value.device for key, value in state.items() if torch.is_tensor(value)
+            }
+            state = {k: v.to("cpu") if torch.is_tensor(v) else v for k, v in state.items()}
+        self._aside[parameter] = dict(state)
+
+    def thaw(self, parameter: torch.Tensor) -> None:
+        """Give the optimizer back what was set aside for `parameter`, if anything was."""
+        state = self._aside.pop(parameter, None)
+        if state is None:
+            return
+        for key, device in self._devices.pop(parameter, {}).items():
+            state[key] = state[key].to(device)
+        self._optimizer.state[parameter] = state
+
+    def replace(self, states: Mapping[int, dict[str, Any]], active: Set[torch.Tensor]) -> None:
+        """Take over states by parameter position, as `state_dict` numbers them, uncast."""
+        self.forget()
+        self._optimizer.state.clear()
+        numbering = (p for group in self._optimizer.param_groups for p in group["params"])
+        for position, parameter in enumerate(numbering):
+            if position in states:
+                state = {
+                    key: value.to(parameter.device)
+                    if torch.is_tensor(value) and value.ndim
+                    else value
+                    for key, value in states[position].items()
+                }
+                self._optimizer.state[parameter] = state
+                if parameter not in active:
+                    self.freeze(parameter)
+
+    def forget(self) -> None:
+        """Drop everything set aside: another checkpoint is about to take its place."""
+        self._aside.clear()
+        self._devices.clear()
+
+    def close(self) -> None:
+        """Leave the optimizer as a plain one; state kept on the device goes back into it.
+
+        Offloaded state is dropped: bringing all of it back at once is what offloading avoids.
+        """
+        for handle in self._handles:
+            handle.remove()
+        if self._policy == "keep":
+            for parameter in list(self._aside):
+                self.thaw(parameter)
+        self.forget()
+
+    def _into_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the set-aside state under the parameters' positions, as torch numbers them."""
+        # schedule-free's train() and eval() leave empty entries for tensors without state
+        packed = {key: value for key, value in state_dict["state"].items() if value}
+        numbering = (p for group in optimizer.param_groups for p in group["params"])
+        for position, parameter in enumerate(numbering):
+            if parameter in self._aside:
+                packed[position] = dict(self._aside[parameter])
+        state_dict["state"] = packed
+
+
+@torch.no_grad()
+def start_schedule_free(optimizer: Optimizer, parameter: torch.Tensor) -> None:
+    """Give a tensor that starts late in a schedule-free AdamW a second moment of the right size.
+
+    The optimizer corrects the bias of all second moments by one step count per group. A moment
+    that starts from zero at step k would be corrected as if it were k steps old, and the first
+    update would be about 1/√(1−β₂) ≈ 30 times too long. Starting it so that the first corrected
+    moment is g² makes the first update that of any Adam.
+    """
+    if parameter.grad is None or "z" in optimizer.state.get(parameter, {}):
+        return
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]) and {"k", "weight_sum"} <= group.keys():
+            if group["k"] == 0 or len(group.get("betas", ())) != 2:
+                return
+            beta2 = group["betas"][1]
+            corrected = 1.0 - beta2 ** (group["k"] + 1)
+            moment = parameter.grad.square() * ((corrected - (1.0 - beta2)) / beta2)
+            optimizer.state[parameter] = {"z": parameter.detach().clone(), "exp_avg_sq": moment}

@@ -1,0 +1,185 @@
+"""One line for somebody else's Trainer: attach LISA, the recorder, or both."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from transformers import Trainer
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.measure.config import RecordConfig
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.engine import Plan
+from lisa_train.optim.frozen_state import unwrap_optimizer
+from lisa_train.optim.settings import check_eight_bit_states
+from lisa_train.trainer.eight_bit_callback import EightBitCallback
+from lisa_train.trainer.lisa_callback import LisaCallback
+from lisa_train.trainer.step_callback import StepCallback
+from lisa_train.trainer.trl_head import sliced_head_gradient
+
+if TYPE_CHECKING:
+    from lisa_train.trainer.record_callback import RecordCallback
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` added to a trainer; None for what was not asked for.
+
+    As a context manager it ends LISA and the recorder when the block is left, by an exception
+    too. Without one, they end with `trainer.train()`, however that ends.
+    """
+
+    engine_callback: LisaCallback | None
+    recorder_callback: "RecordCallback | None"
+    step_callback: StepCallback | None = None
+
+    def active_layers(self) -> tuple[int, ...] | None:
+        """Indices of the layers that train now; None without LISA."""
+        if self.engine_callback is None or self.engine_callback.engine is None:
+            return None
+        return self.engine_callback.engine.active_layers
+
+    def latest_scalars(self) -> dict[str, Any]:
+        """Newest recorded scalars (loss, learning_rate, …); empty without a recorder."""
+        return {} if self.recorder_callback is None else self.recorder_callback.latest_scalars()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End LISA (flags are restored), the recorder (the run's status is written), the rest."""
+        if self.engine_callback is not None:
+            self.engine_callback.close()
+        if self.recorder_callback is not None:
+            self.recorder_callback.close(error)
+        if self.step_callback is not None:
+            self.step_callback.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(error)
+
+
+def attach(
+    trainer: Trainer,
+    lisa: LisaConfig | None = None,
+    record: RecordConfig | None = None,
+    *,
+    step_in_backward: bool = False,
+    eight_bit_states: Sequence[str] | None = None,
+    manifest: dict[str, Any] | None = None,
+    config_yaml: str | None = None,
+    resume: bool = False,
+) -> Attachment:
+    """Add LISA and/or the recorder to a `transformers.Trainer` or any subclass of it.
+
+    Call it before `trainer.train()`. The optimizer must hold every tensor that may train: one
+    that Trainer builds itself does, one that was built earlier is checked here.
+
+    Parameters
+    ----------
+    trainer
+        The trainer; TRL's SFT, DPO and reward trainers are subclasses.
+    lisa
+        Train with LISA; None trains as the trainer would.
+    record
+        Write a run directory; None records nothing.
+    step_in_backward
+        Step every tensor within the backward pass and free its gradient at once, see
+        `lisa_train.StepInBackward`.
+    eight_bit_states
+        With an 8-bit optimizer of bitsandbytes: the groups whose optimizer state is 8-bit, any of
+        ``layers``, ``embed``, ``head``, ``norm``. None leaves it to Trainer, which holds
+        embeddings in 32 bits.
+    manifest
+        Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
+    config_yaml
+        Text of the run's `config.yaml`.
+    resume
+        Continue the run directory instead of refusing one that already holds a run.
+
+    Returns
+    -------
+    Attachment
+        The callbacks; also a context manager that ends them.
+
+    Raises
+    ------
+    ConfigError
+        When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
+    ProbabilitiesError
+        When the probabilities are missing, infeasible or made for another model.
+    """
+    if lisa is not None:
+        _check_lisa(trainer, lisa)
+    if eight_bit_states is not None:
+        groups, optim = tuple(eight_bit_states), trainer.args.optim
+        check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
+        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None))
+    stepping = None
+    if step_in_backward:
+        stepping = StepCallback(trainer)
+        trainer.add_callback(stepping)
+    callback = None
+    if lisa is not None:
+        callback = LisaCallback(lisa)
+        trainer.add_callback(callback)
+    recorder = None
+    if record is not None:
+        from lisa_train.trainer.record_callback import RecordCallback
+
+        recorder = RecordCallback(
+            trainer, record, lisa=callback, stepping=stepping, manifest=manifest,
+            config_yaml=config_yaml, resume=resume,
+        )  # fmt: skip
+        trainer.add_callback(recorder)
+    attachment = Attachment(callback, recorder, stepping)
+    trainer.train = _ending(trainer.train, attachment, compiled=trainer.args.torch_compile)
+    return attachment
+
+
+def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
+    """Make the engine's checks that need not wait for training to begin."""
+    if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
+        raise ConfigError("this trainer already trains with LISA; attach it once.")
+    model = trainer.model
+    if model is not None:  # None with `model_init`, which builds it when training begins
+        plan = Plan.make(model, config, seed=trainer.args.seed)
+        if trainer.optimizer is not None:
+            plan.check_optimizer(unwrap_optimizer(trainer.optimizer))
+
+
+def _ending(
+    train: Callable[..., Any], attachment: Attachment, *, compiled: bool
+) -> Callable[..., Any]:
+    """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
+    engine, stepping = attachment.engine_callback, attachment.step_callback
+    # A compiler would have to trace through the slices.
+    head = nullcontext if compiled else sliced_head_gradient
+
+    @functools.wraps(train)
+    def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
+            engine.checkpoint = Path(resume_from_checkpoint)
+        try:
+            with head():
+                return train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException as error:
+            attachment.close(error)
+            raise
+        finally:
+            if engine is not None:
+                engine.close()
+            if stepping is not None:
+                stepping.close()
+
+    return wrapped

@@ -1,0 +1,135 @@
+"""LISA in a transformers Trainer: the engine as one callback."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.trainer.unwinding import calling_trainer, on_exception
+from lisa_train.trainer.wraps import Wraps
+
+# Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
+# Trainer restores those only on request, by building a new callback without listeners.
+STATE_KEY = "lisa_toolkit"
+# Beside it with precision="fp32_active": what a bf16 model cannot hold.
+TENSORS_FILE = "lisa.pt"
+
+logger = logging.getLogger(__name__)
+
+
+class LisaCallback(TrainerCallback):
+    """Trains a few layers at a time in any `transformers.Trainer` or subclass.
+
+    The state of the engine travels in `trainer_state.json` of every checkpoint, and a resumed
+    run goes on from it. When training ends, by an exception too, every `requires_grad` flag is
+    as it was before.
+
+    Parameters
+    ----------
+    config
+        The settings; None takes the defaults.
+
+    Attributes
+    ----------
+    engine
+        The running `Lisa`, None before training begins.
+    on_draw
+        Listeners, called with every `lisa_train.methods.lisa.schedule.Draw`.
+    checkpoint
+        Folder that training resumes from, where that is not `output_dir/checkpoint-<step>`.
+    """
+
+    def __init__(self, config: LisaConfig | None = None) -> None:
+        self.config = config or LisaConfig()
+        self.engine: Lisa | None = None
+        self.on_draw: list[Callable[[Draw], None]] = []
+        self.checkpoint: Path | None = None
+        self._wraps: Wraps | None = None
+
+    def close(self) -> None:
+        """End LISA: every `requires_grad` flag is as it was before training."""
+        if self.engine is not None:
+            self.engine.close()
+        if self._wraps is not None:
+            self._wraps.take_off()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start the engine, or continue the one that the checkpoint holds."""
+        assert model is not None
+        self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
+        self.engine = Lisa(
+            model,
+            optimizer,
+            self.config,
+            seed=args.seed,
+            total_steps=state.max_steps,
+            on_draw=self._tell,
+        )
+        if (trainer := calling_trainer(self)) is not None:
+            self._wraps = on_exception(trainer, self.close)
+        if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
+            self.engine.load_state_dict(saved)
+            if self.config.precision == "fp32_active":
+                self._load_tensors(self.checkpoint or _folder(args, state))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw, when an interval begins; never between micro-batches."""
+        assert self.engine is not None
+        self.engine.begin_step(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the engine's state where a checkpoint of this step picks it up."""
+        assert self.engine is not None
+        state.stateful_callbacks[STATE_KEY] = self.engine.state_dict()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the fp32 tensors beside the checkpoint of a bf16 model."""
+        assert self.engine is not None
+        if self.config.precision == "fp32_active" and state.is_world_process_zero:
+            torch.save(self.engine.tensors(), _folder(args, state) / TENSORS_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the engine; flags are restored."""
+        self.close()
+
+    def _tell(self, draw: Draw) -> None:
+        for listener in self.on_draw:
+            listener(draw)
+
+    def _load_tensors(self, checkpoint: Path) -> None:
+        assert self.engine is not None
+        file = checkpoint / TENSORS_FILE
+        if file.is_file():
+            self.engine.load_tensors(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(
+                "%s is missing: the active layers go on from weights rounded to bf16", file
+            )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Checkpoint folder of the present step."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -1,0 +1,120 @@
+"""Stepping inside backward in a transformers Trainer: the checks, the hooks, the gradient norm."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.optim.settings import check_step_settings
+from lisa_train.optim.step_in_backward import StepInBackward
+from lisa_train.trainer.wraps import Wraps
+
+
+class StepCallback(TrainerCallback):
+    """Lets the optimizer of a trainer step inside the backward pass; see `StepInBackward`.
+
+    Trainer's own step finds no gradients then. So that it goes on logging their norm, the norm of
+    every gradient is taken before it is freed, and the accelerator's `clip_grad_norm_`, which
+    Trainer asks without clipping, answers from these.
+
+    Parameters
+    ----------
+    trainer
+        The trainer.
+
+    Attributes
+    ----------
+    steps
+        What steps; None before training begins.
+
+    Raises
+    ------
+    ConfigError
+        Where the result would not be that of the ordinary step.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        _check_trainer(trainer)
+        self.steps: StepInBackward | None = None
+        self._trainer = trainer
+        self._wraps = Wraps()
+        self._norms: dict[torch.Tensor, torch.Tensor] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the hooks on the tensors of the optimizer."""
+        self.close()
+        self.steps = StepInBackward(optimizer)
+        self.steps.watchers.append(self)
+        self._wraps.put(self._trainer.accelerator, "clip_grad_norm_", self._total_norm)
+
+    def close(self) -> None:
+        """Take everything off; safe to call twice. Not before the recorder has closed."""
+        self._wraps.take_off()
+        self._norms.clear()
+        if self.steps is not None:
+            self.steps.close()
+
+    def before_tensor(self, parameter: torch.Tensor) -> None:
+        """Take the norm of a gradient, as torch's `clip_grad_norm_` does."""
+        assert parameter.grad is not None
+        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad.detach())
+
+    def after_tensor(self, parameter: torch.Tensor) -> None:
+        """Leave the tensor alone."""
+
+    def _total_norm(
+        self,
+        original: Callable[..., Any],
+        parameters: Iterable[torch.Tensor],
+        max_norm: float,
+        norm_type: float = 2,
+    ) -> torch.Tensor:
+        if max_norm != float("inf") or norm_type != 2:
+            raise ConfigError(
+                f"step_in_backward is on but gradients are to be clipped to {max_norm:g}: all of "
+                "them would be needed at once; do not clip, or turn step_in_backward off."
+            )
+        norms = []
+        for parameter in parameters:
+            norm = self._norms.pop(parameter, None)
+            if norm is None and parameter.grad is not None:  # not one of the optimizer's tensors
+                norm = torch.linalg.vector_norm(parameter.grad.detach())
+            if norm is not None:
+                norms.append(norm)
+        if not norms:
+            return torch.tensor(0.0)
+        return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """`ConfigError` for settings under which the result would differ from the ordinary step."""
+    args = trainer.args
+    check_step_settings(
+        max_grad_norm=args.max_grad_norm,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        fp16=getattr(trainer.accelerator, "scaler", None) is not None or args.fp16,
+        optim=str(getattr(args.optim, "value", args.optim)),
+    )
+    sharded = any(getattr(trainer, f"is_{x}_enabled", False) for x in ("deepspeed", "fsdp"))
+    if args.world_size > 1 or sharded:
+        raise ConfigError(
+            f"step_in_backward is on with {args.world_size} processes or sharded weights: "
+            "gradients are not complete before the processes have exchanged them; train with one "
+            "process, or turn step_in_backward off."
+        )
+    if args.auto_find_batch_size:
+        raise ConfigError(
+            "step_in_backward and auto_find_batch_size are both on: a pass that runs out of memory "
+            "would leave the model between two steps; set the batch size yourself."
+        )
+    if any(isinstance(cb, StepCallback) for cb in trainer.callback_handler.callbacks):
+        raise ConfigError("this trainer already steps inside backward; attach it once.")

@@ -1,0 +1,311 @@
+"""Scores to probabilities: exact sums, feasible bounds, safe scores, controls, the file."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as hs
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.plans.sampling import inclusion_probabilities, safe_scores
+
+X = np.linspace(-1, 1, 12)
+weights = hs.lists(hs.floats(1e-6, 1e6), min_size=1, max_size=60).map(np.array)
+
+
+@pytest.fixture
+def strong(make_run):
+    return la.importance(make_run(profile=np.exp(X), steps=200))
+
+
+class TestInclusionProbabilities:
+    @given(weights, hs.data())
+    @settings(max_examples=300, deadline=None)
+    def test_any_k_is_met_exactly_within_bounds(self, w, data):
+        n = len(w)
+        k = data.draw(hs.integers(1, n))
+        floor = data.draw(hs.floats(0, 1))
+        cap = data.draw(hs.floats(1, 50))
+        pi = inclusion_probabilities(w, k, floor=floor, cap=cap)
+        assert abs(math.fsum(pi) - k) < 1e-12 * max(k, 1)
+        assert (pi >= min(1, floor * k / n) - 1e-15).all()
+        assert (pi <= min(1, cap * k / n) + 1e-15).all()
+        assert (pi > 0).all()
+
+    @given(weights, hs.data())
+    @settings(max_examples=100, deadline=None)
+    def test_between_the_bounds_pi_is_proportional(self, w, data):
+        k = data.draw(hs.integers(1, len(w)))
+        pi = inclusion_probabilities(w, k, floor=0.1, cap=3.0)
+        lower, upper = min(1, 0.1 * k / len(w)), min(1, 3.0 * k / len(w))
+        free = (pi > lower * (1 + 1e-9)) & (pi < upper * (1 - 1e-9))
+        assume(free.sum() > 1)
+        assert np.ptp(np.log(pi[free] / w[free])) < 1e-9
+        # More weight never means a smaller probability.
+        order = np.argsort(w)
+        assert (np.diff(pi[order]) >= -1e-12).all()
+
+    def test_optimal_client_sampling_closed_form(self):
+        """π_i = min(1, c·u_i): the top takes 1, the rest share in proportion."""
+        pi = inclusion_probabilities(np.array([10.0, 2, 1, 1]), 2)
+        np.testing.assert_allclose(pi, [1, 0.5, 0.25, 0.25], rtol=1e-14)
+
+    def test_the_peaked_example_of_the_reference(self):
+        """16 layers, p = .45, .25, …: k·p = 1.8 is infeasible; the target is (1, 1, .143)."""
+        p = np.array([0.45, 0.25, *[0.3 / 14] * 14])
+        pi = inclusion_probabilities(p, 4)
+        np.testing.assert_allclose(pi[:3], [1, 1, 1 / 7], rtol=1e-12)
+
+    def test_bounds_meet_at_uniform(self):
+        np.testing.assert_allclose(inclusion_probabilities(X + 2, 3, floor=1, cap=1), 0.25)
+        assert inclusion_probabilities(X + 2, 12).tolist() == [1.0] * 12
+
+    @pytest.mark.parametrize(
+        ("k", "floor", "cap"), [(0, 0, 4), (13, 0, 4), (2, 1.5, 4), (2, 0, 0.5)]
+    )
+    def test_infeasible_is_refused(self, k, floor, cap):
+        with pytest.raises(ProbabilitiesError, match="sum to"):
+            inclusion_probabilities(X + 2, k, floor=floor, cap=cap)
+
+    def test_a_layer_that_could_never_be_drawn_is_refused(self):
+        with pytest.raises(ProbabilitiesError, match="layer 1 would never be drawn"):
+            inclusion_probabilities(np.array([1.0, 0, 1]), 1)
+        with pytest.raises(ProbabilitiesError, match="finite"):
+            inclusion_probabilities(np.array([1.0, np.nan]), 1)
+
+
+class TestSafeScores:
+    def test_the_fixed_point(self):
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            low = rng.random(8)
+            high = low + rng.random(8)
+            c = safe_scores(low, high)
+            m = (c**2).sum() / c.sum()
+            np.testing.assert_allclose(c, np.clip(m, low, high), rtol=1e-9)
+
+    def test_never_worse_than_uniform_for_any_truth_inside(self):
+        """Variance Σ w²/p against uniform n·Σ w², over all corners of the intervals."""
+        rng = np.random.default_rng(1)
+        for _ in range(30):
+            low = rng.random(6) + 0.05
+            high = low * (1 + 3 * rng.random(6))
+            c = safe_scores(low, high)
+            p = c / c.sum()
+            for corner in range(2**6):
+                w = np.where([corner >> i & 1 for i in range(6)], high, low)
+                assert (w**2 / p).sum() <= 6 * (w**2).sum() * (1 + 1e-9)
+
+    def test_against_brute_force(self):
+        """P ∝ c minimises the worst variance relative to the best possible, on a fine grid."""
+        low, high = np.array([1.0, 0.2]), np.array([1.5, 0.5])
+        c = safe_scores(low, high)
+        grid = np.linspace(0.01, 0.99, 9801)
+
+        def worst_gap(p):
+            corners = [(a, b) for a in (low[0], high[0]) for b in (low[1], high[1])]
+            return max((a * a / p + b * b / (1 - p)) / (a * a + b * b) for a, b in corners)
+
+        best = grid[np.argmin([worst_gap(p) for p in grid])]
+        assert c[0] / c.sum() == pytest.approx(best, abs=0.02)
+
+    def test_tight_intervals_are_the_scores_and_open_ones_uniform(self):
+        w = np.array([1.0, 2, 3])
+        np.testing.assert_allclose(safe_scores(w, w), w)
+        nothing = np.full(3, np.nan)
+        assert np.ptp(safe_scores(nothing, nothing)) == 0
+
+    def test_a_layer_without_an_interval_is_neutral(self):
+        c = safe_scores(np.array([1.0, 3, np.nan]), np.array([1.0, 3, np.nan]))
+        assert c[0] < c[2] < c[1]
+        assert c[2] == pytest.approx((c**2).sum() / c.sum(), rel=1e-9)
+
+
+class TestPipeline:
+    def test_every_stage_is_visible_and_is_what_it_says(self, strong):
+        made = la.sampling_probabilities(strong, 3, gamma=2.0, mix=0.1)
+        frame = made.to_frame()
+        power = (frame["safe"] / frame["safe"].mean()) ** 2
+        np.testing.assert_allclose(frame["power"], power)
+        np.testing.assert_allclose(frame["mixed"], 0.9 * power / power.sum() + 0.1 / 12)
+        expected = inclusion_probabilities(frame["mixed"].to_numpy(), 3, floor=0.25, cap=4.0)
+        np.testing.assert_allclose(frame["inclusion_probability"], expected)
+        assert (frame["safe"] >= frame["low"] - 1e-12).all()
+
+    @pytest.mark.parametrize("k", range(1, 13))
+    def test_any_k(self, strong, k):
+        made = la.sampling_probabilities(strong, k)
+        assert abs(math.fsum(made.inclusion_probabilities) - k) < 1e-12
+
+    def test_gamma_zero_and_full_mix_are_uniform(self, strong):
+        for options in ({"gamma": 0.0}, {"mix": 1.0}):
+            made = la.sampling_probabilities(strong, 3, **options)
+            np.testing.assert_allclose(made.inclusion_probabilities, 0.25)
+
+    def test_insufficient_data_give_uniform_and_say_so(self, make_run):
+        profile = la.importance(make_run(profile=np.exp(X), steps=40, rho=0.95))
+        made = la.sampling_probabilities(profile, 2)
+        assert np.ptp(made.inclusion_probabilities) < 0.05
+        assert not made.justified
+        assert "insufficient" in made.statement
+        believed = la.sampling_probabilities(profile, 2, use_intervals=False)
+        assert np.ptp(believed.inclusion_probabilities) > 0.1
+        assert not believed.justified
+
+    def test_a_flat_profile_is_no_reason_to_leave_uniform(self, make_run):
+        made = la.sampling_probabilities(la.importance(make_run(profile=12, steps=300)))
+        assert not made.justified
+        assert made.statement.startswith("The evidence does not justify leaving uniform")
+
+    def test_a_strong_profile_is(self, strong):
+        made = la.sampling_probabilities(strong)
+        assert made.justified
+        assert made.inclusion_probabilities[-1] > 2 * made.inclusion_probabilities[0]
+        assert "permuted control" in made.statement
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"gamma": 0.0}, {"mix": 1.0}, {"cap": 1.0}, {"floor": 1.0}, {"activated_layers": 12}],
+    )
+    def test_settings_that_make_any_profile_uniform_are_not_justified_by_it(self, strong, options):
+        made = la.sampling_probabilities(strong, **options)
+        assert np.ptp(made.inclusion_probabilities) < 1e-9
+        assert not made.justified
+        assert "make the probabilities uniform" in made.statement
+
+    def test_unseen_layers_keep_a_chance(self, make_run):
+        run = make_run(method="lisa", steps=20, interval=10, profile=5, draws=[[0, 1], [1, 2]])
+        made = la.sampling_probabilities(la.importance(run), 2)
+        assert min(made.inclusion_probabilities) > 0
+        assert made.scores[3] is None
+        assert "never seen" in made.statement
+
+    def test_controls(self, strong):
+        plain = la.sampling_probabilities(strong, 3)
+        pi = np.array(plain.inclusion_probabilities)
+        permuted, reverse, uniform = (
+            la.sampling_probabilities(strong, 3, control=control)
+            for control in ("permuted", "reversed", "uniform")
+        )
+        assert sorted(permuted.inclusion_probabilities) == sorted(pi)
+        assert permuted.inclusion_probabilities != plain.inclusion_probabilities
+        again = la.sampling_probabilities(strong, 3, control="permuted")
+        assert again.inclusion_probabilities == permuted.inclusion_probabilities
+        other = la.sampling_probabilities(strong, 3, control="permuted", seed=1)
+        assert other.inclusion_probabilities != permuted.inclusion_probabilities
+        backward = np.array(reverse.inclusion_probabilities)
+        assert np.argmax(backward) == np.argmin(pi)
+        assert sorted(backward) == sorted(pi)
+        np.testing.assert_allclose(uniform.inclusion_probabilities, 0.25)
+        assert not permuted.justified
+        assert permuted.control == "permuted"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"activated_layers": 0}, "activated_layers is 0"),
+            ({"activated_layers": 13}, "from 1 to 12"),
+            ({"activated_layers": True}, "activated_layers is True"),
+            ({"gamma": -1}, "gamma is -1"),
+            ({"mix": 1.5}, "mix is 1.5"),
+            ({"floor": math.nan}, "floor is nan"),
+            ({"cap": 0.5}, "cap is 0.5"),
+            ({"control": "shuffled"}, "control is 'shuffled'"),
+        ],
+    )
+    def test_bad_settings(self, strong, options, message):
+        with pytest.raises(ProbabilitiesError, match=message):
+            la.sampling_probabilities(strong, **options)
+
+    def test_other_levels_are_refused(self, make_run):
+        with pytest.raises(ProbabilitiesError, match="by layer"):
+            la.sampling_probabilities(la.importance(make_run(steps=9), by="kind"))
+
+
+class TestFile:
+    @pytest.fixture
+    def saved(self, strong, tmp_path):
+        made = la.sampling_probabilities(strong, 2)
+        return made, made.save(tmp_path / "probabilities.json")
+
+    def test_round_trip(self, saved):
+        made, path = saved
+        assert la.SamplingProbabilities.load(path) == made
+
+    def test_provenance_is_in_the_file(self, saved):
+        _, path = saved
+        record = json.loads(path.read_text())
+        for name in ("schema_version", "model", "layer_names", "activated_layers", "scores",
+                     "inclusion_probabilities", "metric", "gamma", "mix", "floor", "cap", "n_eff",
+                     "source_runs", "verdict", "created", "statement", "justified"):  # fmt: skip
+            assert name in record, name
+        assert record["source_runs"] == ["run1"]
+        assert record["verdict"] == "ramp"
+
+    def test_unjustified_files_are_written_too(self, make_run, tmp_path):
+        profile = la.importance(make_run(steps=5))
+        path = la.sampling_probabilities(profile).save(tmp_path / "p.json")
+        assert not la.SamplingProbabilities.load(path).justified
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"inclusion_probabilities": [0.5] * 12}, "sum to 6"),
+            ({"inclusion_probabilities": [1.0] * 11}, "12 layer names and 11"),
+            ({"inclusion_probabilities": [float("nan")] * 12}, "nan for layer 0"),
+            ({"inclusion_probabilities": [1.5, *[0.5 / 11] * 11]}, "1.5 for layer 0"),
+            ({"inclusion_probabilities": [0.0, *[2 / 11] * 11]}, "0.0 for layer 0"),
+            ({"inclusion_probabilities": ["a"] * 12}, "'a' for layer 0"),
+            ({"inclusion_probabilities": [True, *[1 / 11] * 11]}, "True for layer 0"),
+            ({"inclusion_probabilities": 3}, "no list inclusion_probabilities"),
+            ({"layer_names": None}, "no list layer_names"),
+            ({"layer_names": ["x"] * 12}, "not distinct"),
+            ({"activated_layers": "2"}, "activated_layers = '2'"),
+            ({"scores": [1.0]}, "scores of another length"),
+            ({"schema_version": "2.0"}, "schema version '2.0'"),
+            ({"schema_version": None}, "schema version None"),
+        ],
+    )
+    def test_broken_files_are_refused_in_one_sentence(self, saved, change, message):
+        _, path = saved
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ProbabilitiesError, match=message) as error:
+            la.SamplingProbabilities.load(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_torn_missing_and_foreign_files(self, saved, tmp_path):
+        _, path = saved
+        text = path.read_text()
+        for content, message in (
+            (text[: len(text) // 2], "not complete JSON"),
+            ("[1, 2]", "expected an object"),
+            ("\x00\xff", "not complete JSON"),
+        ):
+            path.write_text(content)
+            with pytest.raises(ProbabilitiesError, match=message):
+                la.SamplingProbabilities.load(path)
+        with pytest.raises(ProbabilitiesError, match="does not exist"):
+            la.SamplingProbabilities.load(tmp_path / "nowhere.json")
+        with pytest.raises(ProbabilitiesError, match="cannot be read"):
+            la.SamplingProbabilities.load(tmp_path)
+
+    def test_loading_needs_neither_pandas_nor_torch(self, saved):
+        import subprocess
+        import sys
+
+        _, path = saved
+        code = (
+            "import sys; from lisa_analysis.probabilities import SamplingProbabilities as P; "
+            f"P.load({str(path)!r}); print('pandas' in sys.modules, 'torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.split() == ["False", "False"], done.stderr
+
+    def test_repr_and_html(self, saved):
+        made, _ = saved
+        assert len(repr(made)) < 120
+        assert "<table" in made._repr_html_()

@@ -1,0 +1,270 @@
+"""Runs side by side: equal cost by hand, agreement against noise, seeds together."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.runs import outcomes
+
+X = np.linspace(-1, 1, 12)
+
+
+def evaluations(*pairs):
+    """Edit: these held-out losses."""
+
+    def edit(events):
+        kept = [e for e in events if e["event"] != "evaluate"]
+        return kept + [
+            {"event": "evaluate", "step": step, "time": 0.0, "metrics": {"eval_loss": loss}}
+            for step, loss in pairs
+        ]
+
+    return edit
+
+
+class TestTable:
+    def test_one_row_per_run_with_its_cost(self, make_run):
+        runs = [make_run(steps=40, method="lisa"), make_run(steps=60, method="lora")]
+        frame = la.compare(runs).to_frame()
+        assert frame["run"].tolist() == ["run1", "run2"]
+        assert frame["method"].tolist() == ["lisa", "lora"]
+        assert frame["steps"].tolist() == [40, 60]
+        assert frame["tokens"].tolist() == [512 * 40, 512 * 60]
+        assert frame["seconds"].tolist() == [10.0, 15.0]
+        assert frame["peak_memory_bytes"].tolist() == [10**9, 10**9]
+        assert frame["held_out_loss"].tolist() == pytest.approx([2 + np.exp(-3)] * 2)
+
+    def test_losses_at_equal_cost_by_hand(self, make_run):
+        """Steps 100 and 200; the second takes twice the time and half the tokens per step."""
+
+        def slower(scalars):
+            return scalars.assign(step_seconds=0.5, tokens=256 * scalars["step"])
+
+        a = make_run(steps=100, edit_events=evaluations((0, 4.0), (50, 3.0), (100, 2.0)))
+        b = make_run(steps=200, edit_scalars=slower,
+                     edit_events=evaluations((0, 4.0), (200, 1.0)))  # fmt: skip
+        frame = la.compare([a, b]).to_frame().set_index("run")
+        # Steps: 100 of 200 is half way from 4 to 1.
+        assert frame.loc["run1", "loss_at_equal_steps"] == pytest.approx(2.0)
+        assert frame.loc["run2", "loss_at_equal_steps"] == pytest.approx(2.5)
+        # Tokens: both saw 51 200.
+        assert frame.loc["run1", "loss_at_equal_tokens"] == pytest.approx(2.0)
+        assert frame.loc["run2", "loss_at_equal_tokens"] == pytest.approx(1.0)
+        # Seconds: the first took 25 s, which is 50 steps of the second.
+        assert frame.loc["run1", "loss_at_equal_seconds"] == pytest.approx(2.0)
+        assert frame.loc["run2", "loss_at_equal_seconds"] == pytest.approx(3.25)
+
+    def test_runs_without_evaluation_are_unknown_not_zero(self, make_run):
+        runs = [make_run(steps=20, edit_events=lambda e: []), make_run(steps=20)]
+        frame = la.compare(runs).to_frame()
+        assert frame["held_out_loss"].isna().tolist() == [True, False]
+        assert frame["loss_at_equal_steps"].isna().tolist() == [True, False]
+
+    def test_loss_outside_what_was_evaluated_is_unknown(self):
+        import pandas as pd
+
+        curve = pd.DataFrame({"step": [10, 20], "held_out_loss": [2.0, 1.0]})
+        assert outcomes.loss_at(curve, "step", 15) == 1.5
+        assert np.isnan(outcomes.loss_at(curve, "step", 5))
+        assert np.isnan(outcomes.loss_at(curve, "step", 25))
+
+    def test_repeated_names_are_told_apart(self, make_run):
+        assert outcomes.distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+        run = make_run(steps=10, run_id="same")
+        assert la.compare([run, run]).to_frame()["run"].tolist() == ["same", "same (2)"]
+
+    def test_no_run_is_refused(self):
+        with pytest.raises(LisaError, match="at least one run"):
+            la.compare([])
+
+
+class TestAgreement:
+    def test_two_seeds_of_one_profile_agree_within_noise(self, make_run):
+        truth = np.exp(0.4 * X)
+        runs = [make_run(profile=truth, steps=300, seed=seed) for seed in (1, 2)]
+        pair = la.compare(runs).rank_agreement.iloc[0]
+        assert pair["kendall"] > 0.85
+        assert pair["kendall_low"] <= pair["kendall"] <= pair["kendall_high"]
+        assert not pair["beyond_noise"]
+        assert pair["layers"] == 12
+
+    def test_two_profiles_differ_beyond_noise(self, make_run):
+        runs = [make_run(profile=np.exp(0.4 * sign * X), steps=300) for sign in (1, -1)]
+        pair = la.compare(runs).rank_agreement.iloc[0]
+        assert pair["kendall"] < -0.85
+        assert pair["kendall_high"] < 0
+        assert pair["beyond_noise"]
+
+    def test_the_noise_floor_holds_for_equal_profiles(self, make_run):
+        """Nominal 5 %: of 10 pairs of runs of one profile at most 3 are beyond it."""
+        truth = np.exp(0.2 * X)
+        beyond = 0
+        for seed in range(10):
+            runs = [make_run(profile=truth, steps=100, seed=2 * seed + i) for i in (100, 101)]
+            beyond += bool(la.compare(runs).rank_agreement["beyond_noise"].iloc[0])
+        assert beyond <= 3
+
+    def test_short_runs_have_no_interval(self, make_run):
+        runs = [make_run(steps=20, seed=seed) for seed in (1, 2)]
+        pair = la.compare(runs).rank_agreement.iloc[0]
+        assert np.isfinite(pair["kendall"])
+        assert np.isnan(pair["kendall_low"])
+        assert pair["beyond_noise"] is None
+
+    def test_other_layers_are_not_aligned(self, make_run):
+        comparison = la.compare([make_run(steps=50, profile=8), make_run(steps=50, profile=5)])
+        pair = comparison.rank_agreement.iloc[0]
+        assert pair["layers"] == 0
+        assert np.isnan(pair["kendall"])
+        assert len(comparison.profiles) == 8
+        assert comparison.profiles["run2"].isna().sum() == 3
+
+    def test_unseen_layers_take_no_part(self, make_run):
+        short = make_run(method="lisa", steps=20, draws=[[0, 1], [2, 3]])
+        pair = la.compare([short, make_run(steps=50)]).rank_agreement.iloc[0]
+        assert pair["layers"] == 4
+
+    def test_shares_sum_to_one_and_align_by_name(self, make_run):
+        comparison = la.compare([make_run(steps=40, seed=s) for s in (1, 2, 3)])
+        table = comparison.profiles
+        assert table["name"].tolist() == [f"model.layers.{i}" for i in range(8)]
+        np.testing.assert_allclose(table[["run1", "run2", "run3"]].sum(), 1)
+
+    def test_concordance_of_three_runs(self, make_run):
+        same = [make_run(profile=np.exp(X), steps=100, seed=s) for s in (1, 2, 3)]
+        assert la.compare(same).concordance > 0.95
+        assert np.isnan(la.compare(same[:2]).concordance)
+
+    def test_a_run_without_the_metric_keeps_its_row(self, make_run):
+        bare = make_run(steps=20, edit=lambda f: f.drop(columns="descent"))
+        comparison = la.compare([make_run(steps=20), bare], "descent")
+        assert len(comparison.to_frame()) == 2
+        assert len(comparison.rank_agreement) == 0
+
+
+class TestSeeds:
+    def test_the_table_tells_the_seed_of_a_real_run(self):
+        golden = Path(__file__).parents[2] / "data" / "golden-run"
+        assert la.compare([la.load(golden)]).table["seed"].tolist() == [42]
+
+    def test_seeds_of_one_configuration_are_grouped(self, make_run):
+        losses = (2.1, 2.2, 2.0, 2.3)
+        runs = [
+            make_run(steps=30, seed=seed, edit_events=evaluations((0, 4.0), (30, loss)))
+            for seed, loss in enumerate(losses)
+        ]
+        other = make_run(steps=30, method="lisa")
+        seeds = la.compare([*runs, other]).seeds
+        assert seeds["runs"].tolist() == [4, 1]
+        row = seeds.iloc[0]
+        assert row["held_out_loss"] == pytest.approx(np.mean(losses))
+        # t(3) = 3.182
+        half = 3.182 * np.std(losses, ddof=1) / 2
+        assert row["high"] - row["held_out_loss"] == pytest.approx(half, rel=0.01)
+        assert np.isnan(seeds.iloc[1]["low"])
+
+    def test_configuration_ignores_seeds_and_folders_only(self, make_run):
+        runs = [make_run(steps=5) for _ in range(6)]
+        texts = [
+            "seed: 1\nlearning_rate: 0.1\noutput_dir: a\n",
+            "seed: 2\nlearning_rate: 0.1\noutput_dir: b\n",
+            "seed: 1\nlearning_rate: 0.2\noutput_dir: a\n",
+            "lisa:\n  seed: 9\nseed: 1\nlearning_rate: 0.1\noutput_dir: a\n",
+            "seed: 3\nnew_setting: false\nlearning_rate: 0.1\nother: null\noutput_dir: c",
+            "seed: 3\nnew_setting: true\nlearning_rate: 0.1\noutput_dir: c",
+        ]
+        for run, text in zip(runs, texts, strict=True):
+            (run.path / "config.yaml").write_text(text)
+        names = outcomes.configurations([outcomes.settings(run) for run in runs])
+        assert names[0] == names[1]
+        assert names[0] != names[2]
+        assert names[0] != names[3]  # a section that the other lacks
+        assert names[0] == names[4]  # settings that are off, written by a newer version
+        assert names[0] != names[5]
+
+    def test_off_and_unset_are_different_settings(self, make_run):
+        """`null` may stand for a default that is on; only a key that is not there is off."""
+        runs = [make_run(steps=5) for _ in range(5)]
+        texts = [
+            "data:\n  completion_only_loss: false\n  files:\n  - a\n",
+            "data:\n  completion_only_loss: null\n  files:\n  - a\n",
+            "data:\n  files:\n  - a\n",
+            "data:\n  files:\n  - b\n",
+            "completion_only_loss: false\ndata:\n  completion_only_loss: null\n  files:\n  - a\n",
+        ]
+        for run, text in zip(runs, texts, strict=True):
+            (run.path / "config.yaml").write_text(text)
+        names = la.compare(runs).table["configuration"].tolist()
+        assert names[0] != names[1]
+        assert names[2] == names[0]
+        assert names[3] not in names[:3]
+        assert names[4] == names[1]
+
+
+class TestObject:
+    def test_files_and_views(self, make_run, tmp_path):
+        runs = [make_run(steps=30, run_id="<i>x</i>"), make_run(steps=30)]
+        comparison = la.compare(runs)
+        saved = json.loads(comparison.save(tmp_path / "c.json").read_text())
+        assert len(saved["runs"]) == 2
+        assert comparison.save(tmp_path / "c.csv").exists()
+        with pytest.raises(LisaError, match=r"\.csv or \.json"):
+            comparison.save(tmp_path / "c")
+        page = comparison._repr_html_()
+        assert "<i>" not in page
+        assert "<td>1</td>" in page.split("<details>")[0]  # GB, where the table has 10⁹ bytes
+        assert len(repr(comparison)) < 80
+
+    def test_a_run_of_unknown_memory_shows_itself(self, make_run):
+        runs = [make_run(steps=30), make_run(steps=30)]
+        for run in runs:
+            text = (run.path / "scalars.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            kept = [{k: v for k, v in x.items() if k != "peak_memory_bytes"} for x in lines]
+            (run.path / "scalars.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
+            manifest = json.loads((run.path / "run.json").read_text())
+            manifest.get("result", {}).pop("peak_memory_bytes", None)
+            (run.path / "run.json").write_text(json.dumps(manifest))
+        comparison = la.compare([la.load(run.path) for run in runs])
+        assert comparison.table["peak_memory_bytes"].isna().all()
+        assert "NaN" in comparison._repr_html_()
+
+    def test_statement_warns_of_single_seeds(self, make_run):
+        text = la.compare([make_run(steps=30), make_run(steps=30, method="lisa")]).statement
+        assert "three seeds" in text
+        assert "τ" in text
+
+    @pytest.mark.parametrize(
+        ("gap", "words"), [(0.5, "lies below all others"), (0.02, "overlaps with others")]
+    )
+    def test_statement_speaks_of_configurations_where_seeds_give_intervals(
+        self, make_run, gap, words
+    ):
+        runs = [
+            make_run(
+                steps=30, seed=seed, method=method,
+                edit_events=evaluations((0, 4.0), (30, 2.0 + 0.05 * seed + lag)),
+            )
+            for method, lag in (("full", gap), ("lisa", 0.0))
+            for seed in range(3)
+        ]  # fmt: skip
+        comparison = la.compare(runs)
+        text, seeds = comparison.statement, comparison.seeds.set_index("method")
+        assert not any(f"{run.path.name} has" in text for run in runs)
+        lisa = seeds.loc["lisa"]
+        # t(2) = 4.303 and a standard deviation of 0.05 over three seeds.
+        low = 2.05 - 4.303 * 0.05 / np.sqrt(3)
+        assert f"interval: {lisa['configuration']} 2.0500 ({low:.4f} … " in text
+        assert words in text
+        assert "three seeds" not in text
+        lone = make_run(steps=30, method="lora")
+        assert "1 more configuration without an interval" in la.compare([*runs, lone]).statement
+
+    def test_a_single_run(self, make_run):
+        comparison = la.compare([make_run(steps=30)])
+        assert len(comparison.rank_agreement) == 0
+        assert len(comparison.to_frame()) == 1

@@ -1,0 +1,173 @@
+"""`lisa-analyze`: what it prints, what it writes, and how it fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lisa_analysis as la
+from lisa_analysis.views.cli import main
+from lisa_analysis.views.terminal import bar
+
+GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden-run"
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """A copy of the committed run, so that its report lands elsewhere."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
+
+
+def test_one_run_is_printed_as_findings_layers_and_verdict(
+    golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(golden)]) == 0
+    printed = capsys.readouterr().out
+    profile = la.importance(la.load(golden)).to_frame()
+    top = int(profile["score"].idxmax())
+    rows = [line for line in printed.splitlines() if line.startswith("model.layers.")]
+    assert len(rows) == 8
+    assert rows[top].count("█") == 24
+    for row, score in zip(rows, profile["score"], strict=True):
+        assert row.split()[1] == f"{score:.3g}"
+    ratio = la.importance(la.load(golden)).concentration.ends_to_middle.value
+    assert f"score ×{ratio:.2f}" in printed
+    assert printed.rstrip().endswith(str(golden / "report.html"))
+    assert (golden / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_everything_is_written_where_it_was_asked_for(golden: Path, tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("r.html", "all.json", "p.json")}
+    words = [str(golden), "-o", str(paths["r.html"]), "--json", str(paths["all.json"]),
+             "--probabilities", str(paths["p.json"]), "--activated-layers", "3",
+             "--metric", "update_ratio", "--ignore-intervals"]  # fmt: skip
+    assert main(words) == 0
+    content = json.loads(paths["all.json"].read_text())
+    (run,) = content["runs"]
+    assert run["profile"]["metric"] == "update_ratio"
+    assert len(run["profile"]["layers"]) == 8
+    assert {finding["state"] for finding in run["findings"]} <= {
+        "ok", "info", "warn", "fail", "could not run"
+    }  # fmt: skip
+    probabilities = la.SamplingProbabilities.load(paths["p.json"])
+    assert sum(probabilities.inclusion_probabilities) == pytest.approx(3, abs=1e-12)
+    assert len(set(probabilities.inclusion_probabilities)) > 1
+    assert list(probabilities.inclusion_probabilities) == pytest.approx(
+        run["probabilities"]["inclusion_probabilities"]
+    )
+
+
+def test_several_runs_are_put_side_by_side(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(GOLDEN, tmp_path / "other"))
+    path = tmp_path / "all.json"
+    assert main([str(golden), str(other), "--json", str(path)]) == 0
+    comparison = json.loads(path.read_text())["comparison"]
+    assert [run["run"] for run in comparison["runs"]] == ["golden", "other"]
+    assert comparison["rank_agreement"][0]["kendall"] == pytest.approx(1)
+    printed = capsys.readouterr().out
+    line = next(x for x in printed.splitlines() if x.startswith("other "))
+    last = la.load(golden).events.query("event == 'evaluate'")["metrics"].iloc[-1]["eval_loss"]
+    assert f"{last:.4f}" in line
+    assert "held-out loss" in printed
+    assert "peak memory" in printed
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("level", "code"), [("never", 0), ("warn", 1), ("fail", 0)])
+def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None:
+    states = {finding.state for finding in la.diagnose(la.load(golden)).findings}
+    assert "warn" in states
+    assert "fail" not in states
+    assert main([str(golden), "--fail-on", level]) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["{tmp}"], "{tmp}"),
+        (["{run}", "--metric", "grad_rsm"], "grad_rms"),
+        (["{run}", "--activated-layers", "9"], "9"),
+        (["{run}", "--activated-layers", "0"], "expected at least 1"),
+        (["{run}", "{run}", "--probabilities", "p.json"], "name the pilot run alone"),
+        (["{run}", "-o", "{tmp}/no/such/folder/r.html"], "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    words: list[str],
+    expected: str,
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"{run}": str(golden), "{tmp}": str(empty)}
+
+    def fill(text: str) -> str:
+        for mark, path in places.items():
+            text = text.replace(mark, path)
+        return text
+
+    assert main([fill(word) for word in words]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lisa-analyze: ")
+    assert message.count("\n") == 1
+    assert fill(expected) in message
+
+
+def test_it_also_runs_as_a_module_and_says_what_it_takes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lisa_analysis", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for option in ("--probabilities", "--json", "--metric", "--activated-layers", "--fail-on"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn"), [(0, ""), (1, "█" * 24), (0.5, "█" * 12), (1 / 192, "▏"), (-1, "")]
+)
+def test_bars_are_as_long_as_the_share(share: float, drawn: str) -> None:
+    assert bar(share) == drawn
+
+
+@pytest.mark.parametrize("kept", [(), ("metrics/part-000-00000000.parquet",)])
+def test_a_run_without_a_profile_is_reported_all_the_same(kept, golden, tmp_path, capsys):
+    begun = tmp_path / "begun"
+    (begun / "metrics").mkdir(parents=True)
+    for name in ("run.json", "parameters.parquet", *kept):
+        shutil.copy(golden / name, begun / name)
+    found = tmp_path / "found.json"
+    assert main([str(begun), "--json", str(found)]) == 0
+    assert "No profile: importance metric 'grad_rms' cannot be computed" in capsys.readouterr().out
+    assert (begun / "report.html").is_file()
+    [run] = json.loads(found.read_text(encoding="utf-8"))["runs"]
+    assert run["profile"] is None
+    assert "grad_norm was not recorded" in run["why_not"]
+    assert main([str(begun), str(golden), "-o", str(tmp_path / "both.html")]) == 0
+    assert main([str(begun), "--probabilities", str(tmp_path / "p.json")]) == 2
+    assert main([str(begun), "--metric", "grad_rms"]) == 2
+
+
+def test_a_reader_that_stops_early_and_a_poor_terminal_do_no_harm(golden, tmp_path):
+    command = [sys.executable, "-m", "lisa_analysis", str(golden), "-o", str(tmp_path / "r.html")]
+    whole = subprocess.run(
+        command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert b"\\u2016" in whole.stdout
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    try:
+        cut = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert (cut.returncode, cut.stderr) == (0, b"")

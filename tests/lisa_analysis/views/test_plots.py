@@ -1,0 +1,276 @@
+"""Plots: what is drawn is the data; nothing leaks, reads files, overlaps or parses names."""
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from helpers_runs import write_run
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from lisa_analysis import plots
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.profiles.from_run import importance
+from lisa_analysis.rundir.run import load
+from lisa_analysis.views.plots import style
+from lisa_analysis.views.plots.data import LayerGrid
+from lisa_analysis.views.plots.grids import visit_counts
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "lisa": load(write_run(folder / "lisa", steps=100)),
+        "full": load(write_run(folder / "full", steps=60, method="full", nan_at=20)),
+        "one": load(write_run(folder / "one", steps=1, method="full")),
+    }
+
+
+def profile(n_layers=12, *, low=True, initial=True, unseen=()):
+    score = 1 + np.linspace(-1, 1, n_layers) ** 2
+    score[list(unseen)] = np.nan
+    frame = pd.DataFrame(
+        {
+            "layer": range(n_layers), "name": [f"model.layers.{i}" for i in range(n_layers)],
+            "score": score, "low": score * 0.9 if low else np.nan, "high": score * 1.1,
+            "n_eff": 40.0, "visits": 3, "initial": 0.4 if initial else np.nan,
+        }
+    )  # fmt: skip
+    return SimpleNamespace(to_frame=lambda: frame, metric="update_norm", by="layer")
+
+
+def probabilities(n_layers=12):
+    pi = tuple(np.full(n_layers, 2 / n_layers))
+    return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi)
+
+
+def everything(runs):
+    run = runs["lisa"]
+    kinds = pd.DataFrame({"layer": [0, 1], "kind": ["attn.q", "norm"], "score": [1.0, 2.0]})
+    pairs = pd.DataFrame({"run_a": ["a"], "run_b": ["b"], "kendall": [0.5]})
+    return {
+        "profile": lambda ax: plots.profile(profile(), ax=ax),
+        "profiles": lambda ax: plots.profiles({"a": profile(), "b": profile()}, ax=ax),
+        "heatmap": lambda ax: plots.heatmap(run, "grad_norm", ax=ax),
+        "trajectories": lambda ax: plots.trajectories(run, ax=ax),
+        "bands": lambda ax: plots.bands(run, ax=ax),
+        "update_ratio": lambda ax: plots.update_ratio(run, ax=ax),
+        "schedule": lambda ax: plots.schedule(run, ax=ax),
+        "probabilities": lambda ax: plots.probabilities(probabilities(), ax=ax),
+        "kind_grid": lambda ax: plots.kind_grid(kinds, ax=ax),
+        "rank_stability": lambda ax: plots.rank_stability(pairs, ax=ax),
+        "curves": lambda ax: plots.curves(run, ax=ax),
+        "comparison": lambda ax: plots.comparison([run, runs["full"]], ax=ax),
+    }
+
+
+def test_every_public_plot_is_covered(runs):
+    public = {
+        name for name, value in vars(plots).items()
+        if callable(value) and getattr(value, "__module__", "").startswith(plots.__name__)
+    }  # fmt: skip
+    assert public == set(everything(runs))
+
+
+@pytest.mark.parametrize("name", ["profile", "profiles", "heatmap", "trajectories", "bands",
+                                  "update_ratio", "schedule", "probabilities", "kind_grid",
+                                  "rank_stability", "curves", "comparison"])  # fmt: skip
+def test_axes_in_axes_out_and_no_figure_is_left_in_pyplot(runs, name):
+    draw = everything(runs)[name]
+    mine = Figure().add_subplot()
+    assert draw(mine) is mine
+    assert mine.has_data()
+    fresh = draw(None)
+    assert fresh.figure is not mine.figure
+    assert plt.get_fignums() == []
+
+
+def test_plots_do_not_read_files_show_or_use_pyplot():
+    for path in Path(plots.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                    for alias in node.names}  # fmt: skip
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & {"matplotlib.pyplot", "pathlib", "os", "io"}, path
+        assert not any("rundir" in (name or "") for name in imported), path
+        called = {getattr(node.func, "attr", getattr(node.func, "id", ""))
+                  for node in ast.walk(tree) if isinstance(node, ast.Call)}  # fmt: skip
+        assert not called & {"show", "open", "read_text", "read_parquet", "savefig"}, path
+
+
+def test_heatmap_shows_values_frozen_and_non_finite_cells():
+    values = np.array([[1.0, 10.0, 100.0], [np.nan, 2.0, np.nan]])
+    bad = np.array([[False, False, False], [False, False, True]])
+    ax = plots.heatmap(LayerGrid("grad_norm", np.array([1, 10, 20]), values, bad))
+    image, alarm = ax.images
+    shown = image.get_array()
+    assert shown.mask.tolist() == [[False, False, False], [True, False, True]]
+    np.testing.assert_array_equal(shown.compressed(), [1, 10, 100, 2])
+    assert image.norm.vmin == 1
+    assert image.norm.vmax == 100
+    assert ax.get_facecolor() == to_rgba(style.FROZEN)
+    assert alarm.get_array()[1, 2].tolist() == list(to_rgba(style.NON_FINITE))
+    assert alarm.get_array()[..., 3].sum() == 1
+    assert ax.get_ylim() == (-0.5, 1.5)  # layer 0 at the bottom
+
+
+def test_schedule_counts_visits_as_drawn(runs):
+    run = runs["lisa"]
+    draws = run.events[run.events["event"] == "lisa_draw"]
+    expected = np.bincount(np.concatenate(draws["layers"].tolist()), minlength=12)
+    visits = visit_counts(run)
+    assert visits["observed"].tolist() == expected.tolist()
+    np.testing.assert_allclose(visits["expected"], len(draws) * 2 / 12)
+    image = plots.schedule(run).images[0].get_array()
+    assert image.shape == (12, len(draws))
+    assert image.sum(axis=1).tolist() == expected.tolist()
+
+
+def test_profile_draws_bars_intervals_the_initial_part_and_the_unseen():
+    source = profile(8, unseen=(3,))
+    ax = plots.profile(source)
+    frame = source.to_frame()
+    grey = to_rgba(style.MUTED)[:3]
+    bars = [bar for bar in ax.patches if bar.get_facecolor()[:3] != grey]
+    initial = [bar for bar in ax.patches if bar.get_facecolor()[:3] == grey]
+    assert [bar.get_height() for bar in bars] == frame["score"].dropna().tolist()
+    assert [bar.get_height() for bar in initial] == [0.4] * 7
+    level, intervals = ax.collections
+    assert {path.vertices[0, 1] for path in level.get_paths()} == {0.4}
+    ends = [path.vertices[:, 1].tolist() for path in intervals.get_paths()]
+    assert ends == frame.dropna(subset=["score"])[["low", "high"]].to_numpy().tolist()
+    labels = ax.get_legend_handles_labels()[1]
+    assert "never measured" in labels
+    assert "too little data for an interval" not in labels
+    assert (
+        "too little data for an interval"
+        in (plots.profile(profile(low=False)).get_legend_handles_labels()[1])
+    )
+
+
+def test_profile_of_modules_gives_every_row_its_own_place(runs):
+    by_module = importance(runs["full"], by="kind")
+    ax = plots.profile(by_module)
+    places = {round(bar.get_center()[0], 6) for bar in ax.patches}
+    assert places == set(range(by_module.n_layers))
+    assert [t.get_text() for t in ax.get_xticklabels()] == by_module.to_frame()["name"].tolist()
+
+
+@pytest.mark.parametrize("quantity", ["loss", "learning_rate", "grad_norm", "memory", "recorder"])
+def test_curves_draw_at_most_400_points_of_a_long_run(quantity):
+    steps = np.arange(1, 100_001)
+    scalars = pd.DataFrame(
+        {"step": steps, "loss": 1.0 / steps, "learning_rate": 1e-4, "grad_norm": 1.0,
+         "clip_coef": 0.5, "peak_memory_bytes": 2**30, "step_seconds": 1.0,
+         "recorder_seconds": 0.01}
+    )  # fmt: skip
+    run = SimpleNamespace(scalars=scalars, events=pd.DataFrame())
+    ax = plots.curves(run, quantity)
+    assert len(ax.lines[0].get_xdata()) == 400
+    assert "mean of 250 records" in ax.get_xlabel()
+
+
+def test_unknown_quantity_is_refused_with_a_suggestion(runs):
+    with pytest.raises(LisaError, match="Did you mean 'loss'"):
+        plots.curves(runs["lisa"], "los")
+
+
+def test_comparison_draws_the_range_of_seeds():
+    def run(loss):
+        frame = pd.DataFrame({"step": [1, 2, 3], "loss": loss})
+        return SimpleNamespace(scalars=frame, events=pd.DataFrame(), method="lisa")
+
+    ax = plots.comparison([run([3.0, 2, 1]), run([5.0, 4, 3])])
+    assert ax.lines[0].get_ydata().tolist() == [4, 3, 2]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 1
+    assert band[:, 1].max() == 5
+    assert ax.get_legend_handles_labels()[1] == ["lisa (2 runs)"]
+
+
+def test_plots_without_data_say_so(runs):
+    assert "LISA was not used" in plots.schedule(runs["full"]).texts[0].get_text()
+    empty = LayerGrid("grad_norm", np.empty(0, int), np.empty((4, 0)), np.empty((4, 0), bool))
+    for draw in (plots.heatmap, plots.trajectories, plots.bands):
+        assert "recorded" in draw(empty).texts[0].get_text()
+
+
+def test_profiles_of_seeds_share_a_line_and_a_band():
+    scores = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [3.0, 2.0, np.nan]])
+    seeds = [SimpleNamespace(to_frame=lambda row=row: pd.DataFrame(
+        {"layer": range(3), "score": row})) for row in scores]  # fmt: skip
+    ax = plots.profiles({"seeds": seeds, "alone": seeds[1]})
+    line, alone, _ = ax.get_lines()
+    # Over their means: (½, 1, 3/2), (1, 1, 1) and (6/5, 4/5, unknown).
+    np.testing.assert_allclose(line.get_ydata(), [0.9, 2.8 / 3, 1.25])
+    np.testing.assert_allclose(alone.get_ydata(), 1)
+    [band] = ax.collections
+    edges = band.get_paths()[0].vertices
+    for layer, (low, high) in enumerate([(0.5, 1.2), (0.8, 1.0), (1.0, 1.5)]):
+        at = edges[edges[:, 0] == layer, 1]
+        assert (at.min(), at.max()) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "_hidden", "a\nb", "x" * 300, "\ud800", "$a$ $b$"])
+def test_names_from_a_run_are_drawn_literally(name):
+    ax = plots.profiles({name: profile(), "other": profile()})
+    ax.figure.canvas.draw()
+    text = ax.get_legend().get_texts()[0]
+    assert len(text.get_text()) <= 42
+    assert not text._preprocess_math(text.get_text())[1]
+
+
+@pytest.mark.parametrize("n_layers", [1, 12, 33, 80, 126])
+@pytest.mark.parametrize("n_steps", [1, 1000, 100_000])
+def test_tick_labels_do_not_touch(n_layers, n_steps):
+    steps = np.arange(1, n_steps + 1)
+    values = np.ones((n_layers, min(n_steps, 2000)))
+    grid = LayerGrid("grad_norm", np.linspace(1, n_steps, values.shape[1]).astype(int), values,
+                     np.zeros(values.shape, bool))  # fmt: skip
+    assert steps[-1] == grid.steps[-1]
+    ax = plots.heatmap(grid)
+    ax.figure.canvas.draw()
+    for axis in (ax.xaxis, ax.yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+        for first, second in pairwise(boxes):
+            assert not first.overlaps(second)
+    figure = ax.figure.bbox
+    for label in [*ax.get_xticklabels(), ax.xaxis.label, ax.yaxis.label]:
+        box = label.get_window_extent()
+        assert box.x0 >= figure.x0 - 1
+        assert box.x1 <= figure.x1 + 1
+
+
+def test_one_step_has_one_tick():
+    grid = LayerGrid("grad_norm", np.array([1]), np.ones((4, 1)), np.zeros((4, 1), bool))
+    for draw in (plots.trajectories, plots.bands):
+        ax = draw(grid)
+        ax.figure.canvas.draw()
+        labels = [label.get_text() for label in ax.get_xticklabels() if label.get_text()]
+        assert len(labels) == len(set(labels)), draw.__name__
+        plt.close(ax.figure)
+
+
+def test_a_value_between_gaps_is_marked():
+    values = np.array([[1.0, np.nan, 2.0, 2.0, np.nan, 3.0], [1.0] * 6])
+    grid = LayerGrid("grad_norm", np.arange(1, 7), values, np.zeros((2, 6), bool))
+    lone, whole = plots.trajectories(grid).get_lines()
+    assert lone.get_marker() == "."
+    assert whole.get_marker() in ("None", None)
+
+
+def test_runs_compare_where_one_of_them_diverged():
+    def run(losses):
+        scalars = pd.DataFrame({"step": range(1, 6), "loss": losses})
+        return SimpleNamespace(scalars=scalars, events=pd.DataFrame(), method="full")
+
+    ax = plots.comparison(
+        {"a": [run([3.0, 2.0, 1.0, 1.0, 1.0]), run([3.0, 4.0, np.inf, 5.0, 5.0])]}
+    )
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [3.0, 3.0, 3.0, 3.0])

@@ -1,0 +1,111 @@
+"""The command line: recipes by name, overrides at any depth, strict keys with suggestions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.command.cli import main, parse, recipes
+from lisa_train.config import LisaConfig, TrainConfig
+
+NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "lisa", "lisa-lean", "lisa-learned"])
+def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
+    config = parse(["--config", name, *NEEDED]).config
+    assert config.method == name.split("-")[0]
+    assert set(recipes()) == {"full", "lora", "lisa", "lisa-lean", "lisa-learned"}
+
+
+def test_the_shell_overrides_the_file_at_any_depth(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-5\n"
+        "lisa:\n  activated_layers: 3\n  interval_steps: 7\n"
+    )
+    config = parse(["--config", str(recipe), "--lisa.activated_layers=4", "--seed", "7"]).config
+    assert config.lisa == LisaConfig(activated_layers=4, interval_steps=7)
+    assert config.learning_rate == 5e-5  # plain YAML reads `5e-5` as text
+    assert config.seed == 7
+
+
+def test_any_lora_field_is_passed_on() -> None:
+    words = ["--config", "lora", *NEEDED, "--lora.use_rslora", "true", "--lora.r", "8"]
+    assert parse(words).config.lora == {
+        "r": 8,
+        "lora_alpha": 32,
+        "target_modules": "all-linear",
+        "use_rslora": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lisa.activated_layer", "3"], "Did you mean 'lisa.activated_layers'?"),
+        (["--learning_rat=1"], "Did you mean 'learning_rate'?"),
+        (["--lisa.activated_layers", "x"], "lisa.activated_layers: expected int, got x"),
+        (["--method", "loar"], "method"),
+        (["--config", "lsia"], "Did you mean 'lisa'?"),
+        (["--config", "nowhere.yaml"], "neither a file nor a recipe"),
+        (["--zzz", "1"], "lisa-train --help"),
+    ],
+)
+def test_bad_words_are_refused_in_one_sentence(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*NEEDED, *words]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rte: 1", "Did you mean 'learning_rate'?"),
+        ("lisa:\n  intervall_steps: 3", "Did you mean 'lisa.interval_steps'?"),
+        ("lisa: [1, 2", "cannot be read as YAML"),
+        ("- a\n- b", "expected `key: value` lines"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main([*NEEDED, "--config", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert str(path) in message
+    assert message.count("\n") == 1
+
+
+def test_missing_required_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="missing --model_name_or_path, --dataset_name"):
+        parse(["--config", "lisa"])
+
+
+def test_print_config_is_a_configuration_that_reads_back(tmp_path: Path) -> None:
+    words = ["--config", "lora", *NEEDED, "--lora.r", "4", "--max_steps", "9"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lisa_train", *words, "--print_config"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    path = tmp_path / "printed.yaml"
+    path.write_text(done.stdout)
+    assert parse(["--config", str(path)]).config == parse(words).config
+
+
+def test_resume_takes_the_run_from_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    path = tmp_path / "config.yaml"
+    path.write_text("model_name_or_path: m\ndataset_name: d\n")
+    command = parse(["--config", str(path), "--resume"])
+    assert command.resume
+    assert command.config == TrainConfig("m", "d", output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="--resume needs the run to continue"):
+        parse([*NEEDED, "--resume"])

@@ -1,0 +1,47 @@
+"""Settings that contradict or make no sense are refused in one sentence."""
+
+import dataclasses
+import math
+
+import pytest
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.config import LisaConfig, TrainConfig
+
+
+def make(**settings: object) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **settings)  # type: ignore[arg-type]
+
+
+def test_configurations_are_frozen_values() -> None:
+    config = make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    assert config == make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "loar"}, "Did you mean 'lora'"),
+        ({"method": "full", "lora": {"r": 8}}, "lora.r is set but method is 'full'"),
+        ({"method": "lora", "lisa": LisaConfig(activated_layers=3)}, "lisa.activated_layers"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
+        ({"dtype": "float16", "method": "full"}, "fp16 weights cannot be trained"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; expected 0 or more"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"per_device_train_batch_size": 0}, "expected at least 1"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": -1, "num_train_epochs": 0.0}, "nothing would be trained"),
+        ({"eval_steps": 5, "eval_size": 0, "dataset_test_split": None}, "nothing is held out"),
+        ({"packing": True, "max_length": None}, "set the length to pack to"),
+        ({"assistant_only_loss": True, "completion_only_loss": True}, "both true"),
+        ({"trainer_args": {"learning_rate": 1.0}}, "write learning_rate at the top level"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**settings)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message

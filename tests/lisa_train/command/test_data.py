@@ -1,0 +1,140 @@
+"""Data in every accepted layout and container; every complaint names what was found."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.command.data import TrainingData, load_data
+from lisa_train.config import TrainConfig
+
+
+def load(name: Path | str, **settings: object) -> TrainingData:
+    return load_data(TrainConfig("m", str(name), **settings))  # type: ignore[arg-type]
+
+
+def rows(n: int) -> list[dict[str, str]]:
+    return [{"text": f"line {i}"} for i in range(n)]
+
+
+@pytest.fixture
+def containers(tmp_path: Path) -> dict[str, Path]:
+    """The same forty lines as JSONL, Parquet, saved dataset, saved splits and folder of files."""
+    data = Dataset.from_list(rows(40))
+    paths = {
+        "jsonl": tmp_path / "d.jsonl",
+        "parquet": tmp_path / "d.parquet",
+        "saved": tmp_path / "saved",
+        "splits": tmp_path / "splits",
+        "folder": tmp_path / "folder",
+    }
+    paths["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
+    data.to_parquet(paths["parquet"])
+    data.save_to_disk(paths["saved"])
+    DatasetDict(train=data, test=Dataset.from_list(rows(7))).save_to_disk(paths["splits"])
+    paths["folder"].mkdir()
+    for split, n in (("train", 40), ("test", 7)):
+        (paths["folder"] / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(n))
+        )
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_one_split_is_divided_without_overlap(kind: str, containers: dict[str, Path]) -> None:
+    data = load(containers[kind], eval_size=0.1)
+    assert data.held_out is not None
+    train, held_out = set(data.train["text"]), set(data.held_out["text"])
+    assert (len(train), len(held_out)) == (36, 4)
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("kind", ["splits", "folder"])
+def test_a_test_split_is_used_as_it_is(kind: str, containers: dict[str, Path]) -> None:
+    data = load(containers[kind])
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out)) == (40, 7)
+
+
+def test_the_held_out_examples_do_not_depend_on_the_seed(containers: dict[str, Path]) -> None:
+    first, second = (load(containers["jsonl"], seed=seed).held_out for seed in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert first["text"] == second["text"]
+
+
+def test_limits_and_no_held_out(containers: dict[str, Path]) -> None:
+    data = load(containers["splits"], max_train_samples=5, max_eval_samples=100)
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out)) == (5, 7)
+    assert load(containers["jsonl"], eval_size=0).held_out is None
+    assert len(load(containers["jsonl"], eval_size=3).held_out or []) == 3
+
+
+def test_layouts_are_recognised(text_file: Path, completion_file: Path, chat_file: Path) -> None:
+    assert load(text_file).layout == "text"
+    assert load(completion_file).layout == "prompt/completion"
+    assert load(chat_file).layout == "messages"
+
+
+def test_completion_only_loss_on_chat_keeps_the_last_turn(chat_file: Path) -> None:
+    data = load(chat_file, completion_only_loss=True)
+    first = data.train[0]
+    assert [turn["role"] for turn in first["prompt"]] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in first["completion"]] == ["assistant"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("empty.jsonl", "", "is an empty file"),
+        ("notes.docx", "x", "ends in '.docx'"),
+        ("torn.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
+        ("columns.jsonl", '{"txt": "a"}\n', "Did you mean 'text'?"),
+        ("numbers.jsonl", '{"text": 3}\n', "holds int; expected text"),
+        ("chat.jsonl", '{"messages": "hello"}\n', "must be a list of {role, content}"),
+        ("one.jsonl", '{"text": "a"}\n', "leaves nothing to train on"),
+    ],
+)
+def test_bad_data_is_refused_in_one_sentence(
+    name: str, content: str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert words in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_misspelt_files_and_splits_are_suggested(text_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'text\.jsonl'"):
+        load(text_file.with_name("txt.jsonl"))
+    with pytest.raises(ConfigError, match="has no split 'trian', only"):
+        load_data(TrainConfig("m", str(_saved_splits(text_file)), dataset_train_split="trian"))
+
+
+def _saved_splits(near: Path) -> Path:
+    path = near.with_name("splits")
+    DatasetDict(train=Dataset.from_list(rows(4))).save_to_disk(path)
+    return path
+
+
+def test_an_empty_folder_and_plain_text_with_completion_loss(
+    tmp_path: Path, text_file: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is an empty folder"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="is plain text"):
+        load(text_file, completion_only_loss=True)
+
+
+def test_an_unknown_hub_id_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="neither a file or folder here nor a dataset"):
+        load("nobody/no-such-dataset")

@@ -1,0 +1,118 @@
+"""The parts of the demo; the whole of it is `make demo`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
+from lisa_train.command.cli import parse
+from lisa_train.command.demo import __main__ as demo
+from lisa_train.command.demo import sources
+from lisa_train.command.demo.chitchat import TURNS, examples
+from lisa_train.command.demo.smollm2 import _undo_rotary_interleave
+
+
+def test_conversations_are_cut_into_whole_pieces_in_order() -> None:
+    turns = [[{"text": f"{n}a"}, {"text": f"{n}b"}] for n in range(2 * TURNS + 1)]
+    texts = [example["text"] for example in examples(turns)]
+    assert len(texts) == 2
+    assert texts[0].splitlines()[:2] == ["A: 0a 0b", "B: 1a 1b"]
+    assert texts[1].splitlines()[0] == f"A: {TURNS}a {TURNS}b"
+
+
+def test_the_rotary_interleave_is_undone() -> None:
+    """GGUF puts row i of the first half beside row i of the second, within every head."""
+    heads, rows, columns = 3, 12, 5
+    wanted = np.arange(rows * columns).reshape(rows, columns)
+    size = rows // heads
+    interleaved = np.concatenate(
+        [
+            np.stack([head[i // 2 + (i % 2) * size // 2] for i in range(size)])
+            for head in wanted.reshape(heads, size, columns)
+        ]
+    )
+    assert not np.array_equal(interleaved, wanted)
+    np.testing.assert_array_equal(_undo_rotary_interleave(interleaved, heads), wanted)
+
+
+def test_the_shared_settings_are_valid_for_all_three_recipes() -> None:
+    needed = ["--model_name_or_path", "m", "--dataset_name", "d"]
+    for recipe in ("lora", "lisa", "lisa-learned"):
+        config = parse(["--config", recipe, "--config", demo.SETTINGS, *needed]).config
+        assert config.record.every == 1
+        assert config.method == recipe.split("-")[0]
+
+
+def test_an_earlier_demo_is_never_overwritten(tmp_path: Path) -> None:
+    wanted = tmp_path / "demo"
+    assert demo._new_folder(wanted) == wanted
+    wanted.mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert demo._new_folder(wanted) == tmp_path / "demo-3"
+
+
+def test_a_source_that_cannot_be_fetched_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISA_CACHE", str(tmp_path))
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: hashes do not match\n")
+    monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(LisaError, match=r"hashes do not match.*make demo MODEL=… DATA=…"):
+        sources.fetch(sources.CHITCHAT)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_too_few_steps_are_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lisa_train.command.demo", "--steps", "3"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "demo: --steps is 3; expected at least 20, or there is no profile.\n"
+
+
+@pytest.mark.slow
+def test_the_whole_demo_runs_on_any_model_and_data(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lisa_train.command.demo", "--model", tiny_model_dir,
+         "--data", text_file, "--steps", "20"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "demo"
+    runs = {name: la.load(folder / name) for name in ("lora-pilot", "lisa-uniform", "lisa-learned")}
+    assert [run.status for run in runs.values()] == ["finished"] * 3
+    learned = la.SamplingProbabilities.load(folder / "probabilities.json")
+    draw = runs["lisa-learned"].events.query("event == 'lisa_draw'").iloc[0]
+    assert list(draw["inclusion_probabilities"]) == pytest.approx(
+        list(learned.inclusion_probabilities)
+    )
+    assert len(set(learned.inclusion_probabilities)) > 1
+    assert (folder / "report.html").stat().st_size > 0
+    assert "not which sampler is better" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_converted_model_knows_the_capital_of_france() -> None:
+    """The weights are real ones, in the right places: a wrong layout speaks no English."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = sources.cache_dir() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        pytest.skip("SmolLM2 is not in the cache; `make demo` fetches it")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])

@@ -1,0 +1,79 @@
+"""What a run leaves behind when it is stopped from outside, or cannot write."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lisa_analysis as la
+from lisa_train.command.cli import main
+
+
+def command(model: Path, data: Path, out: Path, *words: str) -> list[str]:
+    return ["--model_name_or_path", str(model), "--dataset_name", str(data), "--method", "full",
+            "--output_dir", str(out), "--max_length", "16", "--record.every", "1",
+            "--eval_on_start", "false", *words]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_stopped_run_is_readable_and_says_interrupted(
+    number: signal.Signals, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = command(tiny_model_dir, text_file, out, "--max_steps", "100000",
+                    "--record.flush_seconds", "0.2")  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lisa_train", *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    scalars = out / "scalars.jsonl"
+    while not (scalars.exists() and scalars.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("lisa-train: interrupted")
+    assert "Traceback" not in errors
+    run = la.load(out)
+    assert run.status == "interrupted"
+    assert not run.scalars.empty
+    assert set(run.metrics(columns=["grad_norm"])["step"]) >= {0, 1}
+
+
+@pytest.mark.parametrize("where", ["/proc/lisa-run", "/dev/null/run"])
+def test_an_unwritable_output_directory_is_one_sentence(
+    where: str, tiny_model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(tiny_model_dir, text_file, Path(where), "--max_steps", "1")
+    assert main(words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("lisa-train:")
+    assert where in message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files through POSIX")
+def test_a_full_disk_ends_in_one_sentence_and_a_readable_run(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    # Files may not grow past 64 kB: the shards fit, the checkpoint of the model does not.
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
+        "from lisa_train.command.cli import main; sys.exit(main())"
+    )
+    out = tmp_path / "run"
+    words = command(tiny_model_dir, text_file, out, "--max_steps", "3", "--save_steps", "2")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("lisa-train:")
+    run = la.load(out)
+    assert run.status == "failed"
+    assert set(run.scalars["step"]) >= {1, 2}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lisa_train.command.training import train as train
     from lisa_train.estimate.estimate import estimate_memory as estimate_memory
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
+    from lisa_train.measure.probe import probe as probe
     from lisa_train.measure.recorder import NormRecorder as NormRecorder
     from lisa_train.methods.lisa.engine import Lisa as Lisa
     from lisa_train.model.layer_map import LayerMap as LayerMap
@@ -35,6 +36,7 @@ _HOME = {
     "attach": "trainer",
     "LayerMap": "model.layer_map",
     "find_layers": "model.layer_map",
+    "probe": "measure.probe",
     "Lisa": "methods.lisa.engine",
     "Draw": "methods.lisa.schedule",
     "Sampler": "methods.lisa.samplers",

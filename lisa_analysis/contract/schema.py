@@ -20,6 +20,7 @@ MANIFEST = "run.json"
 CONFIG = "config.yaml"
 PARAMETERS = "parameters.parquet"
 METRICS_DIR = "metrics"
+PROBES_DIR = "probes"
 SCALARS = "scalars.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
@@ -158,6 +159,30 @@ METRICS_TABLE = Table(
     ),
 )
 
+PROBES_TABLE = Table(
+    "probes",
+    PROBES_DIR,
+    "one row per probed batch and tensor, at fixed weights; one row per tensor with batch null for "
+    "what all batches of the step gave together",
+    (
+        Column("step", "int64", False, "optimizer steps done when the probe was taken"),
+        Column("batch", "int32", True, "number of the batch, from 0; null = all batches together"),
+        Column("param_id", "int32", False, "the tensor, see the parameters table"),
+        Column("grad_norm", "float32", True, "‖g_b‖ of the gradient of the batch's mean loss"),
+        Column("grad_norm_l1", "float32", True, "‖g_b‖₁ of the same gradient"),
+        Column("taylor", "float32", True, "⟨g_b, θ⟩ with the weights θ, additive over tensors"),
+        Column(
+            "signal",
+            "float32",
+            True,
+            "‖E g‖², unbiased and additive over tensors, below zero where it is small: the mean of "
+            "all products of two batches; in a batch's own row ⟨g_b, mean of the other batches⟩, "
+            "whose mean over the batches it is",
+        ),
+        Column("noise", "float32", True, "tr Σ of one batch's gradient, additive over tensors"),
+    ),
+)
+
 SCALARS_TABLE = Table(
     "scalars",
     SCALARS,
@@ -188,7 +213,7 @@ EVENTS_TABLE = Table(
     EVENTS,
     "one line per event; every line has event, step and time (seconds since 1970)",
     (
-        Column("event", "string", False, "lisa_draw, evaluate, checkpoint, resume, warning"),
+        Column("event", "string", False, "lisa_draw, evaluate, checkpoint, probe, resume, warning"),
         Column("step", "int64", False, "completed optimizer steps when it happened"),
         Column("time", "float64", False, "seconds since 1970, UTC"),
         Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
@@ -203,11 +228,18 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     },
     "evaluate": {"metrics": "held-out metrics by name, as eval_loss"},
     "checkpoint": {"path": "folder below the run directory"},
+    "probe": {"batches": "how many batches the probe took"},
     "resume": {"segment": "number of the new segment", "checkpoint": "what it continued from"},
     "warning": {"message": "what happened, in words"},
 }
 
-TABLES: tuple[Table, ...] = (PARAMETERS_TABLE, METRICS_TABLE, SCALARS_TABLE, EVENTS_TABLE)
+TABLES: tuple[Table, ...] = (
+    PARAMETERS_TABLE,
+    METRICS_TABLE,
+    PROBES_TABLE,
+    SCALARS_TABLE,
+    EVENTS_TABLE,
+)
 
 MANIFEST_FIELDS: dict[str, str] = {
     "schema_version": "version of this contract",
@@ -219,11 +251,12 @@ MANIFEST_FIELDS: dict[str, str] = {
     "versions": "packages and Python",
     "hardware": "device, its name and memory, processor count, host",
     "model": "name, architecture, parameter count, dtype",
-    "method": "full, lora, lisa, or what an outside trainer was doing",
+    "method": "full, lora, lisa, probe, or what an outside trainer was doing",
     "seeds": "training, data and layer-sampling seed (seed, data_seed, lisa_seed)",
     "command": "the command line that started the run",
     "layers": "one entry per layer: index, name, stack",
     "recording": "what is measured and every how many steps",
+    "probe": "batches, and how their signal was taken, when the method is probe",
     "lisa": "the LISA configuration, when the method is lisa",
     "lora": "rank, alpha, targets and initialisation, when the method is lora",
     "dataset": "name, columns, number of training and held-out examples",
@@ -271,6 +304,7 @@ def layout_to_markdown() -> str:
         (CONFIG, "the resolved configuration; `lisa-train --config` repeats the run with it"),
         (PARAMETERS, PARAMETERS_TABLE.meaning),
         (f"{METRICS_DIR}/{shard_name(0, 1)}", METRICS_TABLE.meaning + "; never rewritten"),
+        (f"{PROBES_DIR}/{shard_name(0, 0)}", PROBES_TABLE.meaning),
         (SCALARS, SCALARS_TABLE.meaning),
         (EVENTS, f"{EVENTS_TABLE.meaning}: {events}"),
         (f"{CHECKPOINTS_DIR}/ {ADAPTER_DIR}/", "the layouts of transformers and PEFT, untouched"),

@@ -266,3 +266,18 @@ def _change_and_product(
         _sum_of_squares(new),
         difference.mul_(gradient).sum(),  # a cascade sum, unlike a dot product
     ]
+
+
+@torch.no_grad()
+def inner_products(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Σxy of every pair of equally shaped tensors, shape (len(first),), float64.
+
+    Elements are multiplied in fp32, chunk by chunk.
+    """
+    if not first:
+        return torch.zeros(0, dtype=torch.float64)
+    return _walk(list(zip(first, second, strict=True)), _product)[:, 0]
+
+
+def _product(work: _Workspace, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.mul(x, y, out=work.buffer(_SCRATCH, x)).sum()]

@@ -22,12 +22,13 @@ from lisa_train.measure.disk.storage import HeldError
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder, is_refusal, warn_unrecorded
+from lisa_train.measure.tokens import count_tokens
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.step_callback import StepCallback
-from lisa_train.trainer.wraps import Wraps, count_tokens, plain_state_kept
+from lisa_train.trainer.wraps import Wraps, plain_state_kept
 
 
 class RecordCallback(TrainerCallback):

@@ -1,13 +1,11 @@
-"""What a callback cannot reach: wraps on one object's methods, its plain state, its tokens."""
+"""What a callback cannot reach: wraps on one object's methods, its plain state."""
 
 import functools
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
-
-import torch
 
 _DATA = frozenset({"train_dataset", "eval_dataset"})
 # Subclasses of others may refuse to be cleared (transformers' ModelOutput does).
@@ -70,13 +68,3 @@ def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
     found[id(value)] = (value, copy(value))
     for item in list(value.values() if isinstance(value, dict) else value):
         _copy_containers(item, found)
-
-
-def count_tokens(inputs: Any) -> Any:
-    """Count the tokens of a batch, padding left out, without waiting for the device."""
-    if not isinstance(inputs, Mapping):
-        return None
-    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return mask.sum()
-    return ids.numel() if torch.is_tensor(ids) else None

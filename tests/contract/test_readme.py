@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = {
     "layout": schema.layout_to_markdown(),
     "metrics": schema.to_markdown(schema.METRICS_TABLE),
+    "probes": schema.to_markdown(schema.PROBES_TABLE),
     "scalars": schema.to_markdown(schema.SCALARS_TABLE),
 }
 

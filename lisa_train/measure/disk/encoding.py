@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE
+from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE, Table
 from lisa_analysis.rundir.shards import arrow_schema
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def parameter_table(parameters: Sequence[Mapping[str, Any]]) -> "pa.Table":
     return pa.Table.from_pylist(rows, schema=arrow_schema(PARAMETERS_TABLE))
 
 
-def metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
-    """Join collected rows into one Arrow table in the order of steps; absent columns are null.
+def fact_table(rows: list[dict[str, np.ndarray]], table: Table = METRICS_TABLE) -> "pa.Table":
+    """Join collected rows of metrics or probes into one Arrow table; absent columns are null.
 
     Every column of the schema is there, all null where nothing was measured, so that tools that
     read `metrics/*.parquet` at once find the same columns in every file.
     """
     import pyarrow as pa
 
-    schema = arrow_schema(METRICS_TABLE)
+    schema = arrow_schema(table)
     arrays = []
-    for name in METRICS_TABLE.names:
+    for name in table.names:
         kind = schema.field(name).type
         parts = [
             np.ma.masked_all(len(block["step"]), kind.to_pandas_dtype())
@@ -49,8 +49,8 @@ def metrics_table(rows: list[dict[str, np.ndarray]]) -> "pa.Table":
         arrays.append(
             pa.array(values, type=kind, mask=mask if mask.any() else None, from_pandas=False)
         )
-    table = pa.table(arrays, schema=schema)
-    return table.sort_by([("step", "ascending"), ("param_id", "ascending")])
+    joined_rows = pa.table(arrays, schema=schema)
+    return joined_rows.sort_by([("step", "ascending"), ("param_id", "ascending")])
 
 
 def round_bits(values: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from lisa_analysis.contract.schema import (
     METRICS_DIR,
     METRICS_TABLE,
     PARAMETERS,
+    PROBES_DIR,
+    PROBES_TABLE,
     SCALARS,
     SCALARS_TABLE,
     SCHEMA_VERSION,
@@ -27,7 +29,7 @@ from lisa_analysis.contract.schema import (
 )
 from lisa_analysis.rundir.shards import read_parameters
 from lisa_analysis.rundir.streams import read_manifest
-from lisa_train.measure.disk.encoding import as_utf8, metrics_table, parameter_table, plain
+from lisa_train.measure.disk.encoding import as_utf8, fact_table, parameter_table, plain
 from lisa_train.measure.disk.storage import LineFile, RunLock, describe_os_error, replace_file
 
 if TYPE_CHECKING:
@@ -181,6 +183,32 @@ class RunWriter:
                 raise ValueError(f"no metrics column {name!r}.{suggest(name, METRICS_TABLE.names)}")
         self._rows.append({name: np.ma.asarray(array) for name, array in columns.items()})
 
+    def write_probe(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Write what a probe after `step` optimizer steps measured, at once and whole.
+
+        Parameters
+        ----------
+        step
+            Completed optimizer steps.
+        columns
+            The other columns of `lisa_analysis.contract.schema.PROBES_TABLE`, arrays of one
+            length; masked entries are null.
+
+        Raises
+        ------
+        RunDirectoryError
+            When the disk refuses.
+        """
+        rows = {"step": np.full(len(columns["param_id"]), step), **columns}
+        table = fact_table([rows], PROBES_TABLE)
+        ordered = table.sort_by([("param_id", "ascending"), ("batch", "ascending")])
+        folder = self.path / PROBES_DIR
+        try:
+            folder.mkdir(exist_ok=True)
+            self._write_parquet(folder / shard_name(self.segment, step), ordered)
+        except OSError as error:
+            raise describe_os_error(self.path, error) from error
+
     def scalars(self, line: Mapping[str, Any]) -> None:
         """Add one line to the scalars; None is left out, NaN is kept."""
         for name in line:
@@ -226,7 +254,7 @@ class RunWriter:
             raise describe_os_error(self.path, error) from error
 
     def _write_shard(self) -> None:
-        table = metrics_table(self._rows)
+        table = fact_table(self._rows)
         first = int(table["step"][0].as_py())
         path = self.path / METRICS_DIR / shard_name(self.segment, first)
         if path.exists():

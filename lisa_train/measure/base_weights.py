@@ -179,7 +179,7 @@ def _find(name: str) -> dict[str, Path]:
             return {}
         single, index = (Path(file) if file else Path() for file in files)
     if index.is_file():
-        shards = json.loads(index.read_text())["weight_map"]
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {key: index.parent / file for key, file in shards.items()}
     if single.is_file():
         from safetensors import safe_open

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import platform
-import resource
 import socket
 import sys
 from importlib import metadata
@@ -15,6 +14,11 @@ from torch import nn
 from lisa_train.measure.config import RecordConfig
 from lisa_train.model.layer_map import LayerMap, unwrap
 from lisa_train.model.tensor_table import TensorTable
+
+try:
+    import resource
+except ImportError:  # Windows counts no peak that Python's own library can ask for
+    resource = None  # type: ignore[assignment]
 
 _PACKAGES = ("lisa-toolkit", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -93,9 +97,14 @@ def manifest(
     }
 
 
-def peak_memory_bytes(*devices: torch.device) -> int:
-    """Peak allocated memory of CUDA devices, added up, else the process's peak resident set."""
+def peak_memory_bytes(*devices: torch.device) -> int | None:
+    """Peak allocated memory of CUDA devices, added up, else the process's peak resident set.
+
+    None where the platform does not tell.
+    """
     if cuda := {device for device in devices if device.type == "cuda"}:
         return sum(int(torch.cuda.max_memory_allocated(device)) for device in cuda)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

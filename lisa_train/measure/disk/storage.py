@@ -16,6 +16,8 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 _LOCK_PATIENCE = 1.0
+# Windows moves no file into the place of one that somebody reads; readers hold it for an instant.
+_READERS_HOLD = os.name == "nt"
 _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
@@ -35,14 +37,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as handle:
+        with temporary.open("r+b") as handle:  # Windows syncs only what may be written
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        _move(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    """`os.replace`, tried again where readers can stand in the way."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not _READERS_HOLD or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def sync_directory(path: Path) -> None:
@@ -90,7 +105,9 @@ class RunLock:
     """An advisory lock that the kernel drops when the process ends, however it ends."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Windows has no O_CLOEXEC; Python leaves no descriptor to a child anywhere.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        self._descriptor: int | None = os.open(path, flags, 0o644)
         if fcntl is None:
             return
         deadline = time.monotonic() + _LOCK_PATIENCE

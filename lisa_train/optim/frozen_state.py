@@ -1,11 +1,12 @@
 """The optimizer state of frozen tensors: freed, kept aside, or moved to host memory."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from lisa_train.optim.paged_state import paged_state
 from lisa_train.optim.settings import OptimizerState
 
 
@@ -14,6 +15,32 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def on_load(optimizer: Optimizer, hook: Callable[..., None]) -> Callable[[], None]:
+    """Call `hook` whenever a state is loaded; return what ends it.
+
+    bitsandbytes loads by a method of its own, which runs none of the hooks that torch registers:
+    there the method is wrapped. A hook may run twice where such a method calls torch's.
+    """
+    handle = optimizer.register_load_state_dict_post_hook(hook)
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        return handle.remove
+    load: Any = optimizer.load_state_dict
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        hook(optimizer)
+        return result
+
+    optimizer.load_state_dict = wrapped  # type: ignore[method-assign]
+
+    def end() -> None:
+        handle.remove()
+        if optimizer.__dict__.get("load_state_dict") is wrapped:
+            del optimizer.load_state_dict
+
+    return end
 
 
 class FrozenState:
@@ -29,6 +56,7 @@ class FrozenState:
         The optimizer.
     policy
         ``reset`` frees the state, ``keep`` holds it where it is, ``offload`` in host memory.
+        Paged state of bitsandbytes cannot be freed; its memory serves the next layers drawn.
     """
 
     def __init__(self, optimizer: Optimizer, policy: OptimizerState) -> None:
@@ -36,6 +64,7 @@ class FrozenState:
         self._policy = policy
         self._aside: dict[torch.Tensor, dict[str, Any]] = {}
         self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
+        self._paged = paged_state(optimizer)
         self._handles = [optimizer.register_state_dict_post_hook(self._into_state_dict)]
 
     def freeze(self, parameter: torch.Tensor) -> None:
@@ -73,8 +102,16 @@ class FrozenState:
                     for key, value in states[position].items()
                 }
                 self._optimizer.state[parameter] = state
+                if self._paged is not None:
+                    self._paged.take_in(parameter)
                 if parameter not in active:
                     self.freeze(parameter)
+
+    def loaded(self) -> None:
+        """Take note that a checkpoint has brought other state."""
+        self.forget()
+        if self._paged is not None:
+            self._paged.take_in()
 
     def forget(self) -> None:
         """Drop everything set aside: another checkpoint is about to take its place."""
@@ -92,6 +129,9 @@ class FrozenState:
             for parameter in list(self._aside):
                 self.thaw(parameter)
         self.forget()
+        if self._paged is not None:
+            self._paged.close()
+            self._paged = None
 
     def _into_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Add the set-aside state under the parameters' positions, as torch numbers them."""

@@ -30,7 +30,13 @@ from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.methods.lisa.schedule import Schedule, Unit
 from lisa_train.model.layer_map import LayerMap, find_layers
-from lisa_train.optim.frozen_state import FrozenState, start_schedule_free, unwrap_optimizer
+from lisa_train.optim.frozen_state import (
+    FrozenState,
+    on_load,
+    start_schedule_free,
+    unwrap_optimizer,
+)
+from lisa_train.optim.paged_state import check_paged_state
 from lisa_train.optim.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -76,6 +82,7 @@ class Plan:
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """`ConfigError` unless `optimizer` can train all that may train."""
         check_optimizer(optimizer, self.may_train)
+        check_paged_state(optimizer)
         check_warmup(optimizer, self.config)
 
 
@@ -113,8 +120,8 @@ class Lisa:
     ------
     ConfigError
         When the model has adapters or a quantized base, when the numbers do not fit its layers,
-        when the optimizer lacks a tensor that may train, or when another engine is open on the
-        model.
+        when the optimizer lacks a tensor that may train or pages its state in an unknown way, or
+        when another engine is open on the model.
     ProbabilitiesError
         When the probabilities are infeasible or made for another model.
 
@@ -171,8 +178,8 @@ class Lisa:
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_optimizer_step),
             self._optimizer.register_step_post_hook(self._after_optimizer_step),
-            self._optimizer.register_load_state_dict_post_hook(self._after_optimizer_load),
         ]
+        self._end_load_hook = on_load(self._optimizer, self._after_optimizer_load)
         self._closed = False
         _engines.add(self)
 
@@ -225,6 +232,7 @@ class Lisa:
         _engines.discard(self)
         for hook in self._hooks:
             hook.remove()
+        self._end_load_hook()
         self._state.close()
         if self._precision is not None:
             self._precision.close(self._schedule.index or 0)
@@ -341,7 +349,7 @@ class Lisa:
 
         Which of it is active is known when the engine's own state is loaded, perhaps after this.
         """
-        self._state.forget()
+        self._state.loaded()
         self._loaded = True
 
     def _sort_loaded_state(self) -> None:

@@ -1,5 +1,6 @@
 """`estimate_memory`: peak bytes of a training step, from shapes alone."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lisa_train.estimate.patterns import (
     may_train,
     plain_pattern,
     some_draws,
+    units_of,
 )
 from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
 from lisa_train.estimate.setting import Setting
@@ -184,8 +186,7 @@ class _Estimator:
             for name, state in kept.items()
         ]
         devices = self._devices(trace, held)
-        host = sum(state.paged for state in kept.values())
-        host += sum(state.device + state.paged for state in aside.values())
+        paged = self._paged(kept | aside)
         return MemoryEstimate(
             model=type(stage.base).__name__,
             setting=setting,
@@ -193,7 +194,8 @@ class _Estimator:
             trainable=sum(self.parameters[name].numel() for name in pattern.trainable),
             devices=devices,
             mean=max(device.peak for device in devices),
-            host=host,
+            host=paged + sum(state.device for state in aside.values()),
+            paged=paged,
             active_layers=layers,
         )
 
@@ -265,6 +267,34 @@ class _Estimator:
         if self.setting.lisa.optimizer_state == "keep":
             return active | resting, {}
         return active, resting
+
+    def _paged(self, states: Mapping[str, StateBytes]) -> int:
+        """Managed memory, which is never given back but serves state of the same size again.
+
+        After many draws of layers of different shapes it is of each size what one draw can take.
+        """
+        setting = self.setting
+        if setting.method != "lisa" or setting.lisa.optimizer_state != "reset":
+            return sum(state.paged for state in states.values())
+        count = len(self.stage.layer_map)
+        k = count if setting.lisa.sampling == "bernoulli" else setting.lisa.activated_layers
+        if setting.active_layers is not None:
+            k = len(setting.active_layers)
+        units = units_of(self.stage)
+        layers = range(count)
+        rotating = {name for i in layers for name in units[i]}
+        found = sum(state.paged for name, state in states.items() if name not in rotating)
+        in_layers: defaultdict[int, list[int]] = defaultdict(list)
+        for i in layers:
+            sizes = Counter(
+                self._state(name, setting.lisa.precision == "fp32_active").paged
+                for name in units[i]
+            )
+            for size, tensors in sizes.items():
+                in_layers[size].append(tensors)
+        return found + sum(
+            size * sum(sorted(tensors)[-k:]) for size, tensors in in_layers.items() if k
+        )
 
     def _scratch(self, pattern: Pattern) -> Callable[[nn.Parameter], int]:
         """What the optimizer allocates to step one tensor."""

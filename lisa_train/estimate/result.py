@@ -79,6 +79,9 @@ class MemoryEstimate:
         Peak of the fullest device in the mean over LISA's draws; `total` where nothing is drawn.
     host
         Bytes of optimizer state in host memory, or that move there when the device is full.
+    paged
+        Those of them that move: managed memory. It lies on the device while there is room; that
+        the driver moves it as it should has not been measured.
     active_layers
         LISA's layers that were taken to train: those that cost the most, unless they were given.
     """
@@ -90,6 +93,7 @@ class MemoryEstimate:
     devices: tuple[DeviceMemory, ...]
     mean: int
     host: int = 0
+    paged: int = 0
     active_layers: tuple[int, ...] = field(default=())
 
     @property
@@ -107,8 +111,15 @@ class MemoryEstimate:
         return max(device.peak + device.allowance for device in self.devices)
 
     def fits(self, memory: int) -> bool:
-        """Whether every device fits on a card of `memory` bytes, allowance included."""
+        """Whether every device fits on a card of `memory` bytes, allowance included.
+
+        Paged state is taken to lie in host memory: see `fits_unpaged`.
+        """
         return self.needs() <= memory
+
+    def fits_unpaged(self, memory: int) -> bool:
+        """Whether it fits with all of the paged state on the device too."""
+        return self.fits(memory - self.paged)
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per device, in bytes."""

@@ -47,12 +47,18 @@ class MethodTable:
             device = estimate.fullest
             values = [getattr(device, part) for part in PARTS]
             values += [estimate.total, estimate.needs()]
-            fits = ["fits" if estimate.fits(card.bytes) else "no" for card in self.cards]
+            fits = [_verdict(estimate, card) for card in self.cards]
             lines.append([name, *(f"{value / 1e9:.2f}" for value in values), *fits])
         return "\n".join([_headline(first), "", *_aligned(lines), "", _legend(self.rows)])
 
     def _repr_html_(self) -> str:
         return str(self.to_frame().round(2).to_html(index=False, border=0))
+
+
+def _verdict(estimate: MemoryEstimate, card: Card) -> str:
+    if not estimate.fits(card.bytes):
+        return "no"
+    return "fits" if estimate.fits_unpaged(card.bytes) else "paged"
 
 
 def _headline(estimate: MemoryEstimate) -> str:
@@ -89,6 +95,12 @@ def _legend(rows: dict[str, MemoryEstimate]) -> str:
     if host := {name: e.host for name, e in rows.items() if e.host}:
         states = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in host.items())
         lines.append(f"Optimizer state in host memory besides: {states}.")
+    if any(e.paged for e in rows.values()):
+        lines.append(
+            "Paged state counts there, except for the tensor that steps. It is managed memory: on "
+            "the device\nwhile there is room, moved out and in by the driver. paged = fits only "
+            "if it moves; never measured\non a GPU."
+        )
     return "\n".join(lines)
 
 

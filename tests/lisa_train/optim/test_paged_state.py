@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from helpers_recording import llama
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
@@ -306,3 +307,30 @@ def test_a_bitsandbytes_that_allocates_otherwise_is_refused(managed, monkeypatch
     with pytest.raises(ConfigError, match=r"has no functional.get_paged, .*adamw_bnb_8bit"):
         lt.Lisa(model, optimizer, settings())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_estimate_counts_what_many_draws_hold(managed):
+    model = llama(layers=5, hidden_size=SIDE, intermediate_size=SIDE, vocab_size=400)
+    for layer in model.model.layers[3:]:
+        wide = llama(layers=1, hidden_size=SIDE, intermediate_size=400, vocab_size=8)
+        layer.mlp = wide.model.layers[0].mlp
+    config = settings(always_active=("head",), sampling="balanced")
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    ids = torch.arange(8)[None]
+    drawn = set()
+    with lt.Lisa(model, optimizer, config) as engine:
+        for step in range(30):
+            engine.begin_step(step)
+            drawn.add(engine.active_layers)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert {(0, 1), (3, 4)} <= drawn
+    found = lt.estimate_memory(
+        model, "lisa", sequence_length=8, optim="paged_adamw_8bit", lisa=config,
+        eight_bit_states=("layers", "embed", "head", "norm"),
+    )  # fmt: skip
+    assert (found.paged, found.host) == (managed.bytes, managed.bytes)
+    assert found.fits(found.needs())
+    assert not found.fits_unpaged(found.needs())
+    assert found.fits_unpaged(found.needs() + managed.bytes)

@@ -61,6 +61,12 @@ def set_eight_bit_states(
         for parameter in group["params"]:
             manager.override_config(parameter, "optim_bits", 8 if parameter in small else 32)
     optimizer.mng = manager
+    # Trainer leaves its embeddings there, to be held in 32 bits; they would stay for ever.
+    modules = set(model.modules())
+    shared = GlobalOptimManager.get_instance()
+    shared.module_weight_config_triple = [
+        entry for entry in shared.module_weight_config_triple if entry[0] not in modules
+    ]
 
 
 def _parameters_of(

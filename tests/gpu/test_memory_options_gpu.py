@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.optim import paged_state
 from lisa_train.optim.eight_bit import set_eight_bit_states
 from lisa_train.optim.step_in_backward import StepInBackward
 
@@ -168,6 +169,39 @@ def test_paged_states_are_not_held_by_torch():
     gc.collect()
     # the scales, and the states of small tensors
     assert torch.cuda.memory_allocated() - before < 0.2 * size_of(model.parameters())
+
+
+@pytest.mark.parametrize("policy", ["reset", "keep"])
+def test_managed_memory_serves_every_draw(policy, monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    monkeypatch.setattr(paged_state, "_pool", paged_state._Pool())
+    allocate, taken = functional.get_paged, []
+
+    def counted(*shape, dtype, device):
+        taken.append(dtype.itemsize * torch.Size(shape).numel())
+        return allocate(*shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(functional, "get_paged", counted)
+    config = lt.LisaConfig(2, 1, always_active=(), sampling="cyclic", optimizer_state=policy)
+    trained, held = [], []
+    for kind in (PagedAdamW8bit, AdamW8bit):
+        model = build()
+        optimizer = kind(model.parameters(), lr=1e-4)
+        with Lisa(model, optimizer, config) as engine:
+            for step in range(12):
+                engine.begin_step(step)
+                model(**batch()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                held.append(sum(taken))
+        trained.append([p.detach().clone() for p in model.parameters()])
+    # Every layer has had its turn after half of the steps, and memory has stopped growing.
+    assert held[0] > 0
+    assert held[len(held) // 4] == held[-1]
+    for paged, plain in zip(*trained, strict=True):
+        torch.testing.assert_close(paged, plain)
 
 
 def test_logits_in_tiles_do_not_grow_with_the_vocabulary():

@@ -1,5 +1,8 @@
 """8-bit optimizer states by group: each tensor as under the optimizer that its group names."""
 
+import gc
+import weakref
+
 import bitsandbytes
 import pytest
 import torch
@@ -63,6 +66,23 @@ def test_settings_do_not_reach_the_next_optimizer(make_llama):
     following = bitsandbytes.optim.AdamW8bit(second.parameters(), lr=1e-2)
     train_on_noise(second, following, 1)
     assert bits(following, second.model.embed_tokens.weight) == 8
+
+
+def test_nothing_keeps_the_model_alive(make_llama):
+    first, second = make_llama(**WIDE), make_llama(**WIDE)
+    shared = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for model in (first, second):  # as Trainer does
+        shared.register_module_override(model.model.embed_tokens, "weight", {"optim_bits": 32})
+    optimizer = bitsandbytes.optim.AdamW8bit(first.parameters(), lr=1e-2)
+    set_eight_bit_states(optimizer, first, lt.find_layers(first), ("embed",))
+    train_on_noise(first, optimizer, 1)
+    assert bits(optimizer, first.model.embed_tokens.weight) == 8
+    alive = weakref.ref(first.model.embed_tokens.weight)
+    del first, optimizer, model
+    gc.collect()
+    assert alive() is None
+    kept = [module for module, _, _ in shared.module_weight_config_triple]
+    assert kept == [second.model.embed_tokens]
 
 
 class StateBytes(TrainerCallback):

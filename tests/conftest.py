@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
+# A bug inside the recorder fails the test instead of becoming a warning.
+os.environ["LISA_TOOLKIT_STRICT"] = "1"
 # Two workers on two cores: one thread each, and sums that do not depend on the thread count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

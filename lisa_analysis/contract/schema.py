@@ -230,7 +230,10 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     "checkpoint": {"path": "folder below the run directory"},
     "probe": {"batches": "how many batches the probe took"},
     "resume": {"segment": "number of the new segment", "checkpoint": "what it continued from"},
-    "warning": {"message": "what happened, in words"},
+    "warning": {
+        "message": "what happened, in words",
+        "traceback": "of a fault of lisa-toolkit's own; else absent",
+    },
 }
 
 TABLES: tuple[Table, ...] = (

@@ -12,7 +12,7 @@ from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.checkpoint_conversions import Recipe, recipes
-from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.faults import come_through, reason
 from lisa_train.model.layer_map import unwrap
 from lisa_train.model.norms import changes
 from lisa_train.model.sharding import local_slices
@@ -74,7 +74,9 @@ class BaseWeights:
         """Ask transformers; what it does not explain is looked up by name."""
         try:
             made = recipes(self._model, self._where, numbers)
-        except Exception:  # another version's rules: names alone
+        except Exception as error:  # another version's rules: names alone
+            come_through(error, foreign=True)
+            self._unreadable[""] = reason(error, foreign=True)
             made = []
         told = {recipe.target for recipe in made}
         for name in numbers.keys() - told:
@@ -94,7 +96,8 @@ class BaseWeights:
         try:
             return recipe.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
         except Exception as error:
-            self._unreadable.setdefault(recipe.target, one_sentence(error))
+            come_through(error, foreign=True)
+            self._unreadable.setdefault(recipe.target, reason(error, foreign=True))
             return {}
 
     def _tell_of_missing(self, table: TensorTable, numbers: list[int]) -> None:
@@ -103,12 +106,12 @@ class BaseWeights:
         missing = [names[i] for i in numbers if role_of(names[i]) == "base"]
         if missing and self._where and not self._told:
             self._told = True
-            reason = next(iter(self._unreadable.values()), "")
+            why = next(iter(self._unreadable.values()), "")
             warnings.warn(
                 f"record.base_delta: the checkpoint holds no tensor for {len(missing)} of the "
                 f"model's {len(table.tensors)} ({missing[0]}, …): new ones, or ones that it stores "
                 "in a layout that transformers cannot be asked for"
-                f"{f' ({reason})' if reason else ''}; their ‖W − W₀‖ is not measured.",
+                f"{f' ({why})' if why else ''}; their ‖W − W₀‖ is not measured.",
                 RuntimeWarning,
                 stacklevel=2,
             )

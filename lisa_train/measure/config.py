@@ -53,7 +53,10 @@ class RecordConfig:
     flush_seconds
         Longest time that measured values stay in memory only.
     on_record_error
-        ``warn``: when recording fails, say so and train on. ``raise``: stop training. A
+        ``warn``: when recording fails, say so and train on; where lisa-toolkit itself is at
+        fault (a bug), with the traceback and a request to report it, and the run's recording
+        ends as ``failed``. ``raise``: stop training. With ``LISA_TOOLKIT_STRICT=1`` in the
+        environment faults of lisa-toolkit stop training in either case, as in its own tests. A
         directory that holds a run already is refused before training in either case, and so is
         one that another process writes if the checkpoints are to go there too.
     """

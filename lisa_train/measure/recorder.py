@@ -17,12 +17,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import torch
 from torch import nn
 
-from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_analysis.contract.schema import SCALARS_TABLE
+from lisa_train.measure import faults
 from lisa_train.measure.buffers import MetricBuffer, to_host
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
-from lisa_train.measure.disk.outcome import one_sentence, outcome
+from lisa_train.measure.disk.outcome import outcome
 from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.disk.writer import RunWriter
@@ -48,7 +49,7 @@ T = TypeVar("T")
 def _measured(
     method: "Callable[Concatenate[NormRecorder, P], T]",
 ) -> "Callable[Concatenate[NormRecorder, P], T | None]":
-    """Time a public method, and apply `on_record_error` to what goes wrong in it."""
+    """Time a public method; what goes wrong in it is judged by `lisa_train.measure.faults`."""
 
     @functools.wraps(method)
     def wrapped(self: "NormRecorder", *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -203,9 +204,8 @@ class NormRecorder:
             )
         except Exception as error:
             # A process that goes on alone would let the others wait for ever.
-            if self.config.on_record_error == "raise" or self._processes.count > 1:
-                raise
-            if is_refusal(error):
+            stops = faults.stops_training(error, self.config.on_record_error)
+            if stops or faults.is_refusal(error) or self._processes.count > 1:
                 raise
             self.stopped = True
             warn_unrecorded(error)
@@ -380,16 +380,33 @@ class NormRecorder:
                 "call probe before checkpoint. Such passes are left out."
             )
             return
+        of_the_pass: list[Exception] = []
+
+        def watched() -> None:
+            try:
+                backward()
+            except Exception as error:
+                of_the_pass.append(error)
+                raise
+
         try:
             with self._stepping.paused() if self._stepping is not None else nullcontext():
-                self._measure.probe(step, backward)
+                self._measure.probe(step, watched)
         except Exception as error:
             # The pass is not the training's own: what is measured of that goes on. Not where it
             # leaves FSDP between two collectives.
-            if self.config.on_record_error == "raise" or self._processes.sharded:
+            foreign = error in of_the_pass
+            if (
+                faults.stops_training(error, self.config.on_record_error, foreign=foreign)
+                or self._processes.sharded
+            ):
                 raise
             self._probe_failed = True
-            self._say(f"probe_every: nothing is probed any more: {one_sentence(error)}")
+            why = faults.reason(error, foreign=foreign)
+            self._say(
+                f"probe_every: nothing is probed any more: {why}",
+                faults.full_traceback(error, foreign=foreign),
+            )
         self._merge()
 
     @_measured
@@ -447,23 +464,16 @@ class NormRecorder:
         if self.writer.closed:
             return
         problem: Exception | None = None
-        try:
-            if status == "finished":
-                self.census(self._step)
-            elif self._processes.count > 1:
-                # The others may be gone: what they had to add stays unknown.
-                self._lines += [
-                    {**line, "loss": None, "tokens": None} for line in self._local_lines
-                ]
-                self._local_lines = []
-            else:
-                self.census(self._step)
-            self._write(everything=True)
-        except Exception as failure:
-            problem = failure
+        for part in (lambda: self._last_census(status), lambda: self._write(everything=True)):
+            try:
+                part()
+            except Exception as failure:
+                problem = problem or failure
         if problem is not None and not isinstance(problem, UnwritableError):
             # What the disk refused is tried once more below.
-            self._problem = self._problem or f"recording ended early: {one_sentence(problem)}"
+            why = faults.reason(problem)
+            self._problem = self._problem or f"recording ended early: {why}"
+            self._event(f"recording ended early: {why}", faults.full_traceback(problem))
         if self.writer.lost_rows and self._problem is None:
             self._problem = f"{self.writer.lost_rows} rows were lost while the disk refused them"
         if status == "finished" and self._problem:
@@ -475,8 +485,20 @@ class NormRecorder:
             self.writer.close(status, **fields)
         except Exception as failure:
             problem = problem or failure
-        if problem is not None and error is None:
+        if problem is None:
+            return
+        if error is None:
             self._failed(problem)
+        elif faults.is_fault(problem):  # the training's own error matters more: it is on its way
+            self._say(f"Recording: {faults.reason(problem)}", faults.full_traceback(problem))
+
+    def _last_census(self, status: str) -> None:
+        if status == "finished" or self._processes.count == 1:
+            self.census(self._step)
+            return
+        # The others may be gone: what they had to add stays unknown.
+        self._lines += [{**line, "loss": None, "tokens": None} for line in self._local_lines]
+        self._local_lines = []
 
     def __enter__(self) -> Self:
         return self
@@ -489,40 +511,41 @@ class NormRecorder:
     ) -> None:
         self.close(*outcome(error))
 
+    def failed(self, error: Exception) -> None:
+        """Take an error of the code around the recorder for one of its own."""
+        self._failed(error)
+
     def _failed(self, error: Exception) -> None:
         """Stop training or say it once, as the user chose; a full disk may have room later."""
         disk = isinstance(error, RunDirectoryError)
-        if self.config.on_record_error == "raise" or (self._processes.count > 1 and not disk):
-            raise error  # a process that goes on alone would let the others wait for ever
+        stops = faults.stops_training(error, self.config.on_record_error)
+        if stops or (self._processes.count > 1 and not disk):
+            raise error
         if disk:
             self._say(f"Recording: {error}")
         else:
             self.stopped = True
-            self._problem = f"recording stopped after step {self._step}: {one_sentence(error)}"
-            self._say(f"Recording stopped, training goes on: {one_sentence(error)}")
+            why = faults.reason(error)
+            self._problem = f"recording stopped after step {self._step}: {why}"
+            self._say(f"Recording stopped, training goes on: {why}", faults.full_traceback(error))
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, trace: str | None = None) -> None:
         """Warn once, on the terminal and in the run's events."""
         if text not in self._said:
             self._said.add(text)
-            if not self.writer.closed:
-                self.writer.event("warning", self._step, message=text)
+            self._event(text, trace)
+            text = text if trace is None else f"{text}\n{trace}"
             warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-
-def is_refusal(error: Exception) -> bool:
-    """Whether a wrong choice of the user's (a directory that holds a run) is to blame.
-
-    It stops training before anything has begun, whatever `on_record_error` says: what fails for
-    another reason, the disk's or the recorder's own, does not have to.
-    """
-    return isinstance(error, LisaError) and not isinstance(error, UnwritableError)
+    def _event(self, text: str, trace: str | None) -> None:
+        if not self.writer.closed:
+            self.writer.event("warning", self._step, message=text, traceback=trace)
 
 
 def warn_unrecorded(error: Exception) -> None:
     """Say that training goes on without a recording."""
-    reason = str(error) if isinstance(error, LisaError) else one_sentence(error)
-    warnings.warn(f"Training goes on unrecorded: {reason}", RuntimeWarning, stacklevel=4)
+    text = f"Training goes on unrecorded: {faults.reason(error)}"
+    warnings.warn(faults.warning_text(text, error), RuntimeWarning, stacklevel=4)
 
 
 def _check_names(scalars: Mapping[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """The recorder in a transformers Trainer: one callback, and wraps where no callback reaches."""
 
+import functools
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.schema import MANIFEST
 from lisa_analysis.rundir.run import load
+from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import manifest as describe
 from lisa_train.measure.disk.manifest import peak_memory_bytes
@@ -21,7 +23,7 @@ from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import HeldError
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
-from lisa_train.measure.recorder import NormRecorder, is_refusal, warn_unrecorded
+from lisa_train.measure.recorder import NormRecorder, warn_unrecorded
 from lisa_train.measure.tokens import count_tokens
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
@@ -29,6 +31,27 @@ from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.wraps import Wraps, plain_state_kept
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _recording(
+    method: "Callable[Concatenate[RecordCallback, P], T]",
+) -> "Callable[Concatenate[RecordCallback, P], T | None]":
+    """Let a fault of this callback's own end the recording, not the training; see `faults`."""
+
+    @functools.wraps(method)
+    def wrapped(self: "RecordCallback", *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if self.recorder is None or not faults.is_fault(error):
+                raise
+            self.recorder.failed(error)
+            return None
+
+    return wrapped
 
 
 class RecordCallback(TrainerCallback):
@@ -153,7 +176,8 @@ class RecordCallback(TrainerCallback):
         # Nor may checkpoints go into the directory that another process fills with its own.
         output = Path(self._trainer.args.output_dir or ".").resolve()
         shared = isinstance(problem, HeldError) and output.is_relative_to(self._run_dir.resolve())
-        if self.config.on_record_error == "raise" or is_refusal(problem) or shared:
+        stops = faults.stops_training(problem, self.config.on_record_error)
+        if stops or faults.is_refusal(problem) or shared:
             raise problem
         warn_unrecorded(problem)
 
@@ -222,7 +246,7 @@ class RecordCallback(TrainerCallback):
             if error is not None:
                 self._restate(status, sentence)
             return
-        self.recorder.close(status, sentence, **self._result())
+        self.recorder.close(status, sentence, **(self._result() or {}))
 
     def _restate(self, status: str, sentence: str | None) -> None:
         """Correct a closed run's end; the error that is on its way matters more than the disk's."""
@@ -230,8 +254,11 @@ class RecordCallback(TrainerCallback):
         try:
             self.recorder.writer.update_manifest(status=status, error=sentence)
         except Exception as failure:
-            warnings.warn(f"Recording: {one_sentence(failure)}", RuntimeWarning, stacklevel=4)
+            faults.come_through(failure)
+            text = faults.warning_text(f"Recording: {faults.reason(failure)}", failure)
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
 
+    @_recording
     def _result(self) -> dict[str, Any]:
         assert self.recorder is not None
         line = self.recorder.latest_scalars(wait=True)
@@ -261,6 +288,7 @@ class RecordCallback(TrainerCallback):
         self._step_began = time.monotonic()
         self._loss = self._norm = self._clip_coef = None
 
+    @_recording
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -277,6 +305,7 @@ class RecordCallback(TrainerCallback):
             step_seconds=time.monotonic() - self._step_began,
         )
 
+    @_recording
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -306,6 +335,7 @@ class RecordCallback(TrainerCallback):
                 loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
             loss.mean().backward()
 
+    @_recording
     def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
         assert self.recorder is not None
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
@@ -325,6 +355,7 @@ class RecordCallback(TrainerCallback):
         if self.config.probe_every and step % self.config.probe_every == 0:
             self._probe_inputs = inputs
 
+    @_recording
     def _after_clipping(self, max_norm: float, norm: Any) -> None:
         if not torch.is_tensor(norm):
             return
@@ -335,6 +366,7 @@ class RecordCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ events
 
+    @_recording
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -351,6 +383,7 @@ class RecordCallback(TrainerCallback):
             self._held_out.append(loss)
         self.recorder.event("evaluate", state.global_step, metrics=numbers)
 
+    @_recording
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -365,6 +398,7 @@ class RecordCallback(TrainerCallback):
         path = os.path.join(args.output_dir or ".", f"checkpoint-{step}")
         return Path(os.path.relpath(path, self._run_dir)).as_posix()
 
+    @_recording
     def _on_draw(self, draw: Draw) -> None:
         if self.recorder is None:
             self._early_draws.append(draw)

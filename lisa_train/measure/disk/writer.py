@@ -29,8 +29,20 @@ from lisa_analysis.contract.schema import (
 )
 from lisa_analysis.rundir.shards import read_parameters
 from lisa_analysis.rundir.streams import read_manifest
-from lisa_train.measure.disk.encoding import as_utf8, fact_table, parameter_table, plain
-from lisa_train.measure.disk.storage import LineFile, RunLock, describe_os_error, replace_file
+from lisa_train.measure.disk.encoding import (
+    as_utf8,
+    fact_table,
+    parameter_table,
+    plain,
+)
+from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.disk.storage import (
+    LineFile,
+    RunLock,
+    UnwritableError,
+    describe_os_error,
+    replace_file,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -323,12 +335,21 @@ class RunWriter:
         """Flush, state how the run ended in run.json, and give the directory free."""
         if self.closed:
             return
+        problem: Exception | None = None
         try:
-            self.flush()
+            try:
+                self.flush()
+            except UnwritableError:
+                raise
+            except Exception as error:  # rows that no disk refused: run.json says that they lack
+                problem, status = error, "failed"
+                fields.setdefault("error", one_sentence(error))
             self.update_manifest(status=status, **fields)
         finally:
             self.closed = True
             self._lock.release()
+        if problem is not None:
+            raise problem
 
 
 def new_run_id() -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import canonical_name
 
 
@@ -68,11 +69,27 @@ def output_head(bare: nn.Module) -> nn.Module | None:
 
 
 def module_from(bare: nn.Module, method: str) -> nn.Module | None:
-    """Return the module that the method called `method` returns, or None."""
-    try:
-        module = getattr(bare, method)()
-    except (AttributeError, NotImplementedError):
+    """Return the module that the method called `method` returns, or None.
+
+    A model may lack the method, or say that it has no such module (`NotImplementedError`).
+
+    Raises
+    ------
+    ConfigError
+        When the method fails in another way: taken for a model without embeddings or a head, the
+        model would leave tensors unnamed that are theirs.
+    """
+    if (ask := getattr(bare, method, None)) is None:
         return None
+    try:
+        module = ask()
+    except NotImplementedError:
+        return None
+    except Exception as error:
+        raise ConfigError(
+            f"{method}() of {type(bare).__name__} fails ({type(error).__name__}: {error}); let it "
+            "return the module, or None where the model has none."
+        ) from error
     return module if isinstance(module, nn.Module) else None
 
 

@@ -78,7 +78,8 @@ class PagedState:
         self._optimizer = optimizer
         self._functional = functional
         self._manager, self._init_state = optimizer.page_mng, optimizer.init_state
-        optimizer.page_mng = type(self._manager).__new__(type(self._manager))
+        kind: Any = type(self._manager)
+        optimizer.page_mng = kind.__new__(kind)
         optimizer.page_mng.paged_tensors = _NoList()
         optimizer.init_state = self._init_from_pool
 
@@ -135,10 +136,10 @@ def check_paged_state(optimizer: Any) -> None:
     """`ConfigError` for a paged optimizer that allocates in another way than is known here."""
     if not getattr(optimizer, "is_paged", False):
         return
+    import bitsandbytes.functional as functional
+
     missing = [name for name in _NEEDED if not hasattr(optimizer, name)]
-    try:
-        from bitsandbytes.functional import get_paged as _
-    except ImportError:
+    if not hasattr(functional, "get_paged"):
         missing.append("functional.get_paged")
     if missing:
         raise ConfigError(

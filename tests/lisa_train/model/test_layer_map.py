@@ -352,3 +352,29 @@ def test_kinds_of_every_architecture_are_recognised(architecture):
         assert kinds["mlp.up"] or kinds["mlp.gate_up"]
         unknown = [n for n in names if kind_of(n, layer_path=layer_map.names[i]) == "other"]
         assert all("relative_attention_bias" in n for n in unknown), unknown
+
+
+@pytest.mark.parametrize("method", ["get_input_embeddings", "get_output_embeddings"])
+@pytest.mark.parametrize("error", [AttributeError("no attribute 'wte'"), TypeError("argument")])
+def test_a_models_own_method_that_fails_is_no_missing_head(make_llama, method, error):
+    """Its tensors would come out as `other`, which nothing activates."""
+
+    def fail():
+        raise error
+
+    model = make_llama(layers=2)
+    setattr(model, method, fail)
+    with pytest.raises(
+        ConfigError, match=rf"{method}\(\) of Llama.* fails \({type(error).__name__}"
+    ):
+        find_layers(model)
+
+
+def test_a_model_may_have_neither_embeddings_nor_a_head(make_llama):
+    def none():
+        raise NotImplementedError
+
+    model = make_llama(layers=2)
+    model.get_input_embeddings = none
+    model.get_output_embeddings = lambda: None
+    assert len(find_layers(model)) == 2

@@ -155,9 +155,13 @@ def test_reset_holds_the_layers_of_one_draw(managed, kind, per_element):
             optimizer, _OnDevice(p) if p.numel() >= 1e5 else p, dtype
         )
     held, drawn = [], set()
+
+    def look(_):
+        held.append(managed.bytes)
+        drawn.update(engine.active_layers)
+
     with lt.Lisa(model, optimizer, settings()) as engine:
-        train(engine, model, optimizer, range(12),
-              lambda step: (held.append(managed.bytes), drawn.update(engine.active_layers)))  # fmt: skip
+        train(engine, model, optimizer, range(12), look)
     assert drawn == set(range(6))
     # two layers of three matrices
     assert set(held) == {2 * 3 * SIDE * SIDE * per_element}
@@ -266,7 +270,7 @@ def test_memory_in_use_is_lent_to_nobody_else(managed):
 
 @pytest.mark.parametrize("kind", [AdamW, bitsandbytes.optim.AdamW8bit])
 def test_state_that_is_loaded_replaces_what_was_kept(managed, kind):
-    """bitsandbytes' own loading tells torch's hooks nothing."""
+    """The loading of bitsandbytes tells torch's hooks nothing."""
     model = blocks()
     optimizer = kind(model.parameters(), lr=1e-3)
     with lt.Lisa(model, optimizer, settings(optimizer_state="keep")) as engine:
@@ -280,7 +284,6 @@ def test_state_that_is_loaded_replaces_what_was_kept(managed, kind):
         model.load_state_dict(first[2])
         engine.load_state_dict(first[1])
         optimizer.load_state_dict(first[0])
-        train(engine, model, optimizer, range(8, 8))
         again = optimizer.state_dict()["state"]
         assert again.keys() == first[0]["state"].keys()
         for position, state in first[0]["state"].items():

@@ -45,10 +45,17 @@ class GradientNoise:
         self.twice: set[int] = set()
         self._arrived: dict[int, torch.Tensor] = {}
         self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
+        self._error: Exception | None = None
         self._handles = [self._listen(i, p) for i, p in table.tensors]
 
     def micro_batch(self) -> None:
-        """Take note of a micro-batch that is done."""
+        """Take note of a micro-batch that is done; what failed inside its backward pass is raised.
+
+        There it would have ended the training, whatever the recorder makes of errors.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         order = sorted(self._arrived)
         values = [self._arrived[i] for i in order]
         joined = stacked(values) if values else torch.zeros(0, dtype=torch.float64)
@@ -99,6 +106,12 @@ class GradientNoise:
         return handle
 
     def _arrive(self, number: int, gradient: torch.Tensor) -> None:
+        try:
+            self._note(number, gradient)
+        except Exception as error:
+            self._error = self._error or error
+
+    def _note(self, number: int, gradient: torch.Tensor) -> None:
         if not self._due():
             return
         square = squares([gradient])[0]

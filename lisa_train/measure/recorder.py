@@ -525,6 +525,7 @@ class NormRecorder:
             self._say(f"Recording: {error}")
         else:
             self.stopped = True
+            self._measure.close()  # copies of weights would stay for the rest of the training
             why = faults.reason(error)
             self._problem = f"recording stopped after step {self._step}: {why}"
             self._say(f"Recording stopped, training goes on: {why}", faults.full_traceback(error))

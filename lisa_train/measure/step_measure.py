@@ -170,7 +170,9 @@ class StepMeasure:
         self._buffer.add(step, "probe_grad_norm", ids, square)
 
     def close(self) -> None:
-        """Listen to gradients no more."""
+        """Listen to gradients no more, and let go of all copies."""
+        self.forget()
+        self._snapshots = {}
         if self._noise is not None:
             self._noise.close()
 

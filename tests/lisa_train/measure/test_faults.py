@@ -1,5 +1,8 @@
 """Bugs of the recorder's own: raised in tests, reported to users, and no end of a training."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers_recording import arguments, examples, llama
@@ -138,6 +141,56 @@ def test_raise_stops_training_and_says_whose_fault_it_is(tmp_path, monkeypatch, 
     with pytest.raises(TypeError) as caught:
         looped(tmp_path, on_record_error="raise")
     assert faults.PLEASE_REPORT in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("error", [KeyError("layer"), RuntimeError("CUDA error")], ids=name)
+def test_what_fails_inside_the_backward_pass_ends_no_training(
+    tmp_path, monkeypatch, lenient, error
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("lisa_train.measure.gradient_noise.squares", fail)
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        assert looped(tmp_path, grad_noise=True) == 5
+    run = load(tmp_path / "run")
+    assert run.status == "failed"
+    assert (faults.PLEASE_REPORT in run.manifest["error"]) == isinstance(error, KeyError)
+
+
+def test_what_fails_inside_the_backward_pass_comes_through_in_tests(tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyError("layer")
+
+    monkeypatch.setattr("lisa_train.measure.gradient_noise.squares", fail)
+    with pytest.raises(KeyError):
+        looped(tmp_path, grad_noise=True)
+
+
+def test_a_recording_that_stopped_holds_no_copies(tmp_path, monkeypatch, lenient):
+    """Copies of all that trains would stay for the rest of the training."""
+    copies = []
+    original = StepMeasure.update
+
+    def fail(self, step, clip_coef):
+        copies.extend(weakref.ref(tensor) for tensor in self._snapshots.values())
+        original(self, step, clip_coef)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(StepMeasure, "update", fail)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch = {key: value[None] for key, value in examples(1)[0].items()}
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, grad_noise=True)
+    recorder = lt.NormRecorder(model, optimizer, config)
+    model(**batch).loss.backward()
+    recorder.before_step(1)
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        recorder.after_step(1)
+    gc.collect()
+    assert len(copies) == len(list(model.parameters()))
+    assert not [copy for copy in copies if copy() is not None]
+    recorder.close()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from typing import Literal
 
+import lisa_analysis
+import lisa_train
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.disk.outcome import one_sentence
 from lisa_train.measure.disk.storage import UnwritableError
@@ -37,7 +39,7 @@ _OF_PROGRAMS = (
     ArithmeticError,
     ValueError,
 )
-_TOOLKIT = (Path(__file__).parent, Path(__file__).parents[1] / "lisa_analysis")
+_TOOLKIT = tuple(Path(str(package.__file__)).parent for package in (lisa_analysis, lisa_train))
 
 
 def is_refusal(error: BaseException) -> bool:

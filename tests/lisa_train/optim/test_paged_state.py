@@ -9,6 +9,8 @@ from helpers_recording import llama
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.estimate.cards import Card
+from lisa_train.estimate.table import MethodTable
 from lisa_train.optim import paged_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -337,3 +339,9 @@ def test_the_estimate_counts_what_many_draws_hold(managed):
     assert found.fits(found.needs())
     assert not found.fits_unpaged(found.needs())
     assert found.fits_unpaged(found.needs() + managed.bytes)
+    sizes = {"paged": 0, "fits": managed.bytes, "no": -1}
+    cards = tuple(Card(name, found.needs() + extra) for name, extra in sizes.items())
+    text = str(MethodTable({"as configured": found}, cards))
+    [row] = [line for line in text.splitlines() if line.startswith("as configured")]
+    assert row.split()[-3:] == ["paged", "fits", "no"]
+    assert "never measured" in text

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
-import lisa_train.measure.measuring_pass
+from lisa_train.measure import averaged_gradients as averaging
+from lisa_train.measure import measuring_pass
 from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.step_measure import averaged_gradients as averaging
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
@@ -371,7 +371,10 @@ def failing(folder, rank, world):
 
 def memory(folder, rank, world):
     """At no time are there more gradients than those of a layer, frozen ones included."""
-    for wrap, module in ((DistributedDataParallel, averaging), (shard, lisa_train.probe)):
+    for wrap, module in (
+        (DistributedDataParallel, averaging),
+        (shard, measuring_pass),
+    ):
         model = small()
         model.model.layers[0].requires_grad_(False)
         through = wrap(model)

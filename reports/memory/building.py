@@ -114,7 +114,7 @@ def fill(model: torch.nn.Module) -> None:
 def _with_adapters(model: Any, setting: Setting) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from lisa_train.command.modeling import LORA_DEFAULTS
+    from lisa_train.methods.lora import LORA_DEFAULTS
 
     return get_peft_model(model, LoraConfig(**{**LORA_DEFAULTS, **setting.lora}))
 

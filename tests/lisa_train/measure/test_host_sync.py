@@ -49,10 +49,10 @@ def test_only_offloaded_state_makes_the_engine_wait(tmp_path, monkeypatch):
     """That is what offloading is; the recorder beside it waits no more than ever."""
     case = Case(method="lisa", lisa={"optimizer_state": "offload"})
     model = build(case, DEVICE)
-    with watched(monkeypatch, spared="optimizer_state.py") as watch:
+    with watched(monkeypatch, spared="frozen_state.py") as watch:
         train(case, model, tmp_path, "fused", steps=10)
     waits = {wait.split("/")[-1].split(":")[0] for wait in watch.waits}
-    assert waits == {"buffers.py", "optimizer_state.py"}
+    assert waits == {"buffers.py", "frozen_state.py"}
 
 
 def index(x):

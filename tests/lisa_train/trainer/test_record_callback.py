@@ -13,6 +13,7 @@ from helpers_recording import Witness, arguments, compare, examples, llama
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.run import load
+from lisa_train.measure import measuring_pass
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -559,7 +560,6 @@ def test_a_probe_sees_what_lisa_froze(tmp_path):
 
 
 def test_a_probe_never_holds_two_gradients():
-    import lisa_train.measure.measuring_pass
     from lisa_train.measure.buffers import MetricBuffer
     from lisa_train.measure.step_measure import StepMeasure
     from lisa_train.model.layer_map import find_layers
@@ -572,19 +572,19 @@ def test_a_probe_never_holds_two_gradients():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     probe = StepMeasure(model, optimizer, lt.RecordConfig("x"), table, buffer)
     held = []
-    original = lisa_train.probe.squares
+    original = measuring_pass.squares
 
     def squares(tensors):
         held.append(sum(p.grad is not None for p in model.parameters()))
         return original(tensors)
 
-    lisa_train.probe.squares = squares
+    measuring_pass.squares = squares
     try:
         batch = {k: v[None] for k, v in examples(1)[0].items()}
         state = torch.random.get_rng_state()
         probe.probe(3, lambda: (torch.rand(5), model(**batch).loss.backward()))
     finally:
-        lisa_train.probe.squares = original
+        measuring_pass.squares = original
     assert len(held) == 30
     assert max(held) == 1
     assert torch.equal(state, torch.random.get_rng_state())

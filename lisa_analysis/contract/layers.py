@@ -16,14 +16,32 @@ _WRAPPERS = re.compile(
 )
 _BASE_LAYER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
-# Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight`, or without `.weight`.
+# Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight`, or without `.weight`, or
+# with parts of their own below (`osf_svd_params.<adapter>.U_low`).
 _ADAPTER = re.compile(
-    r"\.(?P<part>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector|lora_E|ranknum|"
-    r"ia3_l|oft_[A-Za-z]+|boft_[A-Za-z]+|hada_[A-Za-z0-9_]+|lokr_[A-Za-z0-9_]+|vera_lambda_[bd]|"
-    r"randlora_[A-Za-z_]+|fourierft_[A-Za-z_]+|hra_u|vblora_[A-Za-z_]+|bone_block|miss_block)"
-    r"(?:\.[^.]+)?(?:\.(?:weight|bias))?$"
+    r"\.(?P<part>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector|lora_E|ranknum|lora_diag|"
+    r"lora_monteclora_sampler|lora_arrow|ia3_l|oft_[A-Za-z]+|boft_[A-Za-z]+|hada_[A-Za-z0-9_]+|"
+    r"lokr_[A-Za-z0-9_]+|p?vera_lambda_[bd]|randlora_[A-Za-z_]+|fourierft_[A-Za-z_]+|hra_u|"
+    r"vblora_[A-Za-z_]+|bone_block|miss_block|adamss_[A-Za-z_]+|adaption_(?:prompt|gate)|"
+    r"beft_bias|c3a_kernel|deft_[A-Za-z]+|delora_(?:A|B|lambda)|frod_[a-z_]+|glora_[A-Z]|"
+    r"gralora_[A-Za-z_]+|hira_(?:embedding_)?[AB]|lily_(?:A|B|router)|ln_tuning_layers|"
+    r"osf_svd_params|peanut_[A-Za-z_]+|poly_(?:lora_[AB]|router)|psoft_[A-Za-z_]+|"
+    r"road_(?:theta|alpha)|shadow_[a-z_]+|shira_weight|supertuning_[A-Za-z_]+|tinylora_[A-Za-z]+|"
+    r"trainable_tokens_(?:delta|original)|unilora_[A-Za-z_]+|waveft_[a-z]+)"
+    r"(?:\.[^.]+){0,4}$"
 )
-_ROLE_NAMES = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+# What stands beside the model instead of in it: prompts that train, what weighs adapters, a model
+# of its own.
+_BESIDE = re.compile(
+    r"(?:^|\.)(?P<part>prompt_encoder|internal_xlora_classifier|shadow_backbone)\."
+)
+_ROLE_NAMES = {
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "prompt_encoder": "prompt",
+    "internal_xlora_classifier": "xlora",
+    "shadow_backbone": "shadow",
+}
 
 _ATTENTION = r"(attn|attention)\w*\.(.*\.)?"
 
@@ -61,6 +79,8 @@ _EMBEDDINGS = (
     r"patch_embed\w*|cls_token|pos_embed\w*"
 )
 _OUTSIDE: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("prompt", re.compile(r"(^|\.)prompt_encoder(\.|$)")),
+    ("other", re.compile(r"(^|\.)internal_xlora_classifier(\.|$)")),
     ("head", re.compile(rf"(^|\.)({_HEADS})(\.|$)")),
     ("norm", re.compile(r"(^|[._])(norm|layernorm|layer_norm|ln_\w+)\w*$", re.IGNORECASE)),
     ("embed", re.compile(rf"(^|[._])({_EMBEDDINGS})(\.|$)")),
@@ -91,7 +111,7 @@ def canonical_name(name: str) -> str:
 
 def role_of(name: str) -> str:
     """``base`` for a weight of the model, else the adapter part as PEFT calls it (`lora_A`, …)."""
-    match = _ADAPTER.search(name)
+    match = _ADAPTER.search(name) or _BESIDE.search(name)
     return _ROLE_NAMES.get(match["part"], match["part"]) if match else "base"
 
 
@@ -122,7 +142,8 @@ def kind_of(name: str, *, layer_path: str | None) -> str:
     -------
     str
         ``attn.q``, ``attn.k``, ``attn.v``, ``attn.qkv``, ``attn.o``, ``mlp.gate``, ``mlp.up``,
-        ``mlp.gate_up``, ``mlp.down``, ``moe.router``, ``norm``, ``embed``, ``head`` or ``other``.
+        ``mlp.gate_up``, ``mlp.down``, ``moe.router``, ``norm``, ``embed``, ``head``, ``prompt``
+        (virtual tokens that train, and what makes them) or ``other``.
     """
     module = module_of(name)
     leaf = canonical_name(name).rsplit(".", 1)[-1]

@@ -25,6 +25,7 @@ SCALARS = "scalars.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
+ADAPTER_START = "adapter_start.safetensors"
 LOCK = "run.lock"
 
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -73,7 +74,7 @@ PARAMETERS_TABLE = Table(
         Column("param_id", "int32", False, "identifier used by the metrics table"),
         Column("name", "string", False, "the name in `model.named_parameters()`"),
         Column("layer", "int16", True, "index of the layer in the stack; null outside the stack"),
-        Column("kind", "string", False, "attn.q … mlp.down, norm, embed, head, other"),
+        Column("kind", "string", False, "attn.q … mlp.down, norm, embed, head, prompt, other"),
         Column("role", "string", False, "base, lora_A, lora_B, …: base weight or adapter part"),
         Column("numel", "int64", False, "number of elements"),
         Column("shape", "string", False, "shape, as '576x1536'"),
@@ -128,13 +129,16 @@ METRICS_TABLE = Table(
             "delta_norm",
             "float32",
             True,
-            "‖W_t − W_0‖; for LoRA ‖(α/r)BA‖ by r×r Gram matrices, on the row of lora_B",
+            "‖W_t − W_0‖ since the run began; for LoRA ‖(α/r)(BA − B_0A_0)‖ by r×r Gram "
+            "matrices, on the row of lora_B (DoRA: of the rescaled weight, in censuses); null "
+            "where the adapter is no product BA",
         ),
         Column(
             "merged_norm",
             "float32",
             True,
-            "LoRA only: ‖W + (α/r)BA‖ of the adapted weight, on the row of lora_B",
+            "LoRA only: ‖W + (α/r)BA‖ of the adapted weight (DoRA: rescaled), on the row of "
+            "lora_B; at step 0 it is the ‖W_0‖ of delta_norm",
         ),
         Column(
             "opt_steps",
@@ -310,6 +314,10 @@ def layout_to_markdown() -> str:
         (f"{PROBES_DIR}/{shard_name(0, 0)}", PROBES_TABLE.meaning),
         (SCALARS, SCALARS_TABLE.meaning),
         (EVENTS, f"{EVENTS_TABLE.meaning}: {events}"),
+        (
+            ADAPTER_START,
+            "what the adapters started with, if that was not BA = 0 (PiSSA, DoRA, …)",
+        ),
         (f"{CHECKPOINTS_DIR}/ {ADAPTER_DIR}/", "the layouts of transformers and PEFT, untouched"),
     )
     lines = ["| file | what it holds |", "|---|---|"]

@@ -45,6 +45,7 @@ class Accumulator:
         size = len(group_of)
         self.complete = bool((group_of >= 0).all())
         self.census = np.full(size, np.nan)
+        self.merged = np.full(size, np.nan)
         self.last = {name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm")}
         self.ever_trained = np.zeros(size, dtype=bool)
         self.first_bad: dict[str, tuple[int, int]] = {}
@@ -112,10 +113,12 @@ class Accumulator:
                     last[ids[final]] = values[final]
                 else:
                     last[ids] = values
-        if "weight_norm" in columns and step[0] == 0:
-            values, measured = columns["weight_norm"]
-            start = step == 0 if measured is None else (step == 0) & measured
-            self.census[ids[start]] = values[start]
+        if step[0] == 0:
+            for name, first in (("weight_norm", self.census), ("merged_norm", self.merged)):
+                if name in columns:
+                    values, measured = columns[name]
+                    start = step == 0 if measured is None else (step == 0) & measured
+                    first[ids[start]] = values[start]
 
 
 class Chain:

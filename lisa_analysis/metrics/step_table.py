@@ -19,7 +19,7 @@ Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 LEVELS = ("layer", "kind", "module", "tensor")
-OUTSIDE = ("embed", "head", "norm", "other")
+OUTSIDE = ("embed", "head", "norm", "prompt", "other")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,11 @@ def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDA
     ids = frame["param_id"].to_numpy(dtype=np.int64)
     group = groups.of[ids]
     trained = sums.ever_trained[ids] & (group >= 0)
-    base = _adapted_or_trained(frame, trained) & (group >= 0)
+    adapted = _adapted(frame, trained)
+    own = (frame["role"] == "base").to_numpy()
+    base = own & (trained | adapted) & (group >= 0)
+    # Of an adapter with a frozen B (MiCA) the change stands on that row too.
+    moved = (trained | (adapted & ~own)) & (group >= 0)
     width = len(groups.names)
 
     def total(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -232,18 +236,37 @@ def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDA
         return np.sqrt(squares)
 
     delta = sums.last["delta_norm"]
+    start = _start_of_weights(frame, sums)
     return {
         "numel": total(frame["numel"].to_numpy(dtype=np.float64), trained),
         "initial": norm(sums.census, trained),
-        "initial_base": norm(sums.census, base),
+        "initial_base": norm(start, base),
         "final": norm(sums.last["weight_norm"], trained),
-        "final_delta": norm(delta, trained & ~np.isnan(delta[ids])),
+        "final_delta": norm(delta, moved & ~np.isnan(delta[ids])),
     }
 
 
-def _adapted_or_trained(frame: pd.DataFrame, trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Base weights that train, or whose module has an adapter that trains."""
+def _adapted(frame: pd.DataFrame, trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tensors of the modules that have an adapter that trains."""
     base = (frame["role"] == "base").to_numpy()
     modules = [module_of(name) for name in frame["name"].astype(str)]
     adapted = {module for module, t in zip(modules, trained & ~base, strict=True) if t}
-    return base & (trained | np.array([module in adapted for module in modules], dtype=bool))
+    return np.array([module in adapted for module in modules], dtype=bool)
+
+
+def _start_of_weights(frame: pd.DataFrame, sums: Accumulator) -> NDArray[np.float64]:
+    """‖W_0‖ by param_id: with LoRA of W and what its adapter adds, where that was measured.
+
+    PiSSA and others move a part of W into the adapter: what they leave is no measure of it.
+    """
+    start = sums.census.copy()
+    columns = [frame[name].tolist() for name in ("param_id", "name", "role")]
+    merged = {
+        module_of(str(name)): sums.merged[param_id]
+        for param_id, name, _ in zip(*columns, strict=True)
+        if np.isfinite(sums.merged[param_id])
+    }
+    for param_id, name, role in zip(*columns, strict=True):
+        if role == "base" and str(name).endswith(".weight") and module_of(str(name)) in merged:
+            start[param_id] = merged[module_of(str(name))]
+    return start

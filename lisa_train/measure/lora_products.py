@@ -1,16 +1,85 @@
 """LoRA factor pairs of a PEFT model, and the norms of their products without the products."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lisa_train.measure.processes import Processes
-from lisa_train.model.norms import gram_square, local, merged_square, squares, stacked
+from lisa_train.model.norms import (
+    gram_square,
+    local,
+    merged_square,
+    rescaled_squares,
+    squares,
+    stacked,
+    wide,
+)
 from lisa_train.model.sharding import is_sharded, local_slices, shards
+
+# Variants of PEFT's LoRA whose weight is W + s·BA, or W + s·B diag(e) A, as it stands.
+_PLAIN = frozenset(
+    {
+        "NoneType",
+        "ALoraLinearVariant",
+        "KasaLinearVariant",
+        "MiCAEmbeddingVariant",
+        "MiCALinearVariant",
+        "MontecloraLinearVariant",
+        "VeloraLinearVariant",
+    }
+)
+_DORA = frozenset(
+    {
+        "DoraConv1dVariant",
+        "DoraConv2dVariant",
+        "DoraConv3dVariant",
+        "DoraEmbeddingVariant",
+        "DoraLinearVariant",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the weight of one adapted module is made of beside W, at one moment.
+
+    Attributes
+    ----------
+    a, b
+        The factors as PEFT holds them; None stands for a product of zero.
+    scale
+        Factor on the product: α/r, α/√r (rank-stabilised), α/(rank now) in AdaLoRA.
+    diagonal
+        What stands between B and A, if anything: AdaLoRA's and KaSA's singular values.
+    magnitude
+        DoRA: the norms that the rows of W + s·BA are given.
+    """
+
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    scale: float | torch.Tensor
+    diagonal: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+    def matrices(self, experts: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (sA, B) of shapes (r, n) and (m, r) in double precision, a pair per expert."""
+        if self.a is None or self.b is None:
+            return []
+        kind = wide(self.a.device)
+        a, b = self.a.detach().to(kind), self.b.detach().to(kind)
+        scale = self.scale.to(a.device, kind) if torch.is_tensor(self.scale) else self.scale
+        if experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
+            stacked_a = a.reshape(experts, -1, a.shape[-1]) * scale
+            stacked_b = b.reshape(b.shape[0], -1, experts)
+            return [(stacked_a[e], stacked_b[:, :, e]) for e in range(experts)]
+        a = a.flatten(1) * scale
+        if self.diagonal is not None:
+            a = a * self.diagonal.detach().to(kind).reshape(-1, 1)
+        return [(a, b.flatten(1))]
 
 
 @dataclass(eq=False)
@@ -22,13 +91,19 @@ class LoraPair:
     name_b
         Name of B's parameter; what is measured of the product is recorded on its row.
     a, b
-        The parameters; embeddings and convolutions hold them in other shapes, see `factors`.
+        The parameters; embeddings and convolutions hold them in other shapes, see `Factors`.
     module, adapter
         The PEFT layer and the adapter's name: the scaling s is read from them at every use.
     experts
         Number of weights that the factors adapt side by side (fused experts), else 1.
     transposed
         Whether the module holds Wᵀ (embeddings, GPT-2's Conv1D).
+    diagonal, magnitude
+        See `Factors`.
+    start
+        What the run started with, where that was not a product of zero.
+    start_known
+        Whether `start` can be trusted; else no change is measured.
     """
 
     name_b: str
@@ -38,58 +113,110 @@ class LoraPair:
     adapter: str
     experts: int = 1
     transposed: bool = False
+    diagonal: nn.Parameter | None = None
+    magnitude: nn.Parameter | None = None
+    start: Factors | None = None
+    start_known: bool = True
 
     def __post_init__(self) -> None:
         self._weight_version: tuple[int, int] | None = None
         self._weight_square = torch.zeros(())
 
     @property
-    def scale(self) -> float:
-        """S: α/r, or α/√r with rank-stabilised LoRA."""
-        return float(self.module.scaling[self.adapter])
+    def scale(self) -> float | torch.Tensor:
+        """S: α/r, or α/√r with rank-stabilised LoRA; AdaLoRA divides by the rank of the moment."""
+        scale = float(self.module.scaling[self.adapter])
+        ranks = getattr(self.module, "ranknum", {})
+        if self.adapter not in ranks:
+            return scale
+        return scale / (ranks[self.adapter].detach().double().reshape(()) + 1e-5)
 
-    def factors(
-        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (A, B) of shapes (r, n) and (m, r), one pair per expert.
+    @property
+    def alone(self) -> bool:
+        """Whether this adapter, and no other, now acts on the weight from outside it."""
+        module = self.module
+        if getattr(module, "merged_adapters", ()) or getattr(module, "disable_adapters", False):
+            return False
+        return _acting(module) == [self.adapter]
 
-        `a` and `b` stand for the parameters where these are sharded: as whole tensors.
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains and makes the weight."""
+        return [p for p in (self.a, self.b, self.diagonal, self.magnitude) if p is not None]
+
+    def now(self, whole: Mapping[int, torch.Tensor] | None = None) -> Factors:
+        """Return the factors as they are; `whole` has sharded ones by identity as whole tensors."""
+        whole = whole or {}
+
+        def of(parameter: nn.Parameter | None) -> torch.Tensor | None:
+            if parameter is None:
+                return None
+            return whole.get(id(parameter), parameter.detach())
+
+        return Factors(of(self.a), of(self.b), self.scale, of(self.diagonal), of(self.magnitude))
+
+    def delta_square(self, now: Factors | None = None) -> torch.Tensor:
+        """‖sBA − s₀B₀A₀‖², summed over the experts; the second product is that of the start.
+
+        Of differences of the factors, BA − B₀A₀ = (B − B₀)A + B₀(A − A₀): a first step is small
+        beside what PiSSA starts with, and would drown in ‖BA‖² − 2⟨BA, B₀A₀⟩ + ‖B₀A₀‖².
         """
-        a = self.a.detach() if a is None else a
-        b = self.b.detach() if b is None else b
-        if self.experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
-            stacked_a = a.reshape(self.experts, -1, a.shape[-1])
-            stacked_b = b.reshape(b.shape[0], -1, self.experts)
-            return [(stacked_a[e], stacked_b[:, :, e]) for e in range(self.experts)]
-        return [(a.flatten(1), b.flatten(1))]
+        pairs = (now or self.now()).matrices(self.experts)
+        before = self.start.matrices(self.experts) if self.start is not None else []
+        if before:
+            pairs = [
+                (torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1))
+                for (a, b), (a0, b0) in zip(pairs, before, strict=True)
+            ]
+        return torch.stack([gram_square(a, b) for a, b in pairs]).sum()
 
-    def delta_square(
-        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """‖sBA‖², summed over the experts; `a` and `b` as in `factors`."""
-        squares_of_experts = [gram_square(*factors) for factors in self.factors(a, b)]
-        return self.scale**2 * torch.stack(squares_of_experts).sum()
-
-    def merged_square(
-        self, a: torch.Tensor | None = None, b: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+    def merged_square(self, now: Factors | None = None) -> torch.Tensor | None:
         """‖W + sBA‖², or None where W is not at hand as a matrix (quantized, fused experts).
 
         Of a sharded W the part that this process holds: the parts add up.
         """
-        weight = self.weight
-        if weight is None or self.experts > 1 or self.module_is_wrapper:
-            return None
-        [(a, b)] = self.factors(a, b)
-        block = _matrix(weight, (b.shape[0], a.shape[1]), self.transposed)
-        if block is None:
+        if (block := self._block()) is None:
             return None
         matrix, rows, columns = block
         version = (matrix.data_ptr(), matrix._version)
         if version != self._weight_version:  # W rests, so that this happens once
             self._weight_square = squares([matrix])[0]
             self._weight_version = version
-        return merged_square(matrix, self._weight_square, a[:, columns], b[rows], self.scale)
+        [(a, b)] = (now or self.now()).matrices()
+        return merged_square(matrix, self._weight_square, a[:, columns], b[rows], 1.0)
+
+    def rescaled_squares(self, now: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of DoRA, where rows of W + sBA are given trained norms: ‖W′ − W′₀‖² and ‖W′‖².
+
+        None where W is not at hand as a matrix of whole rows.
+        """
+        block = self._block()
+        if block is None or self.start is None or self.start.magnitude is None:
+            return None
+        matrix, rows, _ = block
+        if matrix.shape[1] != math.prod(_whole_shape(self.weight, self.transposed)[1:]):
+            return None
+        assert now.magnitude is not None
+        parts = []
+        for factors in (now, self.start):
+            magnitude = factors.magnitude
+            assert magnitude is not None
+            products = factors.matrices()
+            pair = (products[0][0], products[0][1][rows]) if products else None
+            parts.append((magnitude.detach().flatten()[rows], pair))
+        return rescaled_squares(matrix, parts[0], parts[1])
+
+    def _block(self) -> tuple[torch.Tensor, slice, slice] | None:
+        weight = self.weight
+        if weight is None or self.experts > 1 or self.module_is_wrapper:
+            return None
+        shape = (self.b.shape[0], math.prod(self.a.shape[1:]))
+        return _matrix(weight, shape, self.transposed)
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether W is at hand as one matrix."""
+        return self._block() is not None
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -103,6 +230,18 @@ class LoraPair:
     def module_is_wrapper(self) -> bool:
         """Whether the adapter sits on a bare parameter instead of on a module's weight."""
         return hasattr(self.module, "parameter_name")
+
+
+def _acting(module: Any) -> list[str]:
+    """Adapters of a module that are switched on."""
+    active = getattr(module, "active_adapters", None)
+    names = [*getattr(module, "lora_A", ()), *getattr(module, "lora_embedding_A", ())]
+    return names if active is None else [name for name in names if name in active]
+
+
+def _whole_shape(weight: torch.Tensor | None, transposed: bool) -> tuple[int, ...]:
+    assert weight is not None
+    return tuple(weight.shape[::-1] if transposed else weight.shape)
 
 
 def _matrix(
@@ -127,24 +266,58 @@ def _matrix(
 def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
     """Return the LoRA pairs of a model, in the order of its modules; none without adapters.
 
-    Grouped convolutions and other layers whose product is not a plain BA are left out.
+    Grouped convolutions and other layers whose product is not a plain BA are left out, see
+    `no_product`.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    return [
-        LoraPair(names[id(b)], a, b, module, adapter, experts, transposed)
-        for module in model.modules()
-        for adapter, a, b, experts, transposed in _pairs_of(module)
-        if id(a) in names and id(b) in names
-    ]
+    mixing, stacks = "XLORA" in adapter_types(model), stacked_tuners(model)
+    found = []
+    for module in model.modules():
+        for pair in _pairs_of(module):
+            if id(pair.a) not in names or id(pair.b) not in names:
+                continue
+            if mixing or id(module) in stacks or no_product(module, pair.adapter):
+                continue
+            found.append(replace(pair, name_b=names[id(pair.b)]))
+    return found
 
 
-def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, int, bool]]:
+def no_product(module: Any, adapter: str) -> str | None:
+    """Say why the weight that a LoRA layer acts with is no W + s·BA; None where it is."""
+    if getattr(module.get_base_layer(), "groups", 1) != 1:
+        return "a grouped convolution has no product of its factors"
+    variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
+    if variant not in _PLAIN | _DORA:
+        return f"{variant} of PEFT does not add a product of its factors to the weight"
+    return None
+
+
+def adapter_types(model: nn.Module) -> list[str]:
+    """Return PEFT's names of the methods whose adapters a model has, as ``LORA``."""
+    types: dict[str, None] = {}
+    for module in model.modules():
+        configurations = getattr(module, "peft_config", None)
+        for one in configurations.values() if isinstance(configurations, dict) else ():
+            kind = getattr(one, "peft_type", "")
+            types[str(getattr(kind, "value", kind))] = None
+    return list(types)
+
+
+def stacked_tuners(model: nn.Module) -> set[int]:
+    """PEFT layers around one and the same weight: what it becomes is no work of one of them."""
+    layers: dict[int, list[Any]] = {}
+    for module in model.modules():
+        tuner = hasattr(module, "get_base_layer") and hasattr(module, "active_adapters")
+        if tuner and not hasattr(module, "parameter_name"):
+            layers.setdefault(id(module.get_base_layer()), []).append(module)  # type: ignore[operator]
+    return {id(m) for around in layers.values() if len(around) > 1 for m in around}
+
+
+def _pairs_of(module: Any) -> Iterator[LoraPair]:
     scaling = getattr(module, "scaling", None)
     if not isinstance(scaling, dict) or not hasattr(module, "get_base_layer"):
         return
     experts = int(getattr(module, "num_experts", 1))
-    if getattr(module.get_base_layer(), "groups", 1) != 1:
-        return
     for kind in ("", "embedding_"):
         transposed = bool(kind) or bool(getattr(module, "fan_in_fan_out", False))
         firsts = getattr(module, f"lora_{kind}A", {})
@@ -153,7 +326,18 @@ def _pairs_of(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, in
             if adapter in seconds and adapter in scaling:
                 a, b = _factor(firsts[adapter]), _factor(seconds[adapter])
                 if a is not None and b is not None:
-                    yield adapter, a, b, experts, transposed
+                    diagonal = _part(module, "lora_E", adapter)
+                    if diagonal is None:
+                        diagonal = _part(module, "lora_diag", adapter)
+                    magnitude = _part(module, "lora_magnitude_vector", adapter)
+                    yield LoraPair(
+                        "", a, b, module, adapter, experts, transposed, diagonal, magnitude
+                    )
+
+
+def _part(module: Any, name: str, adapter: str) -> nn.Parameter | None:
+    parts = getattr(module, name, {})
+    return _factor(parts[adapter]) if adapter in parts else None
 
 
 def _factor(part: Any) -> nn.Parameter | None:
@@ -161,25 +345,63 @@ def _factor(part: Any) -> nn.Parameter | None:
     return weight if isinstance(weight, nn.Parameter) else None
 
 
-def product_squares(
-    pairs: Sequence[LoraPair], merged: bool, processes: Processes
-) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Return ‖sBA‖² of the pairs, the indices of those with ‖W+sBA‖², and these.
+@dataclass
+class Products:
+    """Squares of the products of some pairs, in their order; None is not measured.
 
-    All are this process's parts, as those of B are: the parts add up. Sharded factors are small
-    enough to be gathered whole, which takes one collective for all pairs together.
+    All are this process's parts, as those of B are: the parts add up.
     """
-    split = [p for pair in pairs for p in (pair.a, pair.b) if is_sharded(p)]
-    whole = dict(zip(map(id, split), processes.gather(split), strict=True))
-    deltas: list[torch.Tensor] = []
-    found: list[tuple[int, torch.Tensor]] = []
-    with torch.no_grad():
-        for i, pair in enumerate(pairs):
-            a, b = whole.get(id(pair.a)), whole.get(id(pair.b))
-            deltas.append(pair.delta_square(a, b) / shards(pair.b))
-            square = pair.merged_square(a, b) if merged else None
-            if square is not None and pair.weight is not None:
-                found.append((i, square * (shards(pair.weight) / shards(pair.b))))
-    indices = [i for i, _ in found]
-    known = stacked(deltas)
-    return known, indices, stacked([s for _, s in found]) if found else known[:0]
+
+    deltas: list[torch.Tensor | None]
+    merged: list[torch.Tensor | None]
+
+    def measured(self, column: str) -> tuple[list[int], torch.Tensor]:
+        """Return the places of the pairs that have a value, and the values."""
+        values = self.deltas if column == "delta_norm" else self.merged
+        found = [(i, value) for i, value in enumerate(values) if value is not None]
+        if not found:
+            return [], torch.zeros(0, dtype=torch.float64)
+        return [i for i, _ in found], stacked([value for _, value in found])
+
+
+@torch.no_grad()
+def product_squares(
+    pairs: Sequence[LoraPair], merged: bool, processes: Processes, *, dense: bool = True
+) -> Products:
+    """Return ‖sBA − s₀B₀A₀‖² and, with `merged`, ‖W + sBA‖² of the pairs.
+
+    Sharded factors are small enough to be gathered whole, which takes one collective for all
+    pairs together. `dense` allows for what has to read W for a change as well: DoRA's.
+    """
+    whole = whole_factors(pairs, processes)
+    products = Products([], [])
+    for pair in pairs:
+        delta, square = _squares_of(pair, pair.now(whole), merged, dense)
+        share = 1.0 if pair.weight is None else shards(pair.weight) / shards(pair.b)
+        if pair.magnitude is not None:
+            delta = None if delta is None else delta * share
+        elif delta is not None:
+            delta = delta / shards(pair.b)
+        products.deltas.append(delta)
+        products.merged.append(None if square is None else square * share)
+    return products
+
+
+def _squares_of(
+    pair: LoraPair, now: Factors, merged: bool, dense: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not pair.alone:
+        return None, None
+    if pair.magnitude is not None:
+        found = pair.rescaled_squares(now) if dense else None
+        if found is None:
+            return None, None
+        return (found[0] if pair.start_known else None), (found[1] if merged else None)
+    delta = pair.delta_square(now) if pair.start_known else None
+    return delta, (pair.merged_square(now) if merged else None)
+
+
+def whole_factors(pairs: Sequence[LoraPair], processes: Processes) -> dict[int, torch.Tensor]:
+    """Return the sharded factors as whole tensors, by the identity of the parameters."""
+    split = [p for pair in pairs for p in pair.parameters if is_sharded(p)]
+    return dict(zip(map(id, split), processes.gather(split), strict=True))

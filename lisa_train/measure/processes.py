@@ -7,7 +7,7 @@ pass takes its own.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from lisa_train.measure.buffers import Piece
 from lisa_train.model.norms import local, wide
 from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, shards
 from lisa_train.model.tensor_table import TensorTable
+
+T = TypeVar("T")
 
 # Replicated on every process whatever holds the tensor.
 _COPIED = frozenset({"opt_steps"})
@@ -89,6 +91,14 @@ class Processes:
                 target[where].copy_(local(tensor))
         dist.all_reduce(joined)
         return whole
+
+    def from_first(self, value: T) -> T:
+        """Return what the first process has, on all of them; for small things, now and then."""
+        if self.count == 1:
+            return value
+        held: list[Any] = [value if self.first else None]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]  # type: ignore[no-any-return]
 
     def agree(self, fine: bool) -> bool:
         """Return whether all processes are fine; they would wait for each other for ever else."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_analysis.contract.schema import SCALARS_TABLE
-from lisa_train.measure import faults
+from lisa_train.measure import adapter_start, faults
 from lisa_train.measure.buffers import MetricBuffer, to_host
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
@@ -31,6 +31,7 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.step_measure import StepMeasure
 from lisa_train.measure.tensor_steps import TensorSteps
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
+from lisa_train.measure.unmeasured import unmeasured_products
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
@@ -170,7 +171,9 @@ class NormRecorder:
             self._tensor_steps = TensorSteps(self._measure, self.table)
             step_in_backward.watchers.append(self)
         self._say_what_sharding_forbids()
-        if self.writer.segment and step:
+        resumed = bool(self.writer.segment and step)
+        self._find_start_of_adapters(model, resumed)
+        if resumed:
             self._census_step = step  # the checkpoint that the run continues from has one
         else:
             self.census(step)
@@ -188,6 +191,14 @@ class NormRecorder:
                 "weights are sharded in two ways at once (FSDP and tensor parallelism): of those "
                 "‖W − W₀‖ and the products of LoRA are not measured."
             )
+
+    def _find_start_of_adapters(self, model: nn.Module, resumed: bool) -> None:
+        """Let changes be measured from where the run began, and say where they cannot be."""
+        find = adapter_start.take_up if resumed else adapter_start.begin
+        for text in find(self._measure.pairs, self._processes, self.writer):
+            self._say(text)
+        for text in unmeasured_products(model, self.table, self._measure.pairs, self.config):
+            self._say(text)
 
     def _new_writer(
         self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None

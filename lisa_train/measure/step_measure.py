@@ -32,6 +32,8 @@ class StepMeasure:
     ----------
     active : list of (int, Parameter)
         Numbers and tensors of the step in progress: those with a gradient.
+    pairs : list of LoraPair
+        The LoRA adapters whose products are measured.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class StepMeasure:
         self._noise: GradientNoise | None = None
         if config.grad_noise and not self._processes.sharded:
             self._noise = GradientNoise(table, self._processes, due)
-        self._pairs = _pairs(model, table) if self._want & _OF_PRODUCTS else []
+        self.pairs = _pairs(model, table) if self._want & _OF_PRODUCTS else []
         self._base = BaseWeights(model) if config.base_delta else None
         self._cpu = table.tensors[0][1].device.type == "cpu"
         self._snapshots: dict[int, torch.Tensor] = {}
@@ -133,7 +135,7 @@ class StepMeasure:
         if "opt_steps" in self._want:
             self._optimizer_steps(step)
         active = {i for i, _ in self.active}
-        self._products(step, [p for p in self._pairs if self._table.ids[p.name_b] in active])
+        self._products(step, [p for p in self.pairs if self._table.ids[p.name_b] in active])
 
     def forget(self) -> None:
         """Let go of the step's copies.
@@ -154,8 +156,9 @@ class StepMeasure:
         """Measure the weights of every tensor that this step has not measured yet."""
         done = self._buffer.measured(step, "weight_norm")
         self._weights(step, [(i, p) for i, p in self._table.tensors if i not in done])
-        known = self._buffer.measured(step, "delta_norm")
-        self._products(step, [p for p in self._pairs if self._table.ids[p.name_b] not in known])
+        known = set().union(*(self._buffer.measured(step, name) for name in _OF_PRODUCTS))
+        left = [p for p in self.pairs if self._table.ids[p.name_b] not in known]
+        self._products(step, left, census=True)
         if self._base is not None:
             found = self._base.deltas(self._table)
             ids = np.array([i for i, _ in found], dtype=np.int64)
@@ -210,16 +213,18 @@ class StepMeasure:
             square = squares([p for _, p in tensors])
             self._buffer.add(step, "weight_norm", _numbers(tensors), square)
 
-    def _products(self, step: int, pairs: list[LoraPair]) -> None:
+    def _products(self, step: int, pairs: list[LoraPair], *, census: bool = False) -> None:
         if not pairs:
             return
         ids = np.array([self._table.ids[pair.name_b] for pair in pairs])
-        deltas, indices, merged = product_squares(
-            pairs, "merged_norm" in self._want, self._processes
-        )
-        if "delta_norm" in self._want:
-            self._buffer.add(step, "delta_norm", ids, deltas)
-        self._buffer.add(step, "merged_norm", ids[indices], merged)
+        want = self._want & _OF_PRODUCTS
+        if census and step == 0 and any(pair.start is not None for pair in pairs):
+            want |= {"merged_norm"}  # the W₀ that changes are measured from and compared with
+        products = product_squares(pairs, "merged_norm" in want, self._processes, dense=census)
+        for column in sorted(want):
+            places, values = products.measured(column)
+            if places:
+                self._buffer.add(step, column, ids[places], values)
 
     def _optimizer_steps(self, step: int) -> None:
         # Where they are counted, on the host or on each device: bringing them together would wait.

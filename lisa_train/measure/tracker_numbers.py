@@ -11,7 +11,8 @@ def tensor_groups(table: TensorTable, n_layers: int) -> dict[str, np.ndarray]:
     thirds = ("first", "middle", "last")
     for row in table.rows:
         if row["layer"] is None:
-            name = row["kind"] if row["kind"] in ("embed", "head", "norm") else "other"
+            outside = ("embed", "head", "norm", "prompt")
+            name = row["kind"] if row["kind"] in outside else "other"
         else:
             name = f"layers_{thirds[3 * row['layer'] // max(1, n_layers)]}"
         groups.setdefault(name, []).append(row["param_id"])

@@ -43,7 +43,8 @@ class LayerMap:
         Names of the parameters of each layer, as in `model.named_parameters()`.
     groups
         Names of the parameters outside the layers: ``embed``, ``head``, ``norm`` and ``other``
-        (which LISA never trains: a frozen vision tower, say).
+        (which LISA never trains: a frozen vision tower, say), and ``prompt`` where virtual tokens
+        train (prompt tuning).
     tied
         Second names of shared tensors -> the name that `named_parameters()` gives.
     sizes
@@ -71,7 +72,7 @@ class LayerMap:
         return self._layer_of.get(self.tied.get(name, name))  # type: ignore[attr-defined]
 
     def group_of(self, name: str) -> str:
-        """``layer``, ``embed``, ``head``, ``norm`` or ``other``; `KeyError` for a stranger."""
+        """``layer``, ``embed``, ``head``, ``norm``, ``prompt``, ``other``; else `KeyError`."""
         name = self.tied.get(name, name)
         if name in self._layer_of:  # type: ignore[attr-defined]
             return "layer"
@@ -165,7 +166,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
         if id(parameter) in layer_ids:
             inside[layer_ids[id(parameter)]].append(name)
         else:
-            groups[group_of(name, parameter)].append(name)
+            groups.setdefault(group_of(name, parameter), []).append(name)
     return LayerMap(
         names=tuple(f"{stack.path}.{i}" for stack in chosen for i in range(len(stack.blocks))),
         stacks=tuple(stack.path for stack in chosen for _ in stack.blocks),
@@ -258,6 +259,8 @@ class _Grouping:
         if id(parameter) in self._head:
             return "head"
         path = canonical_name(name)
+        if kind_of(name, layer_path=None) == "prompt":
+            return "prompt"
         if any(below(path, tower) for tower in self._frozen):
             return "other"
         if self._in_base is not None and id(parameter) not in self._in_base:

@@ -118,13 +118,16 @@ def merged_square(
     a, b, scale
         Factors of shape (r, n) and (m, r), and s.
     """
+    # In the widest type: products in fp32 are made of ten-bit parts wherever TF32 is allowed, or
+    # bf16 on the CPU (`set_float32_matmul_precision`), which is everybody's setting to make.
     kind = wide(weight.device)
-    rows = max(1, _DEVICE_CHUNK // max(1, weight.shape[1]))
+    size = CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK // 2
+    rows = max(1, size // max(1, weight.shape[1]))
     mixed = torch.zeros((), dtype=kind, device=weight.device)
-    small = b.detach().float()
+    exact_a, exact_b = a.detach().to(kind), b.detach().to(kind)
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].detach().float()
-        mixed = mixed + ((small[start : start + rows].T @ part).to(kind) * a.detach()).sum()
+        part = weight[start : start + rows].detach().to(kind)
+        mixed = mixed + ((exact_b[start : start + rows].T @ part) * exact_a).sum()
     known = weight_square.to(kind) + scale**2 * gram_square(a, b)
     total = known + 2 * scale * mixed
     if weight.device.type == "cpu" and total < _CANCELLED * known:
@@ -144,6 +147,44 @@ def _walk_rows(
     return torch.stack(
         [(weight[block].double() + wide_b[block] @ wide_a).square().sum() for block in blocks]
     ).sum()
+
+
+# Norms that the rows of a weight are given, and the factors (A, B) of what is added to it first.
+Rescaling = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
+
+
+@torch.no_grad()
+def rescaled_squares(
+    weight: torch.Tensor, now: Rescaling, before: Rescaling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖W′ − W′₀‖² and ‖W′‖² of W′ = m(W + BA)/‖W + BA‖, row by row (DoRA).
+
+    From blocks of rows of the sums, in double precision: the change is a small part of what the
+    row norms alone could tell.
+    """
+    kind = wide(weight.device)
+    size = 4 * CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK // 2
+    rows = max(1, size // max(1, weight.shape[1]))
+    moved, whole = [], []
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        part = weight[block].detach().to(kind)
+        after = _rescaled(part, block, *now)
+        moved.append((after - _rescaled(part, block, *before)).square().sum())
+        whole.append(after.square().sum())
+    return torch.stack(moved).sum(), torch.stack(whole).sum()
+
+
+def _rescaled(
+    part: torch.Tensor,
+    block: slice,
+    magnitude: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    if factors is not None:
+        a, b = factors
+        part = part + b[block].to(part.dtype) @ a.to(part.dtype)
+    return part * (magnitude[block].to(part.dtype) / part.norm(dim=1)).unsqueeze(1)
 
 
 def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -45,20 +45,14 @@ def batches(n: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train(
-    model: Any,
-    run_dir: Path,
-    *,
-    steps: int = 3,
-    after: Any = None,
-    batch: Any = None,
-    **record: Any,
+    model: Any, folder: Path, *, steps: int = 3, after: Any = None, batch: Any = None, **record: Any
 ) -> Path:
     """A plain loop of a few large steps, recorded; `after(step)` runs behind every one."""
     extra = batch or {}
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    config = lt.RecordConfig(str(run_dir), every=1, **record)
+    config = lt.RecordConfig(str(folder), every=1, **record)
     with lt.NormRecorder(model, optimizer, config) as recorder:
         for step, batch in enumerate(batches(steps), 1):
             loss = model(**batch, **extra).loss
@@ -69,4 +63,4 @@ def train(
                 after(step)
             recorder.after_step(step, loss=loss)
             optimizer.zero_grad()
-    return run_dir
+    return folder

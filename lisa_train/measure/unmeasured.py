@@ -104,6 +104,7 @@ def _without_matrix(pair: LoraPair) -> str | None:
 
 
 def _sentence(column: str, reason: str, modules: Sequence[str]) -> str:
+    modules = list(dict.fromkeys(modules))
     which = modules[0] if len(modules) == 1 else f"{len(modules)} modules ({modules[0]}, …)"
     be = "are" if column == _BOTH else "is"
     return f"{column} {be} not measured of {which}: {reason}."

@@ -22,8 +22,8 @@ class LoraDead(Rule):
     id: ClassVar[str] = "lora_dead"
     title: ClassVar[str] = "Dead adapters"
     meaning: ClassVar[str] = (
-        "An adapter whose product BA is still zero changes nothing; one with A or B frozen learns "
-        "in half of its directions at most."
+        "An adapter whose product BA is what it began with changes nothing; one with A or B "
+        "frozen learns in half of its directions at most."
     )
     advice: ClassVar[str] = (
         "Check target_modules and that B gets gradients; do not zero-initialise both A and B."
@@ -33,7 +33,7 @@ class LoraDead(Rule):
     @property
     def threshold(self) -> str:
         """When the rule fires."""
-        return f"‖BA‖ = 0 after {self.steps} steps; a warning when A or B never trained"
+        return f"‖BA − B_0A_0‖ = 0 after {self.steps} steps; a warning when A or B never trained"
 
     def check(self, evidence: Evidence) -> Outcome:
         """Look at the last product norm of every adapter, and at which parts trained."""
@@ -57,7 +57,7 @@ class LoraDead(Rule):
             layers = tuple(sorted({int(v) for v in dead["layer"].dropna()}))
             return Outcome(
                 "fail",
-                f"{len(dead)} of {len(b)} adapters still have ‖BA‖ = 0 at step "
+                f"{len(dead)} of {len(b)} adapters have not changed their product BA by step "
                 f"{int(table.steps[-1])}, first {dead['name'].iloc[0]}.",
                 layers,
                 int(table.steps[-1]),

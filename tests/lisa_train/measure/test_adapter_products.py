@@ -1,12 +1,16 @@
 """delta_norm and merged_norm of adapters against PEFT's own weights in float64."""
 
 import dataclasses
+import json
 import warnings
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers_adapters import TARGETS, adapted, batches, merged_weights, train
-from helpers_recording import llama
+from helpers_recording import arguments, examples, llama
+from transformers import Trainer
 
 import lisa_analysis as la
 import lisa_train as lt
@@ -213,7 +217,7 @@ def build(kind):
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {f.name for f in dataclasses.fields(config)}
     settings = {"task_type": "CAUSAL_LM", **SETTINGS.get(kind, {})}
-    if "target_modules" in known and kind != "ADAPTION_PROMPT":
+    if "target_modules" in known and kind not in ("ADAPTION_PROMPT", "SHADOW"):
         settings.setdefault("target_modules", TARGETS)
     base = llama(layers=2)
     own = {id(p): p for p in base.parameters()}
@@ -299,3 +303,213 @@ def test_adalora_while_it_takes_ranks_away(tmp_path, init):
     start = merged_weights(model)
     path = train(model, tmp_path / "again")
     assert_equal_to_peft(load(path), start, merged_weights(model), last=3)
+
+
+def test_xlora_has_no_product(tmp_path):
+    """It weighs the adapters anew for every token."""
+    from peft import XLoraConfig, get_peft_model
+
+    for i in (0, 1):
+        adapted(init_lora_weights=False, task_type="CAUSAL_LM").save_pretrained(tmp_path / str(i))
+    folders = {str(i): str(tmp_path / str(i)) for i in (0, 1)}
+    base = llama(layers=2, use_cache=False)
+    own = {id(p) for p in base.parameters()}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=24, adapters=folders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config)
+    with pytest.warns(RuntimeWarning, match=r"not measured of .*X-LoRA weighs its adapters anew"):
+        run = load(train(model, tmp_path / "run"))
+    assert run.metrics()["delta_norm"].isna().all()
+    assert run.metrics()["merged_norm"].isna().all()
+    rows = run.parameters.set_index("name")
+    for name, parameter in model.named_parameters():
+        assert (rows.loc[name, "role"] == "base") == (id(parameter) in own), name
+
+
+# ------------------------------------------------------------------ several at once
+
+
+def test_an_adapter_that_is_switched_off_changes_nothing(tmp_path):
+    """As the reference of preference tuning: a second adapter that rests."""
+    from peft import LoraConfig
+
+    model = adapted(init_lora_weights="orthogonal")
+    model.add_adapter("reference", LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    start = merged_weights(model)
+    run = load(train(model, tmp_path / "run", steps=10))
+    assert_equal_to_peft(run, start, merged_weights(model), last=10)
+    rows = run.metrics(["delta_norm", "merged_norm"]).dropna()
+    assert len(rows) == 11 * len(start)
+    finding = la.diagnose(la.load(tmp_path / "run"))["lora_dead"]
+    assert finding.state == "warn", finding.evidence  # of the tensors that rest, no more
+
+
+def test_adapters_that_act_on_one_weight_together_are_not_measured_apart(tmp_path):
+    from peft import LoraConfig
+
+    model = adapted(init_lora_weights=False)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.warns(RuntimeWarning, match=r"not measured of 4 modules .*q_proj.*another adapter"):
+        run = load(train(model, tmp_path / "run"))
+    numbers = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["delta_norm", "merged_norm"], steps=[3]).dropna()
+    assert len(rows) == 4
+    assert not any("q_proj" in numbers[i] for i in rows["param_id"])
+
+
+def test_adapters_of_several_kinds_around_one_weight(tmp_path):
+    import peft
+
+    torch.manual_seed(3)
+    model = peft.get_peft_model(
+        llama(layers=2), peft.LoraConfig(r=4, target_modules=TARGETS), mixed=True
+    )
+    model.add_adapter("hada", peft.LoHaConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter(["default", "hada"])
+    with pytest.warns(
+        RuntimeWarning, match=r"not measured of 2 modules .*q_proj.*of different kinds"
+    ):
+        run = load(train(model, tmp_path / "run"))
+    numbers = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["delta_norm", "merged_norm"], steps=[3]).dropna()
+    assert len(rows) == 4
+    assert not any("q_proj" in numbers[i] for i in rows["param_id"])
+
+
+def test_merged_adapters_are_not_added_twice(tmp_path):
+    model = adapted(init_lora_weights=False)
+    for module in model.modules():
+        if hasattr(module, "get_delta_weight"):
+            module.merge()
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    with pytest.warns(RuntimeWarning, match="merged into its weight"):
+        lt.NormRecorder(model, optimizer, config).close()
+    assert load(tmp_path / "run").metrics()["merged_norm"].isna().all()
+
+
+@pytest.mark.parametrize("variant", ["bdlora", "convolution"])
+def test_variants_without_a_product(tmp_path, variant):
+    if variant == "bdlora":
+        from peft import BdLoraConfig
+
+        blocks = BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2, match_strict=False)
+        model = adapted(use_bdlora=blocks, target_modules=["q_proj"])
+        words = r"not measured of 2 modules .*BdLoraLinearVariant"
+    else:
+        base = llama(layers=2)
+        base.model.conv = torch.nn.Conv2d(4, 4, 3, groups=2)
+        model = adapted(base, target_modules=["q_proj", "conv"], r=2)
+        words = r"not measured of model\.conv: a grouped convolution"
+    with pytest.warns(RuntimeWarning, match=words):
+        run = load(train(model, tmp_path / "run"))
+    names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
+    rows = run.metrics(["delta_norm", "merged_norm"]).dropna()
+    assert {names[i].split(".")[-4] for i in rows["param_id"]} == (
+        set() if variant == "bdlora" else {"q_proj"}
+    )
+
+
+# ------------------------------------------------------------------ resumed runs
+
+
+def go_on(folder, model, *, steps, resume=None):
+    trainer = Trainer(
+        model,
+        arguments(folder / "out", max_steps=steps, save_strategy="steps", save_steps=2, seed=7),
+        train_dataset=examples(),
+    )
+    lt.attach(trainer, record=lt.RecordConfig(str(folder / "run"), every=1))
+    trainer.train(resume_from_checkpoint=resume)
+    return load(folder / "run")
+
+
+@pytest.mark.parametrize("name", ["default", "orthogonal", "pissa", "random-embeddings", "dora"])
+def test_a_resumed_run_is_measured_from_its_own_start(tmp_path, name):
+    """Not from the checkpoint's, and not from what a second drawing of A and B gives."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    model = INITIALISERS[name]()
+    start = merged_weights(model)
+    assert_equal_to_peft(go_on(whole, model, steps=4), start, merged_weights(model), last=4)
+    go_on(halves, INITIALISERS[name](), steps=2)
+    torch.manual_seed(99)
+    model = INITIALISERS[name]()
+    if name == "orthogonal":
+        for module in layers(model):
+            module.orthogonal_init("default")
+            module.set_adapter("default")
+    run = go_on(halves, model, steps=4, resume=str(halves / "out" / "checkpoint-2"))
+    assert run.manifest["segment"] == 1
+    assert_equal_to_peft(run, start, merged_weights(model), last=4)
+    kept = (halves / "run" / "adapter_start.safetensors").exists()
+    assert kept == (name != "default")
+
+
+def test_a_start_that_was_lost_is_said(tmp_path):
+    go_on(tmp_path, INITIALISERS["orthogonal"](), steps=2)
+    (tmp_path / "run" / "adapter_start.safetensors").unlink()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.warns(RuntimeWarning, match=r"delta_norm of LoRA is not measured.*is missing"):
+        run = go_on(tmp_path, INITIALISERS["orthogonal"](), steps=4, resume=checkpoint)
+    later = run.metrics(["delta_norm", "merged_norm"], steps=[3, 4])
+    assert later["delta_norm"].isna().all()
+    assert later["merged_norm"].notna().sum() == 2 * 6
+
+
+@pytest.mark.parametrize("name", ["default", "orthogonal"])
+def test_a_run_of_an_earlier_version_is_continued(tmp_path, name):
+    """It kept no start, and recorded ‖sBA‖ itself: zero at step 0 says that nothing is missing."""
+    model = INITIALISERS[name]()
+    start = merged_weights(model)
+    bases = [module.get_base_layer().weight.double() for module in layers(model)]
+    products = {
+        b: float((w - base).norm()) for (b, w), base in zip(start.items(), bases, strict=True)
+    }
+    go_on(tmp_path, model, steps=2)
+    as_earlier_version(tmp_path / "run", products)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    model = INITIALISERS[name]()
+    if name == "default":
+        run = go_on(tmp_path, model, steps=4, resume=checkpoint)
+        assert_equal_to_peft(run, start, merged_weights(model), last=4)
+        return
+    with pytest.warns(RuntimeWarning, match="delta_norm of LoRA is not measured"):
+        run = go_on(tmp_path, model, steps=4, resume=checkpoint)
+    assert run.metrics(["delta_norm"], steps=[3, 4])["delta_norm"].isna().all()
+
+
+def layers(model):
+    return [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+
+
+def as_earlier_version(run_dir, products):
+    """Take away what only this version writes; at step 0 stands ‖sBA‖."""
+    (run_dir / "adapter_start.safetensors").unlink(missing_ok=True)
+    manifest = json.loads((run_dir / "run.json").read_text())
+    del manifest["recording"]["adapter_start"]
+    (run_dir / "run.json").write_text(json.dumps(manifest))
+    parameters = load(run_dir).parameters
+    numbers = dict(zip(parameters["name"], parameters["param_id"], strict=True))
+    for shard in (run_dir / "metrics").iterdir():
+        frame = pq.read_table(shard).to_pandas()
+        for name, value in products.items():
+            frame.loc[(frame["step"] == 0) & (frame["param_id"] == numbers[name]), "delta_norm"] = (
+                value
+            )
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(table.replace_schema_metadata({"schema_version": "1.0"}), shard)
+
+
+def test_training_that_goes_on_from_an_adapter_begins_there(tmp_path):
+    """As with PiSSA: what an earlier training did is part of this one's start."""
+    from peft import PeftModel
+
+    first = adapted(task_type="CAUSAL_LM")
+    train(first, tmp_path / "first")
+    first.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(llama(layers=2), tmp_path / "adapter", is_trainable=True)
+    start = merged_weights(model)
+    run = load(train(model, tmp_path / "run"))
+    assert_equal_to_peft(run, start, merged_weights(model), last=3)

@@ -129,7 +129,8 @@ class LoraPair:
         ranks = getattr(self.module, "ranknum", {})
         if self.adapter not in ranks:
             return scale
-        return scale / (ranks[self.adapter].detach().double().reshape(()) + 1e-5)
+        number = ranks[self.adapter].detach()
+        return scale / (number.to(wide(number.device)).reshape(()) + 1e-5)  # as PEFT does
 
     @property
     def alone(self) -> bool:

@@ -118,16 +118,14 @@ def merged_square(
     a, b, scale
         Factors of shape (r, n) and (m, r), and s.
     """
-    # In the widest type: products in fp32 are made of ten-bit parts wherever TF32 is allowed, or
-    # bf16 on the CPU (`set_float32_matmul_precision`), which is everybody's setting to make.
     kind = wide(weight.device)
-    size = CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK // 2
-    rows = max(1, size // max(1, weight.shape[1]))
+    product_kind = torch.float32 if _multiplies_fp32_exactly(weight.device) else kind
+    rows = max(1, _DEVICE_CHUNK // max(1, weight.shape[1]))
     mixed = torch.zeros((), dtype=kind, device=weight.device)
-    exact_a, exact_b = a.detach().to(kind), b.detach().to(kind)
+    small = b.detach().to(product_kind)
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].detach().to(kind)
-        mixed = mixed + ((exact_b[start : start + rows].T @ part) * exact_a).sum()
+        part = weight[start : start + rows].detach().to(product_kind)
+        mixed = mixed + ((small[start : start + rows].T @ part).to(kind) * a.detach()).sum()
     known = weight_square.to(kind) + scale**2 * gram_square(a, b)
     total = known + 2 * scale * mixed
     if weight.device.type == "cpu" and total < _CANCELLED * known:
@@ -135,6 +133,21 @@ def merged_square(
         # accelerators, where the question alone would wait for the device.
         return _walk_rows(weight, a, b, scale)
     return total.clamp_min(0)
+
+
+def _multiplies_fp32_exactly(device: torch.device) -> bool:
+    """Whether products of fp32 matrices keep fp32's digits on a device.
+
+    They do not where TF32 (ten bits) or bf16 (seven, on CPUs) is allowed. That is the user's
+    setting to make, for all threads at once: it is read, never changed.
+    """
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    if device.type not in backends:
+        return False
+    setting = getattr(backends[device.type].matmul, "fp32_precision", None)  # type: ignore[attr-defined]
+    if setting is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return setting in ("none", "ieee")
 
 
 def _walk_rows(

@@ -77,3 +77,19 @@ def test_every_loop(tmp_path, monkeypatch, name, optimizer):
     tolerance = 0.02 if case.half else 1e-3
     for column in ("weight_norm", "grad_norm"):
         np.testing.assert_allclose(first[0][column], first[1][column], rtol=tolerance)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_does_not_reach_merged_norms(monkeypatch, allowed):
+    """Products of fp32 matrices have ten bits where TF32 is allowed: 1e-3 off, not 1e-5."""
+    from lisa_train.model.norms import merged_square, squares
+
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(700, 900), torch.randn(8, 900), torch.randn(700, 8)
+    weight = weight - 0.9 * b @ a  # the mixed term decides
+    exact = (weight.double() + b.double() @ a.double()).norm()
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    weight, a, b = weight.cuda(), a.cuda(), b.cuda()
+    found = merged_square(weight, squares([weight])[0], a, b, 1.0).sqrt().cpu()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed

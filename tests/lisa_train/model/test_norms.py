@@ -1,13 +1,17 @@
 """Kernels against float64: exact for every precision and size, shards add up, factors agree."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_train.model.norms import (
     CHUNK,
     changes,
     gram_square,
     merged_square,
+    rescaled_squares,
     squares,
     squares_and_magnitudes,
 )
@@ -147,3 +151,64 @@ def test_merged_norm_survives_cancellation():
     found = merged_square(weight, squares([weight])[0], a, b, -1.0)
     assert float(exact / weight.double().square().sum()) < 1e-2
     torch.testing.assert_close(found.sqrt(), exact.sqrt(), rtol=1e-5, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Notes what matrix products are taken of, and torch's setting at that moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in str(function):
+            setting = torch.backends.mkldnn.matmul.fp32_precision
+            self.taken |= {(x.dtype, setting) for x in args if torch.is_tensor(x)}
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def precision(value):
+    """Torch's setting for fp32 products, the old one or that of CPUs alone, for a while."""
+    matmul = torch.backends.mkldnn.matmul
+    old = value in ("highest", "high", "medium")
+    before = torch.get_float32_matmul_precision() if old else matmul.fp32_precision
+
+    def put(value):
+        if old:
+            torch.set_float32_matmul_precision(value)
+        else:
+            matmul.fp32_precision = value
+
+    put(value)
+    try:
+        yield lambda: torch.get_float32_matmul_precision() if old else matmul.fp32_precision
+    finally:
+        put(before)
+
+
+@pytest.mark.parametrize("value", ["highest", "high", "medium", "bf16"])
+def test_products_keep_their_digits_whatever_the_setting(value):
+    """TF32 on GPUs and bf16 on CPUs cut fp32 factors to ten and seven bits, never fp64's."""
+    weight, a = draw((300, 500), torch.float32), draw((8, 500), torch.float32, 1)
+    b, magnitude = draw((300, 8), torch.float32, 2), draw((300,), torch.float32, 3).abs()
+    product = b.double() @ a.double()
+    undone = -product.float()
+    with precision(value) as now, Products() as seen:
+        gram = gram_square(a, b)
+        merged = merged_square(weight, squares([weight])[0], a, b, 0.5)
+        merged_square(undone, squares([undone])[0], a, b, 1.0)
+        moved, _ = rescaled_squares(weight, (magnitude, (a, b)), (magnitude, None))
+        assert now() == value
+        with pytest.raises(RuntimeError):
+            merged_square(weight, squares([weight])[0], a[:, :3], b, 0.5)
+        assert now() == value
+    assert {setting for kind, setting in seen.taken if kind == torch.float32} <= {"none", "ieee"}
+    assert (torch.float32 in {kind for kind, _ in seen.taken}) == (value == "highest")
+    torch.testing.assert_close(gram, product.square().sum(), rtol=1e-9, atol=0)
+    exact = (weight.double() + 0.5 * product).square().sum()
+    torch.testing.assert_close(merged, exact, rtol=1e-6, atol=0)
+    m, w = magnitude.double()[:, None], weight.double()
+    after = m * (w + product) / (w + product).norm(dim=1, keepdim=True)
+    exact = (after - m * w / w.norm(dim=1, keepdim=True)).square().sum()
+    torch.testing.assert_close(moved, exact, rtol=1e-12, atol=0)

@@ -20,6 +20,7 @@ import lisa_train as lt
 from lisa_train.measure import averaged_gradients as averaging
 from lisa_train.measure import measuring_pass
 from lisa_train.measure.disk.silent_writer import SilentWriter
+from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
@@ -256,6 +257,34 @@ def adapters_beside(folder, rank, world):
         record.probe(1, lambda: model(input_ids=ids, labels=ids).loss.backward())
 
 
+def adapters_resumed(folder, rank, world):
+    """Whole and sharded adapters of a run that is begun, left and taken up by other processes."""
+    for name, wrap in (("whole", lambda model: model), ("sharded", shard)):
+        model = wrap(with_adapters(small()))
+        recorder(folder / name, model, torch.optim.SGD(model.parameters()), rank).close()
+        model = wrap(moved(with_adapters(small())))
+        table = TensorTable(model, find_layers(model), None)
+        writer = SilentWriter(1)
+        if not rank:
+            writer = RunWriter(
+                folder / name, manifest={}, parameters=table.rows, resume=True, step=1
+            )
+        config = lt.RecordConfig(str(folder / name))
+        optimizer = torch.optim.SGD(model.parameters())
+        again = lt.NormRecorder(model, optimizer, config, writer, table=table, step=1)
+        again.census(2)
+        again.close()
+
+
+@torch.no_grad()
+def moved(model):
+    """Adapters somewhere else than where they began."""
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_" in name:
+            parameter.mul_(1.5 + 0.1 * i)
+    return model
+
+
 # ---------------------------------------------------------------------- measuring passes
 
 
@@ -464,6 +493,7 @@ SCENARIOS = {
     "adapters-fsdp2": adapters_fsdp2,
     "adapters-replicas": adapters_replicas,
     "adapters-beside": adapters_beside,
+    "adapters-resumed": adapters_resumed,
     "routed-ddp": routed_ddp,
     "routed-fsdp2": routed_fsdp2,
     "reversed": reversed_order,

@@ -168,7 +168,16 @@ def test_the_distance_from_the_base_checkpoint_adds_up(one, two, mode):
 
 @torch.no_grad()
 def dense_products(model):
-    """‖ΔW‖ and ‖W + ΔW‖ by PEFT's own dense product, in float64, by the name of B."""
+    """‖ΔW‖ since the start and ‖W + ΔW‖ by PEFT's own dense product, in float64, by B's name."""
+    start = _products(worker.with_adapters(worker.small()))
+    return {
+        name: (float((delta - start[name][0]).norm()), float((weight + delta).norm()))
+        for name, (delta, weight) in _products(model).items()
+    }
+
+
+@torch.no_grad()
+def _products(model):
     model = copy.deepcopy(model).double()
     names = {id(p): n for n, p in model.named_parameters()}
     found = {}
@@ -177,8 +186,7 @@ def dense_products(model):
             linear = "default" in module.lora_B
             b = module.lora_B["default"].weight if linear else module.lora_embedding_B["default"]
             delta = module.get_delta_weight("default")
-            merged = module.get_base_layer().weight + delta
-            found[names[id(b)]] = (float(delta.norm()), float(merged.norm()))
+            found[names[id(b)]] = (delta, module.get_base_layer().weight)
     return found
 
 
@@ -202,6 +210,14 @@ def test_adapters_that_are_not_sharded_beside_weights_that_are(two):
     assert set(probed.index) == set(exact)
     for name, value in probed.items():
         assert value == pytest.approx(float(exact[name].norm()), rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["whole", "sharded"])
+def test_what_adapters_started_with_is_known_to_all_processes_after_a_resume(two, name):
+    _, rows = rows_of(two / "adapters-resumed" / name)
+    assert rows.loc[0]["delta_norm"].max() == 0
+    expected = dense_products(worker.moved(worker.with_adapters(worker.small())))
+    assert_products(rows.loc[2], expected)
 
 
 def assert_products(rows, expected):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lisa_train
+from lisa_train.measure import adapter_start
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.trainer.record_callback import RecordCallback
 
@@ -128,7 +129,7 @@ def _place() -> str:
 def watched(
     monkeypatch: pytest.MonkeyPatch, *, everyone: bool = True, spared: str | None = None
 ) -> Iterator[DeviceWatch]:
-    """Watch a block of code; what a flush and the end read is allowed and answered with zeros.
+    """Watch a block of code; what begin, flushes and end read is allowed, answered with zeros.
 
     On `meta`, torch makes no copy of what `torch.tensor(1.0, device=…)` would copy on CUDA: the
     functions that make tensors of numbers are watched one by one.
@@ -157,6 +158,7 @@ def watched(
 
     with monkeypatch.context() as patch:
         patch.setattr(NormRecorder, "_write", allowing(NormRecorder._write))
+        patch.setattr(adapter_start, "begin", allowing(adapter_start.begin))
         patch.setattr(RecordCallback, "close", allowing(RecordCallback.close))
         for name in ("tensor", "as_tensor", "asarray"):
             patch.setattr(torch, name, checked(getattr(torch, name)))

@@ -13,13 +13,13 @@ import torch
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import ADAPTER_START
 from lisa_analysis.rundir.run import load
+from lisa_train.measure.buffers import to_host
 from lisa_train.measure.disk.outcome import one_sentence
 from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import replace_file
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.lora_products import Factors, LoraPair, whole_factors
 from lisa_train.measure.processes import Processes
-from lisa_train.model.norms import stacked
 
 # The entry of run.json's `recording`, and what it says when no adapter has a file to start from.
 _ENTRY, _ZERO = "adapter_start", "zero"
@@ -36,9 +36,9 @@ def begin(
         for pair in pairs:
             pair.start, pair.start_known = None, True
         starts = [pair.now(whole) for pair in pairs]
-        products = stacked(
-            [pair.delta_square(now) for pair, now in zip(pairs, starts, strict=True)]
-        ).tolist()
+        squares = [pair.delta_square(now) for pair, now in zip(pairs, starts, strict=True)]
+        # The one moment that waits for the device, before the first step.
+        products = [line["square"] for line in to_host([{"square": s} for s in squares])]
         for pair, now, product in zip(pairs, starts, products, strict=True):
             if product != 0 or pair.magnitude is not None:
                 pair.start = _copied(now, product=product != 0)

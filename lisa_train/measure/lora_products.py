@@ -1,8 +1,8 @@
 """LoRA factor pairs of a PEFT model, and the norms of their products without the products."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +19,6 @@ from lisa_train.model.norms import (
     wide,
 )
 from lisa_train.model.sharding import is_sharded, local_slices, shards
-
-# Variants of PEFT's LoRA whose weight is W + s·BA, or W + s·B diag(e) A, as it stands.
-_PLAIN = frozenset(
-    {
-        "NoneType",
-        "ALoraLinearVariant",
-        "KasaLinearVariant",
-        "MiCAEmbeddingVariant",
-        "MiCALinearVariant",
-        "MontecloraLinearVariant",
-        "VeloraLinearVariant",
-    }
-)
-_DORA = frozenset(
-    {
-        "DoraConv1dVariant",
-        "DoraConv2dVariant",
-        "DoraConv3dVariant",
-        "DoraEmbeddingVariant",
-        "DoraLinearVariant",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -65,21 +43,32 @@ class Factors:
     diagonal: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
 
-    def matrices(self, experts: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (sA, B) of shapes (r, n) and (m, r) in double precision, a pair per expert."""
+    def matrices(
+        self, experts: int = 1, *, scaled: bool = True
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (sA, B) of shapes (r, n) and (m, r) in double precision, a pair per expert.
+
+        Without `scaled` the scale is left out.
+        """
         if self.a is None or self.b is None:
             return []
         kind = wide(self.a.device)
         a, b = self.a.detach().to(kind), self.b.detach().to(kind)
-        scale = self.scale.to(a.device, kind) if torch.is_tensor(self.scale) else self.scale
-        if experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
-            stacked_a = a.reshape(experts, -1, a.shape[-1]) * scale
-            stacked_b = b.reshape(b.shape[0], -1, experts)
-            return [(stacked_a[e], stacked_b[:, :, e]) for e in range(experts)]
-        a = a.flatten(1) * scale
         if self.diagonal is not None:
             a = a * self.diagonal.detach().to(kind).reshape(-1, 1)
-        return [(a, b.flatten(1))]
+        if scaled:
+            a = a * self.scale_beside(a)
+        if experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
+            stacked_a = a.reshape(experts, -1, a.shape[-1])
+            stacked_b = b.reshape(b.shape[0], -1, experts)
+            return [(stacked_a[e], stacked_b[:, :, e]) for e in range(experts)]
+        return [(a.flatten(1), b.flatten(1))]
+
+    def scale_beside(self, tensor: torch.Tensor) -> float | torch.Tensor:
+        """Return the scale to calculate with next to `tensor`."""
+        if torch.is_tensor(self.scale):
+            return self.scale.to(tensor.device, tensor.dtype)
+        return self.scale
 
 
 @dataclass(eq=False)
@@ -162,14 +151,17 @@ class LoraPair:
         Of differences of the factors, BA − B₀A₀ = (B − B₀)A + B₀(A − A₀): a first step is small
         beside what PiSSA starts with, and would drown in ‖BA‖² − 2⟨BA, B₀A₀⟩ + ‖B₀A₀‖².
         """
-        pairs = (now or self.now()).matrices(self.experts)
+        now = now or self.now()
         before = self.start.matrices(self.experts) if self.start is not None else []
-        if before:
-            pairs = [
-                (torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1))
-                for (a, b), (a0, b0) in zip(pairs, before, strict=True)
-            ]
-        return torch.stack([gram_square(a, b) for a, b in pairs]).sum()
+        if not before:
+            plain = [gram_square(a, b) for a, b in now.matrices(self.experts, scaled=False)]
+            total = torch.stack(plain).sum()
+            return total * now.scale_beside(total) ** 2
+        changes = [
+            gram_square(torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1))
+            for (a, b), (a0, b0) in zip(now.matrices(self.experts), before, strict=True)
+        ]
+        return torch.stack(changes).sum()
 
     def merged_square(self, now: Factors | None = None) -> torch.Tensor | None:
         """‖W + sBA‖², or None where W is not at hand as a matrix (quantized, fused experts).
@@ -264,88 +256,6 @@ def _matrix(
     return (matrix.T, columns, rows) if transposed else (matrix, rows, columns)
 
 
-def find_lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """Return the LoRA pairs of a model, in the order of its modules; none without adapters.
-
-    Grouped convolutions and other layers whose product is not a plain BA are left out, see
-    `no_product`.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    mixing, stacks = "XLORA" in adapter_types(model), stacked_tuners(model)
-    found = []
-    for module in model.modules():
-        for pair in _pairs_of(module):
-            if id(pair.a) not in names or id(pair.b) not in names:
-                continue
-            if mixing or id(module) in stacks or no_product(module, pair.adapter):
-                continue
-            found.append(replace(pair, name_b=names[id(pair.b)]))
-    return found
-
-
-def no_product(module: Any, adapter: str) -> str | None:
-    """Say why the weight that a LoRA layer acts with is no W + s·BA; None where it is."""
-    if getattr(module.get_base_layer(), "groups", 1) != 1:
-        return "a grouped convolution has no product of its factors"
-    variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
-    if variant not in _PLAIN | _DORA:
-        return f"{variant} of PEFT does not add a product of its factors to the weight"
-    return None
-
-
-def adapter_types(model: nn.Module) -> list[str]:
-    """Return PEFT's names of the methods whose adapters a model has, as ``LORA``."""
-    types: dict[str, None] = {}
-    for module in model.modules():
-        configurations = getattr(module, "peft_config", None)
-        for one in configurations.values() if isinstance(configurations, dict) else ():
-            kind = getattr(one, "peft_type", "")
-            types[str(getattr(kind, "value", kind))] = None
-    return list(types)
-
-
-def stacked_tuners(model: nn.Module) -> set[int]:
-    """PEFT layers around one and the same weight: what it becomes is no work of one of them."""
-    layers: dict[int, list[Any]] = {}
-    for module in model.modules():
-        tuner = hasattr(module, "get_base_layer") and hasattr(module, "active_adapters")
-        if tuner and not hasattr(module, "parameter_name"):
-            layers.setdefault(id(module.get_base_layer()), []).append(module)  # type: ignore[operator]
-    return {id(m) for around in layers.values() if len(around) > 1 for m in around}
-
-
-def _pairs_of(module: Any) -> Iterator[LoraPair]:
-    scaling = getattr(module, "scaling", None)
-    if not isinstance(scaling, dict) or not hasattr(module, "get_base_layer"):
-        return
-    experts = int(getattr(module, "num_experts", 1))
-    for kind in ("", "embedding_"):
-        transposed = bool(kind) or bool(getattr(module, "fan_in_fan_out", False))
-        firsts = getattr(module, f"lora_{kind}A", {})
-        seconds = getattr(module, f"lora_{kind}B", {})
-        for adapter in firsts:
-            if adapter in seconds and adapter in scaling:
-                a, b = _factor(firsts[adapter]), _factor(seconds[adapter])
-                if a is not None and b is not None:
-                    diagonal = _part(module, "lora_E", adapter)
-                    if diagonal is None:
-                        diagonal = _part(module, "lora_diag", adapter)
-                    magnitude = _part(module, "lora_magnitude_vector", adapter)
-                    yield LoraPair(
-                        "", a, b, module, adapter, experts, transposed, diagonal, magnitude
-                    )
-
-
-def _part(module: Any, name: str, adapter: str) -> nn.Parameter | None:
-    parts = getattr(module, name, {})
-    return _factor(parts[adapter]) if adapter in parts else None
-
-
-def _factor(part: Any) -> nn.Parameter | None:
-    weight = part if isinstance(part, nn.Parameter) else getattr(part, "weight", None)
-    return weight if isinstance(weight, nn.Parameter) else None
-
-
 @dataclass
 class Products:
     """Squares of the products of some pairs, in their order; None is not measured.
@@ -378,13 +288,14 @@ def product_squares(
     products = Products([], [])
     for pair in pairs:
         delta, square = _squares_of(pair, pair.now(whole), merged, dense)
-        share = 1.0 if pair.weight is None else shards(pair.weight) / shards(pair.b)
-        if pair.magnitude is not None:
-            delta = None if delta is None else delta * share
-        elif delta is not None:
-            delta = delta / shards(pair.b)
+        parts = shards(pair.b)
+        if square is not None or pair.magnitude is not None:  # sums over this process's part of W
+            share = 1.0 if pair.weight is None else shards(pair.weight) / parts
+            square = None if square is None else square * share
+        if delta is not None:
+            delta = delta * share if pair.magnitude is not None else delta / parts
         products.deltas.append(delta)
-        products.merged.append(None if square is None else square * share)
+        products.merged.append(square)
     return products
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from lisa_train.measure.adapter_search import find_lora_pairs
 from lisa_train.measure.base_weights import BaseWeights
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.gradient_noise import GradientNoise
-from lisa_train.measure.lora_products import LoraPair, find_lora_pairs, product_squares
+from lisa_train.measure.lora_products import LoraPair, product_squares
 from lisa_train.measure.measuring_pass import Probe
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import changes, squares, squares_and_magnitudes, stacked, wide

@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.layers import module_of, role_of
+from lisa_train.measure.adapter_search import adapter_types, no_product, stacked_tuners
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.lora_products import LoraPair, adapter_types, no_product, stacked_tuners
+from lisa_train.measure.lora_products import LoraPair
 from lisa_train.model.tensor_table import TensorTable
 
 _BOTH = "delta_norm and merged_norm"

@@ -208,7 +208,7 @@ def test_lora_on_transposed_weights(tmp_path):
 def test_lora_on_convolutions():
     from torch import nn
 
-    from lisa_train.measure.lora_products import find_lora_pairs
+    from lisa_train.measure.adapter_search import find_lora_pairs
 
     torch.manual_seed(0)
     base = nn.Sequential(

@@ -275,8 +275,8 @@ class LisaDeltaRatio:
     reference: Any = field(repr=False)
     id: ClassVar[str] = "lisa_delta_ratio"
     definition: ClassVar[str] = (
-        "‖(α/r)BA‖/‖ΔW_FT‖ at the end of both runs: what the adapters changed over what full "
-        "fine-tuning, given as reference, changed."
+        "‖(α/r)(BA − B_0A_0)‖/‖ΔW_FT‖ at the end of both runs: what the adapters changed over "
+        "what full fine-tuning, given as reference, changed."
     )
     scale: ClassVar[Scale] = "total"
 

@@ -33,7 +33,8 @@ class RecordConfig:
     quantities
         Columns of the metrics table to measure at those steps. `update_norm` and `descent` keep
         a copy of the weights that train during such a step; `delta_norm` and `merged_norm` are
-        those of LoRA adapters. Norms of weights alone get `opt_steps` with them: a census has
+        those of LoRA adapters, of which a copy is kept where they do not begin with BA = 0
+        (PiSSA). Norms of weights alone get `opt_steps` with them: a census has
         these norms too, of frozen tensors as well, and the analysis must tell the two apart.
     select
         Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
@@ -43,7 +44,8 @@ class RecordConfig:
         (with LISA: `LisaConfig.layers`).
     base_delta
         Measure ‖W − W₀‖ of every tensor of the model in each census (start, checkpoints, end);
-        W₀ is read again from the base checkpoint, tensor by tensor.
+        W₀ is read again from the base checkpoint, tensor by tensor. Of a frozen weight below an
+        adapter this is what the adapter's initialisation took out of it (PiSSA, LoftQ).
     grad_noise
         Measure the variance of the gradient between the micro-batches of accumulation, each of
         which makes one backward pass.

@@ -9,6 +9,7 @@ from lisa_analysis.contract.layers import module_of, role_of
 from lisa_train.measure.adapter_search import adapter_types, no_product, stacked_tuners
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.lora_products import LoraPair
+from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 
 _BOTH = "delta_norm and merged_norm"
@@ -48,7 +49,11 @@ def _without_product(
     modules = {
         module_of(name): None
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and table.ids[name] in chosen and role_of(name) != "base"
+        if parameter.requires_grad
+        and table.ids[name] in chosen
+        and role_of(name) != "base"
+        # What is cut in two ways at once has its own sentence.
+        and local_slices(parameter) is not None
     }
     left = [module for module in modules if module not in measured]
     if not left:

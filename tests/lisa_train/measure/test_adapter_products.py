@@ -146,7 +146,7 @@ def test_changes_are_measured_from_where_the_run_began(tmp_path, name):
     assert rest["merged_norm"].isna().all()
 
 
-@pytest.mark.parametrize("name", ["default", "pissa", "olora", "loftq", "random", "dora"])
+@pytest.mark.parametrize("name", ["default", "mica", "pissa", "olora", "loftq", "random", "dora"])
 @pytest.mark.parametrize("quantities", [None, ["weight_norm", "grad_norm", "delta_norm"]])
 def test_the_relative_change_is_that_of_the_weights(tmp_path, name, quantities):
     """Under PiSSA W is what is left of the pretrained weight, and no measure of it."""
@@ -162,6 +162,38 @@ def test_the_relative_change_is_that_of_the_weights(tmp_path, name, quantities):
         whole = sum(float(start[b].square().sum()) for b in inside) ** 0.5
         assert len(inside) == 3
         assert scores[layer] == pytest.approx(moved / whole, rel=1e-5)
+
+
+def test_what_the_initialiser_did_to_the_base_weights(tmp_path):
+    """It stands beside the change in training and is no part of it."""
+    from transformers import AutoModelForCausalLM
+
+    llama(layers=2).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = {n: p.detach().double().clone() for n, p in base.named_parameters()}
+    model = adapted(base, init_lora_weights="pissa")
+    start = merged_weights(model)
+    run = la.load(train(model, tmp_path / "run", base_delta=True))
+    assert_equal_to_peft(run, start, merged_weights(model), last=3)
+    rows = run.metrics(["delta_norm"], steps=[0]).set_index("param_id")["delta_norm"]
+    for row in run.parameters.itertuples():
+        if "base_layer" in row.name:
+            left = model.get_parameter(row.name).double()
+            taken = float((left - before[la.layers.canonical_name(row.name)]).norm())
+            assert taken > 1
+            assert rows[row.param_id] == pytest.approx(taken, rel=1e-5)
+    scores = la.importance(run, metric="delta_rel").to_frame()["score"]
+    train(other := adapted(init_lora_weights="pissa"), tmp_path / "without")
+    assert merged_weights(other).keys() == start.keys()
+    without = la.importance(la.load(tmp_path / "without"), metric="delta_rel").to_frame()["score"]
+    assert scores.tolist() == pytest.approx(without.tolist(), rel=1e-5)
+    text = la.importance(run, metric="weight_norm").initialisation.statement
+    assert "began in another way" in text
+    assert "another way" not in (
+        la.importance(
+            la.load(train(adapted(), tmp_path / "default")), metric="weight_norm"
+        ).initialisation.statement
+    )
 
 
 # ------------------------------------------------------------------ every method of PEFT

@@ -14,7 +14,9 @@ _WRAPPERS = re.compile(
     r"^base_model\.model\.(?=.)|(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|"
     r"_checkpoint_wrapped_module)\."
 )
-_BASE_LAYER = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+_BASE_LAYER = re.compile(
+    r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.|$)"
+)
 
 # Adapter parts as PEFT spells them: `<module>.lora_A.<adapter>.weight`, or without `.weight`, or
 # with parts of their own below (`osf_svd_params.<adapter>.U_low`).

@@ -58,7 +58,7 @@ def take_up(
     if isinstance(found, str):
         for pair in pairs:
             pair.start_known = False
-        return [found]
+        return [found] if found else []
     for pair in pairs:
         pair.start = _start(pair, found)
         pair.start_known = pair.magnitude is None or pair.start is not None

@@ -46,23 +46,20 @@ def _without_product(
 ) -> dict[tuple[str, str], list[str]]:
     measured = {module_of(pair.name_b) for pair in pairs}
     chosen = {i for i, _ in table.tensors}
-    modules = {
-        module_of(name): None
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and table.ids[name] in chosen
-        and role_of(name) != "base"
+    parts: dict[str, dict[str, None]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or table.ids.get(name) not in chosen:
+            continue
         # What is cut in two ways at once has its own sentence.
-        and local_slices(parameter) is not None
-    }
-    left = [module for module in modules if module not in measured]
+        if role_of(name) != "base" and local_slices(parameter) is not None:
+            parts.setdefault(module_of(name), {})[role_of(name)] = None
+    left = {module: roles for module, roles in parts.items() if module not in measured}
     if not left:
         return {}
-    reasons = _reasons(model)
-    kinds = adapter_types(model)
+    reasons, kinds = _reasons(model), adapter_types(model)
     general = (
-        "they are defined for the products BA of LoRA and AdaLoRA, not for "
-        f"{', '.join(kinds) or 'this kind of adapter'}"
+        f"{', '.join(dict.fromkeys(role for roles in left.values() for role in roles))} "
+        f"({', '.join(kinds) or 'of an adapter'}) is no product BA as LoRA's and AdaLoRA's"
     )
     if "XLORA" in kinds:
         general = "X-LoRA weighs its adapters anew for every token"

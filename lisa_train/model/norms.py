@@ -196,8 +196,8 @@ def _rescaled(
 ) -> torch.Tensor:
     if factors is not None:
         a, b = factors
-        part = part + b[block].to(part.dtype) @ a.to(part.dtype)
-    return part * (magnitude[block].to(part.dtype) / part.norm(dim=1)).unsqueeze(1)
+        part = part + b[block].to(part) @ a.to(part)
+    return part * (magnitude[block].to(part) / part.norm(dim=1)).unsqueeze(1)
 
 
 def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -359,6 +359,19 @@ def test_xlora_has_no_product(tmp_path):
         assert (rows.loc[name, "role"] == "base") == (id(parameter) in own), name
 
 
+def test_tokens_that_train_beside_lora(tmp_path):
+    model = adapted(trainable_token_indices=[1, 2])
+    start = merged_weights(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"of model\.embed_tokens: trainable_tokens_delta .LORA"
+    ):
+        run = load(train(model, tmp_path / "run"))
+    assert_equal_to_peft(run, start, merged_weights(model), last=3)
+    assert run.metrics(["delta_norm"], steps=[3])["delta_norm"].notna().sum() == len(start)
+    [kind] = set(run.parameters.loc[run.parameters["name"].str.contains("tokens_delta"), "kind"])
+    assert kind == "embed"
+
+
 # ------------------------------------------------------------------ several at once
 
 

@@ -259,6 +259,8 @@ def _start_of_weights(frame: pd.DataFrame, sums: Accumulator) -> NDArray[np.floa
 
     PiSSA and others move a part of W into the adapter: what they leave is no measure of it.
     """
+    if not np.isfinite(sums.merged).any():
+        return sums.census
     start = sums.census.copy()
     columns = [frame[name].tolist() for name in ("param_id", "name", "role")]
     merged = {

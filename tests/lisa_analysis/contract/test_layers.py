@@ -108,6 +108,11 @@ OUTSIDE = {
     "gpt_neox.final_layer_norm.weight": "norm",
     "model.multi_modal_projector.linear_1.weight": "other",
     "model.encoder.conv1.weight": "other",
+    "prompt_encoder.default.embedding.weight": "prompt",
+    "prompt_encoder.default.mlp_head.0.weight": "prompt",
+    "module.prompt_encoder.default.prefix_task_cols": "prompt",
+    "base_model.internal_xlora_classifier.layers.0.weight": "other",
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default": "embed",
 }
 
 
@@ -151,6 +156,14 @@ def test_wrappers_do_not_change_name_kind_or_role(wrapper):
         ("lora_embedding_B.default", "lora_B"),
         ("lora_magnitude_vector.default.weight", "lora_magnitude_vector"),
         ("ia3_l.default", "ia3_l"),
+        ("lora_E.default", "lora_E"),
+        ("lora_diag.default", "lora_diag"),
+        ("osf_svd_params.default.U_low", "osf_svd_params"),
+        ("glora_A.default.Xd", "glora_A"),
+        ("tinylora_v.default.3", "tinylora_v"),
+        ("poly_router.default.module_logits", "poly_router"),
+        ("c3a_kernel.default", "c3a_kernel"),
+        ("shadow_update_transform.default.0.weight", "shadow_update_transform"),
     ],
 )
 def test_adapter_parts_have_the_kind_of_the_weight_they_adapt(suffix, role):

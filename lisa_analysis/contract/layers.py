@@ -82,7 +82,7 @@ _EMBEDDINGS = (
 )
 _OUTSIDE: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("prompt", re.compile(r"(^|\.)prompt_encoder(\.|$)")),
-    ("other", re.compile(r"(^|\.)internal_xlora_classifier(\.|$)")),
+    ("other", re.compile(r"(^|\.)(internal_xlora_classifier|shadow_backbone)(\.|$)")),
     ("head", re.compile(rf"(^|\.)({_HEADS})(\.|$)")),
     ("norm", re.compile(r"(^|[._])(norm|layernorm|layer_norm|ln_\w+)\w*$", re.IGNORECASE)),
     ("embed", re.compile(rf"(^|[._])({_EMBEDDINGS})(\.|$)")),

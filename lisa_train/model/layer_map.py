@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, suggest
-from lisa_analysis.contract.layers import canonical_name, kind_of
+from lisa_analysis.contract.layers import canonical_name, kind_of, role_of
 from lisa_train.model.module_tree import (
     Stack,
     below,
@@ -259,8 +259,8 @@ class _Grouping:
         if id(parameter) in self._head:
             return "head"
         path = canonical_name(name)
-        if kind_of(name, layer_path=None) == "prompt":
-            return "prompt"
+        if (role := role_of(name)) in ("prompt", "xlora", "shadow"):
+            return "prompt" if role == "prompt" else "other"  # beside the model, no part of it
         if any(below(path, tower) for tower in self._frozen):
             return "other"
         if self._in_base is not None and id(parameter) not in self._in_base:

@@ -112,6 +112,7 @@ OUTSIDE = {
     "prompt_encoder.default.mlp_head.0.weight": "prompt",
     "module.prompt_encoder.default.prefix_task_cols": "prompt",
     "base_model.internal_xlora_classifier.layers.0.weight": "other",
+    "base_model.shadow_backbone.default.layers.0.input_layernorm.weight": "other",
     "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default": "embed",
 }
 

@@ -290,6 +290,10 @@ def test_every_method_of_peft(tmp_path, kind):
     rows = run.parameters.set_index("name")
     for name, parameter in model.named_parameters():
         assert (rows.loc[name, "role"] == "base") == (id(parameter) in own), name
+    if kind == "SHADOW":
+        beside = rows[rows["role"] == "shadow"]
+        assert set(beside["kind"]) == {"other"}
+        assert beside["layer"].isna().all()
     if kind in PROMPTS:
         added = rows[rows["role"] != "base"]
         assert set(added["kind"]) == {"prompt"}
@@ -357,6 +361,7 @@ def test_xlora_has_no_product(tmp_path):
     rows = run.parameters.set_index("name")
     for name, parameter in model.named_parameters():
         assert (rows.loc[name, "role"] == "base") == (id(parameter) in own), name
+    assert set(rows.loc[rows["role"] == "xlora", "kind"]) == {"other"}
 
 
 def test_tokens_that_train_beside_lora(tmp_path):

@@ -11,7 +11,7 @@ from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import ACTIVATIONS
 from lisa_train.methods.lisa.checks import given_probabilities
-from lisa_train.methods.lisa.engine import _units
+from lisa_train.methods.lisa.plan import units_of as tensors_by_unit
 from lisa_train.methods.lisa.schedule import Draw, Schedule, Unit
 
 # Draws over which the mean of a schedule is taken.
@@ -21,7 +21,7 @@ _DRAWS = 256
 def units_of(stage: Stage) -> dict[Unit, tuple[str, ...]]:
     """Names of the trainable tensors of every layer and group, as the LISA engine sees them."""
     names = {id(p): name for name, p in stage.base.named_parameters()}
-    units = _units(stage.base, stage.layer_map)
+    units = tensors_by_unit(stage.base, stage.layer_map)
     return {unit: tuple(names[id(p)] for p in tensors) for unit, tensors in units.items()}
 
 

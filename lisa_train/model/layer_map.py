@@ -1,7 +1,7 @@
 """Where the layers of a model are: found from its structure, for any architecture."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +12,10 @@ from lisa_analysis.contract.layers import canonical_name, kind_of, role_of
 from lisa_train.model.module_tree import (
     Stack,
     below,
+    children_of,
     common_path,
     embeddings_path,
-    is_list,
+    holds_blocks,
     module_from,
     output_head,
     parameter_ids,
@@ -42,13 +43,15 @@ class LayerMap:
     layers
         Names of the parameters of each layer, as in `model.named_parameters()`.
     groups
-        Names of the parameters outside the layers: ``embed``, ``head``, ``norm`` and ``other``
-        (which LISA never trains: a frozen vision tower, say), and ``prompt`` where virtual tokens
-        train (prompt tuning).
+        Names of the parameters outside the layers: ``embed``, ``head``, ``norm``, ``other``, which
+        is everything else (a projection, a head of an unknown name, a second tower), and
+        ``prompt`` where virtual tokens train (prompt tuning).
     tied
         Second names of shared tensors -> the name that `named_parameters()` gives.
     sizes
         Number of elements of every parameter.
+    repeats
+        Places of the stack that use a layer again -> the layer: ``blocks.1`` is ``blocks.0``.
     """
 
     names: tuple[str, ...]
@@ -57,6 +60,7 @@ class LayerMap:
     groups: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, str]
     sizes: Mapping[str, int] = field(repr=False)
+    repeats: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         places = {name: i for i, names in enumerate(self.layers) for name in names}
@@ -103,7 +107,13 @@ class LayerMap:
             f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
             for a, b, c, d in rows
         ]
-        lines += [f"tied: {name} is {owner}" for name, owner in self.tied.items()]
+        lines += [f"used again: {place} is {layer}" for place, layer in self.repeats.items()]
+        again = tuple(self.repeats)
+        lines += [
+            f"tied: {name} is {owner}"
+            for name, owner in self.tied.items()
+            if not any(below(canonical_name(name), place) for place in again)
+        ]
         return "\n".join(lines)
 
     def _count(self, names: Iterable[str]) -> int:
@@ -127,6 +137,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
     A stack is a list of modules of which each has at least two weight matrices. The stack of a
     model is its only one; both of an encoder-decoder; of several in a generating model (vision
     and language), the one that lies nearest to the token embeddings. Anything else is ambiguous.
+    A block that stands in the stack several times is one layer.
 
     Parameters
     ----------
@@ -134,7 +145,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
         Any `torch.nn.Module`, wrapped by PEFT, `torch.compile` or DDP or not.
     layers
         Path of the stack to take instead, as ``model.vision_tower.encoder.layers``; several
-        separated by commas.
+        separated by commas. An `nn.ModuleDict` of blocks is taken in its own order.
 
     Returns
     -------
@@ -149,11 +160,19 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
     found = stacks(model)
     chosen = _named(found, layers, model) if layers else _main(found, bare)
     layer_ids: dict[int, int] = {}
-    blocks = [block for stack in chosen for block in stack.blocks]
-    for i, block in enumerate(blocks):
-        for parameter in block.parameters():
-            layer_ids.setdefault(id(parameter), i)  # a tensor shared by layers stays in the first
-    inside: list[list[str]] = [[] for _ in blocks]
+    names: list[str] = []
+    homes: list[str] = []
+    repeats: dict[str, str] = {}
+    for home, place, block in _places(chosen):
+        ids = [id(parameter) for parameter in block.parameters()]
+        if ids and all(known in layer_ids for known in ids):
+            repeats[place] = names[layer_ids[ids[0]]]
+            continue
+        for known in ids:
+            layer_ids.setdefault(known, len(names))  # a tensor shared by layers stays in the first
+        names.append(place)
+        homes.append(home)
+    inside: list[list[str]] = [[] for _ in names]
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -168,13 +187,21 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
         else:
             groups.setdefault(group_of(name, parameter), []).append(name)
     return LayerMap(
-        names=tuple(f"{stack.path}.{i}" for stack in chosen for i in range(len(stack.blocks))),
-        stacks=tuple(stack.path for stack in chosen for _ in stack.blocks),
+        names=tuple(names),
+        stacks=tuple(homes),
         layers=tuple(tuple(names) for names in inside),
         groups={group: tuple(names) for group, names in groups.items()},
         tied=tied,
         sizes={name: _numel(p) for name, p in model.named_parameters()},
+        repeats=repeats,
     )
+
+
+def _places(stacks: Iterable[Stack]) -> Iterator[tuple[str, str, nn.Module]]:
+    """Path of the stack, path of the block, and the block, one after the other."""
+    for stack in stacks:
+        for key, block in stack.blocks:
+            yield stack.path, f"{stack.path}.{key}", block
 
 
 def _numel(parameter: torch.Tensor) -> int:
@@ -184,9 +211,14 @@ def _numel(parameter: torch.Tensor) -> int:
 def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
     """Choose the stack, or both of an encoder-decoder, whose layers LISA rotates."""
     if not stacks:
+        found = next(iter(_containers(bare)), None)
+        advice = (
+            f"name the list or ModuleDict that holds its layers with `layers`, as layers={found!r}"
+            if found
+            else "put its layers into an nn.ModuleList or nn.ModuleDict, whose path `layers` names"
+        )
         raise ConfigError(
-            f"no stack of repeated layers was found in {type(bare).__name__}; name the list that "
-            "holds its layers with `layers`, as layers='encoder.blocks'."
+            f"no stack of repeated layers was found in {type(bare).__name__}; {advice}."
         )
     if len(stacks) == 1:
         return stacks
@@ -205,24 +237,32 @@ def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
 
 
 def _listing(stacks: list[Stack]) -> str:
-    return ", ".join(f"{stack.path}: {len(stack.blocks)} layers" for stack in stacks)
+    return ", ".join(map(str, stacks))
+
+
+def _containers(model: nn.Module) -> dict[str, Stack]:
+    """Every list or dict of modules with weights, by its canonical path."""
+    found = {}
+    for name, module in model.named_modules():
+        if name and holds_blocks(module) and next(module.parameters(), None) is not None:
+            path = canonical_name(name)
+            found[path] = Stack(path, tuple(children_of(module)))
+    return found
 
 
 def _named(stacks: list[Stack], layers: str, model: nn.Module) -> list[Stack]:
     """Stacks that the user names, found among all lists of the model."""
-    lists = {
-        canonical_name(name): tuple(module.children())
-        for name, module in model.named_modules()
-        if name and is_list(list(module.named_children()))
-    }
+    containers = _containers(model)
     chosen = []
     for path in (part.strip() for part in layers.split(",")):
-        if path not in lists:
+        if path not in containers:
+            candidates = _listing(stacks) or _listing(list(containers.values())) or "none"
             raise ConfigError(
-                f"layers={path!r} is not a list of modules of {type(unwrap(model)).__name__}; the "
-                f"candidates are {_listing(stacks) or 'none'}.{suggest(path, lists)}"
+                f"layers={path!r} is not a list (or ModuleDict) of modules with weights of "
+                f"{type(unwrap(model)).__name__}; the candidates are {candidates}."
+                f"{suggest(path, containers)}"
             )
-        chosen.append(Stack(path, lists[path]))
+        chosen.append(containers[path])
     return chosen
 
 

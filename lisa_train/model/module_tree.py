@@ -25,10 +25,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of repeated blocks: its canonical path and the blocks."""
+    """Repeated blocks: the canonical path of what holds them, and the blocks by their key in it.
+
+    A block that stands in several places is here several times.
+    """
 
     path: str
-    blocks: tuple[nn.Module, ...]
+    blocks: tuple[tuple[str, nn.Module], ...]
+
+    def __str__(self) -> str:
+        count = len({id(block) for _, block in self.blocks})
+        return f"{self.path}: {count} layers"
 
 
 def stacks(model: nn.Module) -> list[Stack]:
@@ -36,14 +43,23 @@ def stacks(model: nn.Module) -> list[Stack]:
     found: list[Stack] = []
     inside: set[int] = set()
     for name, module in model.named_modules():
-        children = list(module.named_children())
-        if id(module) in inside or not is_list(children):
+        if id(module) in inside or not is_list(children := children_of(module)):
             continue
-        blocks = tuple(child for _, child in children)
-        if all(_matrices(block) >= 2 for block in blocks):
-            found.append(Stack(canonical_name(name), blocks))
+        if all(_matrices(block) >= 2 for _, block in children):
+            found.append(Stack(canonical_name(name), tuple(children)))
             inside.update(id(part) for part in module.modules())
     return found
+
+
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children of a module by name; one that stands in two places twice, unlike torch."""
+    every = module.named_modules(remove_duplicate=False)
+    return [(name, child) for name, child in every if name and "." not in name]
+
+
+def holds_blocks(module: nn.Module) -> bool:
+    """Whether a module can be named as the one that holds the layers: a list, or a dict."""
+    return is_list(children_of(module)) or (isinstance(module, nn.ModuleDict) and len(module) > 0)
 
 
 def is_list(children: list[tuple[str, nn.Module]]) -> bool:

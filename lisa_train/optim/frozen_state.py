@@ -1,6 +1,6 @@
 """The optimizer state of frozen tensors: freed, kept aside, or moved to host memory."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -43,6 +43,48 @@ def on_load(optimizer: Optimizer, hook: Callable[..., None]) -> Callable[[], Non
     return end
 
 
+def optimizers_of(optimizer: Any) -> tuple[Optimizer, ...]:
+    """Return the torch optimizers that make the steps: of one, a list, or a wrapper of several.
+
+    A wrapper is an object that holds them in `optimizers`, as a list or a dict. What is no
+    optimizer is returned as it is.
+    """
+    held = optimizer
+    if not isinstance(held, list | tuple | Mapping):
+        optimizer = unwrap_optimizer(optimizer)
+        held = getattr(optimizer, "optimizers", None)
+    parts = list(held.values()) if isinstance(held, Mapping) else held
+    if held is not optimizer and not _all_optimizers(parts):
+        return (optimizer,)
+    return tuple(inner for part in parts for inner in optimizers_of(part))
+
+
+def _all_optimizers(parts: Any) -> bool:
+    return (
+        isinstance(parts, list | tuple)
+        and bool(parts)
+        and all(isinstance(unwrap_optimizer(part), Optimizer) for part in parts)
+    )
+
+
+def tensors_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Tensors of an optimizer in the order of their positions in its `state_dict`."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def held_bytes(states: Iterable[tuple[torch.Tensor, Any]]) -> int:
+    """Bytes of optimizer state that lie on the device of their tensor."""
+
+    def size(value: Any, device: torch.device) -> int:
+        if torch.is_tensor(value):
+            return value.numel() * value.element_size() if value.device == device else 0
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        return sum(size(v, device) for v in value) if isinstance(value, list | tuple) else 0
+
+    return sum(size(state, tensor.device) for tensor, state in states)
+
+
 class FrozenState:
     """Takes the state of frozen tensors out of an optimizer and puts it back on their return.
 
@@ -79,6 +121,14 @@ class FrozenState:
             state = {k: v.to("cpu") if torch.is_tensor(v) else v for k, v in state.items()}
         self._aside[parameter] = dict(state)
 
+    def bytes(self) -> int:
+        """Bytes of state that the optimizer and this hold where the tensors are, not on the host.
+
+        What is kept for frozen tensors counts; what is offloaded does not (nor, on a host that
+        trains itself, does anything move: there it counts).
+        """
+        return held_bytes((*self._optimizer.state.items(), *self._aside.items()))
+
     def thaw(self, parameter: torch.Tensor) -> None:
         """Give the optimizer back what was set aside for `parameter`, if anything was."""
         state = self._aside.pop(parameter, None)
@@ -92,8 +142,7 @@ class FrozenState:
         """Take over states by parameter position, as `state_dict` numbers them, uncast."""
         self.forget()
         self._optimizer.state.clear()
-        numbering = (p for group in self._optimizer.param_groups for p in group["params"])
-        for position, parameter in enumerate(numbering):
+        for position, parameter in enumerate(tensors_of(self._optimizer)):
             if position in states:
                 state = {
                     key: value.to(parameter.device)
@@ -137,11 +186,60 @@ class FrozenState:
         """Add the set-aside state under the parameters' positions, as torch numbers them."""
         # schedule-free's train() and eval() leave empty entries for tensors without state
         packed = {key: value for key, value in state_dict["state"].items() if value}
-        numbering = (p for group in optimizer.param_groups for p in group["params"])
-        for position, parameter in enumerate(numbering):
+        for position, parameter in enumerate(tensors_of(optimizer)):
             if parameter in self._aside:
                 packed[position] = dict(self._aside[parameter])
         state_dict["state"] = packed
+
+
+class FrozenStates:
+    """The `FrozenState` of several optimizers, each of which holds tensors of its own.
+
+    Parameters
+    ----------
+    optimizers
+        The optimizers; often just one.
+    policy
+        What becomes of the state of frozen tensors.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], policy: OptimizerState) -> None:
+        self._parts = {optimizer: FrozenState(optimizer, policy) for optimizer in optimizers}
+        self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
+
+    def freeze(self, parameter: torch.Tensor) -> None:
+        """Take the state of `parameter` out of its optimizer, if it has one."""
+        if (optimizer := self.owners.get(parameter)) is not None:
+            self._parts[optimizer].freeze(parameter)
+
+    def thaw(self, parameter: torch.Tensor) -> None:
+        """Give its optimizer back what was set aside for `parameter`, if anything was."""
+        if (optimizer := self.owners.get(parameter)) is not None:
+            self._parts[optimizer].thaw(parameter)
+
+    def loaded(self, optimizer: Optimizer) -> None:
+        """Take note that a checkpoint has brought other state of one optimizer."""
+        self._parts[optimizer].loaded()
+
+    def bytes(self) -> int:
+        """Bytes of state of all optimizers, see `FrozenState.bytes`."""
+        return sum(part.bytes() for part in self._parts.values())
+
+    def states(self) -> Any:
+        """States by position, of one optimizer, or a list of those of several."""
+        found = [optimizer.state_dict()["state"] for optimizer in self._parts]
+        return found[0] if len(found) == 1 else found
+
+    def replace(self, saved: Any, active: Set[torch.Tensor]) -> None:
+        """Take over what `states` returned, uncast."""
+        parts = saved if isinstance(saved, list) else [saved]
+        for part, states in zip(self._parts.values(), parts, strict=True):
+            part.replace(states, active)
+
+    def close(self) -> None:
+        """Leave the optimizers as plain ones."""
+        for part in self._parts.values():
+            part.close()
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""What must hold before LISA starts: plain weights, a complete optimizer, fitting numbers."""
+"""What must hold before LISA starts: plain weights, complete optimizers, fitting numbers."""
 
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.inclusion import CERTAIN
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
+from lisa_train.optim.frozen_state import tensors_of
+from lisa_train.optim.settings import OptimizerState
 
 
 def refuse_adapters_and_quantization(model: nn.Module) -> None:
@@ -37,30 +41,98 @@ def refuse_adapters_and_quantization(model: nn.Module) -> None:
         )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """`ConfigError` unless every one of `tensors` is in exactly one parameter group."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"LISA needs a torch.optim.Optimizer whose steps it can follow, got "
-            f"{type(optimizer).__name__}; train without DeepSpeed and similar engines."
-        )
+def check_optimizers(
+    optimizers: Sequence[Any], tensors: Mapping[str, torch.Tensor], policy: OptimizerState
+) -> None:
+    """`ConfigError` unless every one of `tensors` is in exactly one parameter group of all.
+
+    Nor may an optimizer step in a way that frozen tensors, or state that is let go, would spoil.
+    """
+    if not optimizers:
+        raise ConfigError("LISA got an empty list of optimizers; give it those that train.")
     counts: dict[torch.Tensor, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for optimizer in optimizers:
+        _refuse_unfollowable(optimizer, policy)
+        for parameter in tensors_of(optimizer):
             counts[parameter] = counts.get(parameter, 0) + 1
+    them = "the optimizer lacks" if len(optimizers) == 1 else "the optimizers lack"
     missing = [name for name, p in tensors.items() if p not in counts]
     if missing:
         raise ConfigError(
-            f"the optimizer lacks {len(missing)} of the {len(tensors)} tensors that LISA may train "
-            f"(first: {canonical_name(missing[0])}), so they would never move; build it from all "
-            "parameters of the model, before anything is frozen."
+            f"{them} {len(missing)} of the {len(tensors)} tensors that LISA may train "
+            f"({_first(missing)}), so they would never move; build it from all parameters of the "
+            "model, before anything is frozen, or give a list of optimizers that have them all."
         )
     twice = [name for name, p in tensors.items() if counts[p] > 1]
     if twice:
+        where = "of the optimizer" if len(optimizers) == 1 else "of the optimizers"
         raise ConfigError(
-            f"{len(twice)} tensors are in more than one parameter group of the optimizer (first: "
-            f"{canonical_name(twice[0])}); give each to one group."
+            f"{len(twice)} tensors are in more than one parameter group {where} "
+            f"({_first(twice)}); give each to one group."
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    return "first: " + ", ".join(canonical_name(name) for name in names[:3])
+
+
+def _refuse_unfollowable(optimizer: Any, policy: OptimizerState) -> None:
+    """`ConfigError` for an optimizer whose steps LISA cannot follow tensor by tensor."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"LISA needs a torch.optim.Optimizer whose steps it can follow, got {kind}; train "
+            "without DeepSpeed and similar engines."
+        )
+    if hasattr(optimizer, "optimizer_dict") or hasattr(optimizer, "fused_backward"):
+        raise ConfigError(
+            f"{kind} steps inside the backward pass by itself, where LISA cannot follow; choose "
+            "another optimizer (and step_in_backward to free every gradient at once)."
+        )
+    hidden = next((n for n, v in vars(optimizer).items() if _has_optimizer(v)), None)
+    if hidden is not None:
+        raise ConfigError(
+            f"{kind} steps through another optimizer (its {hidden!r}), whose state LISA would "
+            "neither find nor free; give LISA that optimizer itself, or choose one without a "
+            "second inside."
+        )
+    if _needs_closure(optimizer):
+        raise ConfigError(
+            f"{kind} moves all its tensors together along one direction, made from their earlier "
+            "gradients, so that frozen layers would move as well; choose one that treats its "
+            "tensors one by one, as AdamW or Muon."
+        )
+    if {"d", "k"} <= optimizer.param_groups[0].keys():  # Prodigy, D-Adaptation
+        raise ConfigError(
+            f"{kind} estimates one step size from how far all its tensors have come together, "
+            "which layers that rest falsify; choose an optimizer with a learning rate of its own."
+        )
+    if policy != "reset":
+        return
+    if isinstance(optimizer, torch.optim.ASGD):
+        raise ConfigError(
+            f"{kind} holds the averaged weights in its state, which optimizer_state='reset' "
+            "throws away whenever a layer is frozen; set optimizer_state to 'keep' or 'offload'."
+        )
+    if any(g.get("relative_step") and g.get("warmup_init") for g in optimizer.param_groups):
+        raise ConfigError(
+            f"{kind} with warmup_init starts every tensor at a learning rate near zero, and "
+            "optimizer_state='reset' would start it anew at every activation; set warmup_init to "
+            "False or optimizer_state to 'keep' or 'offload'."
+        )
+
+
+def _has_optimizer(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    parts = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(part, torch.optim.Optimizer) for part in parts)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` cannot do without a closure, as line searches (L-BFGS) cannot."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def check_units(
@@ -99,14 +171,15 @@ def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
     return "weight_sum" in optimizer.param_groups[0]
 
 
-def check_warmup(optimizer: torch.optim.Optimizer, config: LisaConfig) -> None:
+def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig) -> None:
     """`ConfigError` for a warm-up that an averaging optimizer would undo."""
-    if config.warmup_steps and is_schedule_free(optimizer):
-        raise ConfigError(
-            f"warmup_steps is {config.warmup_steps}, but {type(optimizer).__name__} keeps its "
-            "weights as an average, which shortened updates would break; set warmup_steps to 0 "
-            "and use the optimizer's own warm-up."
-        )
+    for optimizer in optimizers:
+        if config.warmup_steps and is_schedule_free(optimizer):
+            raise ConfigError(
+                f"warmup_steps is {config.warmup_steps}, but {type(optimizer).__name__} keeps its "
+                "weights as an average, which shortened updates would break; set warmup_steps to "
+                "0 and use the optimizer's own warm-up."
+            )
 
 
 def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:

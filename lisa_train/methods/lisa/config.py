@@ -9,7 +9,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of, real, whole
 from lisa_train.optim.settings import OptimizerState
 
-ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm")
+ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm", "other")
 Sampling = Literal[
     "uniform", "bernoulli", "cyclic", "systematic", "conditional_poisson", "balanced"
 ]
@@ -38,7 +38,9 @@ class LisaConfig:
         Path of a `probabilities.json` file, or a sequence of inclusion probabilities π, one per
         layer, Σπ = k. None means equal probabilities k/L.
     always_active
-        Groups that train in every interval: any of ``embed``, ``head``, ``norm``.
+        Groups that train in every interval: any of ``embed``, ``head``, ``norm``, and ``other``,
+        which is all else outside the layers (a head of an unknown name, a projection, a vision
+        tower); what is frozen before LISA starts stays frozen.
     optimizer_state
         What happens to the optimizer state of a layer that is frozen again: ``reset`` frees it,
         ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns.
@@ -53,8 +55,9 @@ class LisaConfig:
     head_probability
         The same for the head; a head tied to the embeddings goes with them.
     layers
-        Path of the list of layers to rotate, as ``model.vision_tower.encoder.layers``; several
-        separated by commas. Needed only where the structure of a model leaves a choice.
+        Path of the list (or ModuleDict) of layers to rotate, as
+        ``model.vision_tower.encoder.layers``; several separated by commas. Needed only where the
+        structure of a model leaves a choice.
     precision
         ``model`` trains in the precision of the weights. ``fp32_active`` holds the active tensors
         of a bf16 model in fp32, computes under bf16 autocast, and rounds them stochastically to

@@ -1,10 +1,8 @@
 """The LISA engine: which tensors train now, and what becomes of the others. Knows no Trainer."""
 
-import gc
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,78 +10,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.contract.layers import kind_of
-from lisa_train.methods.lisa.checks import (
-    check_optimizer,
-    check_units,
-    check_warmup,
-    given_probabilities,
-    is_schedule_free,
-    refuse_adapters_and_quantization,
-)
+from lisa_train.methods.lisa import notices
+from lisa_train.methods.lisa.checks import is_schedule_free
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.gradient_reach import GradientReach
 from lisa_train.methods.lisa.input_gradients import InputGradients
+from lisa_train.methods.lisa.plan import Plan as Plan
+from lisa_train.methods.lisa.plan import open_engines
 from lisa_train.methods.lisa.precision import ActivePrecision
 from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
-from lisa_train.methods.lisa.schedule import Schedule, Unit
-from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.methods.lisa.schedule import Unit
+from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.parallel import agree_on_start, is_first
 from lisa_train.optim.frozen_state import (
-    FrozenState,
+    FrozenStates,
     on_load,
     start_schedule_free,
-    unwrap_optimizer,
 )
-from lisa_train.optim.paged_state import check_paged_state
 from lisa_train.optim.warmup import Warmup
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is settled before anything changes: layers, schedule, and what may train.
-
-    `units` holds the tensors with gradients of every layer and group; `may_train` every tensor
-    that can become active, by name.
-    """
-
-    config: LisaConfig
-    layer_map: LayerMap
-    schedule: Schedule
-    units: dict[Unit, tuple[nn.Parameter, ...]]
-    may_train: dict[str, nn.Parameter]
-
-    @classmethod
-    def make(
-        cls,
-        model: nn.Module,
-        config: LisaConfig,
-        *,
-        layer_map: LayerMap | None = None,
-        seed: int = 0,
-    ) -> Self:
-        """Check the model against the settings; `ConfigError` or `ProbabilitiesError`."""
-        _refuse_second_engine(model)
-        refuse_adapters_and_quantization(model)
-        layer_map = layer_map or find_layers(model, config.layers)
-        probabilities = given_probabilities(config, layer_map)
-        schedule = Schedule(config, layer_map.names, probabilities, seed)
-        units = _units(model, layer_map)
-        check_units(units, layer_map, config, schedule.inclusion_probabilities)
-        chosen: list[Unit] = [*range(len(layer_map)), *config.always_active]
-        chosen += list(config.group_probabilities)
-        wanted = {p for unit in chosen for p in units[unit]}
-        may_train = {name: p for name, p in model.named_parameters() if p in wanted}
-        return cls(config, layer_map, schedule, units, may_train)
-
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """`ConfigError` unless `optimizer` can train all that may train."""
-        check_optimizer(optimizer, self.may_train)
-        check_paged_state(optimizer)
-        check_warmup(optimizer, self.config)
 
 
 class Lisa:
@@ -98,13 +48,18 @@ class Lisa:
     `torch._dynamo.config.recompile_limit`, and beyond 256 `accumulated_recompile_limit` as well,
     above the number of draws to come.
 
+    In several processes (DDP) every one makes an engine, at the same time, and all draw by the
+    seed of the first.
+
     Parameters
     ----------
     model
         The model, with `requires_grad` set on everything that may train. What is frozen now stays
         frozen.
     optimizer
-        An optimizer of all tensors that may train, each in one parameter group.
+        An optimizer of all tensors that may train, or a list of several (Muon for matrices,
+        AdamW for the rest), or a wrapper that holds them in `optimizers`: every tensor in one
+        parameter group of one of them.
     config
         The settings.
     layer_map
@@ -115,13 +70,17 @@ class Lisa:
         Optimizer steps to come, for the announcement of layers that will never be drawn.
     on_draw
         Called with every `Draw`.
+    on_notice
+        Called with every sentence that this says, at the start and later; they are logged too,
+        by the first process.
 
     Raises
     ------
     ConfigError
         When the model has adapters or a quantized base, when the numbers do not fit its layers,
-        when the optimizer lacks a tensor that may train or pages its state in an unknown way, or
-        when another engine is open on the model.
+        when the optimizer lacks a tensor that may train, moves all its tensors together or pages
+        its state in an unknown way, when another engine is open on the model, or when the model
+        is trained on several devices in a way that is not proved.
     ProbabilitiesError
         When the probabilities are infeasible or made for another model.
 
@@ -145,22 +104,26 @@ class Lisa:
         seed: int = 0,
         total_steps: int | None = None,
         on_draw: Callable[[Draw], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
-        self._optimizer = unwrap_optimizer(optimizer)
-        plan.check_optimizer(self._optimizer)
-        self.config = config
+        plan, optimizers, seeds = _agreed_plan(model, optimizer, config, layer_map, seed)
+        self._optimizers = optimizers
+        self.config = plan.config
         self.layer_map = plan.layer_map
         self._schedule = plan.schedule
         self._units = plan.units
         self._on_draw = on_draw
-        if total_steps is not None:
-            self._announce_coverage(total_steps)
+        self._on_notice = on_notice
+        self._announce(model, total_steps, seeds)
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._active: set[nn.Parameter] = set()
-        self._loaded = False  # the optimizer holds a checkpoint's state, not yet sorted
+        self._size = sum(p.numel() for p, _ in self._flags)
+        self._loaded: set[Optimizer] = set()  # they hold a checkpoint's state, not yet sorted
+        self._reach = GradientReach(self._units)
+        # Frozen tensors of optimizers that have not stepped since the draw, as torch counts writes.
+        self._versions: dict[Optimizer, list[tuple[nn.Parameter, int]] | None] = {}
         self._precision = (
             ActivePrecision(model, self._trainable, self._schedule.seed)
             if config.precision == "fp32_active"
@@ -169,19 +132,24 @@ class Lisa:
         self._recomputation = (
             Recomputation(model, self.layer_map) if config.recompute == "frozen" else None
         )
-        self._state = FrozenState(self._optimizer, config.optimizer_state)
-        self._schedule_free = is_schedule_free(self._optimizer)
+        self._state = FrozenStates(optimizers, config.optimizer_state)
+        owners = self._state.owners
+        self._own = {o: [p for p in self._trainable if owners.get(p) is o] for o in optimizers}
+        self._schedule_free = {o for o in optimizers if is_schedule_free(o)}
         self._warmup = Warmup(config.warmup_steps)
         self._input_gradients = InputGradients(
             model, embeddings_train="embed" in config.always_active
         )
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_optimizer_step),
-            self._optimizer.register_step_post_hook(self._after_optimizer_step),
-        ]
-        self._end_load_hook = on_load(self._optimizer, self._after_optimizer_load)
-        self._closed = False
-        _engines.add(self)
+        self._hooks: list[Any] = []
+        self._end_load_hooks = []
+        for held in optimizers:
+            self._hooks += [
+                held.register_step_pre_hook(self._before_optimizer_step),
+                held.register_step_post_hook(self._after_optimizer_step),
+            ]
+            self._end_load_hooks.append(on_load(held, self._after_optimizer_load))
+        self._closed = self._unreached_said = False
+        open_engines.add(self)
 
     # ------------------------------------------------------------------ what callers see
 
@@ -205,6 +173,15 @@ class Lisa:
         """Draws of every layer so far, shape (L,)."""
         return self._schedule.visits.copy()
 
+    @property
+    def coverage(self) -> dict[str, list[int]]:
+        """Draws of every layer so far, and the layers that no draw took: for a run's result."""
+        visits = self._schedule.visits.tolist()
+        return {
+            "layer_visits": visits,
+            "layers_never_drawn": [i for i, count in enumerate(visits) if count == 0],
+        }
+
     def begin_step(self, step: int) -> None:
         """Prepare the optimizer step after `step` completed ones; draws at 0, K, 2K and so on.
 
@@ -212,14 +189,23 @@ class Lisa:
         """
         if self._closed:
             raise ConfigError("this LISA engine is closed; make a new one to train on.")
+        self._reach.end_step(self._schedule.layers)
         draw = self._schedule.advance(step)
         if draw is None:
             return
+        self._say_unreached()
+        self._reach.start(step)
         self._apply()
+        draw = replace(
+            draw,
+            trainable_share=sum(p.numel() for p in self._active) / self._size,
+            state_bytes=self._state.bytes(),
+        )
         logger.info(
-            "step %d: training layers %s; %d of %d layers visited so far",
-            step, ", ".join(map(str, draw.layers)) or "none",
-            int((self.visits > 0).sum()), len(self.layer_map),
+            "step %d: training layers %s: %.1f %% of the parameters, %.1f MB of optimizer state "
+            "held; %d of %d layers visited so far",
+            step, ", ".join(map(str, draw.layers)) or "none", 100 * (draw.trainable_share or 0),
+            (draw.state_bytes or 0) / 1e6, int((self.visits > 0).sum()), len(self.layer_map),
         )  # fmt: skip
         if self._on_draw is not None:
             self._on_draw(draw)
@@ -229,10 +215,13 @@ class Lisa:
         if self._closed:
             return
         self._closed = True
-        _engines.discard(self)
+        self._reach.end_step(self._schedule.layers)
+        self._say_unreached()
+        open_engines.discard(self)
         for hook in self._hooks:
             hook.remove()
-        self._end_load_hook()
+        for end in self._end_load_hooks:
+            end()
         self._state.close()
         if self._precision is not None:
             self._precision.close(self._schedule.index or 0)
@@ -264,6 +253,7 @@ class Lisa:
         ``precision="fp32_active"``: see `tensors`.
         """
         self._schedule.load_state_dict(state)
+        self._reach.start(self._schedule.step)
         if self._schedule.index is not None:
             self._apply()
 
@@ -274,7 +264,7 @@ class Lisa:
         after everything else is loaded.
         """
         weights = [p.detach() if p in self._active else None for p in self._trainable]
-        return {"weights": weights, "optimizer": self._optimizer.state_dict()["state"]}
+        return {"weights": weights, "optimizer": self._state.states()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Any]) -> None:
@@ -300,6 +290,7 @@ class Lisa:
             else:
                 self._freeze(parameter)
         self._active = wanted
+        self._versions = dict.fromkeys(self._optimizers)
         if self._recomputation is not None:
             self._recomputation.spare(self._schedule.layers)
 
@@ -319,91 +310,100 @@ class Lisa:
         if self._precision is not None:
             self._precision.lower(parameter, self._schedule.index or 0)
 
-    def _before_optimizer_step(self, *_: Any) -> None:
+    def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Drop gradients that somebody gave to frozen tensors; note where a warm-up starts."""
         if self._schedule.index is None:
             raise ConfigError(
                 "the optimizer steps before LISA has drawn any layer; call begin_step(step) before "
                 "the forward pass of every optimizer step."
             )
-        self._sort_loaded_state()
-        for parameter in self._trainable:
+        self._sort_loaded_state(optimizer)
+        for parameter in self._own[optimizer]:
             if parameter not in self._active:
                 parameter.grad = None
-            elif self._schedule_free:
-                start_schedule_free(self._optimizer, parameter)
+            elif optimizer in self._schedule_free:
+                start_schedule_free(optimizer, parameter)
+        self._reach.look(self._schedule.layers)
+        if optimizer in self._versions:
+            resting = (p for p in self._own[optimizer] if p not in self._active)
+            self._versions[optimizer] = [(p, p._version) for p in resting]
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
             (p, age)
             for unit, age in self._schedule.ages().items()
             for p in self._units[unit]
-            if p.grad is not None
+            if p.grad is not None and self._state.owners.get(p) is optimizer
         )
 
-    def _after_optimizer_step(self, *_: Any) -> None:
-        """Shorten the update of tensors in their warm-up."""
+    def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Shorten the update of tensors in their warm-up; once a draw, see what rests rest."""
         self._warmup.after_step()
+        before = self._versions.pop(optimizer, None) or ()
+        moved = [p for p, version in before if p._version != version]
+        if moved:
+            raise ConfigError(
+                f"{type(optimizer).__name__} wrote to {len(moved)} tensors that rest (first: of "
+                f"shape {tuple(moved[0].shape)}), although they have no gradient; choose an "
+                "optimizer that leaves such tensors alone, as torch's do."
+            )
 
-    def _after_optimizer_load(self, *_: Any) -> None:
+    def _after_optimizer_load(self, optimizer: Optimizer, *_: Any) -> None:
         """Note that a checkpoint brought state.
 
         Which of it is active is known when the engine's own state is loaded, perhaps after this.
         """
-        self._state.loaded()
-        self._loaded = True
+        self._state.loaded(optimizer)
+        self._loaded.add(optimizer)
 
-    def _sort_loaded_state(self) -> None:
+    def _sort_loaded_state(self, optimizer: Optimizer) -> None:
         """Take the state of frozen tensors out of what a checkpoint brought."""
-        if self._loaded:
-            self._loaded = False
-            for parameter in self._trainable:
+        if optimizer in self._loaded:
+            self._loaded.discard(optimizer)
+            for parameter in self._own[optimizer]:
                 if parameter not in self._active:
                     self._state.freeze(parameter)
 
-    def _announce_coverage(self, total_steps: int) -> None:
-        """Warn of layers that a schedule of so many steps never reaches."""
-        if missing := self._schedule.never_drawn(total_steps):
-            logger.warning(
-                "%d of %d layers (%s) will never train: %d steps with interval_steps = %d and "
-                "activated_layers = %d do not reach them; use a shorter interval, more layers, or "
-                "sampling='balanced' or 'cyclic'",
-                len(missing), len(self.layer_map), ", ".join(map(str, missing)), total_steps,
-                self.config.interval_steps, self.config.activated_layers,
-            )  # fmt: skip
+    def _announce(self, model: nn.Module, total_steps: int | None, seeds: list[int]) -> None:
+        """Say what trains beside the layers, and what a schedule of so many steps never reaches."""
+        missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
+        for text in notices.at_start(
+            model, self.layer_map, self.config, self._units, missing, total_steps
+        ):
+            self._say(text)
+        if len(set(seeds)) > 1:
+            self._say(
+                f"the processes start with different seeds ({', '.join(map(str, seeds))}): all "
+                f"draw their layers by that of process 0 ({seeds[0]})"
+            )
+
+    def _say_unreached(self) -> None:
+        """Name the drawn layers that steps of the interval did not reach; on the screen once."""
+        if (found := self._reach.found()) is not None:
+            self._say(str(found), logging.INFO if self._unreached_said else logging.WARNING)
+            self._unreached_said = True
+
+    def _say(self, text: str, level: int = logging.WARNING) -> None:
+        if is_first():
+            logger.log(level, text)
+        if self._on_notice is not None:
+            self._on_notice(text)
 
 
-# Every engine that is not closed yet; see `_refuse_second_engine`.
-_engines: "weakref.WeakSet[Lisa]" = weakref.WeakSet()
-
-
-def _refuse_second_engine(model: nn.Module) -> None:
-    """`ConfigError` when an open engine rules a tensor of the model: each would undo the other."""
-    tensors = set(model.parameters())
-    if any(engine.rules(tensors) for engine in _engines):
-        gc.collect()  # an engine and its hooks refer to each other, and may be garbage already
-    if any(engine.rules(tensors) for engine in _engines):
-        raise ConfigError(
-            "another LISA engine is open on this model, and the two would freeze each other's "
-            "layers; close it first (engine.close(), or use it in a with block)."
-        )
-
-
-def _units(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Parameter, ...]]:
-    """Return the tensors with gradients of every layer and group.
-
-    A matrix that is embedding and head at once belongs to both: it trains when either does.
-    """
-    parameters = dict(model.named_parameters())
-
-    def pick(names: Iterable[str]) -> tuple[nn.Parameter, ...]:
-        return tuple(parameters[n] for n in names if parameters[n].requires_grad)
-
-    units: dict[Unit, tuple[nn.Parameter, ...]] = {
-        **{i: pick(names) for i, names in enumerate(layer_map.layers)},
-        **{group: pick(names) for group, names in layer_map.groups.items()},
-    }
-    shared = [
-        owner for name, owner in layer_map.tied.items() if kind_of(name, layer_path=None) == "head"
-    ]
-    units["head"] = tuple(dict.fromkeys((*units["head"], *pick(shared))))
-    return units
+def _agreed_plan(
+    model: nn.Module, optimizer: Any, config: LisaConfig, layer_map: LayerMap | None, seed: int
+) -> tuple[Plan, tuple[Optimizer, ...], list[int]]:
+    """Return the plan, the optimizers, and the seeds that all processes came with."""
+    plan, optimizers, problem = None, (), None
+    try:
+        plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
+        optimizers = plan.check_optimizer(optimizer)
+    except Exception as error:
+        problem = error  # said to the other processes before it is raised
+    agreed, seeds = agree_on_start(plan.settings() if plan is not None else None, problem)
+    if problem is not None:
+        raise problem
+    assert plan is not None
+    assert agreed is not None
+    if agreed["seed"] != plan.schedule.seed:
+        plan = plan.with_seed(agreed["seed"])
+    return plan, optimizers, seeds

@@ -1,6 +1,6 @@
 """Which layers and groups train at which step: draws, visits, and their resumable state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ class Draw:
     """One draw: it rules the optimizer steps `step`+1 … up to the next draw.
 
     `visits` counts the draws of every layer so far, this one included; `groups` are the groups
-    (embed, head) that were drawn beside the layers.
+    (embed, head) that were drawn beside the layers. The engine adds `trainable_share`, the part
+    of the model's parameters that train from now on, and `state_bytes`, the optimizer state that
+    is held when the draw has been made: what left is freed or on the host, what came has none yet.
     """
 
     step: int
@@ -33,6 +35,8 @@ class Draw:
     inclusion_probabilities: tuple[float, ...]
     visits: tuple[int, ...]
     groups: tuple[str, ...] = ()
+    trainable_share: float | None = None
+    state_bytes: int | None = None
 
 
 class Schedule:
@@ -48,6 +52,8 @@ class Schedule:
         Inclusion probabilities of the layers, or None for equal ones.
     seed
         Seed of the schedule where `config.seed` is None.
+    empty_groups
+        Groups in which the model has no tensor: whether they are active makes no difference.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Schedule:
         layer_names: Sequence[str],
         probabilities: Sequence[float] | None,
         seed: int,
+        *,
+        empty_groups: Collection[str] = (),
     ) -> None:
         pi = resolve(probabilities, len(layer_names), config.activated_layers)
         self.seed = seed if config.seed is None else config.seed
@@ -65,6 +73,8 @@ class Schedule:
         self.groups: tuple[str, ...] = ()
         self.visits: NDArray[np.int64] = np.zeros(len(layer_names), dtype=np.int64)
         self._config = config
+        self._probabilities = probabilities
+        self._empty_groups = frozenset(empty_groups)
         self._layer_names = list(layer_names)
         self._sampler = make_sampler(config.sampling, pi, config.activated_layers, self.seed)
         self._activated_at: dict[Unit, int] = {}
@@ -73,6 +83,16 @@ class Schedule:
     def inclusion_probabilities(self) -> NDArray[np.float64]:
         """π of every layer, shape (L,)."""
         return self._sampler.inclusion_probabilities
+
+    def with_config(self, config: LisaConfig) -> "Schedule":
+        """Return a schedule of the same layers that has not begun, with other settings."""
+        return Schedule(
+            config,
+            self._layer_names,
+            self._probabilities,
+            self.seed,
+            empty_groups=self._empty_groups,
+        )
 
     def advance(self, step: int) -> Draw | None:
         """Go to the optimizer step after `step` completed ones; the draw that this makes, if any.
@@ -141,7 +161,10 @@ class Schedule:
             )
         settings = _settings(self._config)
         for name, saved in state.get("settings", {}).items():  # states of older versions lack it
-            if name in settings and saved != settings[name]:
+            different = name in settings and saved != settings[name]
+            if name == "always_active":
+                different = bool((set(saved) ^ set(settings[name])) - self._empty_groups)
+            if different:
                 raise ConfigError(
                     f"the saved LISA state has {name} = {saved!r}, this run {settings[name]!r}; "
                     "resume with the setting that it was saved with."

@@ -78,6 +78,6 @@ def test_numbers_of_numpy_are_numbers():
 def test_the_defaults_are_those_of_the_paper():
     config = LisaConfig()
     assert (config.activated_layers, config.interval_steps, config.sampling) == (2, 20, "uniform")
-    assert config.always_active == ("embed", "head", "norm")
+    assert config.always_active == ("embed", "head", "norm", "other")
     assert config.optimizer_state == "reset"
     assert config.group_probabilities == {}

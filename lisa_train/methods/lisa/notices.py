@@ -1,0 +1,129 @@
+"""What LISA says when it starts: what trains beside the layers, and what is not as it seems."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lisa_analysis.contract.layers import canonical_name
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.module_tree import unwrap
+
+# Lines of names in one announcement; what has more is put together by module.
+_MOST = 8
+
+
+def at_start(
+    model: nn.Module,
+    layer_map: LayerMap,
+    config: LisaConfig,
+    units: Mapping[int | str, Sequence[torch.Tensor]],
+    missing: Sequence[int],
+    total_steps: int | None,
+) -> list[str]:
+    """Everything that the user should know before the first step, a sentence each.
+
+    Parameters
+    ----------
+    model, layer_map, config
+        The model, its layers, the settings.
+    units
+        Tensors with gradients of every layer and group.
+    missing
+        Layers that the schedule of `total_steps` never reaches.
+    total_steps
+        Optimizer steps to come, if known.
+    """
+    found = [
+        unclassified(model, units["other"], active="other" in config.always_active),
+        every_layer(model, layer_map, config),
+        layer_drop(model),
+    ]
+    if missing:
+        found.append(
+            f"{len(missing)} of {len(layer_map)} layers ({', '.join(map(str, missing))}) will "
+            f"never train: {total_steps} steps with interval_steps = {config.interval_steps} and "
+            f"activated_layers = {config.activated_layers} do not reach them; use a shorter "
+            "interval, more layers, or sampling='balanced' or 'cyclic'"
+        )
+    return [text for text in found if text]
+
+
+def unclassified(model: nn.Module, tensors: Sequence[torch.Tensor], *, active: bool) -> str | None:
+    """Name what is neither layer, embedding, head nor norm, its size, and what becomes of it."""
+    if not tensors:
+        return None
+    members = set(tensors)
+    named = [(canonical_name(n), p) for n, p in model.named_parameters() if p in members]
+    size = sum(p.numel() for p in members)
+    share = size / sum(p.numel() for p in model.parameters())
+    tensors_of = "1 tensor" if len(named) == 1 else f"{len(named)} tensors"
+    what = (
+        f"{tensors_of} outside the layers ({_listing(named)}; {size:,} parameters, {share:.1%} of "
+        "the model) that is neither embedding, head nor norm"
+        if len(named) == 1
+        else f"{tensors_of} outside the layers ({_listing(named)}; together {size:,} parameters, "
+        f"{share:.1%} of the model) that are neither embedding, head nor norm"
+    )
+    if active:
+        return f"LISA trains {what} in every interval; freeze them first to let them rest"
+    return f"LISA never trains {what}; put 'other' into lisa.always_active to train them"
+
+
+def _listing(named: Sequence[tuple[str, torch.Tensor]]) -> str:
+    if len(named) <= _MOST:
+        return ", ".join(f"{name} {'x'.join(map(str, p.shape)) or 1}" for name, p in named)
+    deepest = max(name.count(".") for name, _ in named)
+    groups: dict[str, list[torch.Tensor]] = {}
+    for depth in range(deepest, 0, -1):
+        groups = {}
+        for name, parameter in named:
+            groups.setdefault(".".join(name.split(".")[:depth]), []).append(parameter)
+        if len(groups) <= _MOST:
+            break
+    parts = [f"{path} {sum(p.numel() for p in some):,}" for path, some in groups.items()]
+    more = len(parts) - _MOST
+    return ", ".join(parts[:_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> str | None:
+    """Say that nothing rotates, or that layers share their weights."""
+    count = len(layer_map)
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    counted = getattr(getattr(unwrap(model), "config", None), "num_hidden_layers", None)
+    shared = ""
+    if layer_map.repeats:
+        shared = f" that {count + len(layer_map.repeats)} places of its stack share"
+    elif config.layers is None and isinstance(counted, int) and counted > count:
+        shared = f" that the {counted} hidden layers of its configuration share"
+    if config.activated_layers >= count:
+        return (
+            f"activated_layers is {config.activated_layers} and the model has {layers}{shared}: "
+            "every layer trains in every interval, as in full fine-tuning"
+        )
+    return f"the model has {layers}{shared}" if shared else None
+
+
+def layer_drop(model: nn.Module) -> str | None:
+    """Say that the model skips layers at random while it trains (LayerDrop)."""
+    found = next(iter(_layer_drops(model)), None)
+    if found is None:
+        return None
+    name, value = found
+    return (
+        f"{name} is {value:g}: the model skips that share of its layers at random in every forward "
+        f"pass, and a layer that is skipped while it is drawn gets no gradient; set {name} to 0 to "
+        "train what is drawn"
+    )
+
+
+def _layer_drops(model: nn.Module) -> Iterator[tuple[str, float]]:
+    owners: list[tuple[str, Any]] = [("config", getattr(unwrap(model), "config", None))]
+    owners += [(canonical_name(name) or "model", module) for name, module in model.named_modules()]
+    for where, owner in owners:
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop"):
+            value = getattr(owner, name, None)
+            if isinstance(value, float) and value > 0:
+                yield f"{where}.{name}", value

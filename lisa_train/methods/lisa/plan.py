@@ -1,0 +1,147 @@
+"""What is settled before LISA changes anything: layers, schedule, and what may train."""
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import kind_of
+from lisa_train.methods.lisa.checks import (
+    check_optimizers,
+    check_units,
+    check_warmup,
+    given_probabilities,
+    refuse_adapters_and_quantization,
+)
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.inclusion import CERTAIN
+from lisa_train.methods.lisa.schedule import Schedule, Unit
+from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.parallel import refuse_unproved
+from lisa_train.optim.frozen_state import optimizers_of
+from lisa_train.optim.paged_state import check_paged_state
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before anything changes: layers, schedule, and what may train.
+
+    `units` holds the tensors with gradients of every layer and group; `may_train` every tensor
+    that can become active, by name.
+    """
+
+    config: LisaConfig
+    layer_map: LayerMap
+    schedule: Schedule
+    units: dict[Unit, tuple[nn.Parameter, ...]]
+    may_train: dict[str, nn.Parameter]
+
+    @classmethod
+    def make(
+        cls,
+        model: nn.Module,
+        config: LisaConfig,
+        *,
+        layer_map: LayerMap | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Check the model against the settings; `ConfigError` or `ProbabilitiesError`."""
+        _refuse_second_engine(model)
+        refuse_adapters_and_quantization(model)
+        layer_map = layer_map or find_layers(model, config.layers)
+        probabilities = given_probabilities(config, layer_map)
+        empty = [group for group, names in layer_map.groups.items() if not names]
+        schedule = Schedule(config, layer_map.names, probabilities, seed, empty_groups=empty)
+        units = units_of(model, layer_map)
+        check_units(units, layer_map, config, schedule.inclusion_probabilities)
+        chosen: list[Unit] = [*range(len(layer_map)), *config.always_active]
+        chosen += list(config.group_probabilities)
+        wanted = {p for unit in chosen for p in units[unit]}
+        may_train = {name: p for name, p in model.named_parameters() if p in wanted}
+        plan = cls(config, layer_map, schedule, units, may_train)
+        refuse_unproved(model, config.precision, rotates=plan._rotates(model))
+        return plan
+
+    def check_optimizer(self, optimizer: Any) -> tuple[Optimizer, ...]:
+        """Return the optimizers; `ConfigError` unless they can train all that may train.
+
+        Parameters
+        ----------
+        optimizer
+            A torch optimizer, a list of several, or a wrapper of either.
+        """
+        optimizers = optimizers_of(optimizer)
+        check_optimizers(optimizers, self.may_train, self.config.optimizer_state)
+        for held in optimizers:
+            check_paged_state(held)
+        check_warmup(optimizers, self.config)
+        return optimizers
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the same plan with the schedule of another seed."""
+        config = dataclasses.replace(self.config, seed=seed)
+        return dataclasses.replace(self, config=config, schedule=self.schedule.with_config(config))
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in all processes that train one model, and the seed."""
+        config = dataclasses.asdict(self.config)
+        config.pop("probabilities")  # perhaps the path of one file, as each machine sees it
+        return config | {
+            "seed": self.schedule.seed,
+            "inclusion_probabilities": self.schedule.inclusion_probabilities.tolist(),
+            "layer_names": list(self.layer_map.names),
+            "tensors": list(self.may_train),
+        }
+
+    def _rotates(self, model: nn.Module) -> bool:
+        """Whether any tensor with gradients ever rests."""
+        certain: list[Unit] = [
+            i for i, pi in enumerate(self.schedule.inclusion_probabilities) if pi >= CERTAIN
+        ]
+        certain += self.config.always_active
+        certain += [g for g, p in self.config.group_probabilities.items() if p == 1]
+        always = {p for unit in certain for p in self.units[unit]}
+        return any(p.requires_grad and p not in always for p in model.parameters())
+
+
+def units_of(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Parameter, ...]]:
+    """Return the tensors with gradients of every layer and group.
+
+    A matrix that is embedding and head at once belongs to both: it trains when either does.
+    """
+    parameters = dict(model.named_parameters())
+
+    def pick(names: Iterable[str]) -> tuple[nn.Parameter, ...]:
+        return tuple(parameters[n] for n in names if parameters[n].requires_grad)
+
+    units: dict[Unit, tuple[nn.Parameter, ...]] = {
+        **{i: pick(names) for i, names in enumerate(layer_map.layers)},
+        **{group: pick(names) for group, names in layer_map.groups.items()},
+    }
+    shared = [
+        owner for name, owner in layer_map.tied.items() if kind_of(name, layer_path=None) == "head"
+    ]
+    units["head"] = tuple(dict.fromkeys((*units["head"], *pick(shared))))
+    return units
+
+
+# Every engine that is not closed yet; see `_refuse_second_engine`.
+open_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _refuse_second_engine(model: nn.Module) -> None:
+    """`ConfigError` when an open engine rules a tensor of the model: each would undo the other."""
+    tensors = set(model.parameters())
+    if any(engine.rules(tensors) for engine in open_engines):
+        gc.collect()  # an engine and its hooks refer to each other, and may be garbage already
+    if any(engine.rules(tensors) for engine in open_engines):
+        raise ConfigError(
+            "another LISA engine is open on this model, and the two would freeze each other's "
+            "layers; close it first (engine.close(), or use it in a with block)."
+        )

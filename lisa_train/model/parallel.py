@@ -1,0 +1,146 @@
+"""Training on several devices: what is refused until it is proved, and one schedule for all."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import canonical_name
+from lisa_train.model.sharding import is_sharded
+
+ONE_PROCESS_EACH = (
+    "start one process per GPU (torchrun --nproc-per-node N), or show this one a single GPU "
+    "(CUDA_VISIBLE_DEVICES=0)"
+)
+
+
+def processes() -> int:
+    """Return how many processes train together; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def refuse_wrappers(model: nn.Module, who: str) -> None:
+    """`ConfigError` for wrappers under which a tensor of the model is not what it seems.
+
+    Parameters
+    ----------
+    model
+        The model.
+    who
+        What cannot work with them, for the sentence.
+    """
+    modules = list(model.modules())
+    # Looked up, not imported: whoever wrapped the model has imported it.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, fsdp) for module in modules):
+        raise ConfigError(
+            f"{who} does not work under FSDP version 1, which hides the tensors of a model in flat "
+            "pieces; use DDP (or, for recording alone, FSDP2: fsdp_version 2)."
+        )
+    if any(isinstance(module, nn.DataParallel) for module in modules):
+        raise ConfigError(
+            f"{who} does not work under torch.nn.DataParallel, which trains copies of the model "
+            f"that it does not see; {ONE_PROCESS_EACH}."
+        )
+
+
+def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
+    """`ConfigError` for ways to train on several devices in which LISA is not known to be right.
+
+    Parameters
+    ----------
+    model
+        The model as LISA gets it, wrapped or not.
+    precision
+        `LisaConfig.precision`.
+    rotates
+        Whether any tensor ever rests.
+    """
+    refuse_wrappers(model, "LISA")
+    split = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if split is not None:
+        raise ConfigError(
+            f"LISA does not work with weights that are split over processes (FSDP2, tensor "
+            f"parallelism), as {canonical_name(split)} is; train with DDP, or without LISA."
+        )
+    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if precision == "fp32_active" and (replicas or processes() > 1):
+        raise ConfigError(
+            "lisa.precision is 'fp32_active' with several processes, whose copies of the model it "
+            "would let part: DDP goes on exchanging the bf16 gradients it was built for; train "
+            "with one process, or set lisa.precision to 'model'."
+        )
+    if rotates:
+        for replica in replicas:
+            _check_ddp(replica)
+
+
+def _check_ddp(replica: Any) -> None:
+    """`ConfigError` for settings of DDP that stop, or go wrong, when layers rest."""
+    if not replica.find_unused_parameters or replica.static_graph:
+        wrong, right = (
+            ("static_graph is on", "leave it off")
+            if replica.static_graph
+            else ("find_unused_parameters is off", "turn it on")
+        )
+        raise ConfigError(
+            f"{wrong} in DistributedDataParallel, which then waits for the gradients of layers "
+            f"that LISA lets rest; {right} (in Trainer: ddp_find_unused_parameters=True"
+            f"{', ddp_static_graph=False' if replica.static_graph else ''})."
+        )
+
+
+def agree_on_start(
+    mine: Mapping[str, Any] | None, problem: Exception | None
+) -> tuple[Mapping[str, Any] | None, list[Any]]:
+    """Return the settings of the first process, and the seeds of all, when all can start alike.
+
+    All processes call it; it is one exchange. A process that cannot start stops the others too:
+    they would wait for it for ever.
+
+    Parameters
+    ----------
+    mine
+        Settings that must be the same everywhere, and `seed`, which need not be; None after a
+        problem.
+    problem
+        What keeps this process from starting.
+
+    Raises
+    ------
+    ConfigError
+        When a setting differs, or another process cannot start.
+    """
+    if processes() == 1:
+        return mine, []
+    said: list[Any] = [None] * processes()
+    dist.all_gather_object(said, (mine, None if problem is None else str(problem)))
+    if problem is not None:
+        raise problem
+    for rank, (_, sentence) in enumerate(said):
+        if sentence is not None:
+            raise ConfigError(f"process {rank} cannot start LISA: {sentence}")
+    first = said[0][0]
+    for rank, (settings, _) in enumerate(said):
+        for name, value in settings.items():
+            if name != "seed" and value != first[name]:
+                raise ConfigError(
+                    f"LISA starts with {name} = {_short(first[name])} in process 0, but "
+                    f"{_short(value)} in process {rank}: their models would part; start all "
+                    "processes with the same settings."
+                )
+    return first, [settings["seed"] for settings, _ in said]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

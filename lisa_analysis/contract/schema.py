@@ -229,6 +229,10 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "layers": "indices of the layers active for the next interval",
         "inclusion_probabilities": "π of every layer for this draw",
         "visits": "draws of every layer so far, this one included",
+        "groups": "groups (embed, head) that were drawn like layers",
+        "trainable_share": "part of the model's parameters that train in the interval",
+        "state_bytes": "bytes of optimizer state held after the draw: what left is freed or on the "
+        "host, what came has none yet",
     },
     "evaluate": {"metrics": "held-out metrics by name, as eval_loss"},
     "checkpoint": {"path": "folder below the run directory"},
@@ -267,7 +271,8 @@ MANIFEST_FIELDS: dict[str, str] = {
     "lisa": "the LISA configuration, when the method is lisa",
     "lora": "rank, alpha, targets and initialisation, when the method is lora",
     "dataset": "name, columns, number of training and held-out examples",
-    "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory",
+    "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; with LISA "
+    "layer_visits (draws of every layer) and layers_never_drawn",
     "error": "one sentence, when the status is failed",
 }
 

@@ -80,8 +80,8 @@ class TrainConfig:
         the gradient. The same weights bit for bit; needs `max_grad_norm: 0` and no accumulation.
     eight_bit_states
         With an 8-bit `optim` of bitsandbytes: the groups whose optimizer state is 8-bit, any of
-        ``layers``, ``embed``, ``head``, ``norm``; the others' is 32-bit. None leaves it to
-        transformers: embeddings in 32 bits, everything else in 8.
+        ``layers``, ``embed``, ``head``, ``norm``, ``other``; that of the rest is 32-bit. None
+        leaves it to transformers: embeddings in 32 bits, everything else in 8.
     gradient_checkpointing
         Recompute activations in the backward pass instead of keeping them.
     bf16, fp16

@@ -61,22 +61,23 @@ class DrawCosts:
     Attributes
     ----------
     active, passing
-        One number per layer. Below the lowest training layer, with the embeddings at rest,
-        a layer costs nothing.
+        One number per layer. Below the lowest training layer, with all at rest that lies
+        below the layers, a layer costs nothing.
     groups
         Bytes of a drawn group (embed, head).
-    embed_always
-        Whether the embeddings train in every interval, so that gradients pass all layers.
+    all_pass
+        Whether something below the layers trains in every interval (the embeddings, a norm or a
+        convolution before the first layer), so that gradients pass all layers.
     """
 
     active: tuple[int, ...]
     passing: tuple[int, ...]
     groups: dict[str, int]
-    embed_always: bool
+    all_pass: bool
 
     def of(self, layers: Collection[int], groups: Collection[str]) -> int:
         """Bytes that this draw adds."""
-        all_pass = self.embed_always or "embed" in groups
+        all_pass = self.all_pass or "embed" in groups
         lowest = 0 if all_pass else min(layers, default=len(self.active))
         passed = sum(f for i, f in enumerate(self.passing) if i >= lowest and i not in layers)
         return passed + sum(self.active[i] for i in layers) + sum(self.groups[g] for g in groups)
@@ -121,8 +122,16 @@ def draw_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> Dr
             group: sum(held(n) for n in units[group] if n not in resting)
             for group in setting.lisa.group_probabilities
         },
-        "embed" in always or bool(resting & set(units["embed"])),
+        bool(resting & set(units["embed"])) or _passes_all(stage, setting, frozenset(resting)),
     )
+
+
+def _passes_all(stage: Stage, setting: Setting, always: frozenset[str]) -> bool:
+    """Whether tensors that always train lie below the layers: then the first one keeps something.
+
+    In a stack of two parts (encoder, decoder) each has its own bottom; the first counts.
+    """
+    return bool(always) and _saved(stage, setting, always)[0] > 0
 
 
 def _saved(stage: Stage, setting: Setting, trainable: frozenset[str]) -> list[int]:

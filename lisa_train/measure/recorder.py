@@ -33,9 +33,10 @@ from lisa_train.measure.tensor_steps import TensorSteps
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
 from lisa_train.measure.unmeasured import unmeasured_products
 from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.parallel import refuse_wrappers
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
-from lisa_train.optim.frozen_state import unwrap_optimizer
+from lisa_train.optim.frozen_state import joined, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
 
 # Rows that may lie on the device before they are written, however long the flush window is.
@@ -81,7 +82,8 @@ class NormRecorder:
     model
         The model; only its tensors are read.
     optimizer
-        Its optimizer, for the learning rate and the step counts; wrappers are looked through.
+        Its optimizer, for the learning rate (of its first group) and the step counts, or a list
+        of several; wrappers are looked through.
     config
         What to measure; `run_dir` is needed unless a writer is given.
     writer
@@ -103,7 +105,8 @@ class NormRecorder:
         When the run directory holds a run already; with ``on_record_error="raise"`` also when it
         cannot be written or another process writes it (else a warning: nothing is recorded).
     ConfigError
-        When `config.select` matches nothing, or no run directory is given.
+        When `config.select` matches nothing, no run directory is given, or the model is wrapped
+        by FSDP1 or `nn.DataParallel`.
 
     Examples
     --------
@@ -132,6 +135,7 @@ class NormRecorder:
         step_in_backward: StepInBackward | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
+        refuse_wrappers(model, "the recorder")
         self.config = config
         self.stopped = False
         self._probe_failed = False
@@ -139,7 +143,7 @@ class NormRecorder:
         self._problem: str | None = None
         self.seconds = 0.0
         self._inside = False
-        self._optimizer = unwrap_optimizer(optimizer)
+        self._optimizer = joined(optimizers_of(optimizer))
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
         self._devices = {p.device for _, p in self.table.tensors}

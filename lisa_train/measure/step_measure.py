@@ -40,7 +40,7 @@ class StepMeasure:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         config: RecordConfig,
         table: TensorTable,
         buffer: MetricBuffer,
@@ -230,8 +230,9 @@ class StepMeasure:
     def _optimizer_steps(self, step: int) -> None:
         # Where they are counted, on the host or on each device: bringing them together would wait.
         found: dict[torch.device, dict[int, torch.Tensor]] = {}
+        states = self._optimizer.state
         for i, p in self.active:
-            state = self._optimizer.state.get(p)
+            state = states.get(p)
             count = state.get("step") if isinstance(state, dict) else None
             if count is not None:
                 count = torch.as_tensor(count).reshape(())

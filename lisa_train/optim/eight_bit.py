@@ -8,7 +8,7 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import kind_of
 from lisa_train.model.layer_map import LayerMap
-from lisa_train.optim.frozen_state import unwrap_optimizer
+from lisa_train.optim.frozen_state import optimizers_of
 
 
 def set_eight_bit_states(
@@ -29,15 +29,22 @@ def set_eight_bit_states(
     model, layer_map
         The model and its layers.
     groups
-        Any of ``layers``, ``embed``, ``head`` and ``norm``. A matrix that is embedding and head at
-        once belongs to both.
+        Any of ``layers``, ``embed``, ``head``, ``norm`` and ``other``. A matrix that is embedding
+        and head at once belongs to both.
 
     Raises
     ------
     ConfigError
         For an optimizer of another package.
     """
-    optimizer = unwrap_optimizer(optimizer)
+    several = optimizers_of(optimizer)
+    if len(several) != 1:
+        raise ConfigError(
+            f"eight_bit_states is {list(groups)} but there are {len(several)} optimizers (of "
+            f"{', '.join(type(o).__name__ for o in several)}); set the bits in the one of "
+            "bitsandbytes yourself, or train with that alone."
+        )
+    optimizer = several[0]
     try:
         from bitsandbytes.optim import GlobalOptimManager
         from bitsandbytes.optim.optimizer import Optimizer8bit

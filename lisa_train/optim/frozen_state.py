@@ -59,6 +59,28 @@ def optimizers_of(optimizer: Any) -> tuple[Optimizer, ...]:
     return tuple(inner for part in parts for inner in optimizers_of(part))
 
 
+class Joined:
+    """Several optimizers as one, to read from: their groups one after the other, their states."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = tuple(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of all optimizers."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:
+        """States of the tensors of all optimizers."""
+        return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}
+
+
+def joined(optimizers: Sequence[Optimizer]) -> Any:
+    """Return the optimizer, or several as one to read from."""
+    return optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
+
+
 def _all_optimizers(parts: Any) -> bool:
     return (
         isinstance(parts, list | tuple)
@@ -86,7 +108,7 @@ def held_bytes(states: Iterable[tuple[torch.Tensor, Any]]) -> int:
 
 
 class FrozenState:
-    """Takes the state of frozen tensors out of an optimizer and puts it back on their return.
+    """Takes the state of frozen tensors out of their optimizer and puts it back on their return.
 
     Nothing of a frozen tensor stays where the optimizer's step, its `train()` and `eval()`
     (schedule-free) or a loop that zeroes gradients could act on it. State that is kept or
@@ -94,24 +116,35 @@ class FrozenState:
 
     Parameters
     ----------
-    optimizer
-        The optimizer.
+    optimizers
+        The optimizers, each of tensors of its own; often just one.
     policy
         ``reset`` frees the state, ``keep`` holds it where it is, ``offload`` in host memory.
         Paged state of bitsandbytes cannot be freed; its memory serves the next layers drawn.
+
+    Attributes
+    ----------
+    owners : dict
+        Tensor -> the optimizer that holds it.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: OptimizerState) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Optimizer], policy: OptimizerState) -> None:
+        self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
+        self._optimizers = tuple(optimizers)
         self._policy = policy
         self._aside: dict[torch.Tensor, dict[str, Any]] = {}
         self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
-        self._paged = paged_state(optimizer)
-        self._handles = [optimizer.register_state_dict_post_hook(self._into_state_dict)]
+        paged = {optimizer: paged_state(optimizer) for optimizer in optimizers}
+        self._paged = {held: state for held, state in paged.items() if state is not None}
+        self._handles = [
+            optimizer.register_state_dict_post_hook(self._into_state_dict)
+            for optimizer in optimizers
+        ]
 
     def freeze(self, parameter: torch.Tensor) -> None:
-        """Take the state of `parameter` out of the optimizer."""
-        state = self._optimizer.state.pop(parameter, None)
+        """Take the state of `parameter` out of its optimizer."""
+        optimizer = self.owners.get(parameter)
+        state = optimizer.state.pop(parameter, None) if optimizer is not None else None
         if not state or self._policy == "reset":
             return
         if self._policy == "offload":
@@ -121,54 +154,62 @@ class FrozenState:
             state = {k: v.to("cpu") if torch.is_tensor(v) else v for k, v in state.items()}
         self._aside[parameter] = dict(state)
 
-    def bytes(self) -> int:
-        """Bytes of state that the optimizer and this hold where the tensors are, not on the host.
-
-        What is kept for frozen tensors counts; what is offloaded does not (nor, on a host that
-        trains itself, does anything move: there it counts).
-        """
-        return held_bytes((*self._optimizer.state.items(), *self._aside.items()))
-
     def thaw(self, parameter: torch.Tensor) -> None:
-        """Give the optimizer back what was set aside for `parameter`, if anything was."""
+        """Give its optimizer back what was set aside for `parameter`, if anything was."""
         state = self._aside.pop(parameter, None)
         if state is None:
             return
         for key, device in self._devices.pop(parameter, {}).items():
             state[key] = state[key].to(device)
-        self._optimizer.state[parameter] = state
+        self.owners[parameter].state[parameter] = state
 
-    def replace(self, states: Mapping[int, dict[str, Any]], active: Set[torch.Tensor]) -> None:
-        """Take over states by parameter position, as `state_dict` numbers them, uncast."""
-        self.forget()
-        self._optimizer.state.clear()
-        for position, parameter in enumerate(tensors_of(self._optimizer)):
-            if position in states:
-                state = {
+    def bytes(self) -> int:
+        """Bytes of state, set aside or not, that lie where their tensors are.
+
+        What is offloaded to a host does not count, unless the host is where the training runs.
+        """
+        held = [item for optimizer in self._optimizers for item in optimizer.state.items()]
+        return held_bytes((*held, *self._aside.items()))
+
+    def states(self) -> Any:
+        """States by position, as `state_dict` numbers them; of several optimizers, a list."""
+        found = [optimizer.state_dict()["state"] for optimizer in self._optimizers]
+        return found[0] if len(found) == 1 else found
+
+    def replace(self, saved: Any, active: Set[torch.Tensor]) -> None:
+        """Take over what `states` returned, uncast."""
+        parts = saved if isinstance(saved, list) else [saved]
+        for optimizer, states in zip(self._optimizers, parts, strict=True):
+            self.forget(optimizer)
+            optimizer.state.clear()
+            for position, parameter in enumerate(tensors_of(optimizer)):
+                if position not in states:
+                    continue
+                optimizer.state[parameter] = {
                     key: value.to(parameter.device)
                     if torch.is_tensor(value) and value.ndim
                     else value
                     for key, value in states[position].items()
                 }
-                self._optimizer.state[parameter] = state
-                if self._paged is not None:
-                    self._paged.take_in(parameter)
+                if (paged := self._paged.get(optimizer)) is not None:
+                    paged.take_in(parameter)
                 if parameter not in active:
                     self.freeze(parameter)
 
-    def loaded(self) -> None:
-        """Take note that a checkpoint has brought other state."""
-        self.forget()
-        if self._paged is not None:
-            self._paged.take_in()
+    def loaded(self, optimizer: Optimizer) -> None:
+        """Take note that a checkpoint has brought other state of one optimizer."""
+        self.forget(optimizer)
+        if (paged := self._paged.get(optimizer)) is not None:
+            paged.take_in()
 
-    def forget(self) -> None:
-        """Drop everything set aside: another checkpoint is about to take its place."""
-        self._aside.clear()
-        self._devices.clear()
+    def forget(self, optimizer: Optimizer) -> None:
+        """Drop what is set aside for one optimizer: another checkpoint is about to replace it."""
+        for parameter in [p for p in self._aside if self.owners[p] is optimizer]:
+            del self._aside[parameter]
+            self._devices.pop(parameter, None)
 
     def close(self) -> None:
-        """Leave the optimizer as a plain one; state kept on the device goes back into it.
+        """Leave the optimizers as plain ones; state kept on the device goes back into them.
 
         Offloaded state is dropped: bringing all of it back at once is what offloading avoids.
         """
@@ -177,10 +218,11 @@ class FrozenState:
         if self._policy == "keep":
             for parameter in list(self._aside):
                 self.thaw(parameter)
-        self.forget()
-        if self._paged is not None:
-            self._paged.close()
-            self._paged = None
+        self._aside.clear()
+        self._devices.clear()
+        for paged in self._paged.values():
+            paged.close()
+        self._paged = {}
 
     def _into_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Add the set-aside state under the parameters' positions, as torch numbers them."""
@@ -190,56 +232,6 @@ class FrozenState:
             if parameter in self._aside:
                 packed[position] = dict(self._aside[parameter])
         state_dict["state"] = packed
-
-
-class FrozenStates:
-    """The `FrozenState` of several optimizers, each of which holds tensors of its own.
-
-    Parameters
-    ----------
-    optimizers
-        The optimizers; often just one.
-    policy
-        What becomes of the state of frozen tensors.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer], policy: OptimizerState) -> None:
-        self._parts = {optimizer: FrozenState(optimizer, policy) for optimizer in optimizers}
-        self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
-
-    def freeze(self, parameter: torch.Tensor) -> None:
-        """Take the state of `parameter` out of its optimizer, if it has one."""
-        if (optimizer := self.owners.get(parameter)) is not None:
-            self._parts[optimizer].freeze(parameter)
-
-    def thaw(self, parameter: torch.Tensor) -> None:
-        """Give its optimizer back what was set aside for `parameter`, if anything was."""
-        if (optimizer := self.owners.get(parameter)) is not None:
-            self._parts[optimizer].thaw(parameter)
-
-    def loaded(self, optimizer: Optimizer) -> None:
-        """Take note that a checkpoint has brought other state of one optimizer."""
-        self._parts[optimizer].loaded()
-
-    def bytes(self) -> int:
-        """Bytes of state of all optimizers, see `FrozenState.bytes`."""
-        return sum(part.bytes() for part in self._parts.values())
-
-    def states(self) -> Any:
-        """States by position, of one optimizer, or a list of those of several."""
-        found = [optimizer.state_dict()["state"] for optimizer in self._parts]
-        return found[0] if len(found) == 1 else found
-
-    def replace(self, saved: Any, active: Set[torch.Tensor]) -> None:
-        """Take over what `states` returned, uncast."""
-        parts = saved if isinstance(saved, list) else [saved]
-        for part, states in zip(self._parts.values(), parts, strict=True):
-            part.replace(states, active)
-
-    def close(self) -> None:
-        """Leave the optimizers as plain ones."""
-        for part in self._parts.values():
-            part.close()
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from torch.optim import LBFGS, Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.optim.frozen_state import unwrap_optimizer
+from lisa_train.model.parallel import processes
+from lisa_train.optim.frozen_state import optimizers_of
 
 
 class TensorWatcher(Protocol):
@@ -61,7 +62,13 @@ class StepInBackward:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        optimizer = unwrap_optimizer(optimizer)
+        several = optimizers_of(optimizer)
+        if len(several) != 1:
+            raise ConfigError(
+                f"stepping inside backward takes one optimizer, got {len(several)} (of "
+                f"{', '.join(type(o).__name__ for o in several)}); turn step_in_backward off."
+            )
+        optimizer = several[0]
         _check_optimizer(optimizer)
         self.watchers: list[TensorWatcher] = []
         self._optimizer: Optimizer = optimizer
@@ -175,6 +182,11 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ConfigError(
             f"stepping inside backward needs a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}; turn step_in_backward off."
+        )
+    if processes() > 1:
+        raise ConfigError(
+            f"stepping inside backward with {processes()} processes would use gradients before the "
+            "processes have exchanged them; train with one process, or turn step_in_backward off."
         )
     kind = type(optimizer).__name__
     if hasattr(optimizer, "optimizer_dict"):

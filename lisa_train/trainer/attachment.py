@@ -15,10 +15,10 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
-from lisa_train.optim.frozen_state import unwrap_optimizer
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.trainer.eight_bit_callback import EightBitCallback
 from lisa_train.trainer.lisa_callback import LisaCallback
+from lisa_train.trainer.parallel_checks import check_lisa_processes
 from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.trl_head import sliced_head_gradient
 
@@ -98,7 +98,7 @@ def attach(
         `lisa_train.StepInBackward`.
     eight_bit_states
         With an 8-bit optimizer of bitsandbytes: the groups whose optimizer state is 8-bit, any of
-        ``layers``, ``embed``, ``head``, ``norm``. None leaves it to Trainer, which holds
+        ``layers``, ``embed``, ``head``, ``norm``, ``other``. None leaves it to Trainer, which holds
         embeddings in 32 bits.
     manifest
         Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
@@ -151,11 +151,12 @@ def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
     """Make the engine's checks that need not wait for training to begin."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
+    check_lisa_processes(trainer, config.precision)
     model = trainer.model
     if model is not None:  # None with `model_init`, which builds it when training begins
         plan = Plan.make(model, config, seed=trainer.args.seed)
         if trainer.optimizer is not None:
-            plan.check_optimizer(unwrap_optimizer(trainer.optimizer))
+            plan.check_optimizer(trainer.optimizer)
 
 
 def _ending(

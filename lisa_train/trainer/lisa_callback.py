@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.model.parallel import refuse_unproved
+from lisa_train.trainer.parallel_checks import check_lisa_processes
 from lisa_train.trainer.unwinding import calling_trainer, on_exception
 from lisa_train.trainer.wraps import Wraps
 
@@ -42,6 +44,8 @@ class LisaCallback(TrainerCallback):
         The running `Lisa`, None before training begins.
     on_draw
         Listeners, called with every `lisa_train.methods.lisa.schedule.Draw`.
+    on_notice
+        Listeners, called with every sentence that the engine says.
     checkpoint
         Folder that training resumes from, where that is not `output_dir/checkpoint-<step>`.
     """
@@ -50,6 +54,7 @@ class LisaCallback(TrainerCallback):
         self.config = config or LisaConfig()
         self.engine: Lisa | None = None
         self.on_draw: list[Callable[[Draw], None]] = []
+        self.on_notice: list[Callable[[str], None]] = []
         self.checkpoint: Path | None = None
         self._wraps: Wraps | None = None
 
@@ -72,6 +77,10 @@ class LisaCallback(TrainerCallback):
         """Start the engine, or continue the one that the checkpoint holds."""
         assert model is not None
         self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            check_lisa_processes(trainer, self.config.precision)
+            refuse_unproved(trainer.model_wrapped, self.config.precision, rotates=True)
         self.engine = Lisa(
             model,
             optimizer,
@@ -79,8 +88,9 @@ class LisaCallback(TrainerCallback):
             seed=args.seed,
             total_steps=state.max_steps,
             on_draw=self._tell,
+            on_notice=self._pass_on,
         )
-        if (trainer := calling_trainer(self)) is not None:
+        if trainer is not None:
             self._wraps = on_exception(trainer, self.close)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
@@ -118,6 +128,10 @@ class LisaCallback(TrainerCallback):
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:
             listener(draw)
+
+    def _pass_on(self, notice: str) -> None:
+        for listener in self.on_notice:
+            listener(notice)
 
     def _load_tensors(self, checkpoint: Path) -> None:
         assert self.engine is not None

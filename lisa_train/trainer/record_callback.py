@@ -29,6 +29,7 @@ from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.lisa_callback import LisaCallback
+from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.wraps import Wraps, plain_state_kept
 
@@ -82,7 +83,8 @@ class RecordCallback(TrainerCallback):
     Raises
     ------
     ConfigError
-        Under DeepSpeed, whose gradients are out of reach, or without a run directory.
+        Under DeepSpeed, FSDP1 and DataParallel, whose gradients are out of reach, or without a run
+        directory.
     """
 
     def __init__(
@@ -96,11 +98,7 @@ class RecordCallback(TrainerCallback):
         config_yaml: str | None = None,
         resume: bool = False,
     ) -> None:
-        if getattr(trainer, "is_deepspeed_enabled", False):
-            raise ConfigError(
-                "the recorder cannot read gradients under DeepSpeed; use DDP, FSDP2 or a single "
-                "device, or train without record."
-            )
+        check_parallel(trainer, "the recorder", sharded=True)
         if config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
         self.config = config
@@ -114,6 +112,7 @@ class RecordCallback(TrainerCallback):
         self._resume = resume
         self._wraps = Wraps()
         self._early_draws: list[Draw] = []
+        self._early_notices: list[str] = []
         self._held_out: list[float] = []
         self._tokens: Any = 0
         self._loss: torch.Tensor | None = None
@@ -125,6 +124,7 @@ class RecordCallback(TrainerCallback):
         self._step_began = self._began = time.monotonic()
         if lisa is not None:
             lisa.on_draw.append(self._on_draw)
+            lisa.on_notice.append(self._on_notice)
 
     # ------------------------------------------------------------------ begin and end
 
@@ -165,7 +165,9 @@ class RecordCallback(TrainerCallback):
         self._wrap()
         for draw in self._early_draws:
             self._on_draw(draw)
-        self._early_draws = []
+        for notice in self._early_notices:
+            self._on_notice(notice)
+        self._early_draws, self._early_notices = [], []
 
     def _unrecorded(self, problem: Exception | None) -> None:
         """Refuse to train, or train without a recording where the disk is to blame."""
@@ -273,6 +275,8 @@ class RecordCallback(TrainerCallback):
             "last_held_out_loss": self._held_out[-1] if self._held_out else None,
             "peak_memory_bytes": peak_memory_bytes(*devices),
         }
+        if self._lisa is not None and self._lisa.engine is not None:
+            result |= self._lisa.engine.coverage
         return {name: value for name, value in result.items() if value is not None}
 
     def latest_scalars(self) -> dict[str, Any]:
@@ -410,7 +414,15 @@ class RecordCallback(TrainerCallback):
             groups=draw.groups,
             inclusion_probabilities=draw.inclusion_probabilities,
             visits=draw.visits,
+            trainable_share=draw.trainable_share,
+            state_bytes=draw.state_bytes,
         )
+
+    def _on_notice(self, notice: str) -> None:
+        if self.recorder is None:
+            self._early_notices.append(notice)
+            return
+        self.recorder.event("warning", self._trainer.state.global_step, message=notice)
 
     # ------------------------------------------------------------------ wraps
 

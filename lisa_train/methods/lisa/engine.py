@@ -26,11 +26,7 @@ from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.methods.lisa.schedule import Unit
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.parallel import agree_on_start, is_first
-from lisa_train.optim.frozen_state import (
-    FrozenStates,
-    on_load,
-    start_schedule_free,
-)
+from lisa_train.optim.frozen_state import FrozenState, on_load, start_schedule_free
 from lisa_train.optim.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -132,7 +128,7 @@ class Lisa:
         self._recomputation = (
             Recomputation(model, self.layer_map) if config.recompute == "frozen" else None
         )
-        self._state = FrozenStates(optimizers, config.optimizer_state)
+        self._state = FrozenState(optimizers, config.optimizer_state)
         owners = self._state.owners
         self._own = {o: [p for p in self._trainable if owners.get(p) is o] for o in optimizers}
         self._schedule_free = {o for o in optimizers if is_schedule_free(o)}
@@ -393,7 +389,9 @@ def _agreed_plan(
     model: nn.Module, optimizer: Any, config: LisaConfig, layer_map: LayerMap | None, seed: int
 ) -> tuple[Plan, tuple[Optimizer, ...], list[int]]:
     """Return the plan, the optimizers, and the seeds that all processes came with."""
-    plan, optimizers, problem = None, (), None
+    plan: Plan | None = None
+    optimizers: tuple[Optimizer, ...] = ()
+    problem: Exception | None = None
     try:
         plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
         optimizers = plan.check_optimizer(optimizer)

@@ -59,16 +59,13 @@ def unclassified(model: nn.Module, tensors: Sequence[torch.Tensor], *, active: b
     named = [(canonical_name(n), p) for n, p in model.named_parameters() if p in members]
     size = sum(p.numel() for p in members)
     share = size / sum(p.numel() for p in model.parameters())
-    tensors_of = "1 tensor" if len(named) == 1 else f"{len(named)} tensors"
+    count = "1 tensor" if len(named) == 1 else f"{len(named)} tensors"
     what = (
-        f"{tensors_of} outside the layers ({_listing(named)}; {size:,} parameters, {share:.1%} of "
-        "the model) that is neither embedding, head nor norm"
-        if len(named) == 1
-        else f"{tensors_of} outside the layers ({_listing(named)}; together {size:,} parameters, "
-        f"{share:.1%} of the model) that are neither embedding, head nor norm"
+        f"what is neither layer, embedding, head nor norm: {count}, {size:,} parameters, "
+        f"{share:.1%} of the model ({_listing(named)})"
     )
     if active:
-        return f"LISA trains {what} in every interval; freeze them first to let them rest"
+        return f"LISA trains in every interval {what}; freeze them first to let them rest"
     return f"LISA never trains {what}; put 'other' into lisa.always_active to train them"
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers as hf
+from helpers_architectures import ARCHITECTURES, DECODER, ENCODER, VISION, llava, qwen2_vl
 from torch import nn
 
 import lisa_train as lt
@@ -17,154 +18,6 @@ from lisa_train.model.layer_map import find_layers
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-
-TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-DECODER = TOKENS | {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-HEADS = DECODER | {"head_dim": 8}
-ENCODER = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-OLD = TOKENS | {"hidden_size": 16, "n_layer": 3, "n_head": 2}
-
-
-def llava():
-    return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(
-            vision_config=hf.CLIPVisionConfig(**VISION, projection_dim=16),
-            text_config=hf.LlamaConfig(**DECODER),
-            image_token_index=3,
-        )
-    )
-
-
-def qwen2_vl():
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
-    return hf.Qwen2VLForConditionalGeneration(
-        hf.Qwen2VLConfig(text_config=DECODER | {"rope_parameters": rope}, vision_config=vision)
-    )
-
-
-def whisper():
-    return hf.WhisperForConditionalGeneration(
-        hf.WhisperConfig(
-            **TOKENS,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=3,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            num_mel_bins=8,
-            max_source_positions=20,
-            max_target_positions=20,
-            decoder_start_token_id=1,
-        )
-    )
-
-
-def wav2vec2():
-    return hf.Wav2Vec2ForCTC(
-        hf.Wav2Vec2Config(
-            **ENCODER,
-            conv_dim=(16,) * 7,  # as many weights in the feature extractor as in the layers
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-        )
-    )
-
-
-def t5():
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            d_model=16, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2,
-            vocab_size=64,
-        )
-    )  # fmt: skip
-
-
-# name -> (model, stacks with their number of layers, groups that must hold something)
-TIED, UNTIED = {"embed", "norm"}, {"embed", "head", "norm"}
-ARCHITECTURES = {
-    "llama": (
-        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), {"model.layers": 3}, UNTIED
-    ),
-    "qwen3": (
-        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**HEADS)), {"model.layers": 3}, UNTIED
-    ),
-    "gemma2": (
-        lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**HEADS)), {"model.layers": 3}, TIED
-    ),
-    "gemma3": (
-        lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**HEADS)), {"model.layers": 3}, TIED
-    ),
-    "mistral": (
-        lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER)), {"model.layers": 3}, UNTIED
-    ),
-    "phi3": (lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER)), {"model.layers": 3}, UNTIED),
-    "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**OLD)), {"transformer.h": 3}, TIED),
-    "gpt_neox": (
-        lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**ENCODER)), {"gpt_neox.layers": 3}, UNTIED
-    ),
-    "opt": (
-        lambda: hf.OPTForCausalLM(hf.OPTConfig(**ENCODER, ffn_dim=24, word_embed_proj_dim=8)),
-        {"model.decoder.layers": 3},
-        TIED,
-    ),
-    "falcon": (
-        lambda: hf.FalconForCausalLM(hf.FalconConfig(**ENCODER)), {"transformer.h": 3}, TIED
-    ),
-    "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(**OLD)), {"transformer.h": 3}, TIED),
-    "mixtral": (
-        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, num_local_experts=4)),
-        {"model.layers": 3},
-        UNTIED,
-    ),
-    "qwen3_moe": (
-        lambda: hf.Qwen3MoeForCausalLM(
-            hf.Qwen3MoeConfig(
-                **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
-            )
-        ),
-        {"model.layers": 3},
-        UNTIED,
-    ),
-    "bert": (
-        lambda: hf.BertForMaskedLM(hf.BertConfig(**ENCODER)), {"bert.encoder.layer": 3}, UNTIED
-    ),
-    "bert_classifier": (
-        lambda: hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)),
-        {"bert.encoder.layer": 3},
-        UNTIED,
-    ),
-    "llama_reward": (
-        lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**DECODER, num_labels=1)),
-        {"model.layers": 3},
-        UNTIED,
-    ),
-    "t5": (t5, {"encoder.block": 3, "decoder.block": 2}, TIED),
-    "whisper": (whisper, {"model.encoder.layers": 2, "model.decoder.layers": 3}, TIED),
-    "vit": (
-        lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)), {"vit.layers": 2}, UNTIED
-    ),
-    "wav2vec2": (wav2vec2, {"wav2vec2.encoder.layers": 3}, UNTIED),
-    "llava": (llava, {"model.language_model.layers": 3}, UNTIED),
-    "qwen2_vl": (qwen2_vl, {"model.language_model.layers": 3}, UNTIED),
-}  # fmt: skip
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
@@ -287,6 +140,100 @@ def test_a_path_that_is_no_stack_is_an_error_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"model\.layer.*model\.layers: 3.*Did you mean"):
         find_layers(ARCHITECTURES["llama"][0](), "model.layer")
     with pytest.raises(ConfigError, match=r"no stack of repeated layers was found in Linear"):
+        find_layers(nn.Linear(3, 3))
+
+
+class Sharing(nn.Module):
+    """Two blocks in four places, as MobileLLM's; or four modules of which two pairs share all."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+
+        def make():
+            return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+        self.embed = nn.Embedding(8, 4)
+        a, b = make(), make()
+        blocks = [a, a, b, b] if how == "modules" else [a, make(), b, make()]
+        if how == "tensors":
+            for twin, block in ((blocks[1], a), (blocks[3], b)):
+                twin[0].weight, twin[0].bias = block[0].weight, block[0].bias
+                twin[2].weight, twin[2].bias = block[2].weight, block[2].bias
+        self.blocks = nn.ModuleList(blocks)
+        self.fc = nn.Linear(4, 8)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("how", ["modules", "tensors"])
+def test_repeated_blocks_are_layers_that_stand_in_two_places(how, caplog):
+    model = Sharing(how)
+    for layer_map in (find_layers(model), find_layers(model, "blocks")):
+        assert layer_map.names == ("blocks.0", "blocks.2")
+        assert layer_map.repeats == {"blocks.1": "blocks.0", "blocks.3": "blocks.2"}
+        assert sorted(everything(layer_map)) == sorted(n for n, _ in model.named_parameters())
+        assert len(layer_map.layers[1]) == 4
+        assert layer_map.layer_of("blocks.3.0.weight") == 1
+        assert "used again: blocks.1 is blocks.0" in str(layer_map)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = lt.LisaConfig(1, 1, always_active=())
+    with Lisa(model, optimizer, config) as engine:
+        engine.begin_step(0)
+        model(torch.arange(8)).square().mean().backward()
+        optimizer.step()
+        drawn = engine.layer_map.layers[engine.active_layers[0]]
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == set(drawn)
+    assert "the model has 2 layers that 4 places of its stack share" in caplog.text
+
+
+class Named(nn.Module):
+    """Blocks in a dict, which nothing but its user can know to be the layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(8, 4)
+        self.parts = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for name in ("low", "top")}
+        )
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for part in self.parts.values():
+            x = x + part(x)
+        return x
+
+
+def test_a_dict_of_blocks_can_be_named_and_is_what_the_advice_names():
+    model = Named()
+    with pytest.raises(ConfigError, match=r"no stack .* ModuleDict .*layers='parts'"):
+        find_layers(model)
+    with pytest.raises(ConfigError, match=r"'embed' is not a list .* candidates are parts: 2 lay"):
+        find_layers(model, "embed")
+    layer_map = find_layers(model, "parts")
+    assert layer_map.names == ("parts.low", "parts.top")
+    assert sorted(everything(layer_map)) == sorted(n for n, _ in model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Lisa(model, optimizer, lt.LisaConfig(1, 1, layers="parts")) as engine:
+        for step in range(6):
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            engine.begin_step(step)
+            model(torch.arange(8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+            drawn = set(layer_map.layers[engine.active_layers[0]])
+            assert moved == drawn | {"embed.weight"}
+
+
+def test_a_model_without_any_list_is_told_to_make_one():
+    with pytest.raises(ConfigError, match=r"no stack .* in Linear; put its layers into an nn\.Mod"):
         find_layers(nn.Linear(3, 3))
 
 

@@ -1,6 +1,7 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
 import itertools
+import os
 import re
 import signal
 import sys
@@ -70,13 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
-    print(summary(run_dir))
+    if _speaks():
+        print(summary(run_dir))
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process is the first of those that a launcher (torchrun, accelerate) started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _quiet() -> None:
     """Leave the terminal to this command: one progress bar, no notes between libraries."""
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -248,7 +248,15 @@ def summary(run_dir: Path) -> str:
     if result:
         first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
         loss = f", held-out loss {first:.4f} → {last:.4f}" if first and last else ""
-        lines.append(f"{run.method}: {result.get('steps')} steps{loss}.")
+        lines.append(f"{run.method}: {result.get('steps')} steps{loss}{_coverage(result)}.")
     lines.append(f"Run directory: {run_dir}")
     lines.append(f"Next: lisa-analyze {run_dir}")
     return "\n".join(lines)
+
+
+def _coverage(result: dict[str, Any]) -> str:
+    """Layers that no draw of a LISA run took, in words."""
+    missed, visits = result.get("layers_never_drawn"), result.get("layer_visits")
+    if not missed or not visits:
+        return ""
+    return f", {len(missed)} of {len(visits)} layers never drawn ({', '.join(map(str, missed))})"

@@ -23,7 +23,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.inclusion import CERTAIN
 from lisa_train.methods.lisa.schedule import Schedule, Unit
 from lisa_train.model.layer_map import LayerMap, find_layers
-from lisa_train.model.parallel import refuse_unproved
+from lisa_train.model.parallel import refuse_unproved, refuse_wrappers
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.paged_state import check_paged_state
 
@@ -52,6 +52,7 @@ class Plan:
         seed: int = 0,
     ) -> Self:
         """Check the model against the settings; `ConfigError` or `ProbabilitiesError`."""
+        refuse_wrappers(model, "LISA")  # first: nothing in such a model is where it should be
         _refuse_second_engine(model)
         refuse_adapters_and_quantization(model)
         layer_map = layer_map or find_layers(model, config.layers)

@@ -13,6 +13,20 @@ from lisa_train.config import LisaConfig, TrainConfig
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 
+@pytest.mark.parametrize(("rank", "prints"), [(None, True), ("0", True), ("1", False)])
+def test_of_several_processes_the_first_prints_the_summary(
+    rank: str | None, prints: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lisa_train.command.training.train", lambda config, resume: tmp_path)
+    monkeypatch.setattr("lisa_train.command.training.summary", lambda run_dir: "the summary")
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert main([*NEEDED, "--config", "lisa"]) == 0
+    assert capsys.readouterr().out == ("the summary\n" if prints else "")
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "lisa", "lisa-lean", "lisa-learned"])
 def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
     config = parse(["--config", name, *NEEDED]).config

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,7 +14,7 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.output import last_checkpoint
-from lisa_train.command.training import _command, _trainer_arguments, train
+from lisa_train.command.training import _command, _trainer_arguments, summary, train
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
 
 FAST: dict[str, Any] = {
@@ -84,6 +85,22 @@ def test_lisa_logs_its_draws_and_only_drawn_layers_train(
         layers = set(inside["param_id"].map(layer_of).dropna().astype(int))
         assert layers == set(draw["layers"])
         assert sum(draw["inclusion_probabilities"]) == pytest.approx(1)
+        active = run.parameters[run.parameters["tied_to"].isna()]
+        inside = active["layer"].isna() | active["layer"].isin(draw["layers"])
+        share = active.loc[inside, "numel"].sum() / active["numel"].sum()
+        assert draw["trainable_share"] == pytest.approx(share)
+    # AdamW's two moments of embeddings (tied) and norm, which stay, and a count of four bytes each.
+    outside = active[active["layer"].isna()]
+    held = int(8 * outside["numel"].sum()) + 4 * len(outside)
+    assert list(draws["state_bytes"]) == [0, held, held]
+    result = run.manifest["result"]
+    visits = np.bincount([i for layers in draws["layers"] for i in layers], minlength=4).tolist()
+    assert result["layer_visits"] == visits
+    assert result["layers_never_drawn"] == [i for i in range(4) if not visits[i]]
+    missed = result["layers_never_drawn"]
+    words = f"{len(missed)} of 4 layers never drawn ({', '.join(map(str, missed))})."
+    assert missed
+    assert words in summary(run.path)
 
 
 def test_the_lean_recipe_trains_two_layers_in_fp32_and_returns_bf16(

@@ -1,15 +1,19 @@
-"""Two processes: every rank draws the same layers, and the replicas stay equal."""
+"""Two processes: all draw the same layers, replicas stay equal, the rest is refused."""
 
+import json
+import logging
 import os
 import socket
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 
 STEPS, WORLD = 9, 2
@@ -34,9 +38,15 @@ def batch(step, rank):
     return torch.randint(3, 64, (2, 8), generator=generator)
 
 
-def work(rank, port, folder):
+def process(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    work(rank, folder)
+    start(rank, folder)
+    dist.destroy_process_group()
+
+
+def work(rank, folder):
     torch.manual_seed(rank)  # the ranks' own streams differ; the draws do not
     np.random.seed(rank)  # noqa: NPY002
     model = build()
@@ -52,15 +62,165 @@ def work(rank, port, folder):
             optimizer.step()
             optimizer.zero_grad()
     torch.save({"drawn": drawn, "model": model.state_dict()}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
-def test_ranks_agree_and_equal_one_process_with_both_batches(tmp_path):
+def start(rank, folder):
+    """Starts that end in a refusal, a word or two schedules; what each said is written down."""
+    said = {}
+
+    def attempt(name, config, *, seed=3, model=None, make=None, **ddp):
+        logged, notices = [], []
+        handler = logging.Handler()
+        handler.emit = lambda record: logged.append(record.getMessage())
+        logging.getLogger("lisa_train").addHandler(handler)
+        model = model or build()
+        wrapped = DistributedDataParallel(model, **{"find_unused_parameters": True, **ddp})
+        optimizer = (make or torch.optim.SGD)(wrapped.parameters(), lr=1e-2)
+        drawn = []
+        try:
+            with Lisa(
+                wrapped, optimizer, config, seed=seed, total_steps=3, on_notice=notices.append
+            ) as engine:
+                for step in range(6):
+                    engine.begin_step(3 * step)
+                    drawn.append(engine.active_layers)
+        except ConfigError as error:
+            said[name] = {"refused": str(error)}
+        else:
+            said[name] = {"drawn": drawn, "seed": engine.config.seed}
+        said[name] |= {"logged": logged, "notices": notices}
+        logging.getLogger("lisa_train").removeHandler(handler)
+
+    attempt("own seeds", CONFIG, seed=3 + rank)
+    attempt("given seeds", lt.LisaConfig(1, 3, seed=5 + rank))
+    attempt("settings", lt.LisaConfig(1, 3 + rank))
+    attempt("one alone", CONFIG, make=torch.optim.ASGD if rank else torch.optim.SGD)
+    attempt("fp32", lt.LisaConfig(1, 3, precision="fp32_active"), model=build().bfloat16())
+    attempt("unused", CONFIG, find_unused_parameters=False)
+    attempt("static", CONFIG, static_graph=True)
+    attempt("all train", lt.LisaConfig(4, 3), find_unused_parameters=False)
+    try:
+        lt.StepInBackward(torch.optim.SGD(build().parameters(), lr=1e-2))
+    except ConfigError as error:
+        said["step"] = {"refused": str(error)}
+    said |= sharded()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+
+
+def sharded():
+    """LISA and the recorder under both versions of FSDP."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    said = {}
+    for name, wrap in (
+        ("fsdp1 flat", lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"))),
+        ("fsdp1", lambda m: FullyShardedDataParallel(
+            m, use_orig_params=True, device_id=torch.device("cpu"))),
+        ("fsdp2", fully_shard),
+    ):  # fmt: skip
+        model = wrap(build())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for who, make in (
+            ("lisa", lambda: Lisa(model, optimizer, CONFIG)),  # noqa: B023
+            ("record", lambda: lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))),  # noqa: B023
+        ):
+            if (name, who) == ("fsdp2", "record"):
+                continue  # that works, see test_record_distributed.py
+            try:
+                make()
+            except ConfigError as error:
+                said[f"{name} {who}"] = {"refused": str(error)}
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes left; launched once for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=WORLD)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(folder):
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("own seeds", "3, 4"), ("given seeds", "5, 6")])
+def test_ranks_with_seeds_of_their_own_draw_by_that_of_the_first(starts, name, seeds):
+    first, second = (said[name] for said in starts)
+    assert first["drawn"] == second["drawn"]
+    assert len({tuple(layers) for layers in first["drawn"]}) > 1
+    seed = int(seeds[0])
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with Lisa(model, optimizer, CONFIG, seed=seed) as engine:
+        for step, layers in enumerate(first["drawn"]):
+            engine.begin_step(3 * step)
+            assert list(engine.active_layers) == layers
+    words = f"different seeds ({seeds}): all draw their layers by that of process 0 ({seed})"
+    assert any(words in text for text in first["logged"])
+    assert any(words in text for text in second["notices"])
+
+
+def test_one_process_speaks_for_all(starts):
+    first, second = (said["own seeds"] for said in starts)
+    assert any("will never train" in text for text in first["logged"])
+    assert second["logged"] == []
+    assert first["notices"] == second["notices"]
+
+
+def test_ranks_with_different_settings_are_refused_on_every_rank(starts):
+    for said in starts:
+        assert "interval_steps = 3 in process 0, but 4 in process 1" in said["settings"]["refused"]
+
+
+def test_a_rank_that_cannot_start_stops_the_others_with_its_sentence(starts):
+    first, second = (said["one alone"]["refused"] for said in starts)
+    assert second.startswith("ASGD holds the averaged weights")
+    assert first == f"process 1 cannot start LISA: {second}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fp32", "'fp32_active' with several processes, whose copies of the model it would let"),
+        ("unused", "find_unused_parameters is off in DistributedDataParallel"),
+        ("static", "static_graph is on in DistributedDataParallel"),
+        ("step", "stepping inside backward with 2 processes would use gradients before"),
+        ("fsdp1 flat lisa", "LISA does not work under FSDP version 1"),
+        ("fsdp1 flat record", "the recorder does not work under FSDP version 1"),
+        ("fsdp1 lisa", "LISA does not work under FSDP version 1"),
+        ("fsdp1 record", "the recorder does not work under FSDP version 1"),
+        ("fsdp2 lisa", "LISA does not work with weights that are split over processes (FSDP2"),
+    ],
+)
+def test_what_is_not_proved_in_several_processes_is_refused(starts, name, words):
+    for said in starts:
+        assert words in said[name]["refused"]
+
+
+def test_nothing_rests_nothing_to_wait_for(starts):
+    for said in starts:
+        assert said["all train"]["drawn"] == [[0, 1, 2, 3]] * 6
+
+
+def test_data_parallel_is_refused():
+    model = torch.nn.DataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with pytest.raises(
+        ConfigError, match=r"LISA does not work under torch\.nn\.DataParallel.*torchr"
+    ):
+        Lisa(model, optimizer, CONFIG)
+    with pytest.raises(ConfigError, match=r"the recorder does not work under torch\.nn\.DataPar"):
+        lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))
+
+
+def test_ranks_agree_and_equal_one_process_with_both_batches(folder):
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(WORLD))
     assert first["drawn"] == second["drawn"]
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name

@@ -1,0 +1,83 @@
+"""What Trainer may not do to a model under LISA or the recorder, refused when they are attached."""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers_recording import arguments, examples, llama
+from transformers import Trainer
+from transformers.training_args import ParallelMode
+
+import lisa_train as lt
+from lisa_analysis.contract.errors import ConfigError
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return Trainer(llama(), arguments(tmp_path, max_steps=1), train_dataset=examples())
+
+
+def both(tmp_path):
+    return {"lisa": lt.LisaConfig(1)}, {"record": lt.RecordConfig(str(tmp_path / "run"))}
+
+
+def refused(trainer, asked):
+    with pytest.raises(ConfigError) as error:
+        lt.attach(trainer, **asked)
+    return str(error.value)
+
+
+def test_several_gpus_in_one_process(trainer, tmp_path):
+    trainer.args._n_gpu = 2
+    for asked in both(tmp_path):
+        text = refused(trainer, asked)
+        assert "this process sees 2 GPUs, for which Trainer takes torch.nn.DataParallel" in text
+        assert "torchrun --nproc-per-node N" in text
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp(trainer, tmp_path, version, monkeypatch):
+    class State(type(trainer.accelerator.state)):
+        fsdp_plugin = SimpleNamespace(fsdp_version=version)
+
+    monkeypatch.setattr(trainer.accelerator, "state", State())
+    lisa, record = both(tmp_path)
+    assert f"LISA does not work under FSDP (version {version})" in refused(trainer, lisa)
+    if version == 1:
+        text = refused(trainer, record)
+        assert "the recorder does not work under FSDP (version 1)" in text
+        assert "use DDP, or FSDP2" in text
+    else:
+        lt.attach(trainer, **record)
+
+
+def test_deepspeed(trainer, tmp_path):
+    trainer.is_deepspeed_enabled = True
+    for asked, who in zip(both(tmp_path), ("LISA", "the recorder"), strict=True):
+        assert f"{who} cannot read gradients under DeepSpeed" in refused(trainer, asked)
+
+
+def test_other_kinds_of_processes(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.TPU)
+    for asked in both(tmp_path):
+        assert "is not proved with tpu processes" in refused(trainer, asked)
+
+
+def test_ddp_under_lisa(trainer, monkeypatch):
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    text = refused(trainer, {"lisa": lt.LisaConfig(1, precision="fp32_active")})
+    assert "lisa.precision is 'fp32_active' with 2 processes" in text
+    trainer.args.ddp_find_unused_parameters = False
+    text = refused(trainer, {"lisa": lt.LisaConfig(1)})
+    assert "ddp_find_unused_parameters is False" in text
+    trainer.args.ddp_find_unused_parameters = None
+    lt.attach(trainer, lisa=lt.LisaConfig(1))
+
+
+def test_a_callback_that_was_added_by_hand_is_checked_when_training_begins(trainer):
+    trainer.add_callback(lt.LisaCallback(lt.LisaConfig(1)))
+    trainer.args._n_gpu = 2
+    trainer.args._n_gpu, loader = 1, trainer.get_train_dataloader
+    trainer.get_train_dataloader = lambda: [setattr(trainer.args, "_n_gpu", 2), loader()][1]
+    trainer._wrap_model = lambda model, *a, **k: model
+    with pytest.raises(ConfigError, match="this process sees 2 GPUs"):
+        trainer.train()

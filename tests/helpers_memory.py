@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
+    OPTConfig,
     PretrainedConfig,
     Qwen3Config,
     T5Config,
@@ -61,6 +62,16 @@ def t5(**changes: Any) -> T5Config:
 def mixtral(**changes: Any) -> MixtralConfig:
     more = {"num_local_experts": 4, "architectures": ["MixtralForCausalLM"]}
     return MixtralConfig(**{**SIZES, **more, **changes})
+
+
+def opt(**changes: Any) -> OPTConfig:
+    """Projections into and out of the layers are neither embedding, head nor norm."""
+    sizes = {
+        **SIZES, "ffn_dim": 160, "word_embed_proj_dim": 32, "dropout": 0.0, "activation_function":
+        "gelu", "architectures": ["OPTForCausalLM"],
+    }  # fmt: skip
+    del sizes["num_key_value_heads"], sizes["intermediate_size"]
+    return OPTConfig(**{**sizes, **changes})
 
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "qwen3": qwen3, "bert": bert}

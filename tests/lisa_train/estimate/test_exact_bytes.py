@@ -109,6 +109,19 @@ def test_a_module_counts_like_its_configuration_and_is_left_alone():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("always", [lt.LisaConfig().always_active, (), ("head", "other")], ids=str)
+def test_projections_outside_the_layers_count_where_they_train(always):
+    lisa = lt.LisaConfig(2, always_active=always)
+    weights, gradients, state, layers = real_step(
+        small.opt(), "lisa", "adamw_torch", torch.float32, lisa=lisa
+    )
+    found = lt.estimate_memory(
+        small.opt(), "lisa", dtype="float32", optim="adamw_torch", batch_size=2,
+        sequence_length=16, active_layers=layers, lisa=lisa,
+    ).fullest  # fmt: skip
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, state)
+
+
 def test_what_is_frozen_in_a_module_stays_frozen():
     model = small.real_model(small.llama())
     model.model.embed_tokens.requires_grad_(False)

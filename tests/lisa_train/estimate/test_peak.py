@@ -174,6 +174,17 @@ def test_with_the_embeddings_on_all_draws_cost_the_same():
     assert found.mean == pytest.approx(found.total, rel=1e-3)
 
 
+@pytest.mark.parametrize(("family", "group"), [(small.bert, "norm"), (small.opt, "other")])
+def test_with_anything_on_below_the_layers_all_draws_cost_the_same(family, group):
+    """BERT's norm of the embeddings, OPT's projection of them: gradients pass every layer."""
+    options = {"sequence_length": 32, "lisa": lt.LisaConfig(1, always_active=(group,))}
+    found = lt.estimate_memory(family(), "lisa", **options)
+    assert found.mean == pytest.approx(found.total, rel=1e-3)
+    rest = {"sequence_length": 32, "lisa": lt.LisaConfig(1, always_active=())}
+    resting = lt.estimate_memory(family(), "lisa", **rest)
+    assert resting.mean < 0.99 * resting.total
+
+
 def test_drawn_embeddings_count_in_the_worst_case_and_in_part_in_the_mean():
     config = small.llama()
     options = {"sequence_length": 32, "optim": "adamw_torch"}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.schedule import Draw
@@ -80,7 +81,6 @@ class LisaCallback(TrainerCallback):
         trainer = calling_trainer(self)
         if trainer is not None:
             check_lisa_processes(trainer, self.config.precision)
-            refuse_unproved(trainer.model_wrapped, self.config.precision, rotates=True)
         self.engine = Lisa(
             model,
             optimizer,
@@ -91,6 +91,7 @@ class LisaCallback(TrainerCallback):
             on_notice=self._pass_on,
         )
         if trainer is not None:
+            self._check_wrapped(trainer.model_wrapped)
             self._wraps = on_exception(trainer, self.close)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
@@ -128,6 +129,15 @@ class LisaCallback(TrainerCallback):
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:
             listener(draw)
+
+    def _check_wrapped(self, model: nn.Module) -> None:
+        """Refuse what only the wrapped model shows, of which Trainer hands on the inside."""
+        assert self.engine is not None
+        try:
+            refuse_unproved(model, self.config.precision, rotates=self.engine.rotates)
+        except ConfigError:
+            self.close()
+            raise
 
     def _pass_on(self, notice: str) -> None:
         for listener in self.on_notice:

@@ -57,8 +57,3 @@ def check_lisa_processes(trainer: Trainer, precision: str) -> None:
             f"lisa.precision is 'fp32_active' with {processes} processes, whose copies of the "
             "model it would let part; train with one process, or set lisa.precision to 'model'."
         )
-    if processes > 1 and trainer.args.ddp_find_unused_parameters is False:
-        raise ConfigError(
-            "ddp_find_unused_parameters is False, and DDP would wait for the gradients of layers "
-            "that LISA lets rest; set it to True."
-        )

@@ -70,6 +70,15 @@ class Lisa:
         Called with every sentence that this says, at the start and later; they are logged too,
         by the first process.
 
+    Attributes
+    ----------
+    config : LisaConfig
+        The settings, with the seed of the first process where several differ.
+    layer_map : LayerMap
+        The layers.
+    rotates : bool
+        Whether any tensor ever rests.
+
     Raises
     ------
     ConfigError
@@ -110,6 +119,7 @@ class Lisa:
         self._units = plan.units
         self._on_draw = on_draw
         self._on_notice = on_notice
+        self.rotates = plan.rotates(model)
         self._announce(model, total_steps, seeds)
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]

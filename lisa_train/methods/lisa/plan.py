@@ -66,7 +66,7 @@ class Plan:
         wanted = {p for unit in chosen for p in units[unit]}
         may_train = {name: p for name, p in model.named_parameters() if p in wanted}
         plan = cls(config, layer_map, schedule, units, may_train)
-        refuse_unproved(model, config.precision, rotates=plan._rotates(model))
+        refuse_unproved(model, config.precision, rotates=plan.rotates(model))
         return plan
 
     def check_optimizer(self, optimizer: Any) -> tuple[Optimizer, ...]:
@@ -100,7 +100,7 @@ class Plan:
             "tensors": list(self.may_train),
         }
 
-    def _rotates(self, model: nn.Module) -> bool:
+    def rotates(self, model: nn.Module) -> bool:
         """Whether any tensor with gradients ever rests."""
         certain: list[Unit] = [
             i for i, pi in enumerate(self.schedule.inclusion_probabilities) if pi >= CERTAIN

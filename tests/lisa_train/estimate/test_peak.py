@@ -179,7 +179,7 @@ def test_with_anything_on_below_the_layers_all_draws_cost_the_same(family, group
     """BERT's norm of the embeddings, OPT's projection of them: gradients pass every layer."""
     options = {"sequence_length": 32, "lisa": lt.LisaConfig(1, always_active=(group,))}
     found = lt.estimate_memory(family(), "lisa", **options)
-    assert found.mean == pytest.approx(found.total, rel=1e-3)
+    assert found.mean == pytest.approx(found.total, rel=3e-3)
     rest = {"sequence_length": 32, "lisa": lt.LisaConfig(1, always_active=())}
     resting = lt.estimate_memory(family(), "lisa", **rest)
     assert resting.mean < 0.99 * resting.total

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from helpers_recording import arguments, examples, llama
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.training_args import ParallelMode
 
@@ -66,18 +68,41 @@ def test_ddp_under_lisa(trainer, monkeypatch):
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     text = refused(trainer, {"lisa": lt.LisaConfig(1, precision="fp32_active")})
     assert "lisa.precision is 'fp32_active' with 2 processes" in text
-    trainer.args.ddp_find_unused_parameters = False
-    text = refused(trainer, {"lisa": lt.LisaConfig(1)})
-    assert "ddp_find_unused_parameters is False" in text
-    trainer.args.ddp_find_unused_parameters = None
     lt.attach(trainer, lisa=lt.LisaConfig(1))
 
 
 def test_a_callback_that_was_added_by_hand_is_checked_when_training_begins(trainer):
     trainer.add_callback(lt.LisaCallback(lt.LisaConfig(1)))
-    trainer.args._n_gpu = 2
-    trainer.args._n_gpu, loader = 1, trainer.get_train_dataloader
-    trainer.get_train_dataloader = lambda: [setattr(trainer.args, "_n_gpu", 2), loader()][1]
-    trainer._wrap_model = lambda model, *a, **k: model
+    trainer._wrap_model = lambda model, *args, **kwargs: _see_more_gpus(trainer, model)
     with pytest.raises(ConfigError, match="this process sees 2 GPUs"):
         trainer.train()
+
+
+def _see_more_gpus(trainer, model):
+    trainer.args._n_gpu = 2
+    return model
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_ddp_that_waits_for_every_gradient_is_refused_where_layers_rest(trainer, k, monkeypatch):
+    class Wrapped(DistributedDataParallel):
+        """DDP as far as anybody asks it, without a process group."""
+
+        find_unused_parameters = static_graph = False
+
+        def __init__(self, inner):
+            nn.Module.__init__(self)
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    callback = lt.LisaCallback(lt.LisaConfig(k, optimizer_state="keep"))
+    trainer.add_callback(callback)
+    trainer._wrap_model = lambda model, *args, **kwargs: Wrapped(model)
+    if k == 3:
+        trainer.train()
+        return
+    with pytest.raises(ConfigError, match="find_unused_parameters is off in DistributedDataPar"):
+        trainer.train()
+    assert all(p.requires_grad for p in trainer.model.parameters())

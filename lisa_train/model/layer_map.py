@@ -211,7 +211,8 @@ def _numel(parameter: torch.Tensor) -> int:
 def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
     """Choose the stack, or both of an encoder-decoder, whose layers LISA rotates."""
     if not stacks:
-        found = next(iter(_containers(bare)), None)
+        weights = {path: _weights(stack) for path, stack in _containers(bare).items()}
+        found = max(weights, key=lambda path: weights[path], default=None)
         advice = (
             f"name the list or ModuleDict that holds its layers with `layers`, as layers={found!r}"
             if found
@@ -238,6 +239,10 @@ def _main(stacks: list[Stack], bare: nn.Module) -> list[Stack]:
 
 def _listing(stacks: list[Stack]) -> str:
     return ", ".join(map(str, stacks))
+
+
+def _weights(stack: Stack) -> int:
+    return sum({id(p): p.numel() for _, b in stack.blocks for p in b.parameters()}.values())
 
 
 def _containers(model: nn.Module) -> dict[str, Stack]:

@@ -104,7 +104,7 @@ def test_tied_tensors_are_listed_once_and_named(name):
 @pytest.mark.parametrize(
     ("build", "tower"), [(llava, "model.vision_tower"), (qwen2_vl, "model.visual")]
 )
-def test_vision_rests_unless_it_is_asked_for(build, tower):
+def test_a_second_tower_is_other_unless_it_is_asked_for(build, tower):
     model = build()
     layer_map = find_layers(model)
     outside = {n for n, _ in model.named_parameters() if n.startswith(tower)}

@@ -51,6 +51,23 @@ def test_all_layers_active_and_state_kept_is_full_fine_tuning_in_every_architect
     assert len(still) <= known.UNUSED.get(name, 0), still
 
 
+@pytest.mark.parametrize("name", ["llava", "opt", "vit", "wav2vec2", "whisper"])
+def test_what_is_unclassified_trains_in_fp32_beside_a_model_that_rests_in_bf16(name):
+    model = known.build(name).bfloat16()
+    inputs = {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in known.inputs(name).items()
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = lt.LisaConfig(1, 1, precision="fp32_active")
+    with Lisa(model, optimizer, config) as engine:
+        others = [model.get_parameter(n) for n in engine.layer_map.groups["other"]]
+        losses = train(model, optimizer, engine, range(2), inputs)
+        assert all(p.dtype == torch.float32 for p in others if p.requires_grad)
+    assert np.isfinite(losses).all()
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 # ---------------------------------------------------------------------- heads of any name
 
 HEADS = ("fc", "regressor", "projection", "out", "dense", "linear", "classifier")

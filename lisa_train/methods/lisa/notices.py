@@ -89,11 +89,14 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
     """Say that nothing rotates, or that layers share their weights."""
     count = len(layer_map)
     layers = "1 layer" if count == 1 else f"{count} layers"
-    counted = getattr(getattr(unwrap(model), "config", None), "num_hidden_layers", None)
+    settings = getattr(unwrap(model), "config", None)
+    counted = getattr(settings, "num_hidden_layers", 0)
+    # ALBERT's word for it; a model that was cut short has fewer layers than it says, too.
+    groups = getattr(settings, "num_hidden_groups", None)
     shared = ""
     if layer_map.repeats:
         shared = f" that {count + len(layer_map.repeats)} places of its stack share"
-    elif config.layers is None and isinstance(counted, int) and counted > count:
+    elif config.layers is None and groups == count and counted > count:
         shared = f" that the {counted} hidden layers of its configuration share"
     if config.activated_layers >= count:
         return (

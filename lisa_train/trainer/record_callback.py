@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.step_callback import StepCallback
+from lisa_train.trainer.unwinding import on_exception
 from lisa_train.trainer.wraps import Wraps, plain_state_kept
 
 P = ParamSpec("P")
@@ -61,7 +63,7 @@ class RecordCallback(TrainerCallback):
     Gradients are read after the last micro-batch of a step and before clipping, by wrapping
     `training_step` of this trainer; the clip norm by wrapping its accelerator's
     `clip_grad_norm_`; and everything is on the disk before `save_model` writes a checkpoint.
-    The wraps go when training ends.
+    The wraps go when training ends, by an exception too.
 
     Parameters
     ----------
@@ -111,6 +113,8 @@ class RecordCallback(TrainerCallback):
         self._config_yaml = config_yaml
         self._resume = resume
         self._wraps = Wraps()
+        self._watch = Wraps()
+        self._ended: tuple[str, str | None] | None = None
         self._early_draws: list[Draw] = []
         self._early_notices: list[str] = []
         self._held_out: list[float] = []
@@ -132,7 +136,7 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
-        self._wraps.take_off()
+        self._unwrap()
         self._began = time.monotonic()
         model = self._trainer.model
         chosen = self._lisa.config.layers if self._lisa else None
@@ -240,14 +244,15 @@ class RecordCallback(TrainerCallback):
 
     def close(self, error: BaseException | None = None) -> None:
         """End the recording; with `error` the run's status says how. Safe to call twice."""
-        self._wraps.take_off()
+        self._unwrap()
         if self.recorder is None:
             return
         status, sentence = outcome(error)
         if self.recorder.writer.closed:
-            if error is not None:
+            if error is not None and (status, sentence) != self._ended:
                 self._restate(status, sentence)
             return
+        self._ended = (status, sentence)
         self.recorder.close(status, sentence, **(self._result() or {}))
 
     def _restate(self, status: str, sentence: str | None) -> None:
@@ -460,3 +465,15 @@ class RecordCallback(TrainerCallback):
             self._wraps.put(trainer, "log", log)
         self._wraps.put(accelerator, "clip_grad_norm_", clip)
         self._wraps.put(trainer, "save_model", save_model)
+        self._watch = on_exception(trainer, self._on_exception)
+
+    def _unwrap(self) -> None:
+        self._wraps.take_off()
+        self._watch.take_off()
+
+    def _on_exception(self) -> None:
+        """End the recording, of which Trainer tells nothing, unless it may go on in a retry."""
+        if self._trainer.args.auto_find_batch_size:
+            self._unwrap()
+        else:
+            self.close(sys.exception())

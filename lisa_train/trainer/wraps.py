@@ -12,25 +12,54 @@ _DATA = frozenset({"train_dataset", "eval_dataset"})
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set})
 
 
+class _Chain:
+    """What stands for one method of one object: wrappers around it, in the order of their coming.
+
+    Whoever leaves first takes only its own wrapper along; the last one to leave gives the object
+    its own method back, where nobody else has put something over the chain.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._original = getattr(owner, name)
+        self._had_own = name in vars(owner)
+        self.wrappers: list[Callable[..., Any]] = []
+        functools.update_wrapper(self, self._original)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._original
+        for wrapper in self.wrappers:
+            call = functools.partial(wrapper, call)
+        return call(*args, **kwargs)
+
+    def remove(self, wrapper: Callable[..., Any]) -> None:
+        self.wrappers.remove(wrapper)
+        if self.wrappers or vars(self._owner).get(self._name) is not self:
+            return
+        if self._had_own:
+            setattr(self._owner, self._name, self._original)
+        else:
+            delattr(self._owner, self._name)
+
+
 class Wraps:
-    """Functions put around methods of single objects; their classes stay as they are."""
+    """Functions put around methods of single objects; their classes stay as they are.
+
+    Several of them may wrap one method, and be taken off in any order.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def put(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Let `wrapper(original, *args, **kwargs)` stand for `owner.name`."""
-        original = getattr(owner, name)
-        had_own = name in vars(owner)
-        setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-        def undo() -> None:
-            if had_own:
-                setattr(owner, name, original)
-            else:
-                delattr(owner, name)
-
-        self._undo.append(undo)
+        chain = vars(owner).get(name)
+        if not isinstance(chain, _Chain):
+            chain = _Chain(owner, name)
+        own = functools.partial(wrapper)  # told apart from the same function put twice
+        chain.wrappers.append(own)
+        self._undo.append(functools.partial(chain.remove, own))
 
     def take_off(self) -> None:
         """Restore everything, the last first; safe to call twice."""

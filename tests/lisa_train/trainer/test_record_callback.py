@@ -14,6 +14,7 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.run import load
 from lisa_train.measure import measuring_pass
+from lisa_train.trainer.wraps import Wraps
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -804,3 +805,89 @@ def test_an_sft_trainer_needs_one_line(tmp_path, tiny_model_dir):
         assert line.loss == pytest.approx(logged[line.step]["loss"], rel=1e-6)
         assert np.sqrt(squares[line.step]) == pytest.approx(line.grad_norm, rel=1e-5)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["method"] == "full"
+
+
+# --- wraps --------------------------------------------------------------------------------------
+
+
+class OutOfLuck(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("ending", ["in peace", "by an exception"])
+@pytest.mark.parametrize(
+    "doors", ["attach", "lisa, then record", "record, then lisa", "inside backward"]
+)
+def test_no_wrap_is_left_after_any_number_of_trainings(tmp_path, doors, ending):
+    """Both callbacks wrap `training_step`, and whichever ends first must not undo the other's."""
+    trainer = Witness(
+        llama(), arguments(tmp_path / "out", max_steps=2, max_grad_norm=0.0),
+        train_dataset=examples(),
+    )  # fmt: skip
+    trainer.args.report_to = ["nothing"]  # so that `log` is wrapped too
+    lisa, record = lt.LisaConfig(1, 1), lt.RecordConfig(str(tmp_path / "run"), every=1)
+    run = tmp_path / "run"
+    if doors == "attach":
+        lt.attach(trainer, lisa=lisa, record=record)
+    elif doors == "inside backward":
+        lt.attach(trainer, lisa=lisa, record=record, step_in_backward=True)
+    else:
+        engine = lt.LisaCallback(lisa)
+        recorder = lt.integration.RecordCallback(trainer, record, lisa=engine)
+        added = [engine, recorder]
+        for callback in added if doors.startswith("lisa") else reversed(added):
+            trainer.add_callback(callback)
+    before = own_names(trainer), own_names(trainer.accelerator)
+    original = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        if ending == "by an exception" and trainer.state.global_step == 1:
+            raise OutOfLuck
+        return original(*args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    before[0].add("compute_loss")
+    for attempt in range(3):
+        if ending == "in peace":
+            trainer.train()
+        else:
+            with pytest.raises(OutOfLuck):
+                trainer.train()
+        assert (own_names(trainer), own_names(trainer.accelerator)) == before, attempt
+        assert load(run).status == ("finished" if ending == "in peace" else "failed")
+        run.rename(tmp_path / f"run {attempt}")  # a run directory is never written twice
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def own_names(owner):
+    """Methods that an object has of its own, in the place of its class's."""
+    return {name for name in vars(owner) if callable(getattr(type(owner), name, None))}
+
+
+def test_wraps_may_be_taken_off_in_any_order():
+    class Owner:
+        def method(self, x):
+            return [x]
+
+    def adding(word):
+        return lambda original, x: [word, *original(x)]
+
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
+        owner = Owner()
+        wraps = [Wraps(), Wraps(), Wraps()]
+        for number, own in enumerate(wraps):
+            own.put(owner, "method", adding(number))
+        assert owner.method("x") == [2, 1, 0, "x"]
+        left = [0, 1, 2]
+        for number in order:
+            wraps[number].take_off()
+            left.remove(number)
+            assert owner.method("x") == [*reversed(left), "x"]
+        assert vars(owner) == {}
+    owner = Owner()
+    own = Wraps()
+    own.put(owner, "method", adding("ours"))
+    theirs = owner.method
+    owner.method = lambda x: ["theirs", *theirs(x)]
+    own.take_off()
+    assert owner.method("x") == ["theirs", "x"]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
+from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.measure import averaged_gradients as averaging
 from lisa_train.measure import measuring_pass
 from lisa_train.measure.disk.silent_writer import SilentWriter
@@ -111,13 +112,11 @@ class Routed(nn.Module):
 # ---------------------------------------------------------------------- a plain loop
 
 
-def recorder(folder, model, optimizer, rank, **config):
-    """A recorder of the bare model; the processes after the first write nothing."""
-    layer_map = find_layers(model)
-    table = TensorTable(model, layer_map, None)
-    config = lt.RecordConfig(str(folder), **{"every": EVERY, **config})
-    writer = SilentWriter() if rank else None
-    return lt.NormRecorder(model, optimizer, config, writer, layer_map, table=table)
+def recorder(folder, model, optimizer, **config):
+    """A recorder as a loop makes it, the same on every process."""
+    return lt.NormRecorder(
+        model, optimizer, lt.RecordConfig(str(folder), **{"every": EVERY, **config})
+    )
 
 
 def loop(folder, model, trained, rank, world, *, through=None, keep=None, collectives=1, **config):
@@ -130,7 +129,7 @@ def loop(folder, model, trained, rank, world, *, through=None, keep=None, collec
     optimizer = torch.optim.AdamW(parameters, 1e-2, eps=1e-4)
     with (
         counted_collectives() as calls,
-        recorder(folder, model, optimizer, rank, **config) as record,
+        recorder(folder, model, optimizer, **config) as record,
     ):
         for step in range(1, STEPS + 1):
             if keep is not None:
@@ -253,7 +252,7 @@ def adapters_beside(folder, rank, world):
     model = with_adapters(shard(small()))
     optimizer = torch.optim.SGD(p for p in model.parameters() if p.requires_grad)
     ids = batches(0)[0][rank::world]
-    with recorder(folder, model, optimizer, rank) as record:
+    with recorder(folder, model, optimizer) as record:
         record.probe(1, lambda: model(input_ids=ids, labels=ids).loss.backward())
 
 
@@ -294,7 +293,7 @@ def probe(folder, rank, wrap, *passes, **order):
     model.layers[1].requires_grad_(False)
     through = wrap(model)
     optimizer = torch.optim.SGD(p for p in model.parameters() if p.requires_grad)
-    with recorder(folder, model, optimizer, rank) as record:
+    with recorder(folder, model, optimizer) as record:
         record.probe(1, lambda: through(*passes[rank]).backward())
     return model, through
 
@@ -342,7 +341,7 @@ def resting(folder, rank, world):
     with torch.no_grad():
         model(input_ids=ids)
     assert not hasattr(model.lm_head.weight, "to_local")
-    with recorder(folder, model, optimizer, rank) as record:
+    with recorder(folder, model, optimizer) as record:
         with torch.no_grad():
             model(input_ids=ids)
         record.probe(1, lambda: model(input_ids=ids, labels=ids).loss.backward())
@@ -362,7 +361,7 @@ def failing_fsdp2(folder, rank, world):
         raise ValueError("no loss")
 
     try:
-        with recorder(folder, model, torch.optim.SGD(model.parameters()), rank) as record:
+        with recorder(folder, model, torch.optim.SGD(model.parameters())) as record:
             record.probe(1, backward)
     except ValueError as error:
         assert str(error) == "no loss"  # noqa: PT017
@@ -389,7 +388,7 @@ def failing(folder, rank, world):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             path = folder.with_name(f"{folder.name}-{number}")
-            with recorder(path, model, optimizer, rank) as record:
+            with recorder(path, model, optimizer) as record:
                 record.probe(1, backward)
                 record.probe(1, backward)
         said = [str(w.message) for w in caught if "nothing is probed any more" in str(w.message)]
@@ -418,7 +417,7 @@ def memory(folder, rank, world):
         optimizer = torch.optim.SGD(p for p in model.parameters() if p.requires_grad)
         ids = batches(0)[0][rank::world]
         path = folder.with_name(f"memory-{wrap.__name__}")
-        with recorder(path, model, optimizer, rank) as record, patched(module, "squares", squares):
+        with recorder(path, model, optimizer) as record, patched(module, "squares", squares):
             record.probe(1, lambda: through(input_ids=ids, labels=ids).loss.backward())  # noqa: B023
         assert len(held) >= 30
         assert 0 < max(held) <= layer, (max(held), layer)
@@ -487,7 +486,58 @@ def trainer_adapters(folder, rank, world):
     trainer(folder, rank, world, with_adapters(model))
 
 
+def refusals(folder, rank, world):
+    """What becomes of the run directory, all processes do alike; none waits for the others."""
+    model = DistributedDataParallel(small())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def caught(name, **config):
+        try:
+            recorder(folder / name, model, optimizer, **config)
+        except RunDirectoryError as error:
+            return str(error)
+
+    with recorder(folder / "run", model, optimizer) as record:
+        assert isinstance(record.writer, SilentWriter if rank else RunWriter)
+        step(model, optimizer, record, 1)
+        record.checkpoint(1)
+        step(model, optimizer, record, 2)
+    words = ("the first process could not", "already holds a run")
+    assert words[rank == 0] in caught("run")
+    if rank == 0:
+        (folder / "file").write_text("a file")
+    dist.barrier()
+    words = ("the first process could not", "cannot be written")
+    assert words[rank == 0] in caught("file", on_record_error="raise")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with recorder(folder / "file", model, optimizer) as record:
+            assert record.stopped
+            step(model, optimizer, record, 1)
+    assert len([w for w in said if "goes on unrecorded" in str(w.message)]) == (rank == 0)
+    # A run is continued by the first process's writer; the others take no census either.
+    config = lt.RecordConfig(str(folder / "run"), every=EVERY)
+    rows = TensorTable(model, find_layers(model), None).rows
+    writer = None
+    if rank == 0:
+        writer = RunWriter(folder / "run", manifest={}, parameters=rows, resume=True, step=1)
+    with lt.NormRecorder(model, optimizer, config, writer, step=1) as record:
+        assert record.writer.segment == 1
+        step(model, optimizer, record, 2)
+
+
+def step(model, optimizer, record, number):
+    ids = batches(number)[0][dist.get_rank() :: dist.get_world_size()]
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    record.before_step(number)
+    optimizer.step()
+    record.after_step(number, loss=loss)
+    optimizer.zero_grad()
+
+
 SCENARIOS = {
+    "refusals": refusals,
     "ddp": ddp,
     "fsdp2": fsdp2,
     "adapters-fsdp2": adapters_fsdp2,

@@ -121,5 +121,6 @@ def to_host(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kind = torch.float32 if device.type == "mps" else torch.float64
         stacked = torch.stack([lines[n][name].detach().reshape(()).to(kind) for n, name in places])
         for (number, name), value in zip(places, stacked.tolist(), strict=True):
-            result[number][name] = value
+            flag = lines[number][name].dtype == torch.bool
+            result[number][name] = bool(value) if flag else value
     return result

@@ -108,6 +108,14 @@ class Processes:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
+    def highest(self, *values: int) -> tuple[int, ...]:
+        """Return the largest of every process's values; all of them call it together."""
+        if self.count == 1:
+            return values
+        joined = torch.tensor(values, dtype=torch.int32, device=self._device)
+        dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+        return tuple(int(value) for value in joined.tolist())
+
     def _weights(self, piece: Piece) -> torch.Tensor | float:
         if piece.column in _COPIED:
             return 1 / self.count

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -77,6 +78,9 @@ class NormRecorder:
     Call `before_step` after the backward pass of the last micro-batch and before clipping, and
     `after_step` after `optimizer.step()`, both with the number of the step (from 1).
 
+    With several processes (`torch.distributed`) each of them makes a recorder and makes the same
+    calls, with its own loss and tokens; the first alone opens and writes the run directory.
+
     Parameters
     ----------
     model
@@ -87,7 +91,8 @@ class NormRecorder:
     config
         What to measure; `run_dir` is needed unless a writer is given.
     writer
-        Where to; None opens a new run in `config.run_dir`.
+        Where to; None opens a new run in `config.run_dir`. Of several processes only the first
+        one's is asked for.
     layer_map
         The layers; None finds them.
     step
@@ -148,7 +153,7 @@ class NormRecorder:
         self.table = table or TensorTable(model, layer_map, config.select)
         self._devices = {p.device for _, p in self.table.tensors}
         self._processes = Processes(self.table)
-        self.writer = writer or self._new_writer(model, layer_map, manifest)
+        self.writer = self._settled_writer(writer, model, layer_map, manifest)
         self._buffer = MetricBuffer()
         self._measure = StepMeasure(
             model,
@@ -159,6 +164,7 @@ class NormRecorder:
             self._processes,
             due=lambda: self.due(self._step + 1),
         )
+        self._skips: dict[int, bool | torch.Tensor] = {}
         self._lines: list[dict[str, Any]] = []
         self._local_lines: list[dict[str, Any]] = []
         self._latest: dict[str, Any] = {}
@@ -204,27 +210,58 @@ class NormRecorder:
         for text in unmeasured_products(model, self.table, self._measure.pairs, self.config):
             self._say(text)
 
+    def _settled_writer(
+        self,
+        given: RunWriter | SilentWriter | None,
+        model: nn.Module,
+        layer_map: LayerMap,
+        manifest: Mapping[str, Any] | None,
+    ) -> RunWriter | SilentWriter:
+        """Return the writer of this process: the first opens the run directory, the others none.
+
+        They settle together what became of that: one that stops, or goes on unrecorded, alone
+        would let the others wait for ever. If the directory cannot be had, nothing is recorded
+        where the user said so.
+        """
+        writer, problem = given, None
+        if writer is None and self.config.run_dir is None:
+            raise ConfigError("record.run_dir is not set: name the folder to write.")
+        if writer is None and self._processes.first:
+            try:
+                writer = self._new_writer(model, layer_map, manifest)
+            except Exception as error:
+                problem = error
+        stops = problem is not None and (
+            faults.stops_training(problem, self.config.on_record_error)
+            or faults.is_refusal(problem)
+        )
+        failed, stopped, segment = self._processes.highest(
+            problem is not None, stops, writer.segment if writer else 0
+        )
+        if problem is not None and stopped:
+            raise problem
+        if stopped:
+            raise RunDirectoryError(
+                f"{self.config.run_dir} is not recorded to: the first process could not open it "
+                "and says why."
+            )
+        if failed:
+            self.stopped = True
+            if problem is not None:
+                warn_unrecorded(problem)
+        return SilentWriter(segment) if failed or writer is None else writer
+
     def _new_writer(
         self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None
-    ) -> RunWriter | SilentWriter:
-        """Open the run directory, or record nothing if it cannot be had and the user said so."""
-        if self.config.run_dir is None:
-            raise ConfigError("record.run_dir is not set: name the folder to write.")
+    ) -> RunWriter:
+        assert self.config.run_dir is not None
         known = environment.manifest(model, self.config, self.table, layer_map)
-        try:
-            return RunWriter(
-                self.config.run_dir,
-                manifest=known | dict(manifest or {}),
-                parameters=self.table.rows,
-            )
-        except Exception as error:
-            # A process that goes on alone would let the others wait for ever.
-            stops = faults.stops_training(error, self.config.on_record_error)
-            if stops or faults.is_refusal(error) or self._processes.count > 1:
-                raise
-            self.stopped = True
-            warn_unrecorded(error)
-            return SilentWriter()
+        known["hardware"]["processes"] = self._processes.count
+        return RunWriter(
+            self.config.run_dir,
+            manifest=known | dict(manifest or {}),
+            parameters=self.table.rows,
+        )
 
     # ------------------------------------------------------------------ every step
 
@@ -286,7 +323,12 @@ class NormRecorder:
             self._tensor_steps.after(self._step + 1)
 
     def after_step(
-        self, step: int, *, clip_coef: Any = None, skipped: bool = False, **scalars: Any
+        self,
+        step: int,
+        *,
+        clip_coef: Any = None,
+        skipped: bool | torch.Tensor = False,
+        **scalars: Any,
     ) -> None:
         """Measure what the optimizer did in step `step` and add a line to the scalars.
 
@@ -297,7 +339,9 @@ class NormRecorder:
         clip_coef
             Factor that clipping applied to all gradients (number or tensor), if known.
         skipped
-            The optimizer did not step (fp16 overflow): there is no update to measure.
+            The optimizer did not step (fp16 overflow): there is no update to measure. A tensor of
+            one element is not waited for. A loss scaler skips a step exactly when its scale falls,
+            also where a fused optimizer makes the decision on the device.
         **scalars
             Columns of the scalars table, as `loss`; numbers or tensors of one element. What is
             left out and can be seen from here is filled in.
@@ -311,18 +355,20 @@ class NormRecorder:
         self._after_step(step, skipped, {"step": step, "clip_coef": clip_coef, **scalars})
 
     @_measured
-    def _after_step(self, step: int, skipped: bool, line: dict[str, Any]) -> None:
+    def _after_step(self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any]) -> None:
         self._step = step
         line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
         due = self.due(step)
         if due:
-            if not skipped:
+            if torch.is_tensor(skipped):
+                self._skips[step] = skipped  # what is measured now is left out when it is known
+            if torch.is_tensor(skipped) or not skipped:
                 self._measure.update(step, line["clip_coef"])
             if self._tensor_steps is not None:
                 self._measure.active += self._tensor_steps.take()
             self._measure.state(step)
             self._measure.forget()
-        line["skipped"] = bool(skipped)
+        line["skipped"] = skipped if torch.is_tensor(skipped) else bool(skipped)
         self._local_lines.append(line)
         if due or self._processes.count == 1:
             self._merge()
@@ -368,7 +414,13 @@ class NormRecorder:
             self._merge()
 
     @_measured
-    def probe(self, step: int, backward: Callable[[], object]) -> None:
+    def probe(
+        self,
+        step: int,
+        backward: Callable[[], object],
+        *,
+        gradient_scale: float | torch.Tensor = 1.0,
+    ) -> None:
         """Measure the gradients of all layers, frozen ones too, after `step` completed steps.
 
         Parameters
@@ -379,6 +431,9 @@ class NormRecorder:
             Runs one forward and backward pass; called once, with everything requiring gradients.
             No gradient is left of it, and the random state is as before. If it fails (no loss,
             no memory), nothing is probed any more; ``on_record_error="raise"`` stops training.
+        gradient_scale
+            Factor on the loss of the pass (fp16 loss scale), without which its gradients would
+            underflow; a number or a tensor of one element.
 
         Notes
         -----
@@ -406,7 +461,7 @@ class NormRecorder:
 
         try:
             with self._stepping.paused() if self._stepping is not None else nullcontext():
-                self._measure.probe(step, watched)
+                self._measure.probe(step, watched, gradient_scale)
         except Exception as error:
             # The pass is not the training's own: what is measured of that goes on. Not where it
             # leaves FSDP between two collectives.
@@ -441,7 +496,11 @@ class NormRecorder:
         self._write(everything)
 
     def _write(self, everything: bool) -> None:
+        skips = to_host([{str(step): flag for step, flag in self._skips.items()}])[0]
         for rows in self._buffer.take(None if everything else self._step):
+            self._skips.pop(step := int(rows["step"][0]), None)
+            if skips.get(str(step)):
+                _leave_out_update(rows)
             self.aggregates = aggregates(rows, self._groups) or self.aggregates
             self.writer.write_metrics(rows)
         if everything:
@@ -572,6 +631,13 @@ def _check_names(scalars: Mapping[str, Any]) -> None:
                 f"{name!r} is no scalar that a run records, expected one of "
                 f"{', '.join(_SCALARS)}.{suggest(name, _SCALARS)}"
             )
+
+
+def _leave_out_update(rows: dict[str, np.ndarray]) -> None:
+    """Make null what there is no update to measure of."""
+    for name in ("update_norm", "descent"):
+        if name in rows:
+            rows[name] = np.ma.array(rows[name].data, mask=True)
 
 
 def _tidy(line: dict[str, Any]) -> dict[str, Any]:

@@ -166,12 +166,14 @@ class StepMeasure:
             if found:
                 self._buffer.add(step, "delta_norm", ids, stacked([s for _, s in found]))
 
-    def probe(self, step: int, backward: Callable[[], object]) -> None:
+    def probe(
+        self, step: int, backward: Callable[[], object], scale: float | torch.Tensor = 1.0
+    ) -> None:
         """Run one backward pass with all tensors and keep nothing of it but their norms."""
         ids, square = self._probe.run(backward)
         if not len(ids):
             raise RuntimeError("the pass brought no gradient to any of the measured tensors")
-        self._buffer.add(step, "probe_grad_norm", ids, square)
+        self._buffer.add(step, "probe_grad_norm", ids, square / _beside(scale, square) ** 2)
 
     def close(self) -> None:
         """Listen to gradients no more, and let go of all copies."""

@@ -121,6 +121,7 @@ class RecordCallback(TrainerCallback):
         self._tokens: Any = 0
         self._loss: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None
         self._probe_inputs: Any = None
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
@@ -307,12 +308,28 @@ class RecordCallback(TrainerCallback):
         self.recorder.after_step(
             state.global_step + 1,
             clip_coef=self._clip_coef,
-            skipped=bool(self._trainer.accelerator.optimizer_step_was_skipped),
+            skipped=self._skipped(),
             loss=self._loss,
             grad_norm=self._norm,
             tokens=self._tokens,
             step_seconds=time.monotonic() - self._step_began,
         )
+
+    def _skipped(self) -> bool | torch.Tensor:
+        """Whether the loss scaler let the optimizer skip the step, without waiting for the device.
+
+        Accelerate takes a step for made when the optimizer's `step` was called. A fused optimizer
+        is always called and decides on the device; but then too the scale falls.
+        """
+        if self._scale is None or self._trainer.accelerator.optimizer_step_was_skipped:
+            return bool(self._trainer.accelerator.optimizer_step_was_skipped)
+        now = self._loss_scale(self._scale.device)
+        return False if now is None else now < self._scale
+
+    def _loss_scale(self, device: torch.device) -> torch.Tensor | None:
+        """Return the factor on the loss, None without a scaler; `get_scale` would wait."""
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
     @_recording
     def on_step_end(
@@ -324,12 +341,17 @@ class RecordCallback(TrainerCallback):
         self.recorder.amend(epoch=state.epoch)
         if self._probe_inputs is not None:
             inputs, self._probe_inputs = self._probe_inputs, None
-            self.recorder.probe(state.global_step, lambda: self._probe_pass(inputs))
+            scale = self._loss_scale(args.device)
+            self.recorder.probe(
+                state.global_step,
+                lambda: self._probe_pass(inputs, scale),
+                gradient_scale=1.0 if scale is None else scale,
+            )
         if control.should_training_stop:
             # Trainer may put the best weights in the place of the last ones before it ends.
             self.recorder.census(state.global_step)
 
-    def _probe_pass(self, inputs: Any) -> None:
+    def _probe_pass(self, inputs: Any, scale: torch.Tensor | None) -> None:
         """One forward and backward pass of the bare model, of the loss that the trainer trains.
 
         The batch counts as a whole step's, so that the gradient is a mean over its own items,
@@ -342,7 +364,8 @@ class RecordCallback(TrainerCallback):
             batch = trainer._prepare_inputs(inputs)
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
-            loss.mean().backward()
+            loss = loss.mean()
+            (loss if scale is None else loss * scale.to(loss.device)).backward()
 
     @_recording
     def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
@@ -352,13 +375,11 @@ class RecordCallback(TrainerCallback):
         if not accelerator.sync_gradients:
             self.recorder.micro_batch(step)
             return
-        # Until clipping the gradients carry the loss scale; without a scaler it is 1. `get_scale`
-        # would wait for the device.
-        scaler = getattr(accelerator, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        # Until clipping the gradients carry the loss scale.
+        self._scale = self._loss_scale(loss.device)
         self.recorder.before_step(
             step,
-            gradient_scale=scale,
+            gradient_scale=1.0 if self._scale is None else self._scale,
             undo=not self._sharded,
         )
         if self.config.probe_every and step % self.config.probe_every == 0:

@@ -102,6 +102,16 @@ def gradients(model, ids):
 # ---------------------------------------------------------------------- a plain loop
 
 
+def test_processes_open_a_run_directory_once_and_refuse_it_together(two):
+    """More is asserted in every process, see `refusals`; the documented form, in every test."""
+    run = load(two / "refusals" / "run")
+    assert run.status == "finished"
+    assert run.manifest["segment"] == 1
+    assert run.manifest["hardware"]["processes"] == 2
+    assert run.scalars["step"].tolist() == [1, 2]
+    assert not run.metrics().duplicated(["step", "param_id"]).any()
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_processes_record_what_one_does(one, two, mode):
     folder, _ = one

@@ -810,7 +810,7 @@ def test_an_sft_trainer_needs_one_line(tmp_path, tiny_model_dir):
 # --- wraps --------------------------------------------------------------------------------------
 
 
-class OutOfLuck(RuntimeError):
+class OutOfLuckError(RuntimeError):
     pass
 
 
@@ -842,7 +842,7 @@ def test_no_wrap_is_left_after_any_number_of_trainings(tmp_path, doors, ending):
 
     def compute_loss(*args, **kwargs):
         if ending == "by an exception" and trainer.state.global_step == 1:
-            raise OutOfLuck
+            raise OutOfLuckError
         return original(*args, **kwargs)
 
     trainer.compute_loss = compute_loss
@@ -851,7 +851,7 @@ def test_no_wrap_is_left_after_any_number_of_trainings(tmp_path, doors, ending):
         if ending == "in peace":
             trainer.train()
         else:
-            with pytest.raises(OutOfLuck):
+            with pytest.raises(OutOfLuckError):
                 trainer.train()
         assert (own_names(trainer), own_names(trainer.accelerator)) == before, attempt
         assert load(run).status == ("finished" if ending == "in peace" else "failed")

@@ -1,6 +1,6 @@
 """Load a model and its tokenizer from a folder or a hub id."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
@@ -50,14 +50,3 @@ def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokeniz
             "weights cannot be trained; use method lora, or an unquantized model."
         )
     return model, tokenizer
-
-
-def describe_model(model: "PreTrainedModel", name: str) -> dict[str, Any]:
-    """Entry `model` of a run's manifest: what was trained, before any adapter is added."""
-    return {
-        "name": name,
-        "architecture": type(model).__name__,
-        "model_type": model.config.model_type,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }

@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
+from lisa_train.model.run_entries import plain
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
 _STORAGE_ERRORS = frozenset(
@@ -120,15 +120,6 @@ def to_yaml(config: TrainConfig) -> str:
     import yaml
 
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def plain(value: Any) -> Any:
-    """Replace tuples and sets by lists, as YAML and JSON hold them."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(entry) for entry in value]
-    return value
 
 
 def last_checkpoint(run_dir: Path) -> Path:

@@ -9,7 +9,7 @@ from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.data import TrainingData, check_dataset_name, load_data
-from lisa_train.command.modeling import describe_model, load_model
+from lisa_train.command.modeling import load_model
 from lisa_train.command.output import (
     check_unfinished,
     find_run_dir,
@@ -17,7 +17,6 @@ from lisa_train.command.output import (
     keep_inputs,
     last_checkpoint,
     no_trace_of_a_refused_run,
-    plain,
     to_yaml,
 )
 from lisa_train.methods.lora import lora_config
@@ -83,7 +82,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
     if config.method == "lisa":
         _check_lisa(model, config)
     data = load_data(config)
-    manifest = _manifest(config, model, data)
+    manifest = _manifest(config, data)
     trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
     kept = keep_inputs(config, run_dir, resume=resume)
 
@@ -201,32 +200,14 @@ def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> 
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 
-def _manifest(config: TrainConfig, model: "PreTrainedModel", data: TrainingData) -> dict[str, Any]:
+def _manifest(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     """Collect the entries of run.json that only this module knows."""
-    lisa_seed = config.seed if config.lisa.seed is None else config.lisa.seed
     entries: dict[str, Any] = {
-        "model": describe_model(model, config.model_name_or_path),
-        "method": config.method,
-        "seeds": {
-            "seed": config.seed,
-            "data_seed": config.seed if config.data_seed is None else config.data_seed,
-        },
+        "model": {"name": config.model_name_or_path},
         "dataset": data.describe(config.dataset_name),
     }
     if (command := _command()) is not None:
         entries["command"] = command
-    if config.method == "lisa":
-        entries["seeds"]["lisa_seed"] = lisa_seed
-        entries["lisa"] = plain(dataclasses.asdict(config.lisa))
-    if config.method == "lora":
-        peft_config = lora_config(config.lora)
-        entries["lora"] = plain(
-            {
-                k: v
-                for k, v in peft_config.to_dict().items()
-                if isinstance(v, str | int | float | bool | list | set)
-            }
-        )
     return entries
 
 

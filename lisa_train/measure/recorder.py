@@ -35,9 +35,10 @@ from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
 from lisa_train.measure.unmeasured import unmeasured_products
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.parallel import refuse_wrappers
+from lisa_train.model.run_entries import joined, method_entries
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
-from lisa_train.optim.frozen_state import joined, optimizers_of
+from lisa_train.optim.frozen_state import as_one, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
 
 # Rows that may lie on the device before they are written, however long the flush window is.
@@ -148,7 +149,7 @@ class NormRecorder:
         self._problem: str | None = None
         self.seconds = 0.0
         self._inside = False
-        self._optimizer = joined(optimizers_of(optimizer))
+        self._optimizer = as_one(optimizers_of(optimizer))
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
         self._devices = {p.device for _, p in self.table.tensors}
@@ -223,6 +224,9 @@ class NormRecorder:
         would let the others wait for ever. If the directory cannot be had, nothing is recorded
         where the user said so.
         """
+        self._method_of: nn.Module | None = model if given is None else None
+        if manifest and "method" in manifest:
+            self._method_of = None  # the user knows better
         writer, problem = given, None
         if writer is None and self.config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
@@ -259,9 +263,19 @@ class NormRecorder:
         known["hardware"]["processes"] = self._processes.count
         return RunWriter(
             self.config.run_dir,
-            manifest=known | dict(manifest or {}),
+            manifest=joined(known, manifest or {}),
             parameters=self.table.rows,
         )
+
+    def _say_the_method(self) -> None:
+        """Correct run.json, once, where an engine was opened on the model after the recorder."""
+        if self._method_of is None:
+            return
+        model, self._method_of = self._method_of, None
+        entries = method_entries(model)
+        known = getattr(self.writer, "manifest", {})
+        if known.get("method") == "full" != entries["method"]:
+            self.writer.update_manifest(**joined(known, entries))
 
     # ------------------------------------------------------------------ every step
 
@@ -298,6 +312,7 @@ class NormRecorder:
         if self._tensor_steps is None or not self._tensor_steps.begun:
             self._seconds_before = self.seconds
         self._flush_if_old()
+        self._say_the_method()
         if self.due(step):
             self._measure.gradients(step, gradient_scale, undo)
             if self._measure.second_gradients:

@@ -76,7 +76,7 @@ class Joined:
         return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}
 
 
-def joined(optimizers: Sequence[Optimizer]) -> Any:
+def as_one(optimizers: Sequence[Optimizer]) -> Any:
     """Return the optimizer, or several as one to read from."""
     return optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
 

@@ -28,6 +28,7 @@ from lisa_train.measure.recorder import NormRecorder, warn_unrecorded
 from lisa_train.measure.tokens import count_tokens
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
+from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_parallel
@@ -131,6 +132,13 @@ class RecordCallback(TrainerCallback):
             lisa.on_draw.append(self._on_draw)
             lisa.on_notice.append(self._on_notice)
 
+    def _find_lisa(self) -> None:
+        """Take up a LISA callback that was added to the trainer without a word to this one."""
+        for callback in self._trainer.callback_handler.callbacks:
+            if self._lisa is None and isinstance(callback, LisaCallback):
+                self._lisa = callback
+                callback.on_draw.append(self._on_draw)
+
     # ------------------------------------------------------------------ begin and end
 
     def on_train_begin(
@@ -138,6 +146,7 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Open the run directory and take the first census."""
         self._unwrap()
+        self._find_lisa()
         self._began = time.monotonic()
         model = self._trainer.model
         chosen = self._lisa.config.layers if self._lisa else None
@@ -219,12 +228,16 @@ class RecordCallback(TrainerCallback):
         return writer
 
     def _entries(self, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
+        """Entries of run.json, the same for every way that a trainer is built."""
         entries = describe(self._trainer.model, self.config, table, layer_map)
-        entries["hardware"]["processes"] = args.world_size
-        entries["seeds"] = {"seed": args.seed, "data_seed": args.data_seed}
-        if self._lisa is not None:
-            entries["method"] = "lisa"
-        return {**entries, **self._manifest}
+        data_seed = args.seed if args.data_seed is None else args.data_seed
+        known: dict[str, Any] = {
+            "hardware": {"processes": args.world_size},
+            "seeds": {"seed": args.seed, "data_seed": data_seed},
+        }
+        if self._lisa is not None:  # whose engine may start after this
+            known = joined(known, lisa_entries(self._lisa.config, args.seed))
+        return joined(joined(entries, known), self._manifest)
 
     def _continue(self, step: int) -> None:
         """Take up the running totals where the earlier segments left them."""

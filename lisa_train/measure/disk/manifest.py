@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_analysis.contract.layers import role_of
 from lisa_train.measure.config import RecordConfig
 from lisa_train.model.layer_map import LayerMap, unwrap
+from lisa_train.model.run_entries import method_entries
 from lisa_train.model.tensor_table import TensorTable
 
 try:
@@ -54,26 +56,20 @@ def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Name, architecture, parameter counts and precision of a model."""
+    """Name, architecture, precision and parameter counts of a model; adapters do not count."""
     bare = unwrap(model)
     parameters = list(model.parameters())
     config = getattr(bare, "config", None)
-    return {
+    own = [p for name, p in model.named_parameters() if role_of(name) == "base"]
+    described = {
         "name": getattr(config, "_name_or_path", "") or type(bare).__name__,
         "architecture": type(bare).__name__,
-        "parameters": sum(p.numel() for p in parameters),
+        "model_type": getattr(config, "model_type", None),
+        "parameters": sum(p.numel() for p in own),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+        "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
     }
-
-
-def method_of(model: nn.Module) -> str:
-    """Name the training method that a model's adapters show; ``full`` without any."""
-    adapters = getattr(model, "peft_config", None)
-    if not isinstance(adapters, dict) or not adapters:
-        return "full"
-    kind = getattr(next(iter(adapters.values())), "peft_type", "peft")
-    return str(getattr(kind, "value", kind)).lower()
+    return {name: value for name, value in described.items() if value is not None}
 
 
 def layer_entries(layer_map: LayerMap) -> list[dict[str, Any]]:
@@ -88,12 +84,12 @@ def manifest(
     """Entries of run.json that the model and the machine tell."""
     recording = {k: v for k, v in dataclasses.asdict(config).items() if k != "run_dir"}
     return {
-        "method": method_of(model),
         "model": describe_model(model),
         "versions": versions(),
         "hardware": hardware(table.tensors[0][1].device),
         "layers": layer_entries(layer_map),
         "recording": recording,
+        **method_entries(model),
     }
 
 

@@ -26,7 +26,12 @@ from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.methods.lisa.schedule import Unit
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.parallel import agree_on_start, is_first
-from lisa_train.optim.frozen_state import FrozenState, on_load, start_schedule_free
+from lisa_train.model.run_entries import announce, lisa_entries
+from lisa_train.optim.frozen_state import (
+    FrozenState,
+    on_load,
+    start_schedule_free,
+)
 from lisa_train.optim.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -156,6 +161,7 @@ class Lisa:
             self._end_load_hooks.append(on_load(held, self._after_optimizer_load))
         self._closed = self._unreached_said = False
         open_engines.add(self)
+        announce(self)
 
     # ------------------------------------------------------------------ what callers see
 
@@ -283,6 +289,10 @@ class Lisa:
     def rules(self, tensors: Set[torch.Tensor]) -> bool:
         """Whether this engine is open and decides about any of `tensors`."""
         return not self._closed and any(p in tensors for p, _ in self._flags)
+
+    def run_entries(self) -> dict[str, Any]:
+        """Entries of a run's `run.json` that say how this engine trains."""
+        return lisa_entries(self.config, self._schedule.seed)
 
     # ------------------------------------------------------------------ the mechanism
 

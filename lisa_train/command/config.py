@@ -99,6 +99,9 @@ class TrainConfig:
         Write a checkpoint every so many steps; None writes none.
     save_total_limit
         Keep only the newest checkpoints.
+    resume_incomplete
+        Let `--resume` go on where the checkpoint or the inputs lack something without which the
+        result is not that of the uninterrupted run; an event says what. Otherwise it is refused.
     save_final_model
         Write the trained model (`checkpoints/final`) or adapter (`adapter`) at the end.
     logging_steps
@@ -159,6 +162,7 @@ class TrainConfig:
     eval_on_start: bool = True
     save_steps: int | None = None
     save_total_limit: int | None = None
+    resume_incomplete: bool = False
     save_final_model: bool = True
     logging_steps: int = 10
     report_to: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from pathlib import Path
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
+from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
@@ -21,8 +22,13 @@ _STORAGE_ERRORS = frozenset(
 
 # What may differ between a run and its continuation without making it another computation.
 _MAY_CHANGE = frozenset(
-    {"output_dir", "report_to", "logging_steps", "progress_bar", "save_total_limit", "record"}
-)
+    {
+        "output_dir", "report_to", "logging_steps", "progress_bar", "save_total_limit", "record",
+        "resume_incomplete",
+        # Another number of processes asks for others; the run says so, see `Continuation`.
+        "per_device_train_batch_size", "gradient_accumulation_steps",
+    }
+)  # fmt: skip
 
 
 def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
@@ -102,15 +108,24 @@ def _check_same(config: TrainConfig, path: Path) -> None:
 
     try:
         kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        if not isinstance(kept, dict):
+            raise TypeError(f"it holds {type(kept).__name__}, not settings")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise RunDirectoryError(
-            f"{path} cannot be read ({error}); the run cannot resume."
+            f"{path} cannot be read ({reason}), and without it nobody knows whether these are the "
+            "run's settings: restore the file to resume the run."
         ) from error
     now = plain(dataclasses.asdict(config))
+    # A run of an earlier version did not know every setting of today's.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
     for name, value in now.items():
-        if name not in _MAY_CHANGE and kept.get(name) != value:
+        before = kept.get(name, plain(defaults[name]))
+        if name == "lisa" and isinstance(before, dict):
+            before = plain(dataclasses.asdict(LisaConfig())) | before
+        if name not in _MAY_CHANGE and before != value:
             raise ConfigError(
-                f"{name} is {value} but the run to resume had {kept.get(name)}; a continued run "
+                f"{name} is {value} but the run to resume had {before}; a continued run "
                 f"keeps its settings: use --config {path}."
             )
 

@@ -97,6 +97,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
         manifest=manifest,
         config_yaml=to_yaml(kept),
         resume=resume,
+        resume_incomplete=config.resume_incomplete,
     )
     _add_progress(trainer, config, attached)
     return trainer, attached

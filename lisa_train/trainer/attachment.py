@@ -16,6 +16,7 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
 from lisa_train.optim.settings import check_eight_bit_states
+from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.eight_bit_callback import EightBitCallback
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes
@@ -79,6 +80,7 @@ def attach(
     manifest: dict[str, Any] | None = None,
     config_yaml: str | None = None,
     resume: bool = False,
+    resume_incomplete: bool = False,
 ) -> Attachment:
     """Add LISA and/or the recorder to a `transformers.Trainer` or any subclass of it.
 
@@ -106,6 +108,11 @@ def attach(
         Text of the run's `config.yaml`.
     resume
         Continue the run directory instead of refusing one that already holds a run.
+    resume_incomplete
+        Let `trainer.train(resume_from_checkpoint=…)` go on where the checkpoint or the inputs lack
+        something without which the result is not that of the uninterrupted training (state of
+        the optimizer, other data, another learning rate, …), with a warning and an event that
+        say what. Without it such a training is refused.
 
     Returns
     -------
@@ -118,9 +125,13 @@ def attach(
         When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
     ProbabilitiesError
         When the probabilities are missing, infeasible or made for another model.
+    RunDirectoryError
+        From `trainer.train`: when a checkpoint cannot be continued as it was interrupted.
     """
     if lisa is not None:
         _check_lisa(trainer, lisa)
+    continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
+    trainer.add_callback(continuation)
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
@@ -139,11 +150,13 @@ def attach(
 
         recorder = RecordCallback(
             trainer, record, lisa=callback, stepping=stepping, manifest=manifest,
-            config_yaml=config_yaml, resume=resume,
+            config_yaml=config_yaml, resume=resume, continuation=continuation,
         )  # fmt: skip
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
-    trainer.train = _ending(trainer.train, attachment, compiled=trainer.args.torch_compile)
+    trainer.train = _ending(
+        trainer.train, attachment, continuation, compiled=trainer.args.torch_compile
+    )
     return attachment
 
 
@@ -160,7 +173,11 @@ def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
 
 
 def _ending(
-    train: Callable[..., Any], attachment: Attachment, *, compiled: bool
+    train: Callable[..., Any],
+    attachment: Attachment,
+    continuation: Continuation,
+    *,
+    compiled: bool,
 ) -> Callable[..., Any]:
     """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
     engine, stepping = attachment.engine_callback, attachment.step_callback
@@ -171,6 +188,7 @@ def _ending(
     def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
             engine.checkpoint = Path(resume_from_checkpoint)
+        continuation.begin(resume_from_checkpoint)
         try:
             with head():
                 return train(resume_from_checkpoint, *args, **kwargs)

@@ -30,6 +30,7 @@ from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
+from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.step_callback import StepCallback
@@ -82,6 +83,8 @@ class RecordCallback(TrainerCallback):
         Content of config.yaml.
     resume
         Continue the run in the directory; also done when training resumes from a checkpoint.
+    continuation
+        What knows how a resumed training differs from the one that was interrupted.
 
     Raises
     ------
@@ -100,6 +103,7 @@ class RecordCallback(TrainerCallback):
         manifest: Mapping[str, Any] | None = None,
         config_yaml: str | None = None,
         resume: bool = False,
+        continuation: Continuation | None = None,
     ) -> None:
         check_parallel(trainer, "the recorder", sharded=True)
         if config.run_dir is None:
@@ -113,6 +117,7 @@ class RecordCallback(TrainerCallback):
         self._manifest = dict(manifest or {})
         self._config_yaml = config_yaml
         self._resume = resume
+        self._continuation = continuation
         self._wraps = Wraps()
         self._watch = Wraps()
         self._ended: tuple[str, str | None] | None = None
@@ -177,6 +182,8 @@ class RecordCallback(TrainerCallback):
             step_in_backward=self._stepping.steps if self._stepping else None,
         )
         self._wrap()
+        for note in self._continuation.notes if self._continuation else ():
+            self.recorder.event("warning", state.global_step, message=note)
         for draw in self._early_draws:
             self._on_draw(draw)
         for notice in self._early_notices:
@@ -209,7 +216,7 @@ class RecordCallback(TrainerCallback):
         step = state.global_step
         if self.recorder is not None and not self.recorder.writer.closed:
             # The trainer begins again with a smaller batch.
-            self.recorder.writer.begin_segment(step)
+            self.recorder.writer.begin_segment(step, parts=self._parts(args))
             return self.recorder.writer
         resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
         if not first:
@@ -222,10 +229,23 @@ class RecordCallback(TrainerCallback):
             resume=resume,
             step=step,
             checkpoint=self._checkpoint_path(args, step) if step else None,
+            parts=self._parts(args),
+            resumed=self._resumed(args),
         )
         if resume:
             self._continue(step)
         return writer
+
+    def _parts(self, args: TrainingArguments) -> dict[str, Any]:
+        return self._continuation.parts(args) if self._continuation else {}
+
+    def _resumed(self, args: TrainingArguments) -> dict[str, Any]:
+        """Fields of the event `resume`: what goes on, and what is not as it was."""
+        found: dict[str, Any] = {"processes": args.world_size}
+        if self._continuation is not None:
+            found["changes"] = self._continuation.changes or None
+            found["missing"] = self._continuation.missing or None
+        return found
 
     def _entries(self, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
         """Entries of run.json, the same for every way that a trainer is built."""

@@ -26,7 +26,9 @@ class SilentWriter:
     def flush(self) -> None:
         """Do nothing."""
 
-    def begin_segment(self, step: int, checkpoint: str | None = None) -> None:
+    def begin_segment(
+        self, step: int, checkpoint: str | None = None, *, parts: Mapping[str, Any] | None = None
+    ) -> None:
         """Count a segment."""
         self.segment += 1
 

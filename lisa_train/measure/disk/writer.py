@@ -75,6 +75,10 @@ class RunWriter:
         segment recorded beyond it no longer counts.
     checkpoint
         With `resume`: the checkpoint that it continues from.
+    parts
+        How a step of this segment is put together (processes, batch, accumulation, device).
+    resumed
+        With `resume`: further fields of the event, see `lisa_analysis.contract.schema.EVENT_FIELDS`.
 
     Raises
     ------
@@ -93,6 +97,8 @@ class RunWriter:
         resume: bool = False,
         step: int = 0,
         checkpoint: str | None = None,
+        parts: Mapping[str, Any] | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(run_dir)
         self.closed = False
@@ -106,9 +112,9 @@ class RunWriter:
         except OSError as error:
             raise describe_os_error(self.path, error) from error
         try:
-            self._open(dict(manifest), parameters, config_yaml, resume)
+            self._open(dict(manifest), parameters, config_yaml, resume, (step, parts))
             if resume:
-                self._begin_segment(step, checkpoint)
+                self._begin_segment(step, checkpoint, resumed)
         except OSError as error:
             self._lock.release()
             raise describe_os_error(self.path, error) from error
@@ -122,6 +128,7 @@ class RunWriter:
         parameters: Sequence[Mapping[str, Any]],
         config_yaml: str | None,
         resume: bool,
+        begins: tuple[int, Mapping[str, Any] | None],
     ) -> None:
         exists = (self.path / MANIFEST).exists()
         if exists and not resume:
@@ -138,6 +145,8 @@ class RunWriter:
             for field in ("error", "result"):  # of how the earlier segment ended
                 self.manifest.pop(field, None)
             self.manifest["segment"] = int(self.manifest.get("segment", 0)) + 1
+            # Of where it goes on now; `segments` keeps what was.
+            self.manifest |= {k: manifest[k] for k in ("hardware", "versions") if k in manifest}
         else:
             self.manifest = {
                 "schema_version": SCHEMA_VERSION,
@@ -151,6 +160,7 @@ class RunWriter:
                 text = as_utf8(config_yaml)
                 replace_file(self.path / CONFIG, lambda path: path.write_text(text, "utf-8"))
         self.segment: int = self.manifest["segment"]
+        self._add_segment(*begins)
         for leftover in (self.path / METRICS_DIR).glob("*.tmp"):
             leftover.unlink()  # of a kill in the middle of a flush
         self._scalars = LineFile(self.path / SCALARS)
@@ -169,17 +179,28 @@ class RunWriter:
                 f"has {len(now)}{detail}): choose another run directory."
             )
 
-    def begin_segment(self, step: int, checkpoint: str | None = None) -> None:
+    def begin_segment(
+        self, step: int, checkpoint: str | None = None, *, parts: Mapping[str, Any] | None = None
+    ) -> None:
         """Start a new segment: training goes on from `step`, what was recorded beyond is void."""
         self.flush()
         self.segment += 1
+        self._add_segment(step, parts)
         self._save_manifest(status="running", segment=self.segment)
         self._begin_segment(step, checkpoint)
 
-    def _begin_segment(self, step: int, checkpoint: str | None) -> None:
+    def _begin_segment(
+        self, step: int, checkpoint: str | None, resumed: Mapping[str, Any] | None = None
+    ) -> None:
         # `segment` is a column of the stream as well as the event's own field.
-        self.event("resume", step, checkpoint=checkpoint)
+        self.event("resume", step, checkpoint=checkpoint, **(resumed or {}))
         self.flush()
+
+    def _add_segment(self, step: int, parts: Mapping[str, Any] | None) -> None:
+        """Say in run.json how the steps of the segment that begins are put together."""
+        known = self.manifest.get("segments")
+        entry = {"segment": self.segment, "step": step, "started": _now(), **(parts or {})}
+        self.manifest["segments"] = [*(known if isinstance(known, list) else []), entry]
 
     def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
         """Add rows to the metrics.

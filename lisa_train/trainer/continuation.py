@@ -1,0 +1,307 @@
+"""A resumed training is the one that was interrupted, or says what is not.
+
+Every checkpoint of an attached trainer carries what it was made from: the settings that decide
+what is computed, the size and the content of the data, the weights that an adapter stands on. A
+continuation compares them with its own.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from lisa_analysis.contract.errors import RunDirectoryError
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.model.run_entries import plain
+from lisa_train.model.sharding import is_sharded
+from lisa_train.trainer.checkpoint_files import Checkpoint, examine
+
+INPUTS_KEY = "lisa_toolkit_inputs"
+# What may differ with a word: sums over another number of parts, another place in the data.
+PARTS = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps", "device")
+# Settings that decide what a step computes, of Trainer and of TRL's.
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "optim_target_modules", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha",
+    "bf16", "fp16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
+    "average_tokens_across_devices", "max_length", "packing", "packing_strategy", "padding_free",
+    "completion_only_loss", "assistant_only_loss", "loss_type", "beta", "shuffle_dataset",
+)  # fmt: skip
+_FLAT = ("constant", "constant_with_warmup", "reduce_lr_on_plateau")
+# Rows whose content is taken note of: all of them, or so many evenly spaced ones.
+_ROWS = 4096
+# Numbers that are taken note of in every frozen tensor below an adapter.
+_NUMBERS = 64
+
+logger = logging.getLogger(__name__)
+
+
+class Continuation(TrainerCallback):
+    """Refuses to resume where the result would not be that of the uninterrupted training.
+
+    Parameters
+    ----------
+    trainer
+        The trainer.
+    lisa
+        The settings of LISA, if it is attached.
+    incomplete
+        Go on all the same, with a warning and an event of what is lost.
+
+    Attributes
+    ----------
+    missing
+        What the checkpoint or the inputs lack, each in words; empty for an exact continuation.
+    changes
+        What is not as it was when the checkpoint was written: name -> [before, now].
+    notes
+        Warnings that belong into the run's events.
+    """
+
+    def __init__(self, trainer: Trainer, lisa: LisaConfig | None, *, incomplete: bool) -> None:
+        self.missing: list[str] = []
+        self.changes: dict[str, list[Any]] = {}
+        self.notes: list[str] = []
+        self._trainer = trainer
+        self._lisa = lisa
+        self._incomplete = incomplete
+        self._checkpoint: Checkpoint | None = None
+        self._own_schedule = trainer.lr_scheduler is not None
+        args = trainer.args
+        if args.save_only_model and str(getattr(args.save_strategy, "value", "")) != "no":
+            self._say(
+                "save_only_model is set: the checkpoints of this training hold the weights alone "
+                "and nothing can be resumed from them; leave it out to be able to."
+            )
+
+    def begin(self, resume_from_checkpoint: Any) -> None:
+        """Examine the checkpoint that `Trainer.train` is about to load.
+
+        Raises
+        ------
+        RunDirectoryError
+            When it does not hold what an exact continuation needs, unless that was allowed.
+        """
+        self.missing, self.changes, self._checkpoint = [], {}, None
+        args = self._trainer.args
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+        if not resume_from_checkpoint:
+            return  # nothing to resume, or nothing found, which Trainer says
+        self._checkpoint = examine(self._trainer, Path(resume_from_checkpoint), self._lisa)
+        self.missing = _of_all_processes(list(self._checkpoint.missing))
+        if self.missing and not self._incomplete:
+            self._refuse(f"lacks {', '.join(self.missing)}")
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare the inputs with those of the checkpoint; leave them for the next one."""
+        now = self._inputs(args, state)
+        if self._checkpoint is not None:
+            self._compare(now)
+        state.stateful_callbacks[INPUTS_KEY] = now
+
+    def parts(self, args: TrainingArguments) -> dict[str, Any]:
+        """How a step is put together: entries of run.json about a segment."""
+        # With `auto_find_batch_size` it is not the one of the settings.
+        size = getattr(self._trainer, "_train_batch_size", None) or args.train_batch_size
+        return {
+            "processes": args.world_size,
+            "per_device_train_batch_size": size // max(1, args.n_gpu),
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "device": args.device.type,
+        }
+
+    def _inputs(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        settings = {
+            name: plain(_json(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
+        }
+        flat = settings["lr_scheduler_type"] in _FLAT or self._own_schedule
+        lisa = None if self._lisa is None else plain(dataclasses.asdict(self._lisa))
+        return {
+            **self.parts(args),
+            "settings": settings | ({} if flat else {"max_steps": state.max_steps}),
+            "data": _data(self._trainer.train_dataset),
+            "base weights": _base_weights(self._trainer.model),
+            "lisa": lisa,
+        }
+
+    def _compare(self, now: dict[str, Any]) -> None:
+        assert self._checkpoint is not None
+        before = (self._checkpoint.state.get("stateful_callbacks") or {}).get(INPUTS_KEY)
+        if not isinstance(before, dict):
+            logger.warning(
+                "%s does not say from which data and settings it was made: whether they are the "
+                "same now is not known", self._checkpoint.path,
+            )  # fmt: skip
+            before = {"processes": self._checkpoint.processes}
+            if "max_steps" in now["settings"]:
+                before["settings"] = {"max_steps": self._checkpoint.state["max_steps"]}
+        self.changes = _changes(before, now)
+        serious = {name: pair for name, pair in self.changes.items() if name not in PARTS}
+        if serious and not self._incomplete:
+            self._refuse(f"was made with {_in_words(serious)}")
+        if self.missing:
+            self._say(
+                f"resumed from {self._checkpoint.path.name} without {', '.join(self.missing)}: "
+                "the result is not that of the uninterrupted training."
+            )
+        if self.changes:
+            self._say(
+                f"resumed from {self._checkpoint.path.name}, which was made with "
+                f"{_in_words(self.changes)}{_place(before, now)}."
+            )
+
+    def _refuse(self, what: str) -> None:
+        assert self._checkpoint is not None
+        why = "; it may have been written with save_only_model" if "optimizer.pt" in what else ""
+        raise RunDirectoryError(
+            f"{self._checkpoint.path} {what}{why}: the training would not go on as it was "
+            "interrupted. Give what it was made with, or go on all the same with "
+            "resume_incomplete=True (lisa-train: --resume_incomplete true)."
+        )
+
+    def _say(self, text: str) -> None:
+        if text in self.notes:
+            return
+        self.notes.append(text)
+        if self._trainer.args.process_index == 0:
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """What is known of both times and is not the same; settings by their own names."""
+    old = {**before, **(before.get("settings") or {})}
+    new = {**now, **now["settings"]}
+    if isinstance(old.get("lisa"), dict) and isinstance(new["lisa"], dict):
+        for each in (old, new):
+            each.update({f"lisa.{k}": v for k, v in each.pop("lisa").items()})
+    old.pop("settings", None), new.pop("settings")
+    unknown = {name for name in ("data", "base weights") if old.get(name) is None or not new[name]}
+    return {
+        name: [old[name], new[name]]
+        for name in new
+        if name in old and old[name] != new[name] and name not in unknown
+    }
+
+
+def _in_words(changes: dict[str, list[Any]]) -> str:
+    parts = []
+    for name, (before, now) in changes.items():
+        if name == "data" and before["rows"] == now["rows"]:
+            parts.append("other training data (as many rows, with another content)")
+        elif name == "data":
+            parts.append(f"other training data ({before['rows']} rows, now {now['rows']})")
+        elif name == "base weights":
+            parts.append("other weights below the adapter")
+        elif name == "lisa":
+            parts.append("LISA, which is not attached now" if before else "no LISA")
+        else:
+            parts.append(f"{name} = {before} (now {now})")
+    return ", ".join(parts)
+
+
+def _place(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What another number of parts does to the rows that come next."""
+    parts = PARTS[:3]
+    if not all(isinstance(each.get(name), int) for each in (before, now) for name in parts):
+        return ""
+    old, new = ([each[name] for name in parts] for each in (before, now))
+    if old == new:
+        return ""
+    rows = [a * b * c for a, b, c in (old, new)]
+    if rows[0] == rows[1]:
+        return f": a step still takes {rows[0]} rows, but the sums and random numbers are others"
+    return (
+        f": a step took {rows[0]} rows and takes {rows[1]} now, and as Trainer counts its place in "
+        "the data in steps, some rows come twice or not at all in this epoch"
+    )
+
+
+def _json(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+
+
+def _of_all_processes(missing: list[str]) -> list[str]:
+    """What any process misses: one that stops alone would let the others wait for ever."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return missing
+    found: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, missing)
+    return list(dict.fromkeys(text for each in found for text in each or ()))
+
+
+def _data(dataset: Any) -> dict[str, Any] | None:
+    """Number of rows and a sum over their content, as far as it can be had without side effects."""
+    if not isinstance(dataset, Sized):
+        return None  # a stream: nobody knows its rows beforehand
+    rows = len(dataset)
+    stored: Any = getattr(dataset, "with_format", None)
+    if stored is not None and hasattr(dataset, "column_names"):
+        dataset = stored("arrow")  # of `datasets`: without transforms, undecoded
+    elif not isinstance(dataset, Sequence):
+        return {"rows": rows, "content": None}  # a row may be another one every time
+    total = hashlib.sha256()
+    for number in range(0, rows, max(1, -(-rows // _ROWS))):
+        _add(total, dataset[number].to_pydict() if stored else dataset[number])
+    return {"rows": rows, "content": total.hexdigest()[:16]}
+
+
+def _add(total: Any, value: Any) -> None:
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            total.update(repr(key).encode())
+            _add(total, value[key])
+    elif torch.is_tensor(value):
+        total.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    elif hasattr(value, "tobytes"):
+        total.update(value.tobytes())
+    elif isinstance(value, list | tuple):
+        total.update(repr(len(value)).encode())
+        plain_items = all(isinstance(item, str | int | float | bool | None) for item in value)
+        if plain_items:
+            total.update(repr(list(value)).encode())
+        else:
+            for item in value:
+                _add(total, item)
+    elif isinstance(value, str | int | float | bool | bytes | None):
+        total.update(repr(value).encode())
+    else:
+        total.update(type(value).__name__.encode())
+
+
+@torch.no_grad()
+def _base_weights(model: nn.Module) -> str | None:
+    """A sum over the weights that the checkpoints of an adapter do not hold."""
+    if not hasattr(model, "peft_config"):
+        return None
+    total = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad:
+            continue
+        if is_sharded(tensor) or tensor.is_meta:
+            return None
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS].contiguous()
+        total.update(name.encode())
+        total.update(some.cpu().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

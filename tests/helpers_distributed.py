@@ -426,7 +426,7 @@ def memory(folder, rank, world):
 # ---------------------------------------------------------------------- Trainer
 
 
-def trainer(folder, rank, world, model=None, *, lisa=None, record=None, **changes):
+def trainer(folder, rank, world, model=None, *, lisa=None, record=None, checkpoint=None, **changes):
     """The same global batches for any number of processes."""
     from transformers import Trainer
 
@@ -445,7 +445,7 @@ def trainer(folder, rank, world, model=None, *, lisa=None, record=None, **change
     trainer.batches = []
     config = lt.RecordConfig(str(folder), **{"every": EVERY, "probe_every": 2, **(record or {})})
     lt.attach(trainer, lisa=lisa, record=config)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     assert all(p.grad is None for p in trainer.model.parameters())
     return trainer
 
@@ -462,6 +462,13 @@ def trainer_lisa(folder, rank, world):
     done = trainer(folder, rank, world, lisa=LISA, ddp_find_unused_parameters=True)
     if not rank:
         torch.save(done.model.state_dict(), folder / "model.pt")
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "ddp_find_unused_parameters": False}
+
+
+def trainer_saved(folder, rank, world):
+    trainer(folder, rank, world, **SAVING)
 
 
 def trainer_fsdp2(folder, rank, world):
@@ -554,6 +561,7 @@ SCENARIOS = {
     "memory": memory,
     "trainer-ddp": trainer_ddp,
     "trainer-lisa": trainer_lisa,
+    "trainer-saved": trainer_saved,
     "trainer-fsdp2": trainer_fsdp2,
     "trainer-adapters": trainer_adapters,
 }

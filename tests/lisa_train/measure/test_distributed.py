@@ -7,6 +7,7 @@ can only be seen from inside: counted collectives, gradients in memory, warnings
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,26 @@ def test_adapters_in_trainer_on_a_sharded_model(one, two):
     worker.trainer(folder / "trainer-adapters", 0, 1, worker.with_adapters(worker.small()))
     columns = (*COLUMNS, "delta_norm", "merged_norm", "probe_grad_norm")
     assert_same(folder / "trainer-adapters", two / "trainer-adapters", columns)
+
+
+def test_a_resume_with_another_number_of_processes_is_told(two, tmp_path):
+    """The same global batches: the sums have other parts, and everything else is as it was."""
+    shutil.copytree(two / "trainer-saved", tmp_path / "run")
+    checkpoint = str(tmp_path / "run" / "out" / "checkpoint-2")
+    with pytest.warns(RuntimeWarning, match=r"processes = 2 \(now 1\).* still takes 8 rows"):
+        worker.trainer(tmp_path / "run", 0, 1, checkpoint=checkpoint, **worker.SAVING)
+    run = load(tmp_path / "run")
+    resume = run.events.query("event == 'resume'").iloc[0]
+    assert resume["changes"] == {"processes": [2, 1], "per_device_train_batch_size": [2, 4]}
+    assert resume["processes"] == 1
+    said = run.events.query("event == 'warning'")["message"].tolist()
+    assert any("processes = 2 (now 1)" in text for text in said)
+    assert [segment["processes"] for segment in run.manifest["segments"]] == [2, 1]
+    assert run.manifest["hardware"]["processes"] == 1
+    before, after = rows_of(two / "trainer-saved")[1], rows_of(tmp_path / "run")[1]
+    expected = before.loc[4]["weight_norm"]
+    assert np.allclose(after.loc[4]["weight_norm"].loc[expected.index], expected, rtol=1e-5)
+    assert np.allclose(run.scalars["loss"], load(two / "trainer-saved").scalars["loss"], rtol=1e-5)
 
 
 def test_lisa_in_trainer_with_two_processes_is_that_of_one(one, two):

@@ -26,6 +26,7 @@ from lisa_train.estimate.spread import Held, by_layers, sharded, whole
 from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
+from lisa_train.private_names import check
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -119,6 +120,7 @@ def estimate(
 
     A `Stage` may serve several settings that differ in the method alone, LoRA excepted.
     """
+    check("estimate")
     kind = optimizer_kind(setting.optim)
     stage = source if isinstance(source, Stage) else Stage(source, setting)
     return _Estimator(stage, setting, kind).run()

@@ -9,6 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lisa_train.private_names import check
+
 
 class CudaKernels(TorchFunctionMode):
     """Lets a model on fake CPU tensors save for backward what it would save on CUDA.
@@ -80,6 +82,7 @@ def tiles_in_place() -> Iterator[None]:
 
     Its route for other devices makes several fp32 copies of a tile.
     """
+    check("estimate trl")
     from trl.kernels import chunked_logprob
 
     names = ("_forward_tile", "_backward_tile", "_addmm_fp32")

@@ -18,6 +18,7 @@ from lisa_train.measure.stand_ins import stand_ins
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.sharding import fsdp_modules, is_sharded, reshard
 from lisa_train.model.tensor_table import TensorTable
+from lisa_train.private_names import check
 
 
 class Probe:
@@ -141,14 +142,13 @@ def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[in
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    """FSDP's groups of tensors, where this torch has what is needed of them."""
-    found = [
+    """FSDP's groups of tensors; `ConfigError` where this torch keeps them in another way."""
+    check("sharded probe")
+    return [
         group
         for module in fsdp_modules(model)
-        for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+        for group in module._get_fsdp_state()._fsdp_param_groups
     ]
-    needed = ("_init_mp_dtypes", "reduce_scatter_unused_params")
-    return [group for group in found if all(hasattr(group, name) for name in needed)]
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def _unsynchronised(model: nn.Module) -> Iterator[None]:
     silenced: list[Any] = []
 
     def silence(*_: Any) -> None:
-        wrapper: Any = getattr(kind, "_active_ddp_module", None)
+        wrapper: Any = kind._active_ddp_module
         if wrapper is not None and wrapper.require_backward_grad_sync:
             wrapper.require_backward_grad_sync = False  # as `no_sync` does
             silenced.append(wrapper)

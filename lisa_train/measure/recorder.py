@@ -40,6 +40,7 @@ from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.frozen_state import as_one, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
+from lisa_train.private_names import check
 
 # Rows that may lie on the device before they are written, however long the flush window is.
 MAX_BUFFERED_ROWS = 100_000
@@ -154,6 +155,7 @@ class NormRecorder:
         self.table = table or TensorTable(model, layer_map, config.select)
         self._devices = {p.device for _, p in self.table.tensors}
         self._processes = Processes(self.table)
+        check("model", "recorder", *_needed(model, config, self._processes))
         self.writer = self._settled_writer(writer, model, layer_map, manifest)
         self._buffer = MetricBuffer()
         self._measure = StepMeasure(
@@ -630,6 +632,18 @@ class NormRecorder:
     def _event(self, text: str, trace: str | None) -> None:
         if not self.writer.closed:
             self.writer.event("warning", self._step, message=text, traceback=trace)
+
+
+def _needed(model: nn.Module, config: RecordConfig, processes: Processes) -> list[str]:
+    """Areas of `private_names` that a recording with these settings needs."""
+    areas = {
+        "sharded": processes.sharded,
+        "sharded probe": processes.sharded and bool(config.probe_every),
+        "base_delta": config.base_delta,
+        "adapters": hasattr(model, "peft_config")
+        and bool({"delta_norm", "merged_norm"} & set(config.quantities)),
+    }
+    return [area for area, needed in areas.items() if needed]
 
 
 def warn_unrecorded(error: Exception) -> None:

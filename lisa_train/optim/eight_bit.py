@@ -9,6 +9,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import kind_of
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.optim.frozen_state import optimizers_of
+from lisa_train.private_names import check
 
 
 def set_eight_bit_states(
@@ -45,6 +46,7 @@ def set_eight_bit_states(
             "bitsandbytes yourself, or train with that alone."
         )
     optimizer = several[0]
+    check("eight bit")
     try:
         from bitsandbytes.optim import GlobalOptimManager
         from bitsandbytes.optim.optimizer import Optimizer8bit

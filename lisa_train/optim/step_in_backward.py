@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import processes
 from lisa_train.optim.frozen_state import optimizers_of
+from lisa_train.private_names import check
 
 
 class TensorWatcher(Protocol):
@@ -189,6 +190,8 @@ def _check_optimizer(optimizer: Any) -> None:
             "processes have exchanged them; train with one process, or turn step_in_backward off."
         )
     kind = type(optimizer).__name__
+    ours = type(optimizer).__module__.startswith("bitsandbytes")
+    check("step in backward", *(["bitsandbytes"] if ours else []))
     if hasattr(optimizer, "optimizer_dict"):
         raise ConfigError(
             f"{kind} already steps inside the backward pass by itself; turn step_in_backward off."

@@ -16,6 +16,7 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
 from lisa_train.optim.settings import check_eight_bit_states
+from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.eight_bit_callback import EightBitCallback
 from lisa_train.trainer.lisa_callback import LisaCallback
@@ -128,6 +129,7 @@ def attach(
     RunDirectoryError
         From `trainer.train`: when a checkpoint cannot be continued as it was interrupted.
     """
+    check("trainer", "trl head")
     if lisa is not None:
         _check_lisa(trainer, lisa)
     continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
@@ -135,6 +137,7 @@ def attach(
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
+        check("eight bit")
         trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None))
     stepping = None
     if step_in_backward:

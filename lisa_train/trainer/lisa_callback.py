@@ -14,6 +14,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.parallel import refuse_unproved
+from lisa_train.private_names import check
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 from lisa_train.trainer.unwinding import calling_trainer, on_exception
 from lisa_train.trainer.wraps import Wraps
@@ -52,6 +53,7 @@ class LisaCallback(TrainerCallback):
     """
 
     def __init__(self, config: LisaConfig | None = None) -> None:
+        check("exceptions")
         self.config = config or LisaConfig()
         self.engine: Lisa | None = None
         self.on_draw: list[Callable[[Draw], None]] = []

@@ -30,6 +30,7 @@ from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
+from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_parallel
@@ -108,6 +109,7 @@ class RecordCallback(TrainerCallback):
         check_parallel(trainer, "the recorder", sharded=True)
         if config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
+        check("exceptions", *(["trainer probe"] if config.probe_every else []))
         self.config = config
         self.recorder: NormRecorder | None = None
         self._trainer = trainer

@@ -45,6 +45,6 @@ def on_exception(trainer: Trainer, clean_up: Callable[[], None]) -> Wraps:
 
     wraps = Wraps()
     for name in _LOOP:
-        if hasattr(trainer, name):
+        if hasattr(trainer, name):  # else it has been said, see `private_names`
             wraps.put(trainer, name, watched)
     return wraps

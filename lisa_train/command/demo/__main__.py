@@ -93,8 +93,11 @@ def _fast_bf16() -> bool:
     """Whether bf16 arithmetic is faster than fp32 here; the weights stay fp32 either way."""
     import torch
 
+    from lisa_train.private_names import check
+
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    check("demo")
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 

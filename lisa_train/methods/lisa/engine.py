@@ -33,6 +33,7 @@ from lisa_train.optim.frozen_state import (
     start_schedule_free,
 )
 from lisa_train.optim.warmup import Warmup
+from lisa_train.private_names import check
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,10 @@ class Lisa:
         on_draw: Callable[[Draw], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
+        check("model", "engine")
         plan, optimizers, seeds = _agreed_plan(model, optimizer, config, layer_map, seed)
+        if any(type(o).__module__.startswith("schedulefree") for o in optimizers):
+            check("schedulefree")
         self._optimizers = optimizers
         self.config = plan.config
         self.layer_map = plan.layer_map

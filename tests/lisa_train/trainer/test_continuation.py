@@ -300,7 +300,9 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(
     from lisa_train.command.output import keep_inputs, to_yaml
     from lisa_train.config import TrainConfig
 
-    config = TrainConfig(str(tiny_model_dir), str(text_file), output_dir=str(tmp_path))
+    config = TrainConfig(
+        str(tiny_model_dir), str(text_file), output_dir=str(tmp_path), max_grad_norm=0.0
+    )
     kept = keep_inputs(config, tmp_path, resume=False)
     lines = to_yaml(kept).splitlines()
     old = [
@@ -309,11 +311,9 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(
     assert len(old) == len(lines) - 2
     (tmp_path / "config.yaml").write_text("\n".join(old))
     keep_inputs(config, tmp_path, resume=True)
+    other = dataclasses.replace(config, step_in_backward=True)
     with pytest.raises(LisaError, match="step_in_backward is True but the run to resume had False"):
-        keep_inputs(
-            dataclasses.replace(config, step_in_backward=True, max_grad_norm=0.0), tmp_path,
-            resume=True,
-        )  # fmt: skip
+        keep_inputs(other, tmp_path, resume=True)
 
 
 def test_the_noted_content_of_data_sees_every_row_of_small_data():

@@ -1,0 +1,349 @@
+"""Names of other libraries that are not promised to stay: who uses them, and what fails without.
+
+Torch, transformers, TRL, PEFT, accelerate, bitsandbytes and schedulefree may rename any of these in
+a minor release. `check` is called where a part that needs them starts, and says so in words; a
+test per name holds the versions that are pinned.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from lisa_analysis.contract.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name of another library.
+
+    Attributes
+    ----------
+    area
+        The part of this package that needs it; what `check` is asked for.
+    owner
+        Module, or module and class (``"torch.nn:Module"``).
+    name
+        Its attribute, parameter or key.
+    users
+        Modules of this package that use it.
+    without
+        What is not done, or is wrong, when the name is gone.
+    refused
+        Whether nothing may start then; else a warning is enough, because what is recorded and
+        trained stays right.
+    in_source
+        The name is no attribute of the owner (set on instances, a parameter, a key): it is looked
+        for in the text of the module.
+    if_loaded
+        Nobody can be using it unless the module has been imported already.
+    """
+
+    area: str
+    owner: str
+    name: str
+    users: tuple[str, ...]
+    without: str
+    refused: bool = True
+    in_source: bool = False
+    if_loaded: bool = False
+
+    @property
+    def library(self) -> str:
+        """Name of the package that it belongs to."""
+        return self.owner.split(":")[0].split(".")[0]
+
+    def exists(self) -> bool:
+        """Whether it is there; True where the library is not in use, or shows no source."""
+        module_name, _, kind = self.owner.partition(":")
+        if self.if_loaded and module_name not in sys.modules:
+            return True
+        if self.library not in sys.modules and importlib.util.find_spec(self.library) is None:
+            return True
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            return False
+        owner: Any = getattr(module, kind, None) if kind else module
+        if owner is None:
+            return False
+        if self.in_source:
+            source = _source(module_name)
+            return source is None or re.search(rf"\b{re.escape(self.name)}\b", source) is not None
+        return hasattr(owner, self.name)
+
+    def __str__(self) -> str:
+        kind = self.owner.partition(":")[2] or self.owner
+        return f"{kind}.{self.name}"
+
+
+def check(*areas: str) -> None:
+    """Say in words which private names of these areas the installed versions lack.
+
+    Raises
+    ------
+    ConfigError
+        For a name without which something would be wrong or hang; for the others a
+        `RuntimeWarning`.
+    """
+    for entry in TABLE:
+        if entry.area in areas and not entry.exists():
+            text = (
+                f"{entry.library} {_version(entry.library)} has no {entry}, and without it "
+                f"{entry.without}"
+            )
+            if entry.refused:
+                raise ConfigError(
+                    f"{text}; install a version that this package was made for, see its "
+                    "constraints, or report it."
+                )
+            warnings.warn(f"{text}.", RuntimeWarning, stacklevel=3)
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "(unknown version)"
+
+
+@functools.cache
+def _source(module_name: str) -> str | None:
+    try:
+        return inspect.getsource(sys.modules[module_name])
+    except (OSError, TypeError):
+        return None
+
+
+def _trainer() -> list[PrivateName]:
+    loop = [
+        PrivateName(
+            "exceptions", "transformers.trainer:Trainer", name,
+            ("integration/unwinding",),
+            "callbacks that were added by hand do not hear of every exception: LISA's flags and "
+            "the status of the run stay as they were then (attach hears of all)",
+            refused=False,
+        )
+        for name in ("_run_epoch", "_evaluate", "_finalize_training")
+    ]  # fmt: skip
+    pass_of = [
+        PrivateName(
+            "trainer probe", "transformers.trainer:Trainer", name,
+            ("integration/record_callback",),
+            "probe_every cannot make the pass that the trainer makes; leave it out",
+        )
+        for name in ("_get_num_items_in_batch", "_prepare_inputs")
+    ]  # fmt: skip
+    return [
+        *loop,
+        *pass_of,
+        PrivateName(
+            "trainer", "transformers.trainer", "_train_batch_size", ("integration/continuation",),
+            "run.json states the batch size of the settings where auto_find_batch_size chose "
+            "another",
+            refused=False, in_source=True,
+        ),
+        PrivateName(
+            "trainer", "transformers.trainer_callback:TrainerState", "stateful_callbacks",
+            ("integration/lisa_callback", "integration/continuation"),
+            "a checkpoint cannot hold LISA's schedule", in_source=True,
+        ),
+        PrivateName(
+            "trainer", "accelerate:Accelerator", "optimizer_step_was_skipped",
+            ("integration/record_callback",), "steps that fp16 skips are recorded as made",
+        ),
+        PrivateName(
+            "trainer", "accelerate.accelerator", "scaler", ("integration/record_callback",),
+            "gradients under fp16 are recorded with the loss scale in them", in_source=True,
+        ),
+        PrivateName(
+            "trl head", "trl.trainer.utils", "_ChunkedLogProbFunction", ("head_gradient",),
+            "the gradient of a head that trains stands whole in fp32: six bytes per weight of the "
+            "head more memory than the tables say",
+            refused=False, if_loaded=True,
+        ),
+    ]  # fmt: skip
+
+
+def _models() -> list[PrivateName]:
+    checkpointing = "backward runs down to the embeddings under gradient checkpointing, which costs"
+    return [
+        PrivateName(
+            "model", "torch._dynamo.eval_frame:OptimizedModule", "_orig_mod", ("module_tree",),
+            "the model below torch.compile is not found", in_source=True, if_loaded=True,
+        ),
+        PrivateName(
+            "engine", "transformers.modeling_utils", "_require_grads_hooks", ("input_gradients",),
+            f"{checkpointing} the time that LISA saves there",
+            refused=False, in_source=True, if_loaded=True,
+        ),
+        PrivateName(
+            "engine", "transformers.modeling_utils", "_gradient_checkpointing_func",
+            ("input_gradients",),
+            "the reentrant kind of gradient checkpointing is not told from the other and may "
+            "train nothing",
+            in_source=True, if_loaded=True,
+        ),
+        PrivateName(
+            "model", "transformers.configuration_utils", "_name_or_path", ("environment",),
+            "run.json names the model by its class alone",
+            refused=False, in_source=True, if_loaded=True,
+        ),
+        *(
+            PrivateName(
+                "schedulefree", "schedulefree.adamw_schedulefree", name,
+                ("optimizer_state", "preconditions", "step_in_backward"),
+                "layers that start late move about thirty times too far in their first step",
+                in_source=True,
+            )
+            for name in ("weight_sum", "k", "z")
+        ),
+        PrivateName(
+            "step in backward", "transformers.trainer_pt_utils", "optimizer_dict",
+            ("step_in_backward",), "optimizers that step inside backward themselves are not seen",
+            refused=False, in_source=True, if_loaded=True,
+        ),
+    ]  # fmt: skip
+
+
+def _recorder() -> list[PrivateName]:
+    recorder = [
+        ("torch", "_foreach_norm", "norms", "norms cannot be taken"),
+        ("torch:Tensor", "_version", "adapters", "merged_norm stays that of an earlier weight"),
+        ("torch:Tensor", "_make_subclass", "stand_ins", "no measuring pass can be made"),
+        ("torch.nn.modules.module", "_parameters", "stand_ins", "no measuring pass can be made"),
+        ("torch.nn.parallel:DistributedDataParallel", "_active_ddp_module", "probe",
+         "a measuring pass through DDP waits for gradients that never come"),
+    ]  # fmt: skip
+    fsdp = "torch.distributed.fsdp._fully_shard"
+    sharded = [
+        ("sharded", f"{fsdp}:FSDPModule", "_get_fsdp_state", "shards",
+         "weights that FSDP2 has gathered are taken for plain ones"),
+        ("sharded probe", f"{fsdp}._fsdp_state", "_fsdp_param_groups", "probe",
+         "a measuring pass leaves out what rests, or waits for ever"),
+        ("sharded probe", f"{fsdp}._fsdp_param_group:FSDPParamGroup", "_init_mp_dtypes", "probe",
+         "a measuring pass leaves out what rests"),
+        ("sharded probe", f"{fsdp}._fsdp_param_group", "reduce_scatter_unused_params", "probe",
+         "processes that reach other tensors wait for each other for ever"),
+    ]  # fmt: skip
+    in_source = {
+        "_parameters", "_fsdp_param_groups", "reduce_scatter_unused_params",
+    }  # fmt: skip
+    lora = "the products of the adapters are not found, and delta_norm and merged_norm are missing"
+    names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "scaling",
+             "get_base_layer", "fan_in_fan_out", "parameter_name", "num_experts")  # fmt: skip
+    return [
+        *(
+            PrivateName("recorder", owner, name, (user,), without, in_source=name in in_source)
+            for owner, name, user, without in recorder
+        ),
+        *(
+            PrivateName(area, owner, name, (user,), without, in_source=name in in_source)
+            for area, owner, name, user, without in sharded
+        ),
+        *(
+            PrivateName(
+                "adapters", "peft.tuners.lora.layer", name, ("adapters",), lora, in_source=True
+            )
+            for name in names
+        ),
+        *_base_weights(),
+    ]
+
+
+def _base_weights() -> list[PrivateName]:
+    without = "base_delta cannot tell which tensors of the checkpoint make up which weight"
+    loading = "transformers.core_model_loading"
+    files = "base_delta asks the hub for files that are not in the cache"
+    return [
+        *(
+            PrivateName("base_delta", loading, name, ("checkpoint_recipes",), without)
+            for name in (
+                "WeightConverter", "WeightRenaming", "dot_natural_key", "rename_source_key",
+            )
+        ),
+        PrivateName(
+            "base_delta", loading, "_weight_conversions", ("checkpoint_recipes",), without,
+            in_source=True,
+        ),
+        PrivateName(
+            "base_delta", "transformers.conversion_mapping", "get_model_conversion_mapping",
+            ("checkpoint_recipes",), without,
+        ),
+        *(
+            PrivateName(
+                "base_delta", "transformers.utils.hub", name, ("base_weights",), files,
+                in_source=True,
+            )
+            for name in (
+                "_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors",
+            )
+        ),
+    ]  # fmt: skip
+
+
+def _eight_bit() -> list[PrivateName]:
+    optimizer = "bitsandbytes.optim.optimizer"
+    without = "the precision of the optimizer's state cannot be chosen by group"
+    return [
+        PrivateName("eight bit", optimizer, "Optimizer8bit", ("eight_bit",), without),
+        *(
+            PrivateName("eight bit", f"{optimizer}:GlobalOptimManager", n, ("eight_bit",), without)
+            for n in ("initialize", "override_config")
+        ),
+        PrivateName("eight bit", optimizer, "mng", ("eight_bit",), without, in_source=True),
+        PrivateName(
+            "bitsandbytes",
+            f"{optimizer}:Optimizer8bit",
+            "check_overrides",
+            ("step_in_backward",),
+            "settings of single tensors are lost where the optimizer steps inside backward",
+        ),
+    ]
+
+
+def _estimate() -> list[PrivateName]:
+    names = [
+        ("trl.kernels.chunked_logprob", "_forward_tile", "memory/kernels"),
+        ("trl.kernels.chunked_logprob", "_backward_tile", "memory/kernels"),
+        ("trl.kernels.chunked_logprob", "_addmm_fp32", "memory/kernels"),
+        ("trl.trainer.utils", "add_fused_lm_head", "memory/stage"),
+        ("transformers.masking_utils", "find_packed_sequence_indices", "memory/kernels"),
+        ("transformers.modeling_utils:PreTrainedModel", "_from_config", "memory/stage"),
+        ("torch._C", "_current_graph_task_id", "memory/step"),
+        ("torch._subclasses.fake_tensor", "FakeTensorMode", "memory/stage"),
+        ("torch._subclasses.fake_tensor", "DataDependentOutputException", "memory/step"),
+        ("torch._subclasses.fake_tensor", "DynamicOutputShapeException", "memory/step"),
+        ("torch._subclasses.fake_tensor", "UnsupportedOperatorException", "memory/step"),
+        ("torch.utils._python_dispatch", "TorchDispatchMode", "memory/trace"),
+        ("torch.utils._pytree", "tree_leaves", "memory/trace"),
+        ("torch:UntypedStorage", "_cdata", "memory/trace"),
+        ("torch.nn.modules.module", "_buffers", "memory/stage"),
+    ]
+    return [
+        PrivateName(
+            "estimate trl" if owner.startswith("trl") else "estimate", owner, name, (user,),
+            "the memory of a step cannot be estimated", in_source=name == "_buffers",
+        )
+        for owner, name, user in names
+    ]  # fmt: skip
+
+
+def _demo() -> list[PrivateName]:
+    return [
+        PrivateName(
+            "demo", "torch.cpu", "_is_avx512_bf16_supported", ("demo/__main__",),
+            "the demo does not know whether this processor computes in bf16",
+        )
+    ]  # fmt: skip
+
+
+TABLE: tuple[PrivateName, ...] = (
+    *_trainer(), *_models(), *_recorder(), *_eight_bit(), *_estimate(), *_demo(),
+)  # fmt: skip

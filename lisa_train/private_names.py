@@ -156,10 +156,10 @@ def _trainer() -> list[PrivateName]:
         ),
         PrivateName(
             "trainer", "accelerate:Accelerator", "optimizer_step_was_skipped",
-            ("integration/record_callback",), "steps that fp16 skips are recorded as made",
+            ("integration/loss_scale",), "steps that fp16 skips are recorded as made",
         ),
         PrivateName(
-            "trainer", "accelerate.accelerator", "scaler", ("integration/record_callback",),
+            "trainer", "accelerate.accelerator", "scaler", ("integration/loss_scale",),
             "gradients under fp16 are recorded with the loss scale in them", in_source=True,
         ),
         PrivateName(

@@ -33,6 +33,7 @@ from lisa_train.model.tensor_table import TensorTable
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.lisa_callback import LisaCallback
+from lisa_train.trainer.loss_scale import LossScale
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.unwinding import on_exception
@@ -129,7 +130,7 @@ class RecordCallback(TrainerCallback):
         self._tokens: Any = 0
         self._loss: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None
+        self._scale = LossScale(trainer)
         self._probe_inputs: Any = None
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
@@ -343,28 +344,12 @@ class RecordCallback(TrainerCallback):
         self.recorder.after_step(
             state.global_step + 1,
             clip_coef=self._clip_coef,
-            skipped=self._skipped(),
+            skipped=self._scale.skipped(),
             loss=self._loss,
             grad_norm=self._norm,
             tokens=self._tokens,
             step_seconds=time.monotonic() - self._step_began,
         )
-
-    def _skipped(self) -> bool | torch.Tensor:
-        """Whether the loss scaler let the optimizer skip the step, without waiting for the device.
-
-        Accelerate takes a step for made when the optimizer's `step` was called. A fused optimizer
-        is always called and decides on the device; but then too the scale falls.
-        """
-        if self._scale is None or self._trainer.accelerator.optimizer_step_was_skipped:
-            return bool(self._trainer.accelerator.optimizer_step_was_skipped)
-        now = self._loss_scale(self._scale.device)
-        return False if now is None else now < self._scale
-
-    def _loss_scale(self, device: torch.device) -> torch.Tensor | None:
-        """Return the factor on the loss, None without a scaler; `get_scale` would wait."""
-        scaler = getattr(self._trainer.accelerator, "scaler", None)
-        return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
     @_recording
     def on_step_end(
@@ -376,7 +361,7 @@ class RecordCallback(TrainerCallback):
         self.recorder.amend(epoch=state.epoch)
         if self._probe_inputs is not None:
             inputs, self._probe_inputs = self._probe_inputs, None
-            scale = self._loss_scale(args.device)
+            scale = self._scale.now(args.device)
             self.recorder.probe(
                 state.global_step,
                 lambda: self._probe_pass(inputs, scale),
@@ -411,12 +396,8 @@ class RecordCallback(TrainerCallback):
             self.recorder.micro_batch(step)
             return
         # Until clipping the gradients carry the loss scale.
-        self._scale = self._loss_scale(loss.device)
-        self.recorder.before_step(
-            step,
-            gradient_scale=1.0 if self._scale is None else self._scale,
-            undo=not self._sharded,
-        )
+        scale = self._scale.before_step(loss.device)
+        self.recorder.before_step(step, gradient_scale=scale, undo=not self._sharded)
         if self.config.probe_every and step % self.config.probe_every == 0:
             self._probe_inputs = inputs
 

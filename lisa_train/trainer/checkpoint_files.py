@@ -72,21 +72,13 @@ def examine(trainer: Trainer, path: Path, lisa: LisaConfig | None) -> Checkpoint
 
 
 def _state(path: Path) -> dict[str, Any]:
-    file = path / STATE
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        int(state["global_step"]), int(state["max_steps"])
-    except FileNotFoundError:
+    state = _read_json(path / STATE, "nobody knows which step the training had reached")
+    if not all(isinstance(state.get(name), int) for name in ("global_step", "max_steps")):
         raise RunDirectoryError(
-            f"{path} lacks {STATE}: without it nobody knows which step the training had reached; "
-            "resume from another checkpoint."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{file} cannot be read ({type(error).__name__}: {error}); resume from another "
+            f"{path / STATE} does not say which step the training had reached; resume from another "
             "checkpoint."
-        ) from error
-    return dict(state)
+        )
+    return state
 
 
 def _check_weights(trainer: Trainer, path: Path) -> None:
@@ -99,11 +91,7 @@ def _check_weights(trainer: Trainer, path: Path) -> None:
         found = [f / n for f in folders for n in names if (f / n).exists()]
         wanted = "adapter_model.safetensors"
         for file in found:
-            if not (file.parent / "adapter_config.json").is_file():
-                raise RunDirectoryError(
-                    f"{file.parent} lacks adapter_config.json: the adapter cannot be loaded; "
-                    "resume from another checkpoint."
-                )
+            _read_json(file.parent / "adapter_config.json", "the adapter cannot be loaded")
     else:
         whole = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
         found = [file for file in whole if file.exists()] or _pieces(path)
@@ -125,14 +113,8 @@ def _pieces(path: Path) -> list[Path]:
     """Files that an index names."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (path / index).is_file():
-            try:
-                names = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise RunDirectoryError(
-                    f"{path / index} cannot be read ({type(error).__name__}: {error}); resume "
-                    "from another checkpoint."
-                ) from error
-            return [path / name for name in sorted(set(names.values()))]
+            content = _read_json(path / index, "the weights cannot be found")
+            return [path / name for name in sorted(set(dict(content["weight_map"]).values()))]
     return []
 
 
@@ -170,6 +152,28 @@ def _processes(path: Path) -> int | None:
 
 def _sharded(trainer: Trainer) -> bool:
     return any(getattr(trainer, f"is_{x}_enabled", False) for x in ("deepspeed", "fsdp"))
+
+
+def _read_json(file: Path, without: str) -> dict[str, Any]:
+    """Content of a file that no training can go on without."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunDirectoryError(
+            f"{file.parent} lacks {file.name}, and without it {without}; resume from another "
+            "checkpoint."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{file} cannot be read ({type(error).__name__}: {error}), and without it {without}; "
+            "resume from another checkpoint."
+        ) from error
+    if not isinstance(content, dict):
+        raise RunDirectoryError(
+            f"{file} holds {type(content).__name__}, expected an object; resume from another "
+            "checkpoint."
+        )
+    return content
 
 
 def _whole(file: Path) -> bool:

@@ -153,6 +153,11 @@ class Continuation(TrainerCallback):
             before = {"processes": self._checkpoint.processes}
             if "max_steps" in now["settings"]:
                 before["settings"] = {"max_steps": self._checkpoint.state["max_steps"]}
+        if now["data"] is None or now["data"]["content"] is None:
+            logger.warning(
+                "the rows of the training data are made on the fly: whether they are those that "
+                "%s was made from is not known", self._checkpoint.path,
+            )  # fmt: skip
         self.changes = _changes(before, now)
         serious = {name: pair for name, pair in self.changes.items() if name not in PARTS}
         if serious and not self._incomplete:
@@ -183,6 +188,24 @@ class Continuation(TrainerCallback):
         self.notes.append(text)
         if self._trainer.args.process_index == 0:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def warn_of_losses(trainer: Trainer, state: TrainerState, lisa: LisaConfig | None) -> None:
+    """Say what a training lost that was resumed with callbacks added by hand.
+
+    Trainer has loaded the checkpoint by then, and which one it was nobody is told: the one of
+    this step in its `output_dir` is looked at. `attach` hears of it before, and refuses.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    path = Path(trainer.args.output_dir or ".") / f"checkpoint-{state.global_step}"
+    attached = any(isinstance(callback, Continuation) for callback in callbacks)
+    if attached or not state.global_step or not path.is_dir():
+        return
+    if missing := examine(trainer, path, lisa).missing:
+        logger.warning(
+            "resumed from %s without %s: the result is not that of the uninterrupted training",
+            path, ", ".join(missing),
+        )  # fmt: skip
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

@@ -93,7 +93,10 @@ class LisaCallback(TrainerCallback):
             on_notice=self._pass_on,
         )
         if trainer is not None:
+            from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
+
             self._check_wrapped(trainer.model_wrapped)
+            warn_of_losses(trainer, state, self.config)
             self._wraps = on_exception(trainer, self.close)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)

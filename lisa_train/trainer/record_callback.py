@@ -31,7 +31,7 @@ from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.private_names import check
-from lisa_train.trainer.continuation import Continuation
+from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.loss_scale import LossScale
 from lisa_train.trainer.parallel_checks import check_parallel
@@ -156,6 +156,8 @@ class RecordCallback(TrainerCallback):
         self._unwrap()
         self._find_lisa()
         self._began = time.monotonic()
+        if self._lisa is None:
+            warn_of_losses(self._trainer, state, None)
         model = self._trainer.model
         chosen = self._lisa.config.layers if self._lisa else None
         layer_map = find_layers(model, chosen or self.config.layers)

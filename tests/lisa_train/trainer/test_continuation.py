@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import warnings
 
@@ -98,9 +99,8 @@ def test_every_file_of_a_checkpoint_is_missed_or_not_needed(whole, tmp_path, met
         (checkpoint / name).write_bytes(content)
         if name not in HARMLESS:  # cut short by a full disk or a kill
             (checkpoint / name).write_bytes(content[: len(content) // 2])
-            if name != "adapter_config.json":  # PEFT reads it itself
-                with pytest.raises(RunDirectoryError, match=name):
-                    made(folder, method).train(resume_from_checkpoint=str(checkpoint))
+            with pytest.raises(RunDirectoryError, match=name):
+                made(folder, method).train(resume_from_checkpoint=str(checkpoint))
         (checkpoint / name).write_bytes(content)
     trainer = made(folder, method)
     trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -216,6 +216,24 @@ def test_a_checkpoint_of_a_bare_trainer_is_taken_with_a_word(tmp_path, caplog):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert "does not say from which data" in caplog.text
     assert equal(weights(trainer), weights(bare))
+
+
+@pytest.mark.parametrize("kind", [lt.LisaCallback, lt.integration.RecordCallback])
+def test_callbacks_added_by_hand_say_what_was_lost(tmp_path, caplog, kind):
+    """They hear of a resume when Trainer has loaded what there was."""
+
+    def bare():
+        changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+        trainer = Trainer(llama(), arguments(tmp_path / "out", **changes), train_dataset=examples())
+        record = lt.RecordConfig(str(tmp_path / "run"))
+        callback = kind(LISA) if kind is lt.LisaCallback else kind(trainer, record)
+        trainer.add_callback(callback)
+        return trainer
+
+    bare().train()
+    with caplog.at_level("WARNING"):
+        bare().train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert re.search(r"checkpoint-2 without the optimizer's state \(optimizer\.pt\)", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_a_retry_that_cannot_be_recorded_ends_the_recording_only(tmp_path, monke
             raise RuntimeError("CUDA out of memory.")
         return original(model, inputs, *args, **kwargs)
 
-    def begin_segment(self, step, checkpoint=None):
+    def begin_segment(self, step, checkpoint=None, **_):
         raise OSError(28, "No space left on device")
 
     trainer.training_step = training_step

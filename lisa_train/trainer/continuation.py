@@ -83,6 +83,7 @@ class Continuation(TrainerCallback):
                 "save_only_model is set: the checkpoints of this training hold the weights alone "
                 "and nothing can be resumed from them; leave it out to be able to."
             )
+        self._lasting = len(self.notes)
 
     def begin(self, resume_from_checkpoint: Any) -> None:
         """Examine the checkpoint that `Trainer.train` is about to load.
@@ -93,6 +94,7 @@ class Continuation(TrainerCallback):
             When it does not hold what an exact continuation needs, unless that was allowed.
         """
         self.missing, self.changes, self._checkpoint = [], {}, None
+        del self.notes[self._lasting :]  # of an earlier resume
         args = self._trainer.args
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(args.output_dir)
@@ -216,7 +218,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]
         for each in (old, new):
             each.update({f"lisa.{k}": v for k, v in each.pop("lisa").items()})
     old.pop("settings", None), new.pop("settings")
-    unknown = {name for name in ("data", "base weights") if old.get(name) is None or not new[name]}
+    may_be_unknown = ("data", "base weights", *PARTS)
+    unknown = {name for name in may_be_unknown if old.get(name) is None or new[name] is None}
     return {
         name: [old[name], new[name]]
         for name in new

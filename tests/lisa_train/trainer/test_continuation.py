@@ -334,6 +334,20 @@ def test_settings_that_an_earlier_version_did_not_know_have_their_defaults(
         keep_inputs(other, tmp_path, resume=True)
 
 
+def test_what_is_not_known_of_both_times_is_no_change():
+    from lisa_train.trainer.continuation import _changes
+
+    now = {
+        "processes": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+        "device": "cpu", "settings": {"seed": 1}, "data": None, "base weights": "a", "lisa": None,
+    }  # fmt: skip
+    assert _changes({"processes": None}, now) == {}
+    before = {**now, "processes": 2, "data": {"rows": 3}, "base weights": None}
+    assert _changes(before, now) == {"processes": [2, 1]}
+    before = {**now, "settings": {"seed": 2}, "lisa": {"activated_layers": 1}}
+    assert _changes(before, now) == {"seed": [2, 1], "lisa": [{"activated_layers": 1}, None]}
+
+
 def test_the_noted_content_of_data_sees_every_row_of_small_data():
     from datasets import Dataset
 

@@ -1,5 +1,6 @@
 """The Parquet files of a run directory: which shards count, and reading them with filters."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def read_shard(
 
     schema = pa.schema([field.with_nullable(True) for field in arrow_schema(METRICS_TABLE)])
     try:
-        fragment = ds.ParquetFileFormat().make_fragment(str(path), fs.LocalFileSystem())
+        # Absolute: Arrow reads a relative path with a colon as an address.
+        fragment = ds.ParquetFileFormat().make_fragment(os.path.abspath(path), fs.LocalFileSystem())
         physical = fragment.physical_schema
         _check_stored_version(physical, path, warnings)
         _require(physical, ("step", "param_id"), path)
@@ -179,7 +181,8 @@ def read_parameters(path: Path, n_layers: int, warnings: list[str]) -> "pd.DataF
             f"{path} is missing: without the table of tensors the metrics cannot be read."
         )
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # Arrow reads a path as an address where it has a colon
+            table = pq.ParquetFile(file).read()
         _check_stored_version(table.schema, path, warnings)
         _require(table.schema, [c.name for c in PARAMETERS_TABLE.columns if not c.nullable], path)
         schema = arrow_schema(PARAMETERS_TABLE)

@@ -116,11 +116,21 @@ def parse(argv: Sequence[str]) -> Command:
         settings = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_one_sentence(str(error))) from error
+    _keep_words(settings, argv)
     settings = parser.instantiate(settings)
     config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     if resume:
         config = _with_output_dir(config, _config_files(argv))
     return Command(config, resume, estimate, cards)
+
+
+def _keep_words(settings: Any, argv: Sequence[str]) -> None:
+    """Take a word as it is that YAML reads as nothing (`# a`, `&a`): it is a name, and not null."""
+    options = {token.split("=", 1)[0] for token in argv if token.startswith("--")}
+    for option in options - {"--config"}:
+        for _, _, word in _option_values(argv, option):
+            if word[:1] in "#&!" and word and settings.get(option[2:], "") is None:
+                settings[option[2:]] = word
 
 
 def build_parser() -> "ArgumentParser":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.literal_path import is_alias, literal_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -103,16 +104,23 @@ def _read(config: TrainConfig) -> "DatasetDict":
 
     name, path = config.dataset_name, Path(config.dataset_name)
     try:
+        if not path.exists():
+            return load_dataset(name, config.dataset_config)
+        path = literal_path(path)
+        # What is cached for a name of this process alone would never be found again.
+        cache = str(path.parent / "cache") if is_alias(path) else None
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = load_from_disk(name)
+            loaded = load_from_disk(str(path))
             if not isinstance(loaded, DatasetDict):
                 loaded = DatasetDict({config.dataset_train_split: loaded})
         elif path.is_file():
             loaded = load_dataset(
-                _READERS[path.suffix], data_files={config.dataset_train_split: name}
+                _READERS[path.suffix],
+                data_files={config.dataset_train_split: str(path)},
+                cache_dir=cache,
             )
         else:
-            loaded = load_dataset(name, config.dataset_config)
+            loaded = load_dataset(str(path), config.dataset_config, cache_dir=cache)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ConfigError(
             f"dataset_name {name!r} is neither a file or folder here nor a dataset that the hub "

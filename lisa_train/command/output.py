@@ -12,6 +12,7 @@ from pathlib import Path
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.literal_path import at_home
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 
@@ -29,6 +30,22 @@ _MAY_CHANGE = frozenset(
         "per_device_train_batch_size", "gradient_accumulation_steps",
     }
 )  # fmt: skip
+
+
+def expand_home(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with `~` as the home folder in every local path.
+
+    Some of the libraries below would expand it and some would not.
+    """
+    changed: dict[str, Any] = {
+        name: at_home(getattr(config, name))
+        for name in ("model_name_or_path", "dataset_name", "output_dir")
+        if getattr(config, name) is not None
+    }
+    if isinstance(config.lisa.probabilities, str):
+        path = at_home(config.lisa.probabilities)
+        changed["lisa"] = dataclasses.replace(config.lisa, probabilities=path)
+    return dataclasses.replace(config, **changed)
 
 
 def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:

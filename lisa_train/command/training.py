@@ -1,6 +1,8 @@
 """`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
 
 import dataclasses
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from lisa_train.command.data import TrainingData, check_dataset_name, load_data
 from lisa_train.command.modeling import load_model
 from lisa_train.command.output import (
     check_unfinished,
+    expand_home,
     find_run_dir,
     is_storage_error,
     keep_inputs,
@@ -51,6 +54,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     RunDirectoryError
         When `output_dir` already holds a run, or cannot be written.
     """
+    config = expand_home(config)
     _check_inputs(config)
     run_dir = find_run_dir(config, resume=resume)
     checkpoint = last_checkpoint(run_dir) if resume else None
@@ -148,7 +152,8 @@ def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     settings = {
         **same_name,
-        "output_dir": str(run_dir / schema.CHECKPOINTS_DIR),
+        # Absolute: transformers would read a leading `~` as a user's home.
+        "output_dir": os.path.abspath(run_dir / schema.CHECKPOINTS_DIR),
         "report_to": list(config.report_to) or "none",
         "eval_strategy": "steps" if config.eval_steps else "no",
         "save_strategy": "steps" if config.save_steps else "no",
@@ -216,7 +221,7 @@ def _command() -> str | None:
     """Command line of this process; None in a notebook or script, whose arguments are not ours."""
     program = Path(sys.argv[0])
     if program.stem == "lisa-train" or program.parent.name == "lisa_train":
-        return " ".join(["lisa-train", *sys.argv[1:]])
+        return shlex.join(["lisa-train", *sys.argv[1:]])
     return None
 
 
@@ -229,10 +234,10 @@ def summary(run_dir: Path) -> str:
     lines = []
     if result:
         first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
-        loss = f", held-out loss {first:.4f} → {last:.4f}" if first and last else ""
+        loss = f", held-out loss {first:.4f} → {last:.4f}" if None not in (first, last) else ""
         lines.append(f"{run.method}: {result.get('steps')} steps{loss}{_coverage(result)}.")
     lines.append(f"Run directory: {run_dir}")
-    lines.append(f"Next: lisa-analyze {run_dir}")
+    lines.append(f"Next: lisa-analyze {shlex.quote(str(run_dir))}")
     return "\n".join(lines)
 
 

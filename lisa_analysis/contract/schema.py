@@ -194,7 +194,12 @@ SCALARS_TABLE = Table(
     (
         Column("step", "int64", False, "completed optimizer steps"),
         Column("epoch", "float64", True, "passes over the training data"),
-        Column("loss", "float64", True, "training loss of the step, mean over its micro-batches"),
+        Column(
+            "loss",
+            "float64",
+            True,
+            "training loss of the step, mean over the labels that count (none: null)",
+        ),
         Column("learning_rate", "float64", True, "learning rate used by the step"),
         Column("grad_norm", "float64", True, "global gradient norm before clipping"),
         Column("clip_coef", "float64", True, "factor applied by clipping; 1 = not clipped"),
@@ -234,7 +239,9 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "state_bytes": "bytes of optimizer state held after the draw: what left is freed or on the "
         "host, what came has none yet",
     },
-    "evaluate": {"metrics": "held-out metrics by name, as eval_loss"},
+    "evaluate": {
+        "metrics": "held-out metrics by name; eval_loss is a mean over labels, absent without any"
+    },
     "checkpoint": {"path": "folder below the run directory"},
     "probe": {"batches": "how many batches the probe took"},
     "resume": {

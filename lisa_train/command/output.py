@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError

@@ -177,6 +177,8 @@ def _build_trainer(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
+    from lisa_train.trainer.losses import evaluate_per_label
+
     if data.held_out is None:
         arguments.eval_on_start = False
     try:
@@ -192,6 +194,7 @@ def _build_trainer(
         reason = " ".join(str(error).split())
         raise ConfigError(f"The trainer refuses this combination: {reason}") from error
     trainer.remove_callback(PrinterCallback)
+    evaluate_per_label(trainer)
     return trainer
 
 

@@ -54,13 +54,18 @@ class Processes:
         """Replace local values by those of all processes, with one all-reduce.
 
         Every process calls it at the same steps with the same tensors. `loss` becomes the mean
-        over the processes, `tokens` the sum; a process of its own leaves everything as it is.
+        over the processes, weighted by `labels` where a line has them, `tokens` and `labels` the
+        sums; a process of its own leaves everything as it is.
         """
         if self.count == 1:
             return
         kind = wide(self._device)
         parts = [piece.values.to(self._device, kind) * self._weights(piece) for piece in pieces]
-        parts += [_scalar(line.get("loss"), self._device, kind) / self.count for line in lines]
+        weights = [_scalar(_weight(line), self._device, kind) for line in lines]
+        for line, weight in zip(lines, weights, strict=True):
+            loss = _scalar(line.get("loss"), self._device, kind) * weight
+            parts.append(torch.where(weight > 0, loss, torch.zeros_like(loss)))
+        parts += weights
         parts += [_scalar(line.get("tokens"), self._device, kind) for line in lines]
         if not parts:
             return
@@ -69,10 +74,12 @@ class Processes:
         split = list(joined.split([part.numel() for part in parts]))
         for piece in pieces:
             piece.values, piece.merged = split.pop(0), True
-        for name in ("loss", "tokens"):
-            for line in lines:
-                value = split.pop(0)
-                line[name] = value if line.get(name) is not None else None
+        n = len(lines)
+        for line, loss, weight, tokens in zip(
+            lines, split[:n], split[n : 2 * n], split[2 * n :], strict=True
+        ):
+            values = {"loss": loss / weight, "labels": weight, "tokens": tokens}
+            line.update({k: v for k, v in values.items() if line.get(k) is not None})
 
     def gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return sharded tensors as whole ones, in fp32, with one all-reduce for all of them.
@@ -128,6 +135,11 @@ class Processes:
 def _share(tensor: torch.Tensor, count: int) -> float:
     """Part that one process's sum has in the sum over all processes."""
     return shards(tensor) / count
+
+
+def _weight(line: dict[str, Any]) -> Any:
+    labels = line.get("labels")
+    return 1 if labels is None else labels
 
 
 def _scalar(value: Any, device: torch.device, kind: torch.dtype) -> torch.Tensor:

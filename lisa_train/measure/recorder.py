@@ -345,6 +345,7 @@ class NormRecorder:
         *,
         clip_coef: Any = None,
         skipped: bool | torch.Tensor = False,
+        labels: Any = None,
         **scalars: Any,
     ) -> None:
         """Measure what the optimizer did in step `step` and add a line to the scalars.
@@ -359,6 +360,9 @@ class NormRecorder:
             The optimizer did not step (fp16 overflow): there is no update to measure. A tensor of
             one element is not waited for. A loss scaler skips a step exactly when its scale falls,
             also where a fused optimizer makes the decision on the device.
+        labels
+            Number of labels that `loss` is a mean over (number or tensor), if known: with none
+            there is no loss, and several processes are weighted by theirs.
         **scalars
             Columns of the scalars table, as `loss`; numbers or tensors of one element. What is
             left out and can be seen from here is filled in.
@@ -369,7 +373,8 @@ class NormRecorder:
             When a scalar has a name that the table does not know, whatever `on_record_error` is.
         """
         _check_names(scalars)
-        self._after_step(step, skipped, {"step": step, "clip_coef": clip_coef, **scalars})
+        line = {"step": step, "clip_coef": clip_coef, "labels": labels, **scalars}
+        self._after_step(step, skipped, line)
 
     @_measured
     def _after_step(self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any]) -> None:
@@ -523,8 +528,8 @@ class NormRecorder:
         if everything:
             self._written = self._step
         for line in to_host(self._lines):
+            self._latest = _measured_alone(line)
             self.writer.scalars(_tidy(line))
-            self._latest = line
         self._lines = []
         self._flushed_at = time.monotonic()
         self.writer.flush()
@@ -541,7 +546,7 @@ class NormRecorder:
     def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:
         """Return the newest scalars: those that the host has, or with `wait` the last step's."""
         if self._lines and (wait or all(device.type == "cpu" for device in self._devices)):
-            return to_host(self._lines[-1:])[0]
+            return _measured_alone(to_host(self._lines[-1:])[0])
         return dict(self._latest)
 
     def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
@@ -667,6 +672,14 @@ def _leave_out_update(rows: dict[str, np.ndarray]) -> None:
     for name in ("update_norm", "descent"):
         if name in rows:
             rows[name] = np.ma.array(rows[name].data, mask=True)
+
+
+def _measured_alone(line: dict[str, Any]) -> dict[str, Any]:
+    """Take the number of labels out of a line, and the loss where there was none."""
+    labels = line.pop("labels", None)
+    if labels == 0:
+        line["loss"] = None
+    return line
 
 
 def _tidy(line: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.loss_scale import LossScale
+from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.unwinding import on_exception
@@ -128,7 +129,8 @@ class RecordCallback(TrainerCallback):
         self._early_notices: list[str] = []
         self._held_out: list[float] = []
         self._tokens: Any = 0
-        self._loss: torch.Tensor | None = None
+        self._loss = StepLoss()
+        self._per_label: dict[str, float | None] = {}
         self._norm: torch.Tensor | None = None
         self._scale = LossScale(trainer)
         self._probe_inputs: Any = None
@@ -334,7 +336,7 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Start the clock and the sums of the step."""
         self._step_began = time.monotonic()
-        self._loss = self._norm = self._clip_coef = None
+        self._loss, self._norm, self._clip_coef = StepLoss(), None, None
 
     @_recording
     def on_optimizer_step(
@@ -347,7 +349,8 @@ class RecordCallback(TrainerCallback):
             state.global_step + 1,
             clip_coef=self._clip_coef,
             skipped=self._scale.skipped(),
-            loss=self._loss,
+            labels=self._loss.labels,
+            loss=self._loss.value,
             grad_norm=self._norm,
             tokens=self._tokens,
             step_seconds=time.monotonic() - self._step_began,
@@ -392,7 +395,6 @@ class RecordCallback(TrainerCallback):
     @_recording
     def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
         assert self.recorder is not None
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         accelerator, step = self._trainer.accelerator, self._trainer.state.global_step + 1
         if not accelerator.sync_gradients:
             self.recorder.micro_batch(step)
@@ -427,6 +429,9 @@ class RecordCallback(TrainerCallback):
         if self.recorder is None:
             return
         numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+        for name in self._per_label.keys() & numbers.keys():
+            put_per_label(numbers, name, self._per_label[name])
+        self._per_label = {}
         if isinstance(loss := numbers.get("eval_loss"), float):
             self._held_out.append(loss)
         self.recorder.event("evaluate", state.global_step, metrics=numbers)
@@ -478,7 +483,10 @@ class RecordCallback(TrainerCallback):
         ) -> Any:
             count = count_tokens(inputs)
             self._tokens = None if count is None or self._tokens is None else self._tokens + count
+            labels = count_labels(trainer, inputs)
             loss = original(model, inputs, *a, **k)
+            items = a[0] if a else k.get("num_items_in_batch")
+            self._loss.add(trainer, loss, labels, items)
             self._after_training_step(inputs, loss)
             return loss
 
@@ -499,7 +507,16 @@ class RecordCallback(TrainerCallback):
                 logs = {**logs, **self.recorder.aggregates}
             return original(logs, *a, **k)
 
+        def evaluation_loop(original: Callable[..., Any], *a: Any, **k: Any) -> Any:
+            with held_out_loss(trainer) as sums:
+                output = original(*a, **k)
+            if sums.known:
+                name = f"{k.get('metric_key_prefix', 'eval')}_loss"
+                self._per_label = {name: sums.value(trainer)}
+            return output
+
         self._wraps.put(trainer, "training_step", training_step)
+        self._wraps.put(trainer, "evaluation_loop", evaluation_loop)
         if trainer.args.report_to:
             self._wraps.put(trainer, "log", log)
         self._wraps.put(accelerator, "clip_grad_norm_", clip)

@@ -1,5 +1,6 @@
 """The recorder in a Trainer: events, status, resume, and a trainer left as it was found."""
 
+import copy
 import json
 import os
 import warnings
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_recording import Witness, arguments, compare, examples, llama
+from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
@@ -34,8 +36,10 @@ def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=N
 def test_events_manifest_and_result(tmp_path):
     trainer, _ = make(
         tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, eval_on_start=True, manifest={"dataset": {"name": "d"}, "method": "mine"},
+        save_steps=2, eval_on_start=True, per_device_eval_batch_size=3, manifest={"dataset": {"name": "d"}, "method": "mine"},
     )  # fmt: skip
+    exact = []
+    trainer.add_callback(_Exact(examples(8), exact))
     trainer.train()
     trainer.evaluate()  # after the end: the run takes it still
     run = load(tmp_path / "run")
@@ -47,9 +51,12 @@ def test_events_manifest_and_result(tmp_path):
     ]  # fmt: skip
     checkpoint = run.events.set_index("event").loc["checkpoint", "path"].iloc[0]
     assert (run.path / checkpoint / "trainer_state.json").exists()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     found = [m["eval_loss"] for m in run.events["metrics"].dropna()]
-    assert found == losses
+    assert found[:3] == pytest.approx(exact[:3], rel=1e-6)
+    reported = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert reported[:3] != pytest.approx(found[:3], rel=1e-6)  # Trainer's: a mean of means
+    assert found[3] == reported[3]
+    losses = found
     result = run.manifest["result"]
     assert result["first_held_out_loss"] == losses[0]
     assert result["last_held_out_loss"] == losses[2]
@@ -61,6 +68,86 @@ def test_events_manifest_and_result(tmp_path):
     assert run.manifest["recording"]["every"] == 1
     assert run.manifest["versions"]["torch"] == torch.__version__
     assert run.scalars["epoch"].tolist() == pytest.approx([2 * s / 64 for s in range(1, 5)])
+
+
+class _Exact(TrainerCallback):
+    """At every evaluation: the held-out loss per label, in float64, row by row."""
+
+    def __init__(self, rows, found):
+        self.rows, self.found = rows, found
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.found.append(_loss_per_label(model, self.rows))
+
+
+def _loss_per_label(model, rows):
+    model = copy.deepcopy(model).double().eval()
+    total, labels = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(
+                row["input_ids"][None], attention_mask=row["attention_mask"][None]
+            ).logits
+        wanted = row["labels"][1:]
+        for position, label in enumerate(wanted.tolist()):
+            if label != -100:
+                total -= torch.log_softmax(logits[0, position], dim=-1)[label].item()
+                labels += 1
+    return total / labels if labels else None
+
+
+def _masked(rows, *empty):
+    """Rows of different length, those numbered `empty` without a label that counts."""
+    for number, row in enumerate(rows):
+        keep = 1 if number in empty else 3 + number % 8
+        row["labels"] = torch.where(torch.arange(12) < keep, row["input_ids"], -100)
+    return rows
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_are_per_label_and_null_without_one(tmp_path, accepts, accumulation):
+    """Step 2 has no label; step 3 one batch without any if it has two. Rate 0: one model."""
+    rows = _masked(examples(8 * accumulation), *((1,) if accumulation == 1 else (2, 3, 4)))
+    held_out = _masked(examples(9), 0, 1, 4)
+    trainer = Trainer(
+        llama(),
+        arguments(
+            tmp_path / "c", max_steps=4, per_device_train_batch_size=1, learning_rate=0.0,
+            gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
+            eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=2,
+        ),
+        train_dataset=rows, eval_dataset=held_out,
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs = accepts
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    run = load(tmp_path / "run")
+    exact = [
+        _loss_per_label(trainer.model, rows[accumulation * i : accumulation * (i + 1)])
+        for i in range(4)
+    ]
+    found = [None if np.isnan(x) else x for x in run.scalars["loss"]]
+    assert exact.count(None) == 1
+    assert found == [None if x is None else pytest.approx(x, rel=1e-5) for x in exact]
+    lines = [json.loads(x) for x in (run.path / "scalars.jsonl").read_text().splitlines()]
+    assert ["loss" in line for line in lines] == [x is not None for x in exact]
+    expected = pytest.approx(_loss_per_label(trainer.model, held_out), rel=1e-5)
+    assert run.events["metrics"].dropna().iloc[0]["eval_loss"] == expected
+    assert run.manifest["result"]["last_held_out_loss"] == expected
+    assert "labels" not in run.scalars
+
+
+def test_an_evaluation_without_a_label_has_no_loss(tmp_path):
+    trainer = Trainer(
+        llama(), arguments(tmp_path / "c", max_steps=1, eval_on_start=True),
+        train_dataset=examples(), eval_dataset=_masked(examples(3), 0, 1, 2),
+    )  # fmt: skip
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    run = load(tmp_path / "run")
+    assert "eval_loss" not in run.events["metrics"].dropna().iloc[0]
+    assert "first_held_out_loss" not in run.manifest["result"]
 
 
 def test_the_last_census_is_of_the_last_weights_not_of_the_best(tmp_path):

@@ -284,7 +284,7 @@ MANIFEST_FIELDS: dict[str, str] = {
     "probe": "batches, and how their signal was taken, when the method is probe",
     "lisa": "the LISA configuration, when the method is lisa",
     "lora": "rank, alpha, targets and initialisation, when the method is lora",
-    "dataset": "name, columns, number of training and held-out examples",
+    "dataset": "name, columns read and not read, number of examples trained on, held out, dropped",
     "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; with LISA "
     "layer_visits (draws of every layer) and layers_never_drawn",
     "error": "one sentence, when the status is failed",

@@ -36,7 +36,8 @@ def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=N
 def test_events_manifest_and_result(tmp_path):
     trainer, _ = make(
         tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, eval_on_start=True, per_device_eval_batch_size=3, manifest={"dataset": {"name": "d"}, "method": "mine"},
+        save_steps=2, eval_on_start=True, per_device_eval_batch_size=3,
+        manifest={"dataset": {"name": "d"}, "method": "mine"},
     )  # fmt: skip
     exact = []
     trainer.add_callback(_Exact(examples(8), exact))

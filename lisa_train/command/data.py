@@ -1,18 +1,22 @@
 """Find, check and split the text that a run trains on; every complaint in one sentence."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.literal_path import is_alias, literal_path
+from lisa_train.command.rows import MESSAGES, PAIR, TOKENS, Layout, check_rows, text_layout
+from lisa_train.command.starting import is_our_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_LAYOUTS = "`text`; `prompt` and `completion`; or `messages`"
+_LAYOUTS = "`text`; `prompt` and `completion`; `messages`; or `input_ids`"
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,41 @@ class TrainingData:
     train, held_out
         Datasets reduced to the columns that training reads; `held_out` is None without one.
     layout
-        ``text``, ``prompt/completion`` or ``messages``.
+        ``text``, ``prompt/completion``, ``messages`` or ``tokens``.
+    unused
+        Columns of the data that nothing reads.
+    dropped
+        Rows of the training part that cannot be learned from.
+    places, held_out_places
+        Words that name a row of `train` and `held_out`, by its position in it.
     """
 
     train: "Dataset"
     held_out: "Dataset | None"
     layout: str
+    unused: tuple[str, ...] = ()
+    dropped: int = 0
+    places: Callable[[int], str] = "row {}".format
+    held_out_places: Callable[[int], str] = "held-out row {}".format
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the rows hold messages, which a chat template makes into text."""
+        columns = self.train.column_names
+        return "messages" in columns or (
+            "prompt" in columns and isinstance(self.train[0]["prompt"], list)
+        )
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Entry `dataset` of a run's manifest."""
+        """Entry `dataset` of a run's manifest, before the rows are cut to their length."""
         return {
             "name": name,
             "layout": self.layout,
             "columns": self.train.column_names,
+            "unused_columns": list(self.unused),
             "train_examples": len(self.train),
             "held_out_examples": len(self.held_out) if self.held_out is not None else 0,
+            "dropped_examples": self.dropped,
         }
 
 
@@ -85,17 +109,60 @@ def load_data(config: TrainConfig) -> TrainingData:
             f"{config.dataset_name} has no split {name!r}, only {', '.join(map(repr, splits))}; "
             "set dataset_train_split." + suggest(name, splits)
         )
-    layout, columns = _layout(splits[name], config)
-    train, held_out = _split(splits, config)
-    if config.max_train_samples is not None:
-        train = train.select(range(min(config.max_train_samples, len(train))))
-    if held_out is not None and config.max_eval_samples is not None:
-        held_out = held_out.select(range(min(config.max_eval_samples, len(held_out))))
-    train, held_out = (
-        None if part is None else _arrange(part.select_columns(columns), layout, config)
-        for part in (train, held_out)
+    layout = _layout(splits[name], config)
+    first = splits[name].select(range(1))  # before the data is found too small to be split
+    _check_part(_Part(first, name, range(1)), layout, config)
+    parts = _split(splits, config)
+    train = _limited(parts[0], config.max_train_samples)
+    held_out = None if parts[1] is None else _limited(parts[1], config.max_eval_samples)
+    for part in (train, held_out):
+        if part is not None:
+            _check_part(part, layout, config)
+    unused = sorted(set(train.dataset.column_names) - set(layout.columns(train.dataset)))
+    kept = _arrange(train, layout, config)
+    judged = None if held_out is None else _arrange(held_out, layout, config)
+    return TrainingData(
+        kept.dataset,
+        None if judged is None else judged.dataset,
+        layout.name,
+        unused=tuple(unused),
+        dropped=len(train.rows) - len(kept.rows),
+        places=partial(_place, config.dataset_name, kept),
+        held_out_places=partial(_place, config.dataset_name, judged or kept),
     )
-    return TrainingData(train, held_out, layout)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a split, with their numbers in it, from 0."""
+
+    dataset: "Dataset"
+    split: str
+    rows: Sequence[int]
+
+
+def _place(name: str, part: _Part, position: int) -> str:
+    return f"row {part.rows[position] + 1} of split {part.split!r} of {name}"
+
+
+def _limited(part: _Part, most: int | None) -> _Part:
+    if most is None or most >= len(part.rows):
+        return part
+    return _Part(part.dataset.select(range(most)), part.split, part.rows[:most])
+
+
+def _check_part(part: _Part, layout: Layout, config: TrainConfig) -> None:
+    missing = [c for c in layout.needed if c not in part.dataset.column_names]
+    if missing:
+        raise ConfigError(
+            f"split {part.split!r} of {config.dataset_name} has no column {missing[0]!r}, which "
+            f"split {config.dataset_train_split!r} has; give both the same columns."
+        )
+    if not len(part.dataset):
+        raise ConfigError(
+            f"{config.dataset_name} has no example in split {part.split!r}; expected at least one."
+        )
+    check_rows(part.dataset, layout, partial(_place, config.dataset_name, part))
 
 
 def _read(config: TrainConfig) -> "DatasetDict":
@@ -127,6 +194,8 @@ def _read(config: TrainConfig) -> "DatasetDict":
             f"gives us ({_first_line(error)}); check the spelling and the network."
         ) from error
     except Exception as error:  # the readers raise errors of many libraries for a bad file
+        if is_our_fault(error):
+            raise
         raise ConfigError(
             f"dataset_name {name} cannot be read ({_first_line(error)}); expected JSON lines, "
             "Parquet or a saved dataset."
@@ -139,31 +208,26 @@ def _first_line(error: BaseException) -> str:
     return str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
 
 
-def _layout(dataset: "Dataset", config: TrainConfig) -> tuple[str, list[str]]:
-    """Return the layout's name and its columns, after a look at the first example."""
-    if len(dataset) == 0:
+def _layout(dataset: "Dataset", config: TrainConfig) -> Layout:
+    """Return the layout that the columns show; TRL prefers token ids to whatever else is there."""
+    columns, field = dataset.column_names, config.dataset_text_field
+    if not len(dataset):
         raise ConfigError(
             f"{config.dataset_name} has no example in split {config.dataset_train_split!r}; "
             "expected at least one."
         )
-    columns, field = dataset.column_names, config.dataset_text_field
-    if "messages" in columns:
-        _check_messages(dataset[0]["messages"], config.dataset_name)
-        return "messages", ["messages"]
-    if "prompt" in columns and "completion" in columns:
-        return "prompt/completion", ["prompt", "completion"]
+    for layout in (TOKENS, MESSAGES, PAIR):
+        if set(layout.needed) <= set(columns):
+            if layout is TOKENS and config.completion_only_loss:
+                _need_mask(columns, "completion_mask", config)
+            return layout
     if field in columns:
-        if not isinstance(dataset[0][field], str):
-            raise ConfigError(
-                f"column {field!r} of {config.dataset_name} holds "
-                f"{type(dataset[0][field]).__name__}; expected text."
-            )
         if config.completion_only_loss:
             raise ConfigError(
                 f"completion_only_loss is true but {config.dataset_name} is plain text; it needs "
                 "`prompt` and `completion`, or `messages`."
             )
-        return "text", [field]
+        return text_layout(field)
     hint = next(
         (s for c in columns if (s := suggest(c, [field, "prompt", "completion", "messages"]))), ""
     )
@@ -174,26 +238,23 @@ def _layout(dataset: "Dataset", config: TrainConfig) -> tuple[str, list[str]]:
     )
 
 
-def _check_messages(messages: Any, name: str) -> None:
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
-    ):
+def _need_mask(columns: Sequence[str], mask: str, config: TrainConfig) -> None:
+    if mask not in columns and "labels" not in columns:
         raise ConfigError(
-            f"`messages` of {name} must be a list of {{role, content}} objects; the first example "
-            f"holds {str(messages)[:80]!r}."
+            f"completion_only_loss is true but {config.dataset_name} holds token ids without "
+            f"{mask!r} or 'labels'; add the column."
         )
 
 
-def _split(splits: "DatasetDict", config: TrainConfig) -> "tuple[Dataset, Dataset | None]":
-    train = splits[config.dataset_train_split]
-    test = config.dataset_test_split
-    if test and test in splits and test != config.dataset_train_split:
-        return train, splits[test]
+def _split(splits: "DatasetDict", config: TrainConfig) -> tuple[_Part, _Part | None]:
+    name, test = config.dataset_train_split, config.dataset_test_split
+    train = splits[name]
+    whole = _Part(train, name, range(len(train)))
+    if test and test in splits and test != name:
+        return whole, _Part(splits[test], test, range(len(splits[test])))
     size: float | int = config.eval_size
     if not size:
-        return train, None
+        return whole, None
     count = int(size) if size >= 1 else max(1, round(size * len(train)))
     if count >= len(train):
         raise ConfigError(
@@ -201,24 +262,35 @@ def _split(splits: "DatasetDict", config: TrainConfig) -> "tuple[Dataset, Datase
             f"{config.dataset_name} and leaves nothing to train on; lower it, or set it to 0."
         )
     # The seed of the split is fixed: runs that differ in `seed` are judged on the same examples.
+    # It depends on nothing but the length, so that the numbers are parted as the rows are.
+    from datasets import Dataset
+
+    numbers = Dataset.from_dict({"row": range(len(train))})
+    chosen = numbers.train_test_split(test_size=count, seed=0)
     parts = train.train_test_split(test_size=count, seed=0)
-    return parts["train"], parts["test"]
+    first, second = (_Part(parts[p], name, chosen[p]["row"][:]) for p in ("train", "test"))
+    return first, second
 
 
-def _arrange(dataset: "Dataset", layout: str, config: TrainConfig) -> "Dataset":
+def _arrange(part: _Part, layout: Layout, config: TrainConfig) -> _Part:
     """Chat data with the loss on the last turn becomes prompt and completion, as TRL expects."""
-    if layout != "messages" or not config.completion_only_loss:
-        return dataset
+    dataset = part.dataset.select_columns(layout.columns(part.dataset))
+    if layout is not MESSAGES or not config.completion_only_loss:
+        return _Part(dataset, part.split, part.rows)
 
     def cut(example: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": example["messages"][:-1], "completion": example["messages"][-1:]}
 
-    ends_well = dataset.filter(
-        lambda e: len(e["messages"]) > 1 and e["messages"][-1]["role"] == "assistant"
-    )
-    if len(ends_well) == 0:
+    chosen = [
+        i
+        for i, messages in enumerate(dataset["messages"])
+        if len(messages) > 1 and messages[-1]["role"] == "assistant"
+    ]
+    if not chosen:
         raise ConfigError(
-            f"completion_only_loss is true but no conversation of {config.dataset_name} ends with "
-            "an assistant turn after another turn; there is nothing to learn from."
+            f"completion_only_loss is true but no conversation in split {part.split!r} of "
+            f"{config.dataset_name} ends with an assistant turn after another turn; there is "
+            "nothing to learn from."
         )
-    return ends_well.map(cut, remove_columns=["messages"])
+    cut_short = dataset.select(chosen).map(cut, remove_columns=["messages"])
+    return _Part(cut_short, part.split, [part.rows[i] for i in chosen])

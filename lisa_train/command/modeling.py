@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.starting import refusals
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
@@ -28,7 +29,15 @@ def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokeniz
     }
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     what = "model"
-    try:
+
+    def say(reason: str) -> str:
+        return (
+            f"The {what} of model_name_or_path {config.model_name_or_path!r} cannot be loaded "
+            f"({reason[:200]}); give a folder written by save_pretrained, or a hub id that this "
+            "machine can reach."
+        )
+
+    with refusals(say):
         model = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             dtype=dtype,
@@ -37,13 +46,6 @@ def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         )
         what = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"The {what} of model_name_or_path {config.model_name_or_path!r} cannot be loaded "
-            f"({reason[:200]}); give a folder written by save_pretrained, or a hub id that this "
-            "machine can reach."
-        ) from error
     if getattr(model, "hf_quantizer", None) is not None and config.method != "lora":
         raise ConfigError(
             f"{config.model_name_or_path} is quantized and method is {config.method}: quantized "

@@ -22,6 +22,7 @@ from lisa_train.command.output import (
     no_trace_of_a_refused_run,
     to_yaml,
 )
+from lisa_train.command.starting import refusals
 from lisa_train.methods.lora import lora_config
 from lisa_train.model.source import check_model_name
 
@@ -62,9 +63,18 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         trainer, attached = _prepare(config, run_dir, resume=resume)
         if checkpoint is not None:
             check_unfinished(checkpoint)
+    from lisa_train.trainer.progress import FirstStep
+
+    first = FirstStep()
+    trainer.add_callback(first)
+
+    def passes(error: Exception) -> bool:
+        return first.begun or (isinstance(error, OSError) and is_storage_error(error))
+
     try:
         with attached:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with refusals("Training cannot begin: {}.".format, passes=passes):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if config.save_final_model:
                 folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
                 trainer.save_model(str(run_dir / folder))
@@ -85,13 +95,16 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
     model, tokenizer = load_model(config)
     if config.method == "lisa":
         _check_lisa(model, config)
-    data = load_data(config)
-    manifest = _manifest(config, data)
-    trainer = _build_trainer(arguments, model, tokenizer, data, peft_config)
-    kept = keep_inputs(config, run_dir, resume=resume)
-
+    from lisa_train.command.prepared import check_prepared
     from lisa_train.trainer import attach
 
+    data = load_data(config)
+    manifest = _manifest(config, data)
+    trainer = _build_trainer(arguments, model, tokenizer, data, peft_config, config)
+    found, said = check_prepared(trainer, config)
+    _complete(manifest["dataset"], found)
+    _tell(trainer, [*_about(manifest["dataset"]), *said])
+    kept = keep_inputs(config, run_dir, resume=resume)
     attached = attach(
         trainer,
         lisa=config.lisa if config.method == "lisa" else None,
@@ -165,23 +178,33 @@ def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
     }
     if config.dataset_test_split is None and not config.eval_size:
         settings["eval_on_start"] = False
-    try:
+    with refusals("The trainer refuses these settings: {}".format):
         return SFTConfig(**settings)
-    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
-        raise ConfigError(f"The trainer refuses these settings: {error}") from error
 
 
 def _build_trainer(
-    arguments: "SFTConfig", model: Any, tokenizer: Any, data: TrainingData, peft_config: Any
+    arguments: "SFTConfig",
+    model: Any,
+    tokenizer: Any,
+    data: TrainingData,
+    peft_config: Any,
+    config: TrainConfig,
 ) -> "SFTTrainer":
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
+    from lisa_train.command.prepared import check_tokenizer, refused_row
     from lisa_train.trainer.losses import evaluate_per_label
 
     if data.held_out is None:
         arguments.eval_on_start = False
-    try:
+
+    def say(reason: str) -> str:
+        row = refused_row(data, tokenizer, config)
+        return row or f"The trainer refuses this combination: {reason}."
+
+    check_tokenizer(tokenizer, data, config)
+    with refusals(say):
         trainer = SFTTrainer(
             model=model,
             args=arguments,
@@ -190,12 +213,42 @@ def _build_trainer(
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"The trainer refuses this combination: {reason}") from error
     trainer.remove_callback(PrinterCallback)
     evaluate_per_label(trainer)
     return trainer
+
+
+def _complete(dataset: dict[str, Any], found: dict[str, Any]) -> None:
+    """Count in run.json the examples that train: some are dropped when rows are cut to length."""
+    for name in ("train_examples", "held_out_examples"):
+        if name in found:
+            key = "dropped_examples" if name.startswith("train") else "dropped_held_out_examples"
+            dataset[key] = dataset.get(key, 0) + dataset[name] - found[name]
+    dataset.update(found)
+
+
+def _about(dataset: dict[str, Any]) -> list[str]:
+    """Say what of the data is not used."""
+    said = []
+    if unused := dataset["unused_columns"]:
+        said.append(
+            f"nothing reads the columns {', '.join(map(repr, unused))} of {dataset['name']}"
+        )
+    for key, which in (
+        ("dropped_examples", "training"), ("dropped_held_out_examples", "held-out")
+    ):  # fmt: skip
+        if count := dataset.get(key):
+            said.append(
+                f"{count} {which} examples of {dataset['name']} are dropped: no token of theirs "
+                "is left to learn from (max_length, or no answer at the end)"
+            )
+    return said
+
+
+def _tell(trainer: "SFTTrainer", said: list[str]) -> None:
+    if trainer.is_world_process_zero():
+        for sentence in said:
+            print(f"note: {sentence}.", file=sys.stderr, flush=True)
 
 
 def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:

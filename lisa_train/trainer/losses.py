@@ -37,7 +37,7 @@ def count_labels(trainer: Trainer, inputs: Any) -> torch.Tensor | None:
 
 def _shifts_labels(model: Any) -> bool:
     """Whether the model's loss compares every position with the label of the next one."""
-    bare = unwrap(model)
+    bare: Any = unwrap(model)
     base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     kind = getattr(base, "loss_type", None)

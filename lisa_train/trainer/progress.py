@@ -198,6 +198,17 @@ class EvaluateAtEnd(TrainerCallback):
         return control
 
 
+class FirstStep(TrainerCallback):
+    """Knows whether training has come as far as its first step."""
+
+    begun = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begun = True
+
+
 def layers_in_words(layers: tuple[int, ...]) -> str:
     """Return ``3,17`` for a few layers, ``12 of them`` for many."""
     return ",".join(map(str, layers)) if len(layers) <= 6 else f"{len(layers)} of them"

@@ -62,6 +62,12 @@ def _recording(
     return wrapped
 
 
+_NO_BATCH = (
+    "the training data give no batch; give at least as many examples as a batch has, or set "
+    "dataloader_drop_last to false."
+)
+
+
 class RecordCallback(TrainerCallback):
     """Writes the run directory of any `transformers.Trainer` or subclass; see `attach`.
 
@@ -155,6 +161,7 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
+        _need_batches(kwargs.get("train_dataloader"))
         self._unwrap()
         self._find_lisa()
         self._began = time.monotonic()
@@ -281,6 +288,8 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the last census and close the run."""
+        if state.global_step == 0 and self.recorder is not None:
+            raise ConfigError(f"no step was made: {_NO_BATCH}")
         self.close()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -533,3 +542,13 @@ class RecordCallback(TrainerCallback):
             self._unwrap()
         else:
             self.close(sys.exception())
+
+
+def _need_batches(dataloader: Any) -> None:
+    """`ConfigError` for data that can be seen to give no batch: nothing would be trained."""
+    try:
+        length = None if dataloader is None else len(dataloader)
+    except TypeError:  # a stream: only its end will tell
+        return
+    if length == 0:
+        raise ConfigError(f"{type(dataloader.dataset).__name__}: {_NO_BATCH}")

@@ -20,7 +20,8 @@ class TrainConfig:
         Folder of a saved model, or a hub id.
     dataset_name
         JSONL, JSON or Parquet file, folder (saved dataset or data files), or a hub id. Columns:
-        `text`; or `prompt` and `completion`; or `messages`.
+        `text`; or `prompt` and `completion`; or `messages`, with `tools` and
+        `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
     method
         ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time.
     output_dir

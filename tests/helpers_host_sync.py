@@ -43,7 +43,7 @@ class HostSyncError(AssertionError):
 
 
 class DeviceWatch(TorchDispatchMode):
-    """Refuses what waits for the device; answers with zeros where waiting is allowed.
+    """Refuses what waits for the device; copies what it may to the host as ones.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class DeviceWatch(TorchDispatchMode):
     def _answer(name: str, args: Any, kwargs: Any) -> torch.Tensor:
         if name == "copy_":
             return args[0].zero_()
-        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
 
 
 def _place() -> str:
@@ -129,7 +129,7 @@ def _place() -> str:
 def watched(
     monkeypatch: pytest.MonkeyPatch, *, everyone: bool = True, spared: str | None = None
 ) -> Iterator[DeviceWatch]:
-    """Watch a block of code; what begin, flushes and end read is allowed, answered with zeros.
+    """Watch a block of code; what begin, flushes and end read is allowed, answered with ones.
 
     On `meta`, torch makes no copy of what `torch.tensor(1.0, device=…)` would copy on CUDA: the
     functions that make tensors of numbers are watched one by one.

@@ -218,7 +218,7 @@ def test_a_checkpoint_of_a_bare_trainer_is_taken_with_a_word(tmp_path, caplog):
     assert equal(weights(trainer), weights(bare))
 
 
-@pytest.mark.parametrize("kind", [lt.LisaCallback, lt.integration.RecordCallback])
+@pytest.mark.parametrize("kind", [lt.LisaCallback, lt.RecordCallback])
 def test_callbacks_added_by_hand_say_what_was_lost(tmp_path, caplog, kind):
     """They hear of a resume when Trainer has loaded what there was."""
 

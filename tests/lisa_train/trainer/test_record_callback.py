@@ -921,7 +921,7 @@ def test_no_wrap_is_left_after_any_number_of_trainings(tmp_path, doors, ending):
         lt.attach(trainer, lisa=lisa, record=record, step_in_backward=True)
     else:
         engine = lt.LisaCallback(lisa)
-        recorder = lt.integration.RecordCallback(trainer, record, lisa=engine)
+        recorder = lt.RecordCallback(trainer, record, lisa=engine)
         added = [engine, recorder]
         for callback in added if doors.startswith("lisa") else reversed(added):
             trainer.add_callback(callback)
@@ -979,3 +979,40 @@ def test_wraps_may_be_taken_off_in_any_order():
     owner.method = lambda x: ["theirs", *theirs(x)]
     own.take_off()
     assert owner.method("x") == ["theirs", "x"]
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """Rows whose number nobody knows before the end; none at all."""
+
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_data_without_a_batch_is_no_finished_run(tmp_path, steps):
+    """Three rows and a batch of eight, `drop_last`; nothing has been claimed when it is said."""
+    trainer = Trainer(
+        llama(),
+        arguments(
+            tmp_path / "c", per_device_train_batch_size=8, dataloader_drop_last=True, **steps
+        ),
+        train_dataset=examples(3),
+    )
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    # With epochs Trainer itself says that it does not know how many steps to make.
+    with pytest.raises(ValueError, match="give no batch|does not have a length"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_without_a_batch_is_no_finished_run(tmp_path):
+    settings = arguments(
+        tmp_path / "c", max_steps=3, accelerator_config={"dispatch_batches": False}
+    )
+    trainer = Trainer(llama(), settings, train_dataset=_Stream())
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    with pytest.raises(ConfigError, match="no step was made"):
+        trainer.train()
+    run = load(tmp_path / "run")
+    assert run.status == "failed"
+    assert "no step was made" in run.manifest["error"]

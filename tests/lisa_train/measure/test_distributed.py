@@ -16,9 +16,12 @@ import helpers_distributed as worker
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers_recording import llama
 
 from lisa_analysis.rundir.run import load
+from lisa_train.measure.buffers import to_host
+from lisa_train.measure.processes import Processes
 
 COLUMNS = ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent", "opt_steps")
 SCALARS = ("loss", "tokens", "grad_norm", "clip_coef", "learning_rate")
@@ -385,3 +388,24 @@ def test_lisa_in_trainer_with_two_processes_is_that_of_one(one, two):
 
 def test_models_are_what_the_tests_take_them_for():
     assert len(list(llama().parameters())) == len(list(worker.small().parameters())) == 30
+
+
+def test_processes_weigh_a_loss_by_their_labels(monkeypatch):
+    """Three labels here and one there; none anywhere; one that has none; and none counted."""
+    here = [{"loss": 2.0, "labels": 3, "tokens": 5}, {"loss": 0.0, "labels": 0, "tokens": 1},
+            {"loss": float("nan"), "labels": 0, "tokens": 1}, {"loss": 1.0, "tokens": 1}]  # fmt: skip
+    there = [{"loss": 6.0, "labels": 1, "tokens": 6}, {"loss": 0.0, "labels": 0, "tokens": 1},
+             {"loss": 4.0, "labels": 2, "tokens": 1}, {"loss": 2.0, "tokens": 1}]  # fmt: skip
+    processes = object.__new__(Processes)
+    processes.count, processes._device = 2, torch.device("cpu")
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda joined: sent.append(joined.clone()))
+    for lines in (there, here):
+        processes.merge([], [dict(line) for line in lines])
+    monkeypatch.setattr(dist, "all_reduce", lambda joined: joined.copy_(sent[0] + sent[1]))
+    lines = [dict(line) for line in here]
+    processes.merge([], lines)
+    merged = to_host(lines)
+    assert [line["tokens"] for line in merged] == [11, 2, 2, 2]
+    assert [line.get("labels") for line in merged] == [4, 0, 2, None]
+    assert [merged[i]["loss"] for i in (0, 2, 3)] == [(2 * 3 + 6 * 1) / 4, 4.0, 1.5]

@@ -1000,7 +1000,7 @@ def test_data_without_a_batch_is_no_finished_run(tmp_path, steps):
     )
     lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
     # With epochs Trainer itself says that it does not know how many steps to make.
-    with pytest.raises(ValueError, match="give no batch|does not have a length"):
+    with pytest.raises(ValueError, match=r"give no batch|does not have a length"):
         trainer.train()
     assert not (tmp_path / "run").exists()
 

@@ -392,10 +392,19 @@ def test_models_are_what_the_tests_take_them_for():
 
 def test_processes_weigh_a_loss_by_their_labels(monkeypatch):
     """Three labels here and one there; none anywhere; one that has none; and none counted."""
-    here = [{"loss": 2.0, "labels": 3, "tokens": 5}, {"loss": 0.0, "labels": 0, "tokens": 1},
-            {"loss": float("nan"), "labels": 0, "tokens": 1}, {"loss": 1.0, "tokens": 1}]  # fmt: skip
-    there = [{"loss": 6.0, "labels": 1, "tokens": 6}, {"loss": 0.0, "labels": 0, "tokens": 1},
-             {"loss": 4.0, "labels": 2, "tokens": 1}, {"loss": 2.0, "tokens": 1}]  # fmt: skip
+    nan = float("nan")
+    here = [
+        {"loss": 2.0, "labels": 3, "tokens": 5},
+        {"loss": 0.0, "labels": 0, "tokens": 1},
+        {"loss": nan, "labels": 0, "tokens": 1},
+        {"loss": 1.0, "tokens": 1},
+    ]
+    there = [
+        {"loss": 6.0, "labels": 1, "tokens": 6},
+        {"loss": 0.0, "labels": 0, "tokens": 1},
+        {"loss": 4.0, "labels": 2, "tokens": 1},
+        {"loss": 2.0, "tokens": 1},
+    ]
     processes = object.__new__(Processes)
     processes.count, processes._device = 2, torch.device("cpu")
     sent = []

@@ -138,7 +138,8 @@ METRICS_TABLE = Table(
             "float32",
             True,
             "LoRA only: ‖W + (α/r)BA‖ of the adapted weight (DoRA: rescaled), on the row of "
-            "lora_B; at step 0 it is the ‖W_0‖ of delta_norm",
+            "lora_B; measured in censuses (step 0, checkpoints, the end), since it takes all base "
+            "weights; at step 0 it is the ‖W_0‖ of delta_norm",
         ),
         Column(
             "opt_steps",

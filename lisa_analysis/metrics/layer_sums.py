@@ -46,7 +46,9 @@ class Accumulator:
         self.complete = bool((group_of >= 0).all())
         self.census = np.full(size, np.nan)
         self.merged = np.full(size, np.nan)
-        self.last = {name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm")}
+        self.last = {
+            name: np.full(size, np.nan) for name in ("weight_norm", "delta_norm", "merged_norm")
+        }
         self.ever_trained = np.zeros(size, dtype=bool)
         self.first_bad: dict[str, tuple[int, int]] = {}
         self.rows = 0
@@ -107,6 +109,8 @@ class Accumulator:
         for name, last in self.last.items():
             if name in columns:
                 values, measured = columns[name]
+                if name == "merged_norm":  # of censuses: that of the start says nothing of later
+                    measured = step > 0 if measured is None else measured & (step > 0)
                 if measured is not None:
                     last[ids[measured]] = values[measured]
                 elif present[ids].all():

@@ -120,8 +120,11 @@ class StepTable:
         Shape (groups,): ‖θ‖ of the trained tensors when they were last measured.
     final_delta
         Shape (groups,): ‖W − W_0‖ when it was last measured (LoRA: of the product).
+    final_merged
+        Shape (groups,): norm of the weights with their adapters (LoRA) in the last census after
+        step 0.
     last
-        ``weight_norm`` and ``delta_norm`` -> shape (tensors,), the last measured value by
+        ``weight_norm``, ``delta_norm``, ``merged_norm`` -> shape (tensors,), the last measured value by
         param_id.
     ever_trained
         Shape (tensors,), by param_id.
@@ -142,6 +145,7 @@ class StepTable:
     initial_base: NDArray[np.float64]
     final: NDArray[np.float64]
     final_delta: NDArray[np.float64]
+    final_merged: NDArray[np.float64]
     last: Mapping[str, NDArray[np.float64]]
     ever_trained: NDArray[np.bool_]
     first_non_finite: Mapping[str, tuple[int, int]]
@@ -235,7 +239,7 @@ def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDA
         squares[np.bincount(group[where], minlength=width) == 0] = np.nan
         return np.sqrt(squares)
 
-    delta = sums.last["delta_norm"]
+    delta, merged = sums.last["delta_norm"], sums.last["merged_norm"]
     start = _start_of_weights(frame, sums)
     return {
         "numel": total(frame["numel"].to_numpy(dtype=np.float64), trained),
@@ -243,6 +247,7 @@ def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDA
         "initial_base": norm(start, base),
         "final": norm(sums.last["weight_norm"], trained),
         "final_delta": norm(delta, moved & ~np.isnan(delta[ids])),
+        "final_merged": norm(merged, moved & ~np.isnan(merged[ids])),
     }
 
 

@@ -34,7 +34,8 @@ class RecordConfig:
         Columns of the metrics table to measure at those steps. `update_norm` and `descent` keep
         a copy of the weights that train during such a step; `delta_norm` and `merged_norm` are
         those of LoRA adapters, of which a copy is kept where they do not begin with BA = 0
-        (PiSSA). Norms of weights alone get `opt_steps` with them: a census has
+        (PiSSA), and `merged_norm`, which takes the base weights, is measured in censuses alone
+        (start, checkpoints, end). Norms of weights alone get `opt_steps` with them: a census has
         these norms too, of frozen tensors as well, and the analysis must tell the two apart.
     select
         Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular

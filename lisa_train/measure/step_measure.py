@@ -135,8 +135,10 @@ class StepMeasure:
             self._weights(step, [(i, p) for i, p in self.active if i not in done])
         if "opt_steps" in self._want:
             self._optimizer_steps(step)
-        active = {i for i, _ in self.active}
-        self._products(step, [p for p in self.pairs if self._table.ids[p.name_b] in active])
+        if "delta_norm" in self._want:
+            active = {i for i, _ in self.active}
+            pairs = [p for p in self.pairs if self._table.ids[p.name_b] in active]
+            self._products(step, pairs, census=False)
 
     def forget(self) -> None:
         """Let go of the step's copies.
@@ -157,9 +159,7 @@ class StepMeasure:
         """Measure the weights of every tensor that this step has not measured yet."""
         done = self._buffer.measured(step, "weight_norm")
         self._weights(step, [(i, p) for i, p in self._table.tensors if i not in done])
-        known = set().union(*(self._buffer.measured(step, name) for name in _OF_PRODUCTS))
-        left = [p for p in self.pairs if self._table.ids[p.name_b] not in known]
-        self._products(step, left, census=True)
+        self._products(step, self.pairs, census=True)
         if self._base is not None:
             found = self._base.deltas(self._table)
             ids = np.array([i for i, _ in found], dtype=np.int64)
@@ -216,15 +216,21 @@ class StepMeasure:
             square = squares([p for _, p in tensors])
             self._buffer.add(step, "weight_norm", _numbers(tensors), square)
 
-    def _products(self, step: int, pairs: list[LoraPair], *, census: bool = False) -> None:
+    def _products(self, step: int, pairs: list[LoraPair], *, census: bool) -> None:
         if not pairs:
             return
         ids = np.array([self._table.ids[pair.name_b] for pair in pairs])
-        want = self._want & _OF_PRODUCTS
-        if census and step == 0 and any(pair.start is not None for pair in pairs):
-            want |= {"merged_norm"}  # the W₀ that changes are measured from and compared with
-        products = product_squares(pairs, "merged_norm" in want, self._processes, dense=census)
-        for column in sorted(want):
+        # Reading the weights under the adapters is not for every step: they are many times
+        # larger. At step 0 it is the W₀ that changes are measured from and compared with.
+        first = step == 0 and any(pair.start is not None for pair in pairs)
+        merged = census and ("merged_norm" in self._want or first)
+        products = product_squares(pairs, merged, self._processes, dense=census)
+        known = self._buffer.measured(step, "delta_norm")
+        products.deltas = [
+            None if i in known or "delta_norm" not in self._want else delta
+            for i, delta in zip(ids.tolist(), products.deltas, strict=True)
+        ]
+        for column in sorted(_OF_PRODUCTS):
             places, values = products.measured(column)
             if places:
                 self._buffer.add(step, column, ids[places], values)

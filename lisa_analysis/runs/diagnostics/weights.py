@@ -96,18 +96,15 @@ class WeightDrift(Rule):
         inside = table.groups.inside
         if evidence.run.method == "lora":
             # Raw adapters start near zero: their weights' drift is that of the merged weight.
-            merged = evidence.layers("merged_norm")
-            finite = np.isfinite(merged)
-            row = len(merged) - 1 - np.argmax(finite[::-1], axis=0)
-            last = np.where(finite.any(axis=0), merged[row, np.arange(inside)], np.nan)
-            first = table.initial_base[:inside]
+            last, first = table.final_merged[:inside], table.initial_base[:inside]
         else:
             last, first = table.final[:inside], table.initial[:inside]
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = last / first - 1
         known = np.isfinite(relative)
         if not known.any():
-            raise CouldNotRunError("weight norms were not recorded both at step 0 and later")
+            column = "merged_norm" if evidence.run.method == "lora" else "weight_norm"
+            raise CouldNotRunError(f"{column} was not recorded both at step 0 and later")
         size = np.where(known, np.abs(relative), 0.0)
         worst = int(np.argmax(size))
         text = f"Layer {worst} changed most, by {relative[worst]:+.2%}"

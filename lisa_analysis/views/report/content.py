@@ -273,8 +273,11 @@ def _limits(run: Any) -> list[str]:
     table = step_table(run)
     if not len(table.steps):
         return [*limits, "No training step was recorded."]
-    recorded = [c for c in METRICS_TABLE.names[2:] if c in table]
-    missing = [c for c in METRICS_TABLE.names[2:] if c not in table]
+    seen = set(table.measures)
+    if np.isfinite(table.final_merged).any():  # in a census, which is no recorded step
+        seen.add("merged_norm")
+    recorded = [c for c in METRICS_TABLE.names[2:] if c in seen]
+    missing = [c for c in METRICS_TABLE.names[2:] if c not in seen]
     limits.append(
         f"{len(table.steps):,} of the optimizer steps up to {table.steps[-1]:,} were recorded, "
         f"with {', '.join(recorded)}; not measured: {', '.join(missing) or 'nothing'}."

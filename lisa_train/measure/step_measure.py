@@ -243,12 +243,12 @@ class StepMeasure:
             state = states.get(p)
             count = state.get("step") if isinstance(state, dict) else None
             if count is not None:
-                count = torch.as_tensor(count).reshape(())
-                found.setdefault(count.device, {})[i] = count.to(wide(count.device))
-        for counts in found.values():
-            self._buffer.add(
-                step, "opt_steps", np.array(list(counts)), torch.stack(list(counts.values()))
-            )
+                count = count if torch.is_tensor(count) else torch.tensor(count)
+                found.setdefault(count.device, {})[i] = count
+        for device, counts in found.items():
+            values = [count.reshape(()) if count.ndim else count for count in counts.values()]
+            joined = torch.stack(values).to(wide(device))
+            self._buffer.add(step, "opt_steps", np.array(list(counts)), joined)
 
 
 def _numbers(tensors: Iterable[tuple[int, Any]]) -> np.ndarray:
@@ -272,12 +272,17 @@ def _copies(
 ) -> dict[int, torch.Tensor]:
     """Copy the tensors into the buffers of the last time; drop buffers that are out of use."""
     copies: dict[int, torch.Tensor] = {}
+    again: list[tuple[torch.Tensor, torch.Tensor]] = []
     for i, tensor in tensors:
         kept = buffers.get(i)
         if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
-            copies[i] = kept.copy_(tensor.detach())
+            copies[i] = kept
+            again.append((kept, tensor.detach()))
         else:
             copies[i] = tensor.detach().clone()
+    if again:
+        targets, sources = map(list, zip(*again, strict=True))
+        torch._foreach_copy_(targets, sources)
     return copies
 
 

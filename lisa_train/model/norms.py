@@ -6,14 +6,17 @@ before a root is taken. On the CPU tensors are walked in chunks that stay in the
 fp32 sum is 1 % off at 100 million elements and reads the memory once per quantity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 # 2 MB of fp32: a chunk, its difference and its gradient stay in the last-level cache, and what
 # calling a kernel costs is a small part.
 CHUNK = 524_288
 _ROW = 1024
+# Below it a tensor is brought together with others on the CPU; copying costs less than calls.
+_LARGE = 65_536
 # Where ‖W + sBA‖² is this small a part of ‖W‖² + ‖sBA‖², fp32 sums no longer carry it.
 _CANCELLED = 1e-2
 # On accelerators the limit is the memory of the fp32 temporary, not the cache.
@@ -40,7 +43,7 @@ def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        return _walk([[x] for x in tensors], _square)[:, 0]
+        return _walk([[x] for x in tensors], _SQUARE)[:, 0]
     return _norms(tensors, 2).square()
 
 
@@ -50,7 +53,7 @@ def squares_and_magnitudes(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tenso
     if not tensors:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        sums = _walk([[x] for x in tensors], _square_and_magnitude)
+        sums = _walk([[x] for x in tensors], _SQUARE_AND_MAGNITUDE)
         return sums[:, 0], sums[:, 1]
     return _norms(tensors, 2).square(), _norms(tensors, 1)
 
@@ -80,10 +83,21 @@ def changes(
         empty = torch.zeros(0, dtype=torch.float64)
         return empty, empty, None if gradients is None else empty
     if gradients is None:
-        sums = _walk(list(zip(before, after, strict=True)), _change)
+        sums = _walk(list(zip(before, after, strict=True)), _CHANGE)
         return sums[:, 0], sums[:, 1], None
-    sums = _walk(list(zip(before, after, gradients, strict=True)), _change_and_product)
+    sums = _walk(list(zip(before, after, gradients, strict=True)), _CHANGE_AND_PRODUCT)
     return sums[:, 0], sums[:, 1], sums[:, 2]
+
+
+@torch.no_grad()
+def inner_products(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Σxy of every pair of equally shaped tensors, shape (len(first),), float64.
+
+    Elements are multiplied in fp32, chunk by chunk.
+    """
+    if not first:
+        return torch.zeros(0, dtype=torch.float64)
+    return _walk(list(zip(first, second, strict=True)), _PRODUCT)[:, 0]
 
 
 def gram_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -228,110 +242,186 @@ def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:
     return stacked(torch._foreach_norm(parts, order, dtype=torch.float32))
 
 
-def _walk(
-    groups: Sequence[Sequence[torch.Tensor]], kernel: Callable[..., list[torch.Tensor]]
-) -> torch.Tensor:
-    """Sum a kernel's results over the chunks of every group of equally shaped tensors.
+# What a kernel makes of rows (two-dimensional pieces of every tensor of a group): one value per row
+# of each result, and which results are norms, to be squared before they are added.
+_Kernel = tuple[Callable[..., list[torch.Tensor]], tuple[bool, ...]]
+# Numbers of tensors, each with how many of a block's rows are its own.
+_Owners = list[tuple[int, int]]
 
-    Returns shape (len(groups), results of the kernel). All results are gathered before they are
-    added: adding up tensor by tensor costs more than the sums themselves for small ones.
+
+def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Tensor:
+    """Sum a kernel's results over the rows of every group of equally shaped tensors.
+
+    Returns shape (len(groups), results of the kernel). Rows are added in double precision, all
+    tensors together: tensor by tensor it would cost more than the sums themselves for small ones.
     """
-    results: list[torch.Tensor] = []
-    counts: list[int] = []
-    works = {device: _Workspace(device) for device in {group[0].device for group in groups}}
-    for group in groups:
-        work = works[group[0].device]
-        step = CHUNK if group[0].device.type == "cpu" else _DEVICE_CHUNK
-        flat = [local(x).reshape(-1) for x in group]
+    measure, norms = kernel
+    host = _on_cpu([x for group in groups for x in group])
+    scratch = torch.empty(0)
+    owners: _Owners = []
+    results: list[list[torch.Tensor]] = [[] for _ in norms]
+    for whose, pieces in _blocks_in_cache(groups) if host else _blocks(groups):
+        if host and scratch.numel() < pieces[0].numel():
+            scratch = torch.empty(pieces[0].numel())
+        out = scratch[: pieces[0].numel()].view(pieces[0].shape) if host else None
+        for found, values in zip(results, measure(out, *pieces), strict=True):
+            found.append(values)
+        owners += whose
+    if not owners:
+        home = common_device([x for group in groups for x in group])
+        return torch.zeros(len(groups), len(norms), dtype=wide(home), device=home)
+    sums = [
+        _per_tensor(_joined(found, squared), owners, len(groups))
+        for found, squared in zip(results, norms, strict=True)
+    ]
+    return torch.stack(sums, dim=1)
+
+
+def _blocks(
+    groups: Sequence[Sequence[torch.Tensor]],
+) -> Iterator[tuple[_Owners, list[torch.Tensor]]]:
+    """Cut tensors into rows where they are; what is left of a tensor is a short row of its own."""
+    for number, group in enumerate(groups):
+        flat = [_flat(x) for x in group]
         size = flat[0].numel()
-        for start in range(0, max(size, 1), step):
-            pieces = flat if size <= step else [x[start : start + step] for x in flat]
-            results += kernel(work, *(work.as_float(i, x) for i, x in enumerate(pieces)))
-        counts.append(max(1, -(-size // step)))
-    sums = stacked(results).view(sum(counts), -1)
-    if len(counts) == len(sums):
-        return sums
-    return torch.stack([part.sum(0) for part in sums.split(counts)])
+        whole = size - size % _ROW
+        for start in range(0, whole, _DEVICE_CHUNK):
+            stop = min(start + _DEVICE_CHUNK, whole)
+            rows = (stop - start) // _ROW
+            yield [(number, rows)], [x[start:stop].float().view(rows, _ROW) for x in flat]
+        if whole < size:
+            yield [(number, 1)], [x[whole:].float().view(1, -1) for x in flat]
 
 
-class _Workspace:
-    """Buffers of one chunk that are used again and again; on the CPU fresh pages cost more.
+def _blocks_in_cache(
+    groups: Sequence[Sequence[torch.Tensor]],
+) -> Iterator[tuple[_Owners, list[torch.Tensor]]]:
+    """Cut tensors into blocks of rows that fit into the cache, at most `CHUNK` elements.
 
-    On accelerators the allocator does the same, and chunks are too large to hold on to.
+    Rows of large fp32 tensors are read where they are. Small tensors, remainders and other
+    precisions are brought together in fp32 buffers, many tensors in one block: a call for each
+    would cost more than the sums.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._keep = device.type == "cpu"
-        self._buffers: dict[int, torch.Tensor] = {}
-
-    def buffer(self, number: int, like: torch.Tensor) -> torch.Tensor | None:
-        """Return an fp32 buffer as long as `like`; None where the allocator serves as well."""
-        if not self._keep:
-            return None
-        if number not in self._buffers:
-            self._buffers[number] = torch.empty(CHUNK)
-        return self._buffers[number][: like.numel()]
-
-    def as_float(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """Return a flat chunk in fp32."""
-        if x.dtype == torch.float32:
-            return x
-        buffer = self.buffer(number, x)
-        return x.float() if buffer is None else buffer.copy_(x)
-
-
-_SCRATCH = -1
+    pack = _Pack(min(CHUNK, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
+    for number, group in enumerate(groups):
+        flat = [_flat(x) for x in group]
+        size, start = flat[0].numel(), 0
+        if size >= _LARGE and all(x.dtype == torch.float32 for x in flat):
+            start = size - size % _ROW
+            for begin in range(0, start, CHUNK):
+                end = min(begin + CHUNK, start)
+                rows = (end - begin) // _ROW
+                yield [(number, rows)], [x[begin:end].view(rows, _ROW) for x in flat]
+        while start < size:
+            stop = min(size, start + pack.room)
+            pack.add(number, flat if stop - start == size else [x[start:stop] for x in flat])
+            start = stop
+            if not pack.room:
+                yield pack.take()
+    if pack.owners:
+        yield pack.take()
 
 
-def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Σx² of a chunk in two levels.
+class _Pack:
+    """Buffers, one for each tensor of a group, in which pieces begin at whole rows."""
+
+    def __init__(self, size: int) -> None:
+        self.room = self._size = size
+        self.owners: _Owners = []
+        self._pieces: list[list[torch.Tensor]] = []
+        self._buffers: list[torch.Tensor] = []
+
+    def add(self, number: int, pieces: list[torch.Tensor]) -> None:
+        """Take pieces of the tensors of group `number`, not longer than there is room."""
+        rows = -(-pieces[0].numel() // _ROW)
+        self.owners.append((number, rows))
+        self._pieces.append(pieces)
+        self.room -= rows * _ROW
+
+    def take(self) -> tuple[_Owners, list[torch.Tensor]]:
+        """Return whose rows they are and the rows, the buffers of next time."""
+        used = self._size - self.room
+        sizes: list[int] = []
+        for (_, rows), pieces in zip(self.owners, self._pieces, strict=True):
+            n = pieces[0].numel()
+            sizes += (n, rows * _ROW - n)
+        filled = used == sum(sizes[::2])
+        result = []
+        for i in range(len(self._pieces[0])):
+            if i == len(self._buffers):
+                self._buffers.append(torch.empty(self._size))
+            buffer = self._buffers[i][:used]
+            if not filled:
+                buffer.zero_()
+            torch._foreach_copy_(list(buffer.split(sizes)[::2]), [p[i] for p in self._pieces])
+            result.append(buffer.view(-1, _ROW))
+        owners, self.owners, self._pieces, self.room = self.owners, [], [], self._size
+        return owners, result
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    # `local` asks for an attribute that most tensors lack, which takes longer than this.
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return (tensor if plain else local(tensor)).reshape(-1)
+
+
+def _joined(values: list[torch.Tensor], squared: bool) -> torch.Tensor:
+    """All rows' values in the widest type, on the first accelerator if there is any."""
+    home = common_device(values)
+    joined = torch.cat([x.to(home) for x in values]).to(wide(home))
+    return joined.square_() if squared else joined
+
+
+def _per_tensor(values: torch.Tensor, owners: _Owners, count: int) -> torch.Tensor:
+    """Add up the rows of every tensor."""
+    if values.device.type == "cpu":
+        numbers, rows = zip(*owners, strict=True)
+        index = torch.from_numpy(np.repeat(np.array(numbers), np.array(rows)))
+        return values.new_zeros(count).index_add_(0, index, values)
+    # There an index from the host would have to be waited for.
+    parts: dict[int, list[torch.Tensor]] = {}
+    for (number, _), part in zip(owners, values.split([n for _, n in owners]), strict=True):
+        parts.setdefault(number, []).append(part)
+    zero = values.new_zeros(())
+    sums = [sum((part.sum() for part in parts.get(i, ())), zero) for i in range(count)]
+    return torch.stack(sums)
+
+
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    """‖x‖ of every row.
 
     Products of half-precision values lie on a coarse grid, where one long fp32 sum rounds in one
     direction: 1e-5 off after 65,536 of them, 1e-7 in rows of 1,024.
     """
-    whole = x.numel() - x.numel() % _ROW
-    rest = torch.linalg.vector_norm(x[whole:])
-    total = rest * rest
-    if whole:
-        rows = torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=-1)
-        total = total + torch.dot(rows, rows)
-    return total
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _square(work: _Workspace, x: torch.Tensor) -> list[torch.Tensor]:
-    return [_sum_of_squares(x)]
+def _square(out: torch.Tensor | None, x: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(x)]
 
 
-def _square_and_magnitude(work: _Workspace, x: torch.Tensor) -> list[torch.Tensor]:
-    return [_sum_of_squares(x), torch.abs(x, out=work.buffer(_SCRATCH, x)).sum()]
+def _square_and_magnitude(out: torch.Tensor | None, x: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(x), torch.abs(x, out=out).sum(-1)]
 
 
-def _change(work: _Workspace, old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
-    difference = torch.sub(new, old, out=work.buffer(_SCRATCH, new))
-    return [_sum_of_squares(difference), _sum_of_squares(new)]
+def _change(out: torch.Tensor | None, old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(torch.sub(new, old, out=out)), _norm(new)]
 
 
 def _change_and_product(
-    work: _Workspace, old: torch.Tensor, new: torch.Tensor, gradient: torch.Tensor
+    out: torch.Tensor | None, old: torch.Tensor, new: torch.Tensor, gradient: torch.Tensor
 ) -> list[torch.Tensor]:
-    difference = torch.sub(new, old, out=work.buffer(_SCRATCH, new))
-    return [
-        _sum_of_squares(difference),
-        _sum_of_squares(new),
-        difference.mul_(gradient).sum(),  # a cascade sum, unlike a dot product
-    ]
+    difference = torch.sub(new, old, out=out)
+    update = _norm(difference)
+    return [update, _norm(new), difference.mul_(gradient).sum(-1)]
 
 
-@torch.no_grad()
-def inner_products(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σxy of every pair of equally shaped tensors, shape (len(first),), float64.
-
-    Elements are multiplied in fp32, chunk by chunk.
-    """
-    if not first:
-        return torch.zeros(0, dtype=torch.float64)
-    return _walk(list(zip(first, second, strict=True)), _product)[:, 0]
+def _product(out: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.mul(x, y, out=out).sum(-1)]
 
 
-def _product(work: _Workspace, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.mul(x, y, out=work.buffer(_SCRATCH, x)).sum()]
+_SQUARE: _Kernel = (_square, (True,))
+_SQUARE_AND_MAGNITUDE: _Kernel = (_square_and_magnitude, (True, False))
+_CHANGE: _Kernel = (_change, (True, True))
+_CHANGE_AND_PRODUCT: _Kernel = (_change_and_product, (True, True, False))
+_PRODUCT: _Kernel = (_product, (False,))

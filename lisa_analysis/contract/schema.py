@@ -205,8 +205,18 @@ SCALARS_TABLE = Table(
         Column("grad_norm", "float64", True, "global gradient norm before clipping"),
         Column("clip_coef", "float64", True, "factor applied by clipping; 1 = not clipped"),
         Column("tokens", "int64", True, "tokens seen since the start of the run"),
-        Column("step_seconds", "float64", True, "wall time of the step, recording included"),
-        Column("recorder_seconds", "float64", True, "part of it spent recording"),
+        Column(
+            "step_seconds",
+            "float64",
+            True,
+            "wall time of the step, and of what is recorded before and after it",
+        ),
+        Column(
+            "recorder_seconds",
+            "float64",
+            True,
+            "part of it spent recording; every moment of recording counts in one step",
+        ),
         Column(
             "peak_memory_bytes",
             "int64",

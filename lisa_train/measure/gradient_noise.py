@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lisa_train.measure.processes import Processes
+from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.tensor_table import TensorTable
 
@@ -31,6 +32,8 @@ class GradientNoise:
         The processes that train them.
     due
         Whether the step in progress is to be measured.
+    time
+        Where the time of looking at gradients, inside the backward pass, is counted.
 
     Attributes
     ----------
@@ -39,9 +42,16 @@ class GradientNoise:
         in all the norm is not known.
     """
 
-    def __init__(self, table: TensorTable, processes: Processes, due: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        table: TensorTable,
+        processes: Processes,
+        due: Callable[[], bool],
+        time: RecordingTime | None = None,
+    ) -> None:
         self._count = processes.count
         self._due = due
+        self._time = time or RecordingTime()
         self.twice: set[int] = set()
         self._arrived: dict[int, torch.Tensor] = {}
         self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
@@ -114,11 +124,13 @@ class GradientNoise:
     def _note(self, number: int, gradient: torch.Tensor) -> None:
         if not self._due():
             return
-        square = squares([gradient])[0]
-        if number in self._arrived:
-            self.twice.add(number)
-            square = torch.full_like(square, torch.nan)
-        self._arrived[number] = square
+        self._time.begin_step()
+        with self._time.running():
+            square = squares([gradient])[0]
+            if number in self._arrived:
+                self.twice.add(number)
+                square = torch.full_like(square, torch.nan)
+            self._arrived[number] = square
 
     def _aligned(
         self, numbers: np.ndarray, found: np.ndarray, values: torch.Tensor

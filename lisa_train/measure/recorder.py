@@ -29,6 +29,7 @@ from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
+from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.step_measure import StepMeasure
 from lisa_train.measure.tensor_steps import TensorSteps
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
@@ -60,16 +61,15 @@ def _measured(
     def wrapped(self: "NormRecorder", *args: P.args, **kwargs: P.kwargs) -> T | None:
         if self.stopped or self._inside:
             return method(self, *args, **kwargs) if self._inside else None
-        self._entered = time.perf_counter()
         self._inside = True
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            self._failed(error)
-            return None
-        finally:
-            self._inside = False
-            self.seconds += time.perf_counter() - self._entered
+        with self._time.running():
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:
+                self._failed(error)
+                return None
+            finally:
+                self._inside = False
 
     return wrapped
 
@@ -105,6 +105,8 @@ class NormRecorder:
     manifest
         Entries of the run's `run.json` that only the loop knows, as ``{"method": "lisa"}``; not
         for a given writer, which has its own.
+    began
+        When the opening of the run began (`time.perf_counter`), if before this call.
 
     Raises
     ------
@@ -141,14 +143,16 @@ class NormRecorder:
         step: int = 0,
         step_in_backward: StepInBackward | None = None,
         manifest: Mapping[str, Any] | None = None,
+        began: float | None = None,
     ) -> None:
+        began = time.perf_counter() if began is None else began
         refuse_wrappers(model, "the recorder")
         self.config = config
         self.stopped = False
         self._probe_failed = False
         self._written = -1  # the last step whose rows are complete on the disk
         self._problem: str | None = None
-        self.seconds = 0.0
+        self._time = RecordingTime(began)
         self._inside = False
         self._optimizer = as_one(optimizers_of(optimizer))
         layer_map = layer_map or find_layers(model, config.layers)
@@ -166,6 +170,7 @@ class NormRecorder:
             self._buffer,
             self._processes,
             due=lambda: self.due(self._step + 1),
+            time=self._time,
         )
         self._skips: dict[int, bool | torch.Tensor] = {}
         self._lines: list[dict[str, Any]] = []
@@ -176,8 +181,7 @@ class NormRecorder:
         self._step = step
         self._census_step: int | None = None
         self._said: set[str] = set()
-        self._flushed_at = self._stepped_at = time.monotonic()
-        self._seconds_before = self._entered = 0.0
+        self._flushed_at = time.monotonic()
         self._tensor_steps: TensorSteps | None = None
         self._stepping = step_in_backward
         if step_in_backward is not None:
@@ -191,6 +195,7 @@ class NormRecorder:
         else:
             self.census(step)
             self.flush(everything=True)
+        self._time.opened()
 
     def _say_what_sharding_forbids(self) -> None:
         """Null without a word is no measurement."""
@@ -279,6 +284,11 @@ class NormRecorder:
         if known.get("method") == "full" != entries["method"]:
             self.writer.update_manifest(**joined(known, entries))
 
+    @property
+    def seconds(self) -> float:
+        """Time spent recording so far."""
+        return self._time.total
+
     # ------------------------------------------------------------------ every step
 
     def due(self, step: int) -> bool:
@@ -291,6 +301,7 @@ class NormRecorder:
 
         Call it after the backward pass of every micro-batch of step `step` but the last.
         """
+        self._time.begin_step()
         if self.due(step):
             self._measure.micro_batch()
 
@@ -311,8 +322,7 @@ class NormRecorder:
             `after_step` will be told the clip coefficient, so that gradients in fp32 need not
             be copied for `descent`.
         """
-        if self._tensor_steps is None or not self._tensor_steps.begun:
-            self._seconds_before = self.seconds
+        self._time.begin_step()
         self._flush_if_old()
         self._say_the_method()
         if self.due(step):
@@ -327,9 +337,8 @@ class NormRecorder:
     def before_tensor(self, parameter: torch.Tensor) -> None:
         """Measure a gradient inside backward (`TensorWatcher`)."""
         assert self._tensor_steps is not None
+        self._time.begin_step()
         if self.due(self._step + 1):
-            if not self._tensor_steps.begun:
-                self._seconds_before = self.seconds
             self._tensor_steps.before(self._step + 1, parameter)
 
     @_measured
@@ -365,19 +374,23 @@ class NormRecorder:
             there is no loss, and several processes are weighted by theirs.
         **scalars
             Columns of the scalars table, as `loss`; numbers or tensors of one element. What is
-            left out and can be seen from here is filled in.
+            left out and can be seen from here is filled in. To `step_seconds`, as the loop
+            measured it up to this call, comes the recording that it does not hold yet.
 
         Raises
         ------
         ConfigError
             When a scalar has a name that the table does not know, whatever `on_record_error` is.
         """
+        called = time.perf_counter()
         _check_names(scalars)
         line = {"step": step, "clip_coef": clip_coef, "labels": labels, **scalars}
-        self._after_step(step, skipped, line)
+        self._after_step(step, skipped, line, called)
 
     @_measured
-    def _after_step(self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any]) -> None:
+    def _after_step(
+        self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any], called: float
+    ) -> None:
         self._step = step
         line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
         due = self.due(step)
@@ -398,18 +411,14 @@ class NormRecorder:
             square = self._buffer.values(step, "grad_norm")
             line["grad_norm"] = square.sum().sqrt() if square is not None else None
         self._complete(line)
+        self._time.finish_step(line, called)
 
     def _complete(self, line: dict[str, Any]) -> None:
         """Fill in what the loop did not say and can be seen from here."""
-        now = time.monotonic()
-        line.setdefault("step_seconds", now - self._stepped_at)
-        self._stepped_at = now
         if line.get("learning_rate") is None:
             rate = self._optimizer.param_groups[0]["lr"]
             line["learning_rate"] = rate.detach().clone() if torch.is_tensor(rate) else rate
         line["peak_memory_bytes"] = environment.peak_memory_bytes(*self._devices)
-        spent = self.seconds + time.perf_counter() - self._entered
-        line["recorder_seconds"] = spent - self._seconds_before
 
     def amend(self, **scalars: Any) -> None:
         """Add what became known late to the newest line of the scalars."""
@@ -527,6 +536,9 @@ class NormRecorder:
             self.writer.write_metrics(rows)
         if everything:
             self._written = self._step
+        self._time.settle()
+        if not self._local_lines:
+            self._time.written()
         for line in to_host(self._lines):
             self._latest = _measured_alone(line)
             self.writer.scalars(_tidy(line))
@@ -560,7 +572,12 @@ class NormRecorder:
         if self.writer.closed:
             return
         problem: Exception | None = None
-        for part in (lambda: self._last_census(status), lambda: self._write(everything=True)):
+
+        def last_write() -> None:
+            with self._time.running():
+                self._write(everything=True)
+
+        for part in (lambda: self._last_census(status), last_write):
             try:
                 part()
             except Exception as failure:
@@ -574,6 +591,8 @@ class NormRecorder:
             self._problem = f"{self.writer.lost_rows} rows were lost while the disk refused them"
         if status == "finished" and self._problem:
             status = "failed"
+        if "recorder_seconds" in result:  # the last census is in it
+            result["recorder_seconds"] = round(self.seconds, 3)
         fields: dict[str, Any] = {"result": result} if result else {}
         if error or self._problem:
             fields["error"] = error or self._problem

@@ -15,6 +15,7 @@ from lisa_train.measure.gradient_noise import GradientNoise
 from lisa_train.measure.lora_products import LoraPair, product_squares
 from lisa_train.measure.measuring_pass import Probe
 from lisa_train.measure.processes import Processes
+from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.model.norms import changes, squares, squares_and_magnitudes, stacked, wide
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
@@ -46,6 +47,7 @@ class StepMeasure:
         buffer: MetricBuffer,
         processes: Processes | None = None,
         due: Callable[[], bool] = lambda: True,
+        time: RecordingTime | None = None,
     ) -> None:
         self.active: list[tuple[int, nn.Parameter]] = []
         self._optimizer = optimizer
@@ -56,7 +58,7 @@ class StepMeasure:
         self._probe = Probe(model, table, self._processes)
         self._noise: GradientNoise | None = None
         if config.grad_noise and not self._processes.sharded:
-            self._noise = GradientNoise(table, self._processes, due)
+            self._noise = GradientNoise(table, self._processes, due, time)
         self.pairs = _pairs(model, table) if self._want & _OF_PRODUCTS else []
         self._base = BaseWeights(model) if config.base_delta else None
         self._cpu = table.tensors[0][1].device.type == "cpu"

@@ -302,7 +302,7 @@ def _blocks_in_cache(
     precisions are brought together in fp32 buffers, many tensors in one block: a call for each
     would cost more than the sums.
     """
-    pack = _Pack(min(CHUNK, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
+    pack = _Pack(min(CHUNK // 2, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
     for number, group in enumerate(groups):
         flat = [_flat(x) for x in group]
         size, start = flat[0].numel(), 0

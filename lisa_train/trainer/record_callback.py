@@ -161,6 +161,7 @@ class RecordCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
+        opening = time.perf_counter()
         _need_batches(kwargs.get("train_dataloader"))
         self._unwrap()
         self._find_lisa()
@@ -194,6 +195,7 @@ class RecordCallback(TrainerCallback):
             table=table,
             step=state.global_step,
             step_in_backward=self._stepping.steps if self._stepping else None,
+            began=opening,
         )
         self._wrap()
         for note in self._continuation.notes if self._continuation else ():

@@ -229,6 +229,26 @@ def fsdp2(folder, rank, world):
     assert len(said) == 1, said
 
 
+def twice(folder, rank, world):
+    """A micro-batch of one process makes a second backward pass, which reaches one tensor."""
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with (
+        warnings.catch_warnings(),
+        recorder(folder, model, optimizer, rank, grad_noise=True) as record,
+    ):
+        warnings.simplefilter("ignore")
+        for i, ids in enumerate(batches(1)[:2]):
+            (model(input_ids=ids, labels=ids).loss / 2).backward()
+            if i == 0:
+                if rank == world - 1:
+                    model.lm_head.weight.square().mean().backward()
+                record.micro_batch(1)
+        record.before_step(1)
+        optimizer.step()
+        record.after_step(1)
+
+
 def adapters(folder, rank, world, wrap=lambda model: model, **kwargs):
     model = with_adapters(small())
     loop(folder, model, wrap(model), rank, world, probe_every=2, **kwargs)
@@ -547,6 +567,7 @@ SCENARIOS = {
     "refusals": refusals,
     "ddp": ddp,
     "fsdp2": fsdp2,
+    "twice": twice,
     "adapters-fsdp2": adapters_fsdp2,
     "adapters-replicas": adapters_replicas,
     "adapters-beside": adapters_beside,

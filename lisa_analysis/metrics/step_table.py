@@ -124,8 +124,8 @@ class StepTable:
         Shape (groups,): norm of the weights with their adapters (LoRA) in the last census after
         step 0.
     last
-        ``weight_norm``, ``delta_norm``, ``merged_norm`` -> shape (tensors,), the last measured value by
-        param_id.
+        ``weight_norm``, ``delta_norm``, ``merged_norm`` -> shape (tensors,), the last measured
+        value by param_id.
     ever_trained
         Shape (tensors,), by param_id.
     first_non_finite

@@ -22,11 +22,15 @@ _VARIANCES = frozenset({"grad_noise"})
 
 @dataclass
 class Piece:
-    """Sums of one column for some tensors at one step; `merged` when all processes are in."""
+    """Sums of one column for some tensors at one step; `merged` when all processes are in.
+
+    Where `missing`, of the shape of `values`, is above zero (on any process), nothing was measured.
+    """
 
     column: str
     ids: np.ndarray
     values: torch.Tensor
+    missing: torch.Tensor | None = None
     merged: bool = False
 
 
@@ -46,10 +50,17 @@ class MetricBuffer:
         pieces = (piece for step in self._pieces.values() for piece in step)
         return sum(len(piece.ids) for piece in pieces if piece.column == "weight_norm")
 
-    def add(self, step: int, column: str, ids: np.ndarray, values: torch.Tensor) -> None:
-        """Add one column's sums of some tensors at one step, both of shape (n,)."""
+    def add(
+        self,
+        step: int,
+        column: str,
+        ids: np.ndarray,
+        values: torch.Tensor,
+        missing: torch.Tensor | None = None,
+    ) -> None:
+        """Add one column's sums of some tensors at one step, all of shape (n,)."""
         if len(ids):
-            self._pieces.setdefault(step, []).append(Piece(column, ids, values))
+            self._pieces.setdefault(step, []).append(Piece(column, ids, values, missing))
 
     def unmerged(self) -> list[Piece]:
         """Pieces that hold this process's part only."""
@@ -74,14 +85,19 @@ class MetricBuffer:
         if not pieces:
             return
         home = common_device([piece.values for piece in pieces])
-        joined = torch.cat([piece.values.to(home) for piece in pieces]).cpu().numpy()
+        parts = [x for p in pieces for x in (p.values, p.missing) if x is not None]
+        joined = torch.cat([part.to(home) for part in parts]).cpu().numpy()
         start = 0
         for step in steps:
             columns: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
             for piece in self._pieces.pop(step):
-                values = joined[start : start + len(piece.ids)]
-                columns.setdefault(piece.column, []).append((piece.ids, values))
-                start += len(piece.ids)
+                ids, values = piece.ids, joined[start : start + len(piece.ids)]
+                start += len(ids)
+                if piece.missing is not None:
+                    known = joined[start : start + len(ids)] == 0
+                    start += len(ids)
+                    ids, values = ids[known], values[known]
+                columns.setdefault(piece.column, []).append((ids, values))
             yield _rows(step, columns)
 
 

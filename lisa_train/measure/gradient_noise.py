@@ -74,8 +74,8 @@ class GradientNoise:
 
     def variance(
         self, numbers: np.ndarray, square: torch.Tensor, scale: Any
-    ) -> tuple[np.ndarray, torch.Tensor] | None:
-        """Return tensors and their tr Σ, or None if a step of one micro-batch cannot tell.
+    ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor | None] | None:
+        """Return tensors, their tr Σ and where it is not known, or None for one micro-batch.
 
         Parameters
         ----------
@@ -93,10 +93,7 @@ class GradientNoise:
         # what it brought counts 1/W.
         total = torch.stack(parts).sum(0) / scale**2 / self._count
         values = (n * n * total - n * square) / (n - 1)
-        if self.twice and self._count == 1:  # all processes must come to the same tensors
-            known = [k for k, i in enumerate(numbers.tolist()) if i not in self.twice]
-            numbers, values = numbers[known], values[known]
-        return numbers, values
+        return numbers, values, self._missing(numbers, values)
 
     def forget(self) -> None:
         """Let go of everything that belongs to the step."""
@@ -107,6 +104,14 @@ class GradientNoise:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _missing(self, numbers: np.ndarray, values: torch.Tensor) -> torch.Tensor | None:
+        """Return 1 where a second gradient came. All processes must ask for the same collective."""
+        if not self.twice:
+            return torch.zeros_like(values) if self._count > 1 else None
+        # Fills: a list as an index, or a copy of it, would wait for an accelerator.
+        flags = [float(i in self.twice) for i in numbers.tolist()]
+        return torch.stack([torch.full_like(values[0], flag) for flag in flags])
 
     def _listen(self, number: int, parameter: nn.Parameter) -> Any:
         flag = parameter.requires_grad

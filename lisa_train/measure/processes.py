@@ -60,7 +60,9 @@ class Processes:
         if self.count == 1:
             return
         kind = wide(self._device)
+        missing = [piece for piece in pieces if piece.missing is not None]
         parts = [piece.values.to(self._device, kind) * self._weights(piece) for piece in pieces]
+        parts += [piece.missing.to(self._device, kind) for piece in missing]
         weights = [_scalar(_weight(line), self._device, kind) for line in lines]
         for line, weight in zip(lines, weights, strict=True):
             loss = _scalar(line.get("loss"), self._device, kind) * weight
@@ -74,6 +76,8 @@ class Processes:
         split = list(joined.split([part.numel() for part in parts]))
         for piece in pieces:
             piece.values, piece.merged = split.pop(0), True
+        for piece in missing:
+            piece.missing = split.pop(0)
         n = len(lines)
         for line, loss, weight, tokens in zip(
             lines, split[:n], split[n : 2 * n], split[2 * n :], strict=True

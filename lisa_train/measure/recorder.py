@@ -289,6 +289,11 @@ class NormRecorder:
         """Time spent recording so far."""
         return self._time.total
 
+    @property
+    def census_step(self) -> int | None:
+        """Step of the newest census."""
+        return self._census_step
+
     # ------------------------------------------------------------------ every step
 
     def due(self, step: int) -> bool:

@@ -16,7 +16,7 @@ from lisa_train.measure.lora_products import LoraPair, product_squares
 from lisa_train.measure.measuring_pass import Probe
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
-from lisa_train.model.norms import changes, squares, squares_and_magnitudes, stacked, wide
+from lisa_train.model.norms import changes, local, squares, squares_and_magnitudes, stacked, wide
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 
@@ -63,6 +63,7 @@ class StepMeasure:
         self._base = BaseWeights(model) if config.base_delta else None
         self._cpu = table.tensors[0][1].device.type == "cpu"
         self._snapshots: dict[int, torch.Tensor] = {}
+        self._kinds: dict[int, torch.dtype] = {}  # at the tensors' last measured step
         self._gradients: dict[int, torch.Tensor] = {}
         self._gradient_factor: float | torch.Tensor = 1.0
 
@@ -122,6 +123,7 @@ class StepMeasure:
         gradients = None
         if "descent" in self._want:
             gradients = [self._gradients.get(i, p.grad) for i, p in self.active]
+        self._kinds = {**self._kinds, **{i: p.dtype for i, p in self.active}}
         update, weight, product = changes(before, after, gradients)  # type: ignore[arg-type]
         if "update_norm" in self._want:
             self._buffer.add(step, "update_norm", ids, update)
@@ -160,7 +162,12 @@ class StepMeasure:
     def census(self, step: int) -> None:
         """Measure the weights of every tensor that this step has not measured yet."""
         done = self._buffer.measured(step, "weight_norm")
-        self._weights(step, [(i, p) for i, p in self._table.tensors if i not in done])
+        # A tensor in another precision than at its step has been rounded since: what it is now
+        # counts, and stands later in the buffer.
+        changed = {i for i, p in self._table.tensors if self._kinds.get(i, p.dtype) != p.dtype}
+        self._weights(
+            step, [(i, p) for i, p in self._table.tensors if i not in done or i in changed]
+        )
         self._products(step, self.pairs, census=True)
         if self._base is not None:
             found = self._base.deltas(self._table)
@@ -279,7 +286,7 @@ def _copies(
         kept = buffers.get(i)
         if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
             copies[i] = kept
-            again.append((kept, tensor.detach()))
+            again.append((local(kept), local(tensor)))
         else:
             copies[i] = tensor.detach().clone()
     if again:

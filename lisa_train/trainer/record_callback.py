@@ -67,6 +67,11 @@ _NO_BATCH = (
     "dataloader_drop_last to false."
 )
 
+_ROUNDED = (
+    "delta_norm of step {} is that of the checkpoint, whose active layers are in fp32; after it "
+    "they were rounded to bfloat16, and the final model differs by that rounding."
+)
+
 
 class RecordCallback(TrainerCallback):
     """Writes the run directory of any `transformers.Trainer` or subclass; see `attach`.
@@ -292,6 +297,11 @@ class RecordCallback(TrainerCallback):
         """Take the last census and close the run."""
         if state.global_step == 0 and self.recorder is not None:
             raise ConfigError(f"no step was made: {_NO_BATCH}")
+        step, rounded = state.global_step, self._rounded_at_the_end(args)
+        done = self.recorder is not None and self.recorder.census_step == step
+        if self.recorder is not None and done and rounded and self.config.base_delta:
+            # The rows are on the disk, with the checkpoint, and are never rewritten.
+            self.recorder.event("warning", step, message=_ROUNDED.format(step))
         self.close()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -383,9 +393,20 @@ class RecordCallback(TrainerCallback):
                 lambda: self._probe_pass(inputs, scale),
                 gradient_scale=1.0 if scale is None else scale,
             )
-        if control.should_training_stop:
+        if control.should_training_stop and not self._rounded_at_the_end(args):
             # Trainer may put the best weights in the place of the last ones before it ends.
             self.recorder.census(state.global_step)
+
+    def _rounded_at_the_end(self, args: TrainingArguments) -> bool:
+        """Whether the engine changes the last weights when training ends, before this callback.
+
+        The last census is that of the weights that stay, unless a checkpoint took one before.
+        """
+        return (
+            self._lisa is not None
+            and self._lisa.config.precision == "fp32_active"
+            and not args.load_best_model_at_end
+        )
 
     def _probe_pass(self, inputs: Any, scale: torch.Tensor | None) -> None:
         """One forward and backward pass of the bare model, of the loss that the trainer trains.

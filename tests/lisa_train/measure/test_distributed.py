@@ -159,6 +159,14 @@ def test_gradient_noise_is_that_between_the_micro_batches_of_all_processes(one, 
                 assert value == pytest.approx(exact[name], rel=1e-4), name
 
 
+def test_gradient_noise_of_a_tensor_that_one_process_reached_twice_is_not_measured(two):
+    run, rows = rows_of(two / "twice")
+    known = rows.loc[1]["grad_noise"]
+    assert known.index[known.isna()].tolist() == ["lm_head.weight"]
+    assert rows["grad_norm"].loc[1].notna().all()
+    assert run.non_finite().empty  # null, not NaN
+
+
 def test_gradient_noise_of_sharded_weights_is_refused_in_words(two):
     run, rows = rows_of(two / "fsdp2")
     assert rows["grad_noise"].isna().all()

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.rundir.run import load
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.precision import stochastic_round
 
@@ -209,6 +211,38 @@ def test_a_trainer_run_resumed_inside_an_interval_is_bit_identical(make_llama, t
     resumed.save_model(tmp_path / "final")
     loaded = type(model).from_pretrained(tmp_path / "final", dtype="auto")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("save", ["no", "steps"])
+def test_the_last_census_is_that_of_the_weights_that_stay(make_llama, tmp_path, save):
+    """When training ends the active layers are rounded; a checkpoint before has them in fp32."""
+    make_llama(layers=4).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    start = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    rows = [{k: v[0].tolist() for k, v in batch(i).items()} for i in range(40)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=4, save_strategy=save, save_steps=4, report_to=[],
+        learning_rate=1e-3, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    record = lt.RecordConfig(str(tmp_path / "run"), every=1, base_delta=True)
+    lt.attach(trainer, lisa=CONFIG, record=record)
+    trainer.train()
+    stay = {n: p.detach().double() for n, p in model.named_parameters()}
+    if save == "steps":
+        saved = load_file(tmp_path / "out" / "checkpoint-4" / "model.safetensors")
+        assert torch.float32 in {t.dtype for t in saved.values()}
+        stay = {n: saved.get(n, stay[n]).double() for n in stay}
+    run = load(tmp_path / "run")
+    last = run.metrics(["weight_norm", "delta_norm"], steps=[4])
+    last = last.merge(run.parameters[["param_id", "name"]], on="param_id").set_index("name")
+    assert len(last) == len(stay)
+    for name, weight in stay.items():
+        moved = float((weight - start[name]).norm())
+        assert last.loc[name, "delta_norm"] == pytest.approx(moved, rel=1e-5, abs=1e-12), name
+        assert last.loc[name, "weight_norm"] == pytest.approx(float(weight.norm()), rel=1e-5), name
+    said = run.events[run.events["event"] == "warning"]
+    assert len(said) == (save == "steps")
 
 
 def test_layer_norms_that_rest_take_fp32_from_layers_that_train():

@@ -312,6 +312,24 @@ class TestWeights:
         assert finding.state == "warn"
         assert "+30" in finding.evidence
 
+    def test_weight_drift_of_lora_takes_the_last_census(self, make_run):
+        def merged(frame):
+            last = frame["delta_norm"].notna() & (frame["step"] == frame["step"].max())
+            return frame.assign(merged_norm=np.where(last, 2.6, np.nan))
+
+        run = make_run(method="lora", steps=40, edit=merged)
+        assert "+30" in fired(run, "weight_drift").evidence
+
+    def test_weight_drift_of_lora_is_not_zero_when_only_the_start_is_known(self, make_run):
+        def start(frame):
+            ids = set(frame.loc[frame["delta_norm"].notna(), "param_id"])
+            first = (frame["step"] == 0) & frame["param_id"].isin(ids)
+            return frame.assign(merged_norm=np.where(first, 2.0, np.nan))
+
+        finding = fired(make_run(method="lora", steps=40, edit=start), "weight_drift")
+        assert finding.state == "could not run"
+        assert "merged_norm" in finding.evidence
+
     def test_weight_drift_without_a_census(self, make_run):
         finding = fired(make_run(steps=40, census=False), "weight_drift")
         assert finding.state == "could not run"

@@ -17,6 +17,7 @@ from helpers_recording import (
 )
 
 import lisa_train as lt
+from lisa_analysis.metrics.step_table import step_table
 from lisa_analysis.rundir.run import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
@@ -145,6 +146,23 @@ def test_lora_products_agree_with_dense_ones(tmp_path, changes):
             assert rows.loc[name, "delta_norm"] == pytest.approx(delta, rel=1e-5)
             assert rows.loc[name, "merged_norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
     assert len(on_b) == 4 * len(initial)
+    # What takes the base weights is measured in censuses.
+    assert set(frame.loc[frame["merged_norm"].notna(), "step"]) == {0, 3}
+
+
+def test_the_analysis_finds_adapted_weights_in_a_census_between_recorded_steps(tmp_path):
+    model = lora(llama())
+    _, path = record(tmp_path, model, max_steps=3, record={"every": 2})
+    run = load(path)
+    frame = run.metrics(["merged_norm", "grad_norm"]).dropna(subset=["merged_norm"])
+    assert set(frame["step"]) == {0, 3}
+    assert frame["grad_norm"].isna().all()
+    names = dict(zip(run.parameters["name"], run.parameters["layer"], strict=True))
+    squares = np.zeros(run.n_layers)
+    for name, (_, merged) in dense_products(model).items():
+        squares[names[name]] += merged**2
+    found = step_table(run).final_merged[: run.n_layers]
+    assert found == pytest.approx(np.sqrt(squares), rel=1e-5)
 
 
 @torch.no_grad()

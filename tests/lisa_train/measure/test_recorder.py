@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from helpers_recording import examples, llama
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
@@ -421,3 +424,42 @@ def test_a_probe_comes_before_the_checkpoint_of_its_step(tmp_path):
     frame = run.metrics(["grad_norm", "probe_grad_norm"])
     assert frame.dropna(subset=["grad_norm"])["step"].unique().tolist() == [1, 2, 3]
     assert frame.dropna(subset=["probe_grad_norm"])["step"].unique().tolist() == [1, 3]
+
+
+class Touched(TorchDispatchMode):
+    """Remembers the memory that operations read or write."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor):
+                self.storages.add(x.untyped_storage().data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_recorded_step_touches_no_weight_that_rests(tmp_path):
+    """Adapters are recorded without their base weights, which are many times larger."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    resting = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.requires_grad}
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1)) as recorder:
+        for step, batch in enumerate(batches(2), 1):
+            model(**batch).loss.backward()
+            with Touched() as touched:
+                recorder.before_step(step)
+            optimizer.step()
+            with touched:
+                recorder.after_step(step)
+            assert touched.storages & {p.untyped_storage().data_ptr() for p in trained}
+            assert not touched.storages & resting
+            optimizer.zero_grad()
+        with Touched() as touched:
+            recorder.census(2)
+        assert resting <= touched.storages
+    rows = load(tmp_path).metrics(["delta_norm"], steps=[1, 2])
+    assert rows["delta_norm"].notna().groupby(rows["step"]).sum().tolist() == [21, 21]

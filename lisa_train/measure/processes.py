@@ -60,9 +60,9 @@ class Processes:
         if self.count == 1:
             return
         kind = wide(self._device)
-        missing = [piece for piece in pieces if piece.missing is not None]
+        missing = [(piece, piece.missing) for piece in pieces if piece.missing is not None]
         parts = [piece.values.to(self._device, kind) * self._weights(piece) for piece in pieces]
-        parts += [piece.missing.to(self._device, kind) for piece in missing]
+        parts += [flags.to(self._device, kind) for _, flags in missing]
         weights = [_scalar(_weight(line), self._device, kind) for line in lines]
         for line, weight in zip(lines, weights, strict=True):
             loss = _scalar(line.get("loss"), self._device, kind) * weight
@@ -76,7 +76,7 @@ class Processes:
         split = list(joined.split([part.numel() for part in parts]))
         for piece in pieces:
             piece.values, piece.merged = split.pop(0), True
-        for piece in missing:
+        for piece, _ in missing:
             piece.missing = split.pop(0)
         n = len(lines)
         for line, loss, weight, tokens in zip(

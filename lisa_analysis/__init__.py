@@ -66,7 +66,7 @@ redirect(
         "layers": "contract.layers",
         "measurements": "metrics.log",
         "notebook": "contract.reprs",
-        "outcomes": "runs.outcomes",
+        "outcomes": "runs.losses",
         "plots": "views.plots",
         "probabilities": "plans.sampling",
         "probabilities_file": "contract.probabilities_file",

@@ -16,7 +16,9 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.definitions import metric_name
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
-from lisa_analysis.runs import outcomes
+from lisa_analysis.runs.configurations import labels
+from lisa_analysis.runs.losses import RunSummary
+from lisa_analysis.runs.losses import table as table_of
 
 Array = NDArray[np.float64]
 
@@ -102,8 +104,8 @@ class Comparison:
     def _repr_html_(self) -> str:
         peak = pd.to_numeric(self.table["peak_memory_bytes"]) / 1e9  # None where unknown
         shown = self.table.assign(peak_memory_bytes=peak)
-        table = outcomes.to_html(shown[list(_SHOWN)].rename(columns=_SHOWN))
-        pairs = outcomes.to_html(self.rank_agreement)
+        table = _to_html(shown[list(_SHOWN)].rename(columns=_SHOWN))
+        pairs = _to_html(self.rank_agreement)
         return (
             f"<section><p>{html.escape(self.statement)}</p>{table}"
             f"<details><summary>Agreement of profiles</summary>{pairs}</details></section>"
@@ -138,11 +140,11 @@ def compare(
     runs = list(runs)
     if not runs:
         raise LisaError("compare needs at least one run, got none.")
-    labels = outcomes.labels(runs)
-    summaries = [outcomes.Outcome.of(run, label) for run, label in zip(runs, labels, strict=True)]
-    table = outcomes.table(summaries)
+    names = labels(runs)
+    summaries = [RunSummary.of(run, label) for run, label in zip(runs, names, strict=True)]
+    table = table_of(summaries)
     profiles: dict[str, ImportanceProfile] = {}
-    for run, label in zip(runs, labels, strict=True):
+    for run, label in zip(runs, names, strict=True):
         try:
             profiles[label] = importance(run, metric, confidence=confidence, seed=seed)
         except LisaError:
@@ -330,3 +332,8 @@ def _configurations_words(seeds: pd.DataFrame) -> str:
             "three seeds or more."
         )
     return text
+
+
+def _to_html(frame: pd.DataFrame) -> str:
+    """Escaped HTML table."""
+    return frame.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")

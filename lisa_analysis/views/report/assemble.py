@@ -11,8 +11,9 @@ from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_V
 from lisa_analysis.metrics.step_table import step_table
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC
 from lisa_analysis.rundir.run import load
-from lisa_analysis.runs import outcomes
+from lisa_analysis.runs import losses
 from lisa_analysis.runs.compare import Comparison, compare
+from lisa_analysis.runs.configurations import labels
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.comparing import comparison_figures, seeds_table
 from lisa_analysis.views.report.content import (
@@ -38,7 +39,7 @@ def assemble(
         raise LisaError("report needs at least one run, got none: give a run directory.")
     budget = Budget.for_runs(len(runs))
     alone = len(runs) == 1
-    names = outcomes.labels(runs)
+    names = labels(runs)
     contents = [
         gather(run, i, name, metric, budget, alone=alone)
         for i, (run, name) in enumerate(zip(runs, names, strict=True))
@@ -77,7 +78,7 @@ def _title(runs: Sequence[Any], names: Sequence[str]) -> str:
 
 def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparison | None) -> Table:
     if comparison is None:
-        frame = outcomes.table([outcomes.Outcome.of(runs[0], names[0])])
+        frame = losses.table([losses.RunSummary.of(runs[0], names[0])])
     else:
         frame = comparison.to_frame()
     columns: list[Any] = [

@@ -8,7 +8,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.runs import outcomes
+from lisa_analysis.runs import configurations, losses
 
 X = np.linspace(-1, 1, 12)
 
@@ -68,12 +68,12 @@ class TestTable:
         import pandas as pd
 
         curve = pd.DataFrame({"step": [10, 20], "held_out_loss": [2.0, 1.0]})
-        assert outcomes.loss_at(curve, "step", 15) == 1.5
-        assert np.isnan(outcomes.loss_at(curve, "step", 5))
-        assert np.isnan(outcomes.loss_at(curve, "step", 25))
+        assert losses.loss_at(curve, "step", 15) == 1.5
+        assert np.isnan(losses.loss_at(curve, "step", 5))
+        assert np.isnan(losses.loss_at(curve, "step", 25))
 
     def test_repeated_names_are_told_apart(self, make_run):
-        assert outcomes.distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+        assert configurations.distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
         run = make_run(steps=10, run_id="same")
         assert la.compare([run, run]).to_frame()["run"].tolist() == ["same", "same (2)"]
 
@@ -179,7 +179,7 @@ class TestSeeds:
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
-        names = outcomes.configurations([outcomes.settings(run) for run in runs])
+        names = configurations.configurations([configurations.settings(run) for run in runs])
         assert names[0] == names[1]
         assert names[0] != names[2]
         assert names[0] != names[3]  # a section that the other lacks

@@ -1,31 +1,20 @@
 """What a run achieved and what it cost: one summary per run, losses read off at equal cost."""
 
-import hashlib
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.contract.schema import CONFIG
-from lisa_analysis.rundir.streams import read_bytes
+from lisa_analysis.runs.configurations import configurations, settings
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
           "seconds": "loss_at_equal_seconds"}  # fmt: skip
-# What may differ between repetitions of one configuration.
-_REPEATED = re.compile(r"[\w.]*(seed|output_dir|run_dir|run_name|run_id)")
-_SETTING = re.compile(r"(\s*)([\w.]+)\s*:(.*)")
-# A setting that is off. An older version that did not know it wrote no line of it.
-_OFF = ("false", "null", "[]", "{}")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunSummary:
     """Summary of one run.
 
     Attributes
@@ -43,7 +32,7 @@ class Outcome:
     settings: dict[str, str]
 
     @classmethod
-    def of(cls, run: Any, label: str) -> "Outcome":
+    def of(cls, run: Any, label: str) -> "RunSummary":
         """Read the streams of `run`."""
         scalars, result = run.scalars, run.manifest.get("result") or {}
         curve = evaluations(run, label)
@@ -64,13 +53,13 @@ class Outcome:
         return cls(row, curve, settings(run))
 
 
-def table(outcomes: list[Outcome]) -> pd.DataFrame:
+def table(summaries: list[RunSummary]) -> pd.DataFrame:
     """One row per run, with the held-out loss at the largest cost that all runs reached."""
-    frame = pd.DataFrame([outcome.row for outcome in outcomes])
-    names = configurations([outcome.settings for outcome in outcomes])
+    frame = pd.DataFrame([summary.row for summary in summaries])
+    names = configurations([summary.settings for summary in summaries])
     frame.insert(list(frame.columns).index("status") + 1, "configuration", names)
     for cost, column in _EQUAL.items():
-        reached = [outcome.curve.dropna(subset=[cost, "held_out_loss"]) for outcome in outcomes]
+        reached = [summary.curve.dropna(subset=[cost, "held_out_loss"]) for summary in summaries]
         evaluated = [curve for curve in reached if len(curve)]
         limit = min((float(curve[cost].max()) for curve in evaluated), default=float("nan"))
         frame[column] = [loss_at(curve, cost, limit) for curve in reached]
@@ -100,84 +89,6 @@ def evaluations(run: Any, label: str) -> pd.DataFrame:
     frame.insert(2, "tokens", _at_steps(scalars, "tokens", frame["step"], running=True))
     frame.insert(3, "seconds", _at_steps(scalars, "step_seconds", frame["step"], running=False))
     return frame
-
-
-def settings(run: Any) -> dict[str, str]:
-    """Everything but seeds and folders, by key with its sections, as written."""
-    found = {"method": str(run.method)}
-    path = run.path / CONFIG
-    if not path.exists():
-        keys = ("model", "lisa", "lora", "dataset", "recording")
-        return found | {
-            key: json.dumps(run.manifest.get(key), sort_keys=True, default=str) for key in keys
-        }
-    sections: list[tuple[int, str]] = []
-    key = ""
-    for line in read_bytes(path).decode("utf-8", "replace").splitlines():
-        setting = _SETTING.fullmatch(line)
-        if setting is None:  # an item of a list, a text over several lines
-            found[key] = found.get(key, "") + "\n" + line.strip()
-            continue
-        depth = len(setting[1])
-        sections = [*((d, name) for d, name in sections if d < depth), (depth, setting[2])]
-        key = "/".join(name for _, name in sections)
-        found[key] = setting[3].strip()
-    return {
-        key: value
-        for key, value in found.items()
-        if key and not _REPEATED.fullmatch(key.rsplit("/", 1)[-1])
-    }
-
-
-def configurations(runs: list[dict[str, str]]) -> list[str]:
-    """Short name of the configuration of every run; equal for repetitions of one setting.
-
-    A run joins the first configuration with all of whose runs it agrees: a key in both files has
-    one value, and a key that one file lacks is off in the other. The name is that of the first
-    run's settings.
-    """
-    members: dict[str, list[dict[str, str]]] = {}
-    names = []
-    for run in runs:
-        name = next(
-            (n for n, group in members.items() if all(_agree(run, other) for other in group)), None
-        )
-        if name is None:
-            text = json.dumps(run, sort_keys=True)
-            name = f"{run['method']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        members.setdefault(name, []).append(run)
-        names.append(name)
-    return names
-
-
-def _agree(a: dict[str, str], b: dict[str, str]) -> bool:
-    return all(
-        a[key] == b[key] if key in a and key in b else a.get(key, b.get(key)) in _OFF
-        for key in a.keys() | b.keys()
-    )
-
-
-def labels(runs: Sequence[Any]) -> list[str]:
-    """Name every run by its directory, which its owner chose; by its id where that is no name."""
-    names = [Path(run.path).resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.run_id) for run in runs]
-    return distinct(names)
-
-
-def distinct(names: list[str]) -> list[str]:
-    """Labels made distinct: a repeated run id gets a number."""
-    seen: dict[str, int] = {}
-    labels = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        labels.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return labels
-
-
-def to_html(frame: pd.DataFrame) -> str:
-    """Escaped HTML table."""
-    return frame.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")
 
 
 def _at_steps(scalars: pd.DataFrame, column: str, steps: pd.Series, *, running: bool) -> Any:

@@ -2,29 +2,25 @@
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.definitions import metric_name
+from lisa_analysis.profiles.agreement import Agreement, agreement, concordance, shares
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
 from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.losses import RunSummary
 from lisa_analysis.runs.losses import table as table_of
 
-Array = NDArray[np.float64]
-
 MIN_SEEDS = 3
-PAIRS = 400
-
 
 # Columns of the table of runs that a notebook shows, and what it calls them.
 _SHOWN = {
@@ -152,104 +148,23 @@ def compare(
             continue
     pairs = pd.DataFrame(
         [
-            _pair(a, b, profiles[a], profiles[b], confidence, seed)
+            {"run_a": a, "run_b": b}
+            | asdict(agreement(profiles[a], profiles[b], confidence=confidence, seed=seed))
             for a, b in combinations(profiles, 2)
         ],
-        columns=list(_PAIR_COLUMNS),
+        columns=["run_a", "run_b", *(f.name for f in fields(Agreement))],
     )
     seeds = _seeds(table, pairs, confidence)
     return Comparison(
         metric=metric_name(metric),
         table=table,
-        profiles=_aligned(profiles),
+        profiles=shares(profiles),
         rank_agreement=pairs,
-        concordance=_concordance(profiles),
+        concordance=concordance(list(profiles.values())),
         seeds=seeds,
         curves=pd.concat([s.curve for s in summaries], ignore_index=True),
         statement=_statement(table, pairs, seeds),
     )
-
-
-_PAIR_COLUMNS = (
-    "run_a", "run_b", "kendall", "kendall_low", "kendall_high", "spearman", "top_overlap",
-    "divergence", "noise_floor", "beyond_noise", "layers",
-)  # fmt: skip
-
-
-def _pair(
-    name_a: str,
-    name_b: str,
-    a: ImportanceProfile,
-    b: ImportanceProfile,
-    confidence: float,
-    seed: int,
-) -> dict[str, Any]:
-    """Agreement of two profiles on the layers that both know."""
-    result: dict[str, Any] = dict.fromkeys(_PAIR_COLUMNS, float("nan"))
-    result |= {"run_a": name_a, "run_b": name_b, "beyond_noise": None, "layers": 0}
-    if tuple(a.layers["name"]) != tuple(b.layers["name"]):
-        return result
-    known = np.isfinite(a.scores) & np.isfinite(b.scores)
-    result["layers"] = int(known.sum())
-    if known.sum() < 3:
-        return result
-    x, y = a.scores[known], b.scores[known]
-    result["kendall"], result["spearman"] = st.kendall_tau(x, y), st.spearman(x, y)
-    result["top_overlap"] = st.top_jaccard(x, y)
-    positive = bool((x > 0).any() and (y > 0).any())
-    if positive:
-        result["divergence"] = float(st.jensen_shannon(np.maximum(x, 0), np.maximum(y, 0)))
-    if a.samples is None or b.samples is None:
-        return result
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, (len(a.samples), len(b.samples)), size=(PAIRS, 2))
-    first, second = a.samples[rows[:, 0]], b.samples[rows[:, 1]]
-    taus = st.kendall_taus(first, second)
-    taus = taus[np.isfinite(taus)]
-    if len(taus):
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(taus, [tail, 1 - tail])
-        # Noise lowers τ twice over in the samples: the interval reaches at least the estimate.
-        result["kendall_low"] = float(min(low, result["kendall"]))
-        result["kendall_high"] = float(max(2 * result["kendall"] - low, high).clip(-1, 1))
-    if positive:
-        result["noise_floor"] = _noise_floor(x, y, first, second, confidence)
-        result["beyond_noise"] = bool(result["divergence"] > result["noise_floor"])
-    return result
-
-
-def _noise_floor(x: Array, y: Array, first: Array, second: Array, confidence: float) -> float:
-    """Divergence that noise alone gives when both runs have the same true profile."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        middle = np.sqrt(np.maximum(x, 0) / x.sum() * np.maximum(y, 0) / y.sum())
-        relative_a, relative_b = first / x, second / y
-    null = st.jensen_shannon(
-        np.maximum(np.nan_to_num(middle * relative_a), 0),
-        np.maximum(np.nan_to_num(middle * relative_b), 0),
-    )
-    return float(np.quantile(null, confidence))
-
-
-def _aligned(profiles: dict[str, ImportanceProfile]) -> pd.DataFrame:
-    """Shares of the total score, layers by name in the order of first appearance."""
-    columns = {}
-    for label, profile in profiles.items():
-        scores = np.maximum(profile.scores, 0)
-        total = np.nansum(scores)
-        share = scores / total if total > 0 else np.full(len(scores), np.nan)
-        columns[label] = pd.Series(share, index=list(profile.layers["name"]))
-    names = list(dict.fromkeys(name for column in columns.values() for name in column.index))
-    frame = pd.DataFrame(columns, index=names)
-    return frame.rename_axis("name").reset_index()
-
-
-def _concordance(profiles: dict[str, ImportanceProfile]) -> float:
-    tables = [tuple(profile.layers["name"]) for profile in profiles.values()]
-    if len(tables) < 3 or len(set(tables)) > 1:
-        return float("nan")
-    scores = np.stack([profile.scores for profile in profiles.values()])
-    known = np.isfinite(scores).all(axis=0)
-    return st.kendall_w(scores[:, known]) if known.sum() > 2 else float("nan")
 
 
 def _seeds(table: pd.DataFrame, pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:

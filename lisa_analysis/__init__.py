@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract.moved import redirect
 
 if TYPE_CHECKING:
+    from lisa_analysis.metrics import METRICS as METRICS
     from lisa_analysis.plans.sampling import SamplingProbabilities as SamplingProbabilities
     from lisa_analysis.plans.sampling import sampling_probabilities as sampling_probabilities
     from lisa_analysis.profiles.from_run import importance as importance
@@ -38,6 +39,7 @@ _HOME = {
     "importance": "profiles.from_run",
     "SamplingProbabilities": "plans.sampling",
     "sampling_probabilities": "plans.sampling",
+    "METRICS": "metrics",
     "Report": "views.report",
     "report": "views.report",
     "Run": "rundir.run",

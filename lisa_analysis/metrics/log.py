@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.rundir.draws import draws, intervals
 
 Array = NDArray[np.float64]
+
+# Settings that record a column which is off by default.
+_HOW = {"delta_norm": "for weights, record.base_delta", PROBE: "record.probe_every"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ class Measurements:
     interval: NDArray[np.int64] | None
     all_numel: Array
     rates: Array | None
+
+    def has(self, column: str) -> bool:
+        """Whether the run recorded a column."""
+        if column == PROBE:
+            return len(self.table.probe_steps) > 0
+        if column == "delta_norm":
+            # A census alone measures it as well.
+            return not bool(np.isnan(self.table.final_delta).all())
+        return column in self.table
+
+    def lacks(self, column: str) -> str:
+        """Say that a column was not recorded, and what was."""
+        hint = _HOW.get(column) or f"recorded: {', '.join(self.table.measures) or 'nothing'}"
+        return f"{column} was not recorded ({hint})"
 
     def exposure(self, power: float = 1.0) -> NDArray[Any]:
         """Training behind every group at every recorded step, shape (n, groups).

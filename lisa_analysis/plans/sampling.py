@@ -257,8 +257,6 @@ def _apply_control(pi: Array, control: str | None, seed: int) -> Array:
 
 def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
     """Whether to leave uniform sampling, and why (not)."""
-    from lisa_analysis.profiles.profile import WORTHWHILE_HEADROOM
-
     headroom = profile.concentration.headroom
     no = "The evidence does not justify leaving uniform sampling: "
     if profile.initialisation is not None and profile.initialisation.explained:
@@ -267,7 +265,7 @@ def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
         return False, no + f"{len(profile.unseen)} of {profile.n_layers} layers were never seen."
     if not profile.sufficient or headroom.low is None:
         return False, no + "the data are insufficient for intervals of the scores."
-    if headroom.low <= WORTHWHILE_HEADROOM:
+    if headroom.low <= profile.thresholds.headroom:
         return False, no + (
             f"the gain to be had is ×{headroom.value:.3f}, and may be as small as "
             f"×{headroom.low:.3f}."

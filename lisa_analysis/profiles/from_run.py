@@ -8,13 +8,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.definitions import Metric, find_metric, metric_name
 from lisa_analysis.metrics.log import Measurements, measurements
+from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import Grouping
-from lisa_analysis.profiles import verdict as judgement
 from lisa_analysis.profiles.initialisation import initial_scores, initialisation
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.statement import remarks, statement
+from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
+from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.rundir.opened import opened
 from lisa_analysis.statistics.estimate import Fit, fit_series
 
 Array = NDArray[np.float64]
@@ -31,18 +34,19 @@ def importance(
     confidence: float = 0.95,
     reference: Any = None,
     seed: int = 0,
+    thresholds: Thresholds = THRESHOLDS,
 ) -> ImportanceProfile:
     """Score every layer of a run and say what the scores are worth.
 
     Parameters
     ----------
     run
-        A run directory opened with `load`.
+        A run directory opened with `load`, or its path.
     metric
-        Id of a metric in `lisa_analysis.metrics.definitions.METRICS`, or a callable that takes
-        `Measurements` and returns values of shape (recorded steps, groups), NaN where a group
-        was not observed. Its attributes `id`, `definition` and `scale` are used where it has
-        them; a plain function goes by its name, the first line of its docstring, and ``log``.
+        Id of a metric in `lisa_analysis.METRICS`, or a callable that takes `Measurements` and
+        returns values of shape (recorded steps, groups), NaN where a group was not observed. Its
+        attributes `id`, `definition`, `scale` and so on are used where it has them; a plain
+        function goes by its name, the first line of its docstring, and ``log``.
     by
         ``layer``, ``kind`` (attn.q … mlp.down over the whole stack), ``module`` (a kind within
         a layer) or ``tensor``.
@@ -52,11 +56,14 @@ def importance(
         The full fine-tuning run, for the two metrics that compare a LoRA run with one.
     seed
         Of the bootstrap; the same run gives the same profile.
+    thresholds
+        Limits of intervals and verdict.
 
     Returns
     -------
     ImportanceProfile
-        Layers are judged on the steps in which they trained; a layer never trained is NaN. With
+        Layers are judged on the steps in which they trained; a layer never trained is NaN, one
+        that was exactly zero whenever it was observed has the score 0 and no interval. With
         LISA the layers are compared with those active at the same steps, and whole activation
         intervals are resampled.
 
@@ -70,95 +77,116 @@ def importance(
     Intervals are those of a layer relative to the others: what all layers share at a step
     (learning rate, difficulty of the batch) is removed from logarithmic metrics. They come from
     a circular block bootstrap over time with layers kept together (activation intervals for
-    LISA), and are missing below 25 effective observations.
+    LISA), and are missing below 25 effective observations (see `Thresholds`). A logarithm has no
+    zero: single steps at which a layer was exactly zero are left out, and the statement says so.
     """
-    if not 0.5 <= confidence < 1:
-        raise LisaError(f"confidence is {confidence}: expected a number in [0.5, 1), as 0.95.")
-    chosen = find_metric(metric, reference) if isinstance(metric, str) else metric
+    check_confidence(confidence)
+    run = opened(run, "importance")
+    other = None if reference is None else opened(reference, "reference")
+    chosen = find_metric(metric, other)
     data = measurements(run, by)
-    name = metric_name(chosen)
-    values = _evaluate(chosen, name, data)
-    scale = getattr(chosen, "scale", "log")
-    probes = getattr(chosen, "rows", "steps") == "probes"
-    steps = data.table.probe_steps if probes else data.table.steps
-    interval = None if probes else data.interval
-    rng = np.random.default_rng(seed)
-    inside = data.table.groups.inside
-    fit = _fit(values[:, :inside], scale, interval, confidence, rng)
-    outside = [
-        _fit(values[:, [column]], scale, None, confidence, rng)
-        for column in range(inside, values.shape[1])
-    ]
+    values = _evaluate(chosen, data)
+    fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
-    initial = initial_scores(name, data, values)
-    start = initialisation(name, data, scores, initial)
-    concentration = judgement.concentration(fit, confidence)
+    initial = initial_scores(chosen, data, values)
+    start = initialisation(chosen, data, scores, initial, thresholds)
     # An encoder and a decoder have no common depth.
     stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
-    shape = judgement.shape(fit, confidence, concentration, by == "layer" and stacks <= 1)
-    reliability = judgement.reliability(fit, steps, interval, rng)
+    judged = judge(
+        fit, confidence, thresholds, steps=steps, interval=interval, rng=rng,
+        has_depth=by == "layer" and stacks <= 1,
+    )  # fmt: skip
+    groups = data.table.groups
+    special = remarks(chosen, by, groups.names, fit)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
-    layers = _frame(data.table.groups, slice(0, inside), [fit], visits, initial)
-    others = _frame(data.table.groups, slice(inside, None), outside, visits, initial)
-    definition = str(getattr(chosen, "definition", (chosen.__doc__ or name).strip().split("\n")[0]))
     return ImportanceProfile(
-        metric=name,
-        definition=definition,
-        run_id=str(run.run_id),
+        metric=chosen.id,
+        definition=chosen.definition,
+        sources=(str(run.run_id),),
         method=str(run.method),
         model=str((run.manifest.get("model") or {}).get("name", "unknown")),
         by=by,
         confidence=confidence,
-        layers=layers,
-        outside=others,
-        verdict=shape.verdict,
-        statement=judgement.statement(
-            name, by, fit, concentration, shape, reliability, start, stacks
-        ),
-        concentration=concentration,
-        shape=shape,
+        layers=_frame(groups, slice(0, groups.inside), [fit], visits, initial),
+        outside=_frame(groups, slice(groups.inside, None), outside, visits, initial),
+        verdict=judged.shape.verdict,
+        statement=statement(chosen.id, by, fit, judged, start, thresholds, special, stacks),
+        concentration=judged.concentration,
+        shape=judged.shape,
         initialisation=start,
-        reliability=reliability,
-        samples=None if fit.samples is None else fit.scale(fit.samples),
+        reliability=judged.reliability,
+        samples=_samples(fit),
+        remarks=special,
+        thresholds=thresholds,
     )
 
 
-def _evaluate(chosen: Any, name: str, data: Measurements) -> NDArray[np.floating]:
+def check_confidence(confidence: Any) -> None:
+    """Refuse what is no coverage of an interval."""
+    if not (isinstance(confidence, int | float) and 0.5 <= confidence < 1):
+        raise LisaError(f"confidence is {confidence!r}: expected a number in [0.5, 1), as 0.95.")
+
+
+def _evaluate(chosen: Metric, data: Measurements) -> NDArray[np.floating]:
     """Call the metric; a missing column or a wrong shape is a sentence, not a traceback."""
     try:
-        values = np.asarray(chosen(data))
+        values = chosen(data)
     except KeyError as error:
         raise LisaError(
-            f"importance metric {name!r} cannot be computed for run {data.run.run_id}: "
+            f"importance metric {chosen.id!r} cannot be computed for run {data.run.run_id}: "
             f"{error.args[0]}; choose another metric or record the column."
         ) from None
     if values.shape not in (data.table.trained.shape, data.table.probe.shape):
         raise LisaError(
-            f"importance metric {name!r} returned an array of shape {values.shape}: expected "
+            f"importance metric {chosen.id!r} returned an array of shape {values.shape}: expected "
             f"(recorded steps, groups) = {data.table.trained.shape}."
+        )
+    if chosen.scale == "log" and (values < 0).any():
+        raise LisaError(
+            f"importance metric {chosen.id!r} has values below zero, which have no logarithm: give "
+            "it the scale 'linear'."
         )
     return values
 
 
-def _fit(
+def _fits(
+    chosen: Metric,
+    data: Measurements,
     values: NDArray[np.floating],
-    scale: str,
-    interval: NDArray[np.int64] | None,
     confidence: float,
-    rng: np.random.Generator,
-) -> Fit:
-    if scale == "total":
+    limits: Thresholds,
+    seed: int,
+) -> tuple[Fit, list[Fit], NDArray[np.int64], NDArray[np.int64] | None, np.random.Generator]:
+    """Fit of the layers, of each group outside, the steps behind them, and the generator."""
+    probes = chosen.rows == "probes"
+    steps = data.table.probe_steps if probes else data.table.steps
+    interval = None if probes else data.interval
+    rng = np.random.default_rng(seed)
+    log = chosen.scale == "log"
+    total = chosen.scale == "total"
+    if total:
         # The state at the end of a run is one observation: it has no interval of its own.
-        values, interval = last_known(values)[None, :], None
-    return fit_series(
-        values,
-        log=scale == "log",
-        clusters=interval,
-        confidence=confidence,
-        rng=rng,
-        remove_common=scale == "log",
-    )
+        values = last_known(values)[None, :]
+
+    def fitted(columns: slice, clusters: NDArray[np.int64] | None) -> Fit:
+        return fit_series(
+            values[:, columns], log=log, clusters=None if total else clusters,
+            confidence=confidence, rng=rng, remove_common=log,
+            min_effective=limits.min_effective, min_visits=limits.min_visits,
+        )  # fmt: skip
+
+    inside = data.table.groups.inside
+    fit = fitted(slice(0, inside), interval)
+    outside = [fitted(slice(column, column + 1), None) for column in range(inside, values.shape[1])]
+    return fit, outside, steps, interval, rng
+
+
+def _samples(fit: Fit) -> Array | None:
+    """Bootstrap samples of the scores; a layer that is zero throughout is zero in each."""
+    if fit.samples is None:
+        return None
+    return np.where(fit.zero, 0.0, fit.scale(fit.samples))
 
 
 def _frame(
@@ -183,5 +211,6 @@ def _frame(
             "initial": initial[columns],
             "rho": join("rho"),
             "steps": join("observations").astype(np.int64),
+            "zeros": join("zeros").astype(np.int64),
         }
     ).assign(layer=lambda frame: frame["layer"].mask(layer < 0))

@@ -4,37 +4,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.log import Measurements
-from lisa_analysis.profiles.profile import Initialisation
-from lisa_analysis.statistics.shape import MATERIAL
+from lisa_analysis.metrics.registry import Metric
+from lisa_analysis.profiles.parts import Initialisation
+from lisa_analysis.profiles.thresholds import Thresholds
 
 Array = NDArray[np.float64]
 
-# The share of a profile above which it is called that of its initialisation.
-EXPLAINED = 0.9
 # Drawn norms lie within a few per cent of their formula; beyond this they were not drawn so.
 _ANOTHER = 0.25
-_GRADIENT = ("grad_rms", "l1_descent", "probe_rms")
 
 
-def initial_scores(metric: str, data: Measurements, values: NDArray[np.floating]) -> Array:
-    """Score of every group at step 0; NaN where it was not measured.
-
-    Weight norms come from the census before training. Gradients of the first optimizer step are
-    those of the initial weights. Nothing has changed at step 0: metrics of change have no
-    initial score.
-    """
-    if metric == "weight_norm":
-        return data.table.initial.copy()
-    if metric == "probe_rms" and len(values) and data.table.probe_steps[0] == 0:
-        return np.asarray(values[0], dtype=np.float64)
-    if metric in _GRADIENT[:2] and len(data.table.steps) and data.table.steps[0] == 1:
-        first = np.asarray(values[0], dtype=np.float64)
-        return np.where(np.isfinite(first), first, np.nan)
-    return np.full(values.shape[1], np.nan)
+def initial_scores(metric: Metric, data: Measurements, values: NDArray[np.floating]) -> Array:
+    """Score of every group at step 0; NaN where the metric has none or it was not measured."""
+    if metric.at_start is None:
+        return np.full(values.shape[1], np.nan)
+    return metric.at_start.scores(data, values)
 
 
 def initialisation(
-    metric: str, data: Measurements, scores: Array, initial: Array
+    metric: Metric, data: Measurements, scores: Array, initial: Array, limits: Thresholds
 ) -> Initialisation | None:
     """Compare a profile with the one at step 0; None when that is unknown.
 
@@ -42,10 +30,13 @@ def initialisation(
     the groups outside the stack: 1 when training left the differences as they were. A profile is
     explained by its initialisation when this holds among the layers alone as well.
     """
+    if metric.at_start is None:
+        return None
+    gradients = metric.at_start.of == "gradients"
     with np.errstate(divide="ignore", invalid="ignore"):
         final, start = np.log(scores), np.log(initial)
     known = np.isfinite(final) & np.isfinite(start)
-    if metric in _GRADIENT:
+    if gradients:
         # The embedding's gradient is of another size; it would make any profile look inherited.
         known[data.table.groups.inside :] = False
     # A LISA run's first step has gradients of the layers drawn first, which are no profile.
@@ -55,26 +46,31 @@ def initialisation(
     layers = known & (np.arange(len(known)) < inside)
     change = (final - start)[known]
     level = float(min(np.exp(-abs(change.mean())), 1.0))
-    share = _share(final[known], start[known])
-    if metric in _GRADIENT and np.isnan(share):
+    share = _share(final[known], start[known], limits.material)
+    if gradients and np.isnan(share):
         return None
-    raw_adapters = metric == "weight_norm" and data.run.method == "lora"
+    raw_adapters = not gradients and data.run.method == "lora"
     # An embedding of ten times the norm hides what the layers learned: they must pass alone too.
-    alone = _share(final[layers], start[layers])
+    alone = _share(final[layers], start[layers], limits.material)
     measures = [level, *(part for part in (share, alone) if not np.isnan(part))]
-    explained = raw_adapters and min(measures) >= EXPLAINED
+    explained = raw_adapters and min(measures) >= limits.explained
     expected = default_lora_norms(data) if raw_adapters else np.full(len(scores), np.nan)
-    statement = _words(metric, share, alone, level, explained, raw_adapters)
+    statement = (
+        f"{share:.0%} of the spread of this profile is that of the first gradient, which belongs "
+        "to the untrained weights (one step, its noise included)."
+        if gradients
+        else _words(share, alone, level, explained, raw_adapters, limits)
+    )
     if raw_adapters:
         statement += _formula_words(expected[:inside], initial[:inside], scores[:inside])
     return Initialisation(share, level, explained, expected[:inside], statement)
 
 
-def _share(final: Array, start: Array) -> float:
+def _share(final: Array, start: Array, material: float) -> float:
     """R² of log-scores given those at step 0, slope 1; NaN where the scores do not differ."""
     spread = float(final.var()) if len(final) else 0.0
     # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
-    if spread <= MATERIAL**2:
+    if spread <= material**2:
         return float("nan")
     return float(np.clip(1 - (final - start).var() / spread, 0, 1))
 
@@ -100,15 +96,15 @@ def default_lora_norms(data: Measurements) -> Array:
 
 
 def _words(
-    metric: str, share: float, alone: float, level: float, explained: bool, raw_adapters: bool
+    share: float,
+    alone: float,
+    level: float,
+    explained: bool,
+    raw_adapters: bool,
+    limits: Thresholds,
 ) -> str:
-    if metric in _GRADIENT:
-        return (
-            f"{share:.0%} of the spread of this profile is that of the first gradient, which "
-            "belongs to the untrained weights (one step, its noise included)."
-        )
     part = (
-        f"layers, embedding and head differ by less than {MATERIAL:.0%}"
+        f"layers, embedding and head differ by less than {limits.material:.0%}"
         if np.isnan(share)
         else f"{share:.0%} of the spread between layers, embedding and head was there at step 0"
     )
@@ -121,11 +117,11 @@ def _words(
             "were drawn, not which layers learned."
         )
     if raw_adapters:
-        where = "The layers' raw" if share >= EXPLAINED > alone else "Raw"
+        where = "The layers' raw" if share >= limits.explained > alone else "Raw"
         return f"{text} {where} adapter norms have moved away from their initialisation."
-    return (
-        f"{text} It is mostly the profile of the pretrained weights." if level > EXPLAINED else text
-    )
+    if level > limits.explained:
+        return f"{text} It is mostly the profile of the pretrained weights."
+    return text
 
 
 def _formula_words(expected: Array, initial: Array, final: Array) -> str:

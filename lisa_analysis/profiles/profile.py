@@ -2,99 +2,39 @@
 
 import html
 import json
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.profiles.parts import NUMBERS, Initialisation, ProfileRow, Reliability
+from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
 
 Array = NDArray[np.float64]
 
-# A headroom that may be below this is no reason to leave uniform sampling.
-WORTHWHILE_HEADROOM = 1.05
 
-
-@dataclass(frozen=True)
-class Initialisation:
-    """How much of a profile was there at step 0.
-
-    Attributes
-    ----------
-    share
-        Share of the spread between groups (layers, embedding, head) that the profile at step 0
-        already shows; NaN when the groups do not differ.
-    level
-        Geometric mean of initial over final score, at most 1.
-    explained
-        Whether the profile is that of the adapter initialisation.
-    expected
-        Shape (layers,): norms that PEFT's default initialisation gives by formula (√(r/3) per
-        adapted linear map), NaN where it does not apply.
-    statement
-        The same in words.
-    """
-
-    share: float
-    level: float
-    explained: bool
-    expected: Array = field(repr=False)
-    statement: str
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Whether the ranking of the layers would come out the same again.
-
-    Attributes
-    ----------
-    split_half
-        Spearman–Brown reliability of odd against even blocks; NaN when there are too few.
-    rank_low
-        Lower 5 % of Kendall's τ between the profile and its bootstrap samples.
-    top_overlap
-        Jaccard overlap of the top quarters of the two halves.
-    steps_needed
-        Further optimizer steps until the reliability is 0.9; 0 when it is, inf when the layers
-        do not differ, None when it cannot be said.
-    drift
-        True when the profile of the second half differs from the first beyond noise, None when
-        the data do not allow to say.
-    drift_step
-        First recorded step at which a layer's series is seen to have moved, or None.
-    divergence, divergence_floor
-        Jensen–Shannon divergence between the halves in time and the 95 % level of noise alone.
-    enough
-        The stopping rule: all of the above good enough to stop collecting.
-    """
-
-    split_half: float
-    rank_low: float
-    top_overlap: float
-    steps_needed: float | None
-    drift: bool | None
-    drift_step: int | None
-    divergence: float
-    divergence_floor: float
-    enough: bool
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportanceProfile:
-    """Scores of the layers of one run under one metric, and what they are worth.
+    """Scores of layers under one metric, and what they are worth.
 
-    Made by `importance`. `to_frame()` has one row per layer: layer, name, score, low, high,
-    n_eff, visits, initial, rho, steps; NaN is unknown, never zero. `outside` holds the same for
-    the embedding, head and final norm, which are no part of the stack.
+    Made by `importance` from a run, or by `from_scores`. A sequence of its rows:
+    ``profile[3].score``, ``len(profile)``. `to_frame()` has one row per layer: layer, name, score,
+    low, high, n_eff, visits, initial, rho, steps, zeros; NaN is unknown, never zero; a layer that
+    was exactly zero throughout has the score 0 and no interval. `outside` holds the same for the
+    embedding, head and final norm, which are no part of the stack. `sources` are the ids of the
+    runs that it came from; `remarks` say what is special about single layers.
     """
 
     metric: str
     definition: str
-    run_id: str
+    sources: tuple[str, ...]
     method: str
     model: str
     by: str
@@ -107,7 +47,72 @@ class ImportanceProfile:
     shape: Shape = field(repr=False)
     initialisation: Initialisation | None = field(repr=False)
     reliability: Reliability = field(repr=False)
-    samples: Array | None = field(repr=False, compare=False)
+    samples: Array | None = field(repr=False)
+    remarks: tuple[str, ...] = field(default=(), repr=False)
+    thresholds: Thresholds = field(default=THRESHOLDS, repr=False)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[float],
+        names: Sequence[str] | None = None,
+        low: Sequence[float] | None = None,
+        high: Sequence[float] | None = None,
+        *,
+        metric: str = "score",
+        definition: str = "Scores that were given.",
+        sources: Sequence[str] = (),
+        model: str = "unknown",
+        by: str = "layer",
+        confidence: float = 0.95,
+    ) -> "ImportanceProfile":
+        """Make a profile of scores from anywhere: an ablation, two checkpoints, a paper.
+
+        Parameters
+        ----------
+        scores
+            One per layer, in the order of the stack; NaN is unknown, 0 is zero.
+        names
+            Names of the layers as the model has them (for probabilities of a run of it);
+            None calls them ``layer 0`` and so on.
+        low, high
+            Bounds of the scores; NaN where there are none.
+        metric, definition
+            What the scores are, as a name and in a sentence.
+        sources
+            What they come from, as run ids.
+        model, by, confidence
+            The model, what a row is, and the coverage of the bounds.
+
+        Raises
+        ------
+        LisaError
+            When lengths differ, a score is infinite, or a bound is on the wrong side.
+        """
+        from lisa_analysis.profiles.from_scores import profile_of
+
+        return profile_of(
+            scores, names, low, high, metric=metric, definition=definition, sources=sources,
+            model=model, by=by, confidence=confidence,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ImportanceProfile":
+        """Read a profile that was saved as `.json`; bootstrap samples are not kept there.
+
+        Raises
+        ------
+        LisaError
+            When the file cannot be read or holds no profile.
+        """
+        from lisa_analysis.profiles.saved import read_profile
+
+        return read_profile(Path(path))
+
+    @property
+    def run_id(self) -> str:
+        """Run that it came from; several are listed."""
+        return ", ".join(self.sources)
 
     @property
     def n_layers(self) -> int:
@@ -120,9 +125,18 @@ class ImportanceProfile:
         return self.layers["score"].to_numpy(dtype=np.float64)
 
     @property
+    def zero(self) -> tuple[int, ...]:
+        """Layers that were observed and exactly zero throughout."""
+        frame = self.layers
+        never = frame["steps"].isna() | (frame["steps"] == 0)
+        return tuple(np.flatnonzero((frame["score"] == 0) & never).tolist())
+
+    @property
     def sufficient(self) -> bool:
-        """Whether every layer has an interval."""
-        return bool(self.layers["low"].notna().all()) and self.samples is not None
+        """Whether every layer has an interval, those that are zero throughout left out."""
+        known = self.layers["low"].notna().to_numpy()
+        known[list(self.zero)] = True
+        return bool(known.all()) and self.concentration.headroom.sufficient
 
     @property
     def unseen(self) -> tuple[int, ...]:
@@ -130,8 +144,60 @@ class ImportanceProfile:
         return tuple(np.flatnonzero(self.layers["score"].isna()).tolist())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer."""
-        return self.layers.copy()
+        """One row per layer; `attrs` say what the numbers are."""
+        frame = self.layers.copy()
+        frame.attrs = {
+            "metric": self.metric,
+            "definition": self.definition,
+            "sources": list(self.sources),
+            "confidence": self.confidence,
+            "coverage": f"{int(frame['score'].notna().sum())} of {len(frame)} {self.by}s observed",
+        }
+        return frame
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[ProfileRow]:
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> ProfileRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ProfileRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> ProfileRow | tuple[ProfileRow, ...]:
+        """Row of a layer, counted from 0 or from the end, or a tuple of rows.
+
+        Raises
+        ------
+        IndexError
+            For a layer that is not there.
+        LisaError
+            For anything but whole numbers and slices.
+        """
+        if isinstance(index, slice):
+            return tuple(self[row] for row in range(len(self))[index])
+        try:
+            row = operator.index(index)
+        except TypeError:
+            raise LisaError(
+                f"a profile is indexed by whole numbers and slices, got {index!r}: look names up "
+                "in to_frame()."
+            ) from None
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"there is no {self.by} {row}: the profile has {len(self)}.")
+        values: dict[str, Any] = to_plain(self.layers.iloc[row].to_dict())
+        for name in NUMBERS:
+            values[name] = float("nan") if values[name] is None else values[name]
+        return ProfileRow(**values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ImportanceProfile):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.metric, self.sources, self.by, self.confidence, self.statement))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON; unknown is None."""
@@ -141,12 +207,14 @@ class ImportanceProfile:
                 "metric",
                 "definition",
                 "run_id",
+                "sources",
                 "method",
                 "model",
                 "by",
                 "confidence",
                 "verdict",
                 "statement",
+                "remarks",
             )
         }
         record["concentration"] = asdict(self.concentration)
@@ -168,23 +236,26 @@ class ImportanceProfile:
         """
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            pd.concat([self.layers, self.outside]).to_csv(path, index=False)
+            frame = pd.concat([self.layers, self.outside])
+            frame.to_csv(path, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save a profile as {path.name!r}: use .csv or .json.")
         return path
 
     def __repr__(self) -> str:
         return (
-            f"<ImportanceProfile {self.metric} of {self.run_id}: {self.n_layers} {self.by}s, "
-            f"{self.verdict}, headroom {self.concentration.headroom}>"
+            f"<ImportanceProfile {self.metric} of {self.run_id or 'given scores'}: "
+            f"{self.n_layers} {self.by}s, {self.verdict}, headroom {self.concentration.headroom}>"
         )
 
     def _repr_html_(self) -> str:
         table = self.layers.to_html(index=False, float_format=lambda v: f"{v:.3g}", border=0)
+        title = f"{self.metric} of {self.run_id or 'given scores'}"
         return (
-            f"<section><h3>{html.escape(self.metric)} of {html.escape(self.run_id)}</h3>"
+            f"<section><h3>{html.escape(title)}</h3>"
             f"<p>{html.escape(self.statement)}</p>"
             f"<details><summary>{self.n_layers} rows</summary>{table}</details></section>"
         )

@@ -1,24 +1,59 @@
-"""Concentration, shape, reliability and the statement of a profile, from its fit."""
+"""Concentration, shape and reliability of a profile, from its fit."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
-from lisa_analysis.profiles.profile import WORTHWHILE_HEADROOM, Initialisation, Reliability
+from lisa_analysis.profiles.parts import Reliability
+from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 from lisa_analysis.statistics import shape as shapes
-from lisa_analysis.statistics.estimate import MIN_EFFECTIVE, Fit
+from lisa_analysis.statistics.estimate import Fit
 
 Array = NDArray[np.float64]
-Float = NDArray[np.floating]
 
-RELIABLE = 0.9
-STABLE_TAU = 0.6
-STABLE_OVERLAP = 0.7
-MIN_BLOCKS = 8
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a fit is worth: how unequal, of what shape, how reliable."""
+
+    concentration: Concentration
+    shape: Shape
+    reliability: Reliability
+
+
+def judge(
+    fit: Fit,
+    confidence: float,
+    limits: Thresholds,
+    *,
+    steps: NDArray[np.int64],
+    interval: NDArray[np.int64] | None,
+    rng: np.random.Generator,
+    has_depth: bool,
+) -> Judgement:
+    """Judge a fit.
+
+    Parameters
+    ----------
+    fit, confidence, limits
+        The fit, the coverage of its intervals, and the limits to judge by.
+    steps, interval
+        Recorded steps behind the fit, and the activation interval of each (None without LISA).
+    rng
+        Of the drift's noise floor.
+    has_depth
+        Whether the rows are the layers of one stack, in order.
+    """
+    found = concentration(fit, confidence)
+    return Judgement(
+        found,
+        shape(fit, confidence, found, limits, has_depth),
+        reliability(fit, steps, interval, rng, limits),
+    )
 
 
 def concentration(fit: Fit, confidence: float) -> Concentration:
@@ -34,10 +69,10 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         return Concentration(*[nothing] * 7)
     samples = noise = None
     if fit.samples is not None:
-        samples = fit.scale(fit.samples)
+        deviations = fit.samples[:, fit.seen] - fit.effect[fit.seen]
+        samples = fit.scale(fit.samples[:, fit.seen])
         # Relative noise about a flat profile at the level of this one.
-        centre = fit.effect.mean()
-        noise = fit.scale(centre + fit.samples - fit.effect)
+        noise = fit.scale(fit.effect[fit.seen].mean() + deviations)
 
     def interval(
         measure: Callable[[Array], Array], equal: float | None, sign: int = 1, power: int = 1
@@ -99,13 +134,15 @@ def _excess_bounds(
     return low, max(low, high)
 
 
-def shape(fit: Fit, confidence: float, found: Concentration, has_depth: bool = True) -> Shape:
+def shape(
+    fit: Fit, confidence: float, found: Concentration, limits: Thresholds, has_depth: bool = True
+) -> Shape:
     """U-test on log-scores, and ``flat`` when nothing worth sampling for can be there."""
     seen = fit.seen
     n = len(seen)
     x = shapes.depth(n)[seen]
     effect = fit.effect[seen]
-    samples = fit.samples
+    samples = None if fit.samples is None else fit.samples[:, seen]
     if not has_depth or not len(effect):
         nothing = Interval(float("nan"))
         return Shape(nothing, nothing, nothing, nothing, "undecided")
@@ -118,21 +155,26 @@ def shape(fit: Fit, confidence: float, found: Concentration, has_depth: bool = T
             if positive
             else (effect / scale, None if samples is None else samples / scale)
         )
-    result = st.u_shape(effect, samples, x, confidence)
+    result = st.u_shape(effect, samples, x, confidence, limits.material)
     if result.rests_on is not None:
         result = replace(result, rests_on=int(np.flatnonzero(seen)[result.rests_on]))
     high = found.headroom.high
     open_question = result.verdict == "undecided" and result.rests_on is None
-    if open_question and high is not None and high <= WORTHWHILE_HEADROOM:
+    if open_question and high is not None and high <= limits.headroom:
         return replace(result, verdict="flat")
     return result
 
 
 def reliability(
-    fit: Fit, steps: NDArray[np.int64], interval: NDArray[np.int64] | None, rng: np.random.Generator
+    fit: Fit,
+    steps: NDArray[np.int64],
+    interval: NDArray[np.int64] | None,
+    rng: np.random.Generator,
+    limits: Thresholds,
 ) -> Reliability:
     """Split-half reliability, rank stability, steps still needed and drift."""
     nan = float("nan")
+    fit = fit.only(~fit.zero)
     split = overlap = nan
     if fit.halves is not None and np.isfinite(fit.halves).all() and fit.halves.shape[1] > 2:
         split = st.spearman_brown(st.pearson(*fit.halves))
@@ -142,25 +184,26 @@ def reliability(
         taus = st.kendall_taus(fit.samples[:200], fit.effect)
         rank_low = float(np.quantile(taus[np.isfinite(taus)], 0.05)) if np.ptp(fit.effect) else nan
     divergence, floor, drift = nan, nan, None
-    if fit.samples is not None and fit.log and len(fit.blocks) >= MIN_BLOCKS and interval is None:
-        divergence, floor = _halves_in_time(fit, rng)
+    in_blocks = len(fit.blocks) >= limits.min_blocks and interval is None
+    if fit.samples is not None and fit.log and in_blocks:
+        divergence, floor = _halves_in_time(fit, rng, limits.drift_level)
         drift = bool(divergence > floor)
-    needed = _steps_needed(fit, steps)
-    alarm = _first_alarm(fit, steps) if drift else None
+    needed = _steps_needed(fit, steps, limits)
+    alarm = _first_alarm(fit, steps, limits.drift_alarm) if drift else None
     enough = bool(
         fit.samples is not None
-        and split >= RELIABLE
-        and rank_low >= STABLE_TAU
-        and overlap >= STABLE_OVERLAP
+        and split >= limits.reliable
+        and rank_low >= limits.stable_tau
+        and overlap >= limits.stable_overlap
         and not drift
     )
     return Reliability(split, rank_low, overlap, needed, drift, alarm, divergence, floor, enough)
 
 
 def _halves_in_time(
-    fit: Fit, rng: np.random.Generator, replicates: int = 200
+    fit: Fit, rng: np.random.Generator, level: float, replicates: int = 200
 ) -> tuple[float, float]:
-    """Divergence of the later from the earlier half, and its 95 % level without any drift."""
+    """Divergence of the later from the earlier half, and its level without any drift."""
     blocks = fit.blocks
     half = len(blocks) // 2
     early, late = np.nanmean(blocks[:half], axis=0), np.nanmean(blocks[half:], axis=0)
@@ -170,11 +213,11 @@ def _halves_in_time(
     centred = np.concatenate([blocks[:half] - early, blocks[half:] - late]) + fit.effect
     parts = centred[draws].mean(axis=2)
     null = st.jensen_shannon(np.exp(parts[:, 0]), np.exp(parts[:, 1]))
-    return divergence, float(np.quantile(null, 0.95))
+    return divergence, float(np.quantile(null, level))
 
 
-def _steps_needed(fit: Fit, steps: NDArray[np.int64]) -> float | None:
-    """Further optimizer steps until reliability 0.9 and 25 effective observations."""
+def _steps_needed(fit: Fit, steps: NDArray[np.int64], limits: Thresholds) -> float | None:
+    """Further optimizer steps until the ranking is reliable and every layer has an interval."""
     seen = fit.seen
     if fit.noise is None or seen.sum() < 3 or len(steps) < 2 or not fit.n_eff[seen].min() > 0:
         return None
@@ -183,84 +226,21 @@ def _steps_needed(fit: Fit, steps: NDArray[np.int64]) -> float | None:
     per_unit = float(fit.n_eff[seen].min())
     if between <= 0:
         return float("inf")
-    lengthen = max(RELIABLE / (1 - RELIABLE) * error / between, MIN_EFFECTIVE / per_unit)
+    odds = limits.reliable / (1 - limits.reliable)
+    lengthen = max(odds * error / between, limits.min_effective / per_unit)
     total = float(steps[-1] - steps[0] + 1)
     return float(np.ceil(max(lengthen - 1, 0.0) * total))
 
 
-def _first_alarm(fit: Fit, steps: NDArray[np.int64]) -> int | None:
+def _first_alarm(fit: Fit, steps: NDArray[np.int64], limit: float) -> int | None:
     """Recorded step at which the first layer moved, by Page–Hinkley on block means."""
     deviation = fit.blocks - fit.effect
     scale = np.nanstd(np.diff(deviation, axis=0), axis=0) / np.sqrt(2)
     alarms = [
-        st.page_hinkley(np.nan_to_num(deviation[:, column] / scale[column]), threshold=12.0)
+        st.page_hinkley(np.nan_to_num(deviation[:, column] / scale[column]), threshold=limit)
         for column in np.flatnonzero(scale > 0)
     ]
     found = [alarm for alarm in alarms if alarm is not None]
     if not found:
         return None
     return int(steps[min(len(steps) - 1, min(found) * len(steps) // len(fit.blocks))])
-
-
-def statement(
-    metric: str,
-    by: str,
-    fit: Fit,
-    found: Concentration,
-    shape: Shape,
-    stable: Reliability,
-    start: Initialisation | None,
-    stacks: int = 1,
-) -> str:
-    """What a person should take away, in sentences."""
-    seen = fit.seen
-    sentences = []
-    if not seen.any():
-        return f"No {by} was observed training: nothing is known about {metric}."
-    if not seen.all():
-        sentences.append(
-            f"Never observed training, and so unknown: {int((~seen).sum())} of {len(seen)} {by}s."
-        )
-    if fit.samples is None:
-        least = float(fit.n_eff[seen].min())
-        sentences.append(
-            f"The data are insufficient for intervals ({least:.0f} effective observations in the "
-            f"least known {by}, {MIN_EFFECTIVE:.0f} needed): differences between {by}s may be "
-            "noise."
-        )
-    sentences.append(_shape_words(shape, found, by, stacks))
-    if stable.steps_needed is not None and not stable.enough:
-        if np.isinf(stable.steps_needed) and fit.samples is not None:
-            sentences.append(f"The {by}s do not differ beyond noise.")
-        elif 0 < stable.steps_needed < np.inf:
-            sentences.append(
-                f"About {stable.steps_needed:,.0f} more steps like these would make the ranking "
-                "reliable (0.9)."
-            )
-    if stable.drift:
-        where = "" if stable.drift_step is None else f", first seen near step {stable.drift_step}"
-        sentences.append(f"The profile drifted during the run{where}: it is an average of stages.")
-    if start is not None:
-        sentences.append(start.statement)
-    return " ".join(sentences)
-
-
-def _shape_words(shape: Shape, found: Concentration, by: str, stacks: int) -> str:
-    gain = found.headroom
-    limit = "" if gain.high is None else f" (at most ×{gain.high:.2f} with the interval)"
-    ceiling = f"sampling in proportion could gain ×{gain.value:.2f} over uniform{limit}"
-    if by != "layer":
-        return f"Depth shapes are judged by layer only; {ceiling}."
-    if stacks > 1:
-        return f"The {stacks} stacks have no common depth to judge a shape by; {ceiling}."
-    words = {
-        "U": "The profile is a U: the first and last layers stand above the middle",
-        "inverted U": "The profile is an inverted U: the middle layers stand above the ends",
-        "ramp": f"The profile is a ramp that {'rises' if shape.slope.value > 0 else 'falls'} "
-        "with depth",
-        "flat": "The profile is flat: no difference worth sampling for",
-        "undecided": "The shape is undecided",
-    }[shape.verdict]
-    if shape.rests_on is not None:
-        words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
-    return f"{words}; {ceiling}."

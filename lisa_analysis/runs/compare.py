@@ -12,7 +12,7 @@ import pandas as pd
 
 from lisa_analysis import statistics as st
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.definitions import metric_name
+from lisa_analysis.metrics.registry import metric_name
 from lisa_analysis.profiles.agreement import Agreement, agreement, concordance, shares
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain

@@ -1,6 +1,7 @@
 """Values per step and layer -> scores with bootstrap samples of them (numpy only)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,12 @@ class Fit:
     ----------
     score, low, high
         Shape (layers,); bounds are NaN where the data are insufficient, all NaN where a layer
-        was never observed.
+        was never observed. A layer of `zero` has the score 0 and no bounds.
     effect
-        Shape (layers,): the score on the scale of the fit (logarithm for `log`).
+        Shape (layers,): the score on the scale of the fit (logarithm for `log`); NaN for `zero`.
     samples
-        Shape (replicates, layers) on the scale of the fit, or None when any layer's data are
-        insufficient.
+        Shape (replicates, layers) on the scale of the fit, NaN for `zero`; None when any other
+        layer's data are insufficient.
     noise
         Shape (replicates, layers): deviations of the samples from `effect`, always there when
         anything could be resampled; None otherwise.
@@ -43,6 +44,12 @@ class Fit:
         Rows per block (1 for activation intervals).
     halves
         Effects from odd and from even blocks, shape (2, layers), or None.
+    zero
+        Shape (layers,): observed, and exactly zero every time. No average of zeros says how the
+        layer compares with others, so that it takes no part in the fit.
+    zeros
+        Shape (layers,): observations that were exactly zero. A logarithmic fit leaves them out;
+        steps at which all layers are zero (learning rate 0) are not counted.
     """
 
     score: Array
@@ -60,11 +67,22 @@ class Fit:
     halves: Array | None
     log: bool
     adjusted: str
+    zero: NDArray[np.bool_]
+    zeros: NDArray[np.int64]
 
     @property
     def seen(self) -> NDArray[np.bool_]:
-        """Layers that were observed."""
+        """Layers that were observed, and not as zero throughout."""
         return np.isfinite(self.effect)
+
+    def only(self, layers: NDArray[np.bool_]) -> "Fit":
+        """Return the fit of some of the layers, as it came out among all."""
+        parts: dict[str, Any] = {
+            f.name: value[..., layers]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+        }
+        return replace(self, **parts)
 
     def scale(self, effects: Array) -> Array:
         """Back from the scale of the fit to that of the scores."""
@@ -80,6 +98,8 @@ def fit_series(
     rng: np.random.Generator,
     replicates: int = st.bootstrap.REPLICATES,
     remove_common: bool = True,
+    min_effective: float = MIN_EFFECTIVE,
+    min_visits: float = MIN_VISITS,
 ) -> Fit:
     """Average over time and find out how well the average is known.
 
@@ -89,17 +109,23 @@ def fit_series(
         Shape (n, layers); NaN where a layer was not observed, inf for non-finite measurements,
         which are left out (diagnostics report them).
     log
-        Average logarithms (multiplicative noise, heavy right tail). Steps at which every layer
-        is zero (learning rate 0) are left out; a zero beside positive values counts as the
-        smallest positive one.
+        Average logarithms (multiplicative noise, heavy right tail). Zeros have none and are left
+        out: see `Fit.zero` and `Fit.zeros`.
     clusters
         Shape (n,): activation interval of every row when layers were sampled, else None.
     confidence, rng, replicates
         Of the bootstrap: circular blocks over time, or whole intervals, all layers together.
     remove_common
         Remove what all layers share at a step before errors are estimated.
+    min_effective, min_visits
+        Effective observations, and blocks or intervals, below which a layer has no interval.
     """
-    values = _prepare(values, log)
+    values = np.where(np.isfinite(values), values, np.nan)
+    zero, zeros = _zeros(values)
+    values[:, zero] = np.nan
+    if log:
+        values[values <= 0] = np.nan
+        np.log(values, out=values)
     if clusters is not None and not log:
         values = _level(values)
     series, labels = condense(values, clusters)
@@ -119,20 +145,21 @@ def fit_series(
         length, shown = 1, 1.0
         block = labels
         n_eff, units = _cluster_size(residuals, labels, counts)
-    enough = (n_eff >= MIN_EFFECTIVE) & (units >= MIN_VISITS)
+    enough = (n_eff >= min_effective) & (units >= min_visits)
     noise = _noise(residuals, labels, length, effects.inverse, rng, replicates)
     if noise is not None:
         noise /= np.sqrt(shown)
     low, high = _bounds(effects.layer, noise, units, enough, confidence)
     seen = np.isfinite(effects.layer)
-    complete = bool(seen.all() and enough.all()) and noise is not None
+    complete = bool((seen | zero).all() and seen.any() and enough[seen].all())
     samples = effects.layer + _stretch(noise, units) if complete and noise is not None else None
     back = np.exp if log else np.asarray
+    score = np.where(zero, 0.0, back(effects.layer))
     return Fit(
-        back(effects.layer), back(low), back(high), effects.layer, samples, noise, n_eff, rho,
+        score, back(low), back(high), effects.layer, samples, noise, n_eff, rho,
         counts, float(np.sqrt(np.nanmean(residuals**2))) if counts.any() else float("nan"),
         _block_means(residuals, effects.layer, block), length,
-        _halves(series, block, remove_common and log), log, effects.adjusted,
+        _halves(series, block, remove_common and log), log, effects.adjusted, zero, zeros,
     )  # fmt: skip
 
 
@@ -164,18 +191,15 @@ def condense(
     return means, None if clusters is None else clusters[rows]
 
 
-def _prepare(values: NDArray[np.floating], log: bool) -> NDArray[np.floating]:
-    """Mask what is not finite; take logarithms."""
-    values = np.where(np.isfinite(values), values, np.nan)
-    if not log:
-        return values
-    positive = values > 0
-    if not positive.any():
-        return np.full(values.shape, np.nan)
-    if not positive.all():
-        values[~positive.any(axis=1)] = np.nan
-        np.maximum(values, values[positive].min(), out=values)
-    return np.log(values, out=values)
+def _zeros(values: NDArray[np.floating]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which layers are zero whenever they were observed, and how often every layer is."""
+    is_zero = values == 0
+    known = np.isfinite(values)
+    zero = known.any(axis=0) & (is_zero | ~known).all(axis=0)
+    # A learning rate of 0 says nothing of a layer.
+    together = known.sum(axis=1)
+    idle = (together > 1) & (is_zero.sum(axis=1) == together)
+    return zero, np.where(zero, known.sum(axis=0), is_zero[~idle].sum(axis=0))
 
 
 def _level(values: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -62,7 +62,13 @@ def two_lines(values: Array, x: Array, split: float = 0.0) -> Array:
     return np.stack(slopes, axis=-1)
 
 
-def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float) -> Shape:
+def u_shape(
+    estimate: Array,
+    samples: Array | None,
+    x: Array,
+    confidence: float,
+    material: float = MATERIAL,
+) -> Shape:
     """Test a log-profile for a U, its inverse and a ramp.
 
     Parameters
@@ -76,6 +82,8 @@ def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float)
     confidence
         Confidence of the verdict as a whole: each of its three questions (U, inverted U, ramp)
         takes a third of the error.
+    material
+        Fitted relative difference between two depths below which a shape has no name.
 
     Returns
     -------
@@ -94,10 +102,10 @@ def u_shape(estimate: Array, samples: Array | None, x: Array, confidence: float)
         )
         return Shape(curvature, slope, left, right, "undecided")
     tail = (1 - confidence) / 6
-    found = _test(estimate, samples, x, tail)
+    found = _test(estimate, samples, x, tail, material)
     if found.verdict == "undecided":
         return found
-    rests_on = _indispensable(found, estimate, samples, x, tail)
+    rests_on = _indispensable(found, estimate, samples, x, tail, material)
     return found if rests_on is None else replace(found, verdict="undecided", rests_on=rests_on)
 
 
@@ -109,7 +117,7 @@ def _coefficients(estimate: Array, x: Array) -> tuple[Array, Array, Array, float
     return fit, _line(estimate, x), two_lines(estimate, x, split), split
 
 
-def _test(estimate: Array, samples: Array, x: Array, tail: float) -> Shape:
+def _test(estimate: Array, samples: Array, x: Array, tail: float, material: float) -> Shape:
     """The three questions, asked of these layers."""
     fit, linear, arms, split = _coefficients(estimate, x)
     fits, sides = quadratic_fit(samples, x), two_lines(samples, x, split)
@@ -119,26 +127,26 @@ def _test(estimate: Array, samples: Array, x: Array, tail: float) -> Shape:
     verdict = "undecided"
     if sign(curvature) and sign(left) == -sign(curvature) and sign(right) == sign(curvature):
         depth_of_arms = min(abs(arms[0]) * (split + 1), abs(arms[1]) * (1 - split))
-        if depth_of_arms > MATERIAL:
+        if depth_of_arms > material:
             verdict = "U" if sign(curvature) > 0 else "inverted U"
-    elif _is_ramp(slope):
+    elif _is_ramp(slope, material):
         verdict = "ramp"
     return Shape(curvature, slope, left, right, verdict)
 
 
-def _is_ramp(slope: Interval) -> bool:
-    return sign(slope) != 0 and abs(2 * slope.value) > MATERIAL
+def _is_ramp(slope: Interval, material: float) -> bool:
+    return sign(slope) != 0 and abs(2 * slope.value) > material
 
 
 def _indispensable(
-    found: Shape, estimate: Array, samples: Array, x: Array, tail: float
+    found: Shape, estimate: Array, samples: Array, x: Array, tail: float, material: float
 ) -> int | None:
     """Layer without which the shape does not hold: the one farthest from the median, or None."""
     for layer in np.argsort(-np.abs(estimate - np.median(estimate)), kind="stable"):
         kept = np.arange(len(x)) != layer
-        rest = _test(estimate[kept], samples[:, kept], x[kept], tail)
+        rest = _test(estimate[kept], samples[:, kept], x[kept], tail, material)
         holds = (
-            _is_ramp(rest.slope) and sign(rest.slope) == sign(found.slope)
+            _is_ramp(rest.slope, material) and sign(rest.slope) == sign(found.slope)
             if found.verdict == "ramp"
             else rest.verdict == found.verdict
         )

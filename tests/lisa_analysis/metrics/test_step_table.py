@@ -5,8 +5,10 @@ import pyarrow as pa
 import pytest
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics.changes import growth_exponent
+from lisa_analysis.metrics.gradients import running_mean
 from lisa_analysis.metrics.layer_sums import Accumulator, Chunk, sum_batch, unpack
-from lisa_analysis.metrics.series import growth_exponent, last_known, running_mean
+from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import grouping, step_table
 from lisa_analysis.rundir.draws import draw_events, draws, intervals
 

@@ -8,7 +8,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.definitions import METRICS, find_metric
+from lisa_analysis.metrics import METRICS, find_metric
 
 X = np.linspace(-1, 1, 12)
 ONE_RUN = [name for name in METRICS if not name.startswith(("lisa_", "probe_"))]

@@ -1,0 +1,42 @@
+"""Metrics of single updates: how far a step moved a layer, and what that did to the loss."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lisa_analysis.metrics.log import Measurements
+from lisa_analysis.metrics.registry import metric
+from lisa_analysis.metrics.series import ratio
+
+
+@metric(
+    "log",
+    "Geometric mean over steps of ‖θ_{t+1} − θ_t‖, the step as realised in the stored precision.",
+    needs=("update_norm",),
+)
+def update_norm(data: Measurements) -> NDArray[Any]:
+    """Size of the realised step."""
+    return data.table["update_norm"]
+
+
+@metric(
+    "log",
+    "Geometric mean over steps of ‖θ_{t+1} − θ_t‖/‖θ_{t+1}‖; under Adam close to lr·√N/‖θ‖, so "
+    "mostly a statement about ‖θ‖.",
+    needs=("update_norm", "weight_norm"),
+)
+def update_ratio(data: Measurements) -> NDArray[Any]:
+    """Relative size of the realised step (LARS, LAMB)."""
+    return ratio(data.table["update_norm"], data.table["weight_norm"])
+
+
+@metric(
+    "linear",
+    "Mean over steps of −⟨g_t, θ_{t+1} − θ_t⟩, the loss decrease that the realised step predicts; "
+    "negative where a layer moved against its gradient.",
+    needs=("descent",),
+    below_zero="moved against the loss",
+)
+def descent(data: Measurements) -> NDArray[Any]:
+    """Measured first-order loss decrease; may be negative."""
+    return data.table["descent"]

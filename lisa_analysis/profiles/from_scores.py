@@ -1,0 +1,141 @@
+"""A profile of scores that were given, not measured by a run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics.registry import Metric
+from lisa_analysis.profiles.from_run import check_confidence
+from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.statement import remarks, shape_words
+from lisa_analysis.profiles.thresholds import THRESHOLDS
+from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.statistics.estimate import Fit
+
+Array = NDArray[np.float64]
+
+
+def profile_of(
+    scores: Sequence[float],
+    names: Sequence[str] | None,
+    low: Sequence[float] | None,
+    high: Sequence[float] | None,
+    *,
+    metric: str,
+    definition: str,
+    sources: Sequence[str],
+    model: str,
+    by: str,
+    confidence: float,
+) -> ImportanceProfile:
+    """Build the profile, see `ImportanceProfile.from_scores`."""
+    check_confidence(confidence)
+    if isinstance(sources, str):
+        sources = (sources,)
+    score = _vector("scores", scores, None)
+    if np.isinf(score).any():
+        raise LisaError(
+            f"scores[{int(np.flatnonzero(np.isinf(score))[0])}] is infinite: expected finite "
+            "numbers, NaN where a score is unknown."
+        )
+    n = len(score)
+    bounds = [
+        np.full(n, np.nan) if given is None else _vector(name, given, n)
+        for name, given in (("low", low), ("high", high))
+    ]
+    for name, wrong in (("low", bounds[0] > score), ("high", bounds[1] < score)):
+        if wrong.any():
+            raise LisaError(
+                f"{name}[{int(np.argmax(wrong))}] is on the wrong side of its score: expected low "
+                "≤ score ≤ high."
+            )
+    labels = [f"layer {i}" for i in range(n)] if names is None else [str(name) for name in names]
+    if len(labels) != n or len(set(labels)) != n:
+        raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
+    fit = _fit(score, *bounds)
+    judged = judge(
+        fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), interval=None,
+        rng=np.random.default_rng(0), has_depth=by == "layer",
+    )  # fmt: skip
+    special = remarks(Metric(metric, definition, "linear", np.asarray), by, labels, fit)
+    return ImportanceProfile(
+        metric=metric,
+        definition=definition,
+        sources=tuple(map(str, sources)),
+        method="unknown",
+        model=model,
+        by=by,
+        confidence=confidence,
+        layers=_frame(fit, labels, by),
+        outside=_frame(fit.only(np.zeros(n, dtype=bool)), [], by),
+        verdict=judged.shape.verdict,
+        statement=_statement(metric, by, fit, shape_words(judged, by), special),
+        concentration=judged.concentration,
+        shape=judged.shape,
+        initialisation=None,
+        reliability=judged.reliability,
+        samples=None,
+        remarks=special,
+    )
+
+
+def _vector(name: str, given: Sequence[float], length: int | None) -> Array:
+    try:
+        values = np.array([np.nan if v is None else v for v in given], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise LisaError(f"{name} are {type(given).__name__}: expected a list of numbers.") from None
+    if values.ndim != 1 or not len(values) or len(values) != (length or len(values)):
+        raise LisaError(
+            f"{name} have the shape {values.shape}: expected one number per layer"
+            f"{f', {length} of them' if length else ''}."
+        )
+    return values
+
+
+def _fit(score: Array, low: Array, high: Array) -> Fit:
+    """Given numbers as a fit without any resampling behind it."""
+    n = len(score)
+    zero = score == 0
+    known = score[np.isfinite(score) & ~zero]
+    log = len(known) > 0 and bool((known > 0).all())
+    effect = np.where(zero, np.nan, score)
+    nothing = np.full(n, np.nan)
+    return Fit(
+        score, np.where(zero, np.nan, low), np.where(zero, np.nan, high),
+        np.log(effect) if log else effect, None, None, nothing, nothing,
+        np.zeros(n, np.int64), float("nan"), np.zeros((0, n)), 1, None, log, "none", zero,
+        zero.astype(np.int64),
+    )  # fmt: skip
+
+
+def _frame(fit: Fit, names: Sequence[str], by: str) -> pd.DataFrame:
+    n = len(names)
+    unknown = pd.array([pd.NA] * n, dtype="Int64")
+    index = pd.array(range(n), dtype="Int64") if by == "layer" else unknown
+    return pd.DataFrame(
+        {
+            "layer": index, "name": list(names), "score": fit.score, "low": fit.low,
+            "high": fit.high, "n_eff": fit.n_eff, "visits": unknown, "initial": fit.n_eff,
+            "rho": fit.rho, "steps": unknown, "zeros": unknown,
+        }
+    )  # fmt: skip
+
+
+def _statement(metric: str, by: str, fit: Fit, shape: str, special: Sequence[str]) -> str:
+    unknown = ~(fit.seen | fit.zero)
+    if unknown.all():
+        return f"No {by} has a score: nothing is known about {metric}."
+    sentences = []
+    if unknown.any():
+        sentences.append(f"Unknown: {int(unknown.sum())} of {len(unknown)} {by}s.")
+    sentences += special
+    if not fit.seen.any():
+        return " ".join(sentences)
+    sentences.append(
+        "The scores were given, and nothing that could be resampled: how sure their order and "
+        "their shape are cannot be said."
+    )
+    return " ".join([*sentences, shape])

@@ -134,7 +134,7 @@ class ImportanceProfile:
     @property
     def sufficient(self) -> bool:
         """Whether every layer has an interval, those that are zero throughout left out."""
-        known = self.layers["low"].notna().to_numpy()
+        known = self.layers["low"].notna().to_numpy(copy=True)
         known[list(self.zero)] = True
         return bool(known.all()) and self.concentration.headroom.sufficient
 

@@ -1,6 +1,7 @@
-"""Scores with intervals -> weights -> inclusion probabilities with an exact sum (numpy only)."""
+"""A budget shared out over layers: safe scores, weights, shares of an exact sum (numpy only)."""
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import ProbabilitiesError
 
 Array = NDArray[np.float64]
+Control = Literal["permuted", "reversed", "uniform"]
+
+CONTROLS = ("permuted", "reversed", "uniform")
 
 
 def safe_scores(low: Array, high: Array) -> Array:
@@ -16,12 +20,14 @@ def safe_scores(low: Array, high: Array) -> Array:
     c_i = clip(m, low_i, high_i) with m = ‖c‖²/‖c‖₁: never worse than uniform sampling for any
     truth inside the intervals (Stich, Raj & Jaggi, NeurIPS 2017). A missing bound is 0 or ∞.
     """
-    low = np.maximum(np.nan_to_num(low, nan=0.0), 0.0)
-    high = np.maximum(np.nan_to_num(high, nan=np.inf), low)
+    low = np.maximum(np.where(np.isnan(low), 0.0, low), 0.0)
+    high = np.maximum(np.where(np.isnan(high), np.inf, high), low)
     bounds = np.concatenate([low[low > 0], high[np.isfinite(high)]])
     if not len(bounds) or bounds.max() <= 0:
         return np.ones(len(low))
-    left, right = 0.0, float(bounds.max())
+    unit = math.frexp(float(bounds.max()))[1]
+    low, high = np.ldexp(low, -unit), np.ldexp(high, -unit)
+    left, right = 0.0, 1.0
     while True:
         middle = (left + right) / 2
         if middle in (left, right):
@@ -31,7 +37,7 @@ def safe_scores(low: Array, high: Array) -> Array:
             left = middle
         else:
             right = middle
-    return np.clip(right, low, high)
+    return np.ldexp(np.clip(right, low, high), unit)
 
 
 def inclusion_probabilities(
@@ -39,42 +45,131 @@ def inclusion_probabilities(
 ) -> Array:
     """π = clip(λ·w, floor·k/L, min(1, cap·k/L)) with λ such that Σπ = k.
 
+    A layer of weight 0 gets the floor. Only what all other layers leave, each of them at the cap,
+    is shared equally among those of weight 0.
+
     Raises
     ------
     ProbabilitiesError
         When no λ gives Σπ = k, or a layer could never be drawn.
     """
-    weights = np.asarray(weights, dtype=np.float64)
     n = len(weights)
+    if not (floor >= 0 and cap >= 0):
+        raise ProbabilitiesError(
+            f"floor is {floor!r} and cap {cap!r}: expected numbers that are not negative."
+        )
     lower, upper = min(1.0, floor * k / n), min(1.0, cap * k / n)
-    if (weights < 0).any() or not np.isfinite(weights).all():
-        raise ProbabilitiesError("weights of layers must be finite and not negative.")
     if not 1 <= k <= n or n * lower > k * (1 + 1e-12) or n * upper < k * (1 - 1e-12):
         raise ProbabilitiesError(
             f"no probabilities between {lower:.4g} and {upper:.4g} for {n} layers sum to {k}: "
             "choose floor ≤ 1 ≤ cap and at most as many activated layers as there are."
         )
-    if lower <= 0 and not (weights > 0).all():
+    pi = allocate(weights, k, lower, upper)
+    if not (pi > 0).all():
         raise ProbabilitiesError(
-            f"layer {int(np.argmin(weights))} would never be drawn: use a floor or a mix above 0."
+            f"layer {int(np.argmin(pi))} would never be drawn: use a floor or a mix above 0."
         )
-    positive = weights[weights > 0]
-    if not len(positive) or upper - lower < 1e-15:
-        return np.full(n, k / n)
-    left, right = 0.0, upper / float(positive.min())
-    while True:
-        scale = (left + right) / 2
-        if scale in (left, right):
-            break
-        if np.clip(scale * weights, lower, upper).sum() < k:
-            left = scale
-        else:
-            right = scale
-    pi = np.clip(right * weights, lower, upper)
-    free = (pi > lower) & (pi < upper)
-    # Exact by construction: what the bounds leave is shared in proportion to the weights.
-    for _ in range(4):
-        if free.any():
-            rest = k - math.fsum(pi[~free])
-            pi[free] = np.clip(weights[free] * rest / math.fsum(weights[free]), lower, upper)
     return pi
+
+
+def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
+    """Share `total` out in proportion to the weights, between bounds.
+
+    clip(λ·w, lower, upper) with λ such that the sum is `total`: the one engine behind whatever is
+    budgeted over layers. Shares of weight 0 stay at `lower` as long as the others can take the
+    rest, and are equal.
+
+    Parameters
+    ----------
+    weights
+        Shape (n,), finite and not negative; of any size.
+    total
+        Between n·lower and n·upper.
+    lower, upper
+        Bounds of every share.
+
+    Returns
+    -------
+    ndarray
+        Shape (n,); sums to `total` up to rounding, which is checked.
+
+    Raises
+    ------
+    ProbabilitiesError
+        When weights are not finite or negative, or no shares between the bounds sum to `total`.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    n = len(weights)
+    if not (weights >= 0).all() or not np.isfinite(weights).all():
+        raise ProbabilitiesError("weights of layers must be finite and not negative.")
+    positive = weights > 0
+    if not positive.any() or upper - lower < 1e-15:
+        shares = np.full(n, total / n)
+    elif positive.sum() * upper + (~positive).sum() * lower <= total:
+        shares = np.full(n, upper)
+        if not positive.all():
+            shares[~positive] = (total - positive.sum() * upper) / (~positive).sum()
+    else:
+        shares = _proportional(weights, total, lower, upper)
+    shares = np.clip(shares, lower, upper)
+    off = math.fsum(shares) - total
+    if not abs(off) <= 1e-12 * max(1.0, abs(total)):
+        raise ProbabilitiesError(
+            f"no shares between {lower:.6g} and {upper:.6g} in proportion to the weights sum to "
+            f"{total:g}: they miss it by {off:.3g}."
+        )
+    return shares
+
+
+def _proportional(weights: Array, total: float, lower: float, upper: float) -> Array:
+    """Shares where some λ gives the total. ln λ is found among its breakpoints, then exactly."""
+    with np.errstate(divide="ignore"):
+        logs, low, high = np.log(weights), np.log(lower), np.log(upper)
+    # Below ln λ = `leaves` a share is at its lower bound, from `arrives` on at its upper one.
+    # A share of weight 0 never leaves it.
+    leaves, arrives = (
+        np.subtract(bound, logs, where=weights > 0, out=np.full(len(weights), np.inf))
+        for bound in (low, high)
+    )
+    points = np.concatenate([leaves, arrives])
+    points = np.sort(points[np.isfinite(points)])
+
+    def shares_at(point: float) -> Array:
+        return np.exp(np.clip(np.minimum(point + logs, high), low, None))
+
+    first, last = 0, len(points) - 1
+    while first < last:  # the first breakpoint at which the total is reached
+        middle = (first + last) // 2
+        if math.fsum(shares_at(points[middle])) < total:
+            first = middle + 1
+        else:
+            last = middle
+    before = points[first - 1] if first else -math.inf
+    # Which shares are free is the same all the way to the breakpoint before.
+    inside = (before + points[first]) / 2 if first else points[0] - 1
+    shares = np.where(arrives <= inside, upper, lower)
+    free = (leaves < inside) & (arrives > inside)
+    if free.any():
+        relative = weights[free] / weights[free].max()
+        rest = total - math.fsum(shares[~free])
+        shares[free] = relative * (rest / math.fsum(relative))
+    return shares
+
+
+def in_units(scores: Array) -> Array:
+    """Scores over the power of two next to the largest: no sum or square can overflow."""
+    return np.ldexp(scores, -math.frexp(float(scores.max()))[1])
+
+
+def apply_control(shares: Array, control: str | None, seed: int) -> Array:
+    """Give the same shares to other layers, see `CONTROLS`; None leaves them."""
+    if control == "uniform":
+        return np.full(len(shares), shares.sum() / len(shares))
+    if control == "permuted":
+        return np.random.default_rng(seed).permutation(shares)
+    if control == "reversed":
+        result = np.empty_like(shares)
+        order = np.argsort(shares, kind="stable")
+        result[order] = shares[order[::-1]]
+        return result
+    return shares

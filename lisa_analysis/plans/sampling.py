@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,14 @@ from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.probabilities_file import check_vector, read_record
 from lisa_analysis.contract.schema import SCHEMA_VERSION
-from lisa_analysis.plans.budget import inclusion_probabilities, safe_scores
-from lisa_analysis.statistics.shape import MATERIAL
+from lisa_analysis.plans.budget import (
+    CONTROLS,
+    Control,
+    apply_control,
+    in_units,
+    inclusion_probabilities,
+    safe_scores,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +30,7 @@ if TYPE_CHECKING:
     from lisa_analysis.profiles.profile import ImportanceProfile
 
 Array = NDArray[np.float64]
-Control = Literal["permuted", "reversed", "uniform"]
 
-CONTROLS = ("permuted", "reversed", "uniform")
 STAGES = ("score", "low", "high", "safe", "power", "mixed")
 
 
@@ -73,7 +77,10 @@ class SamplingProbabilities:
         """Write the JSON file that `lisa-train --lisa.probabilities` takes."""
         path = Path(path)
         record = {"schema_version": self.schema_version, **asdict(self)}
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if math.isinf(self.cap):
+            record["cap"] = None  # JSON has no infinity
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -98,6 +105,8 @@ class SamplingProbabilities:
                 "file again."
             )
         known = {name: record[name] for name in _OPTIONAL if name in record}
+        if known.get("cap", 0) is None:
+            known["cap"] = math.inf
         stages = record.get("stages")
         return cls(
             layer_names=tuple(names),
@@ -130,7 +139,7 @@ class SamplingProbabilities:
         facts = notebook.facts(
             [
                 ("sampling", spread),
-                ("from", f"{self.metric} of {', '.join(self.source_runs)}{kind}"),
+                ("from", f"{self.metric} of {', '.join(self.source_runs) or 'given scores'}{kind}"),
             ]
         )
         return (
@@ -168,7 +177,7 @@ def sampling_probabilities(
     Parameters
     ----------
     profile
-        A profile by layer.
+        A profile by layer; scores from elsewhere become one with `ImportanceProfile.from_scores`.
     activated_layers
         k, layers that train in each interval; any 1 … number of layers.
     gamma
@@ -180,7 +189,8 @@ def sampling_probabilities(
     use_intervals
         Pull every score towards the others as far as its interval allows (Stich, Raj & Jaggi
         2017): wide intervals give uniform sampling, and a layer without an interval is neutral.
-        False takes the scores as if they were certain.
+        False takes the scores as if they were certain. Either way a layer that no gradient
+        reached, or that scored below zero, counts as 0: it gets what `mix` and `floor` give it.
     control
         The same probabilities given to other layers, to tell importance from mere inequality:
         ``permuted`` at random, ``reversed`` in rank (the most important layer gets the smallest
@@ -198,6 +208,7 @@ def sampling_probabilities(
     ProbabilitiesError
         For values out of range, bounds that no Σπ = k can meet, or a profile not by layer.
     """
+    _check_profile(profile)
     n = profile.n_layers
     if profile.by != "layer":
         raise ProbabilitiesError(
@@ -205,18 +216,29 @@ def sampling_probabilities(
         )
     _check_settings(n, activated_layers, gamma, mix, floor, cap, control)
     frame = profile.layers
-    score, low, high = (frame[c].to_numpy(dtype=np.float64) for c in ("score", "low", "high"))
+    score, low, high = (
+        frame[c].to_numpy(dtype=np.float64, copy=True) for c in ("score", "low", "high")
+    )
+    if np.isinf(score).any():
+        raise ProbabilitiesError(
+            f"layer {int(np.argmax(np.isinf(score)))} has an infinite score: expected finite ones."
+        )
     if use_intervals:
+        nothing = list(profile.zero)
+        low[nothing] = high[nothing] = 0.0
         safe = safe_scores(low, high)
     else:
         safe = np.maximum(np.where(np.isfinite(score), score, _neutral(score)), 0.0)
-    power = (safe / safe.mean()) ** gamma if safe.any() else np.ones(n)
+    size = in_units(safe)
+    power = (size / size.mean()) ** gamma if safe.any() else np.ones(n)
     mixed = (1 - mix) * power / power.sum() + mix / n
     pi = inclusion_probabilities(mixed, activated_layers, floor=floor, cap=cap)
-    pi = _apply_control(pi, control, seed)
+    pi = apply_control(pi, control, seed)
     justified, reason = _justification(profile, pi)
     if control is not None:
         justified, reason = False, f"A {control} control: not meant to be better than uniform."
+    elif least := _least(profile):
+        reason = " ".join([reason, *profile.remarks, least])
     stages = dict(zip(STAGES, map(_plain, (score, low, high, safe, power, mixed)), strict=True))
     known = frame["n_eff"][frame["score"].notna()]
     return SamplingProbabilities(
@@ -230,8 +252,8 @@ def sampling_probabilities(
         mix=float(mix),
         floor=float(floor),
         cap=float(cap),
-        n_eff=float(known.min()) if len(known) else None,
-        source_runs=(profile.run_id,),
+        n_eff=float(known.min()) if known.notna().any() else None,
+        source_runs=profile.sources,
         verdict=profile.verdict,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         control=control,
@@ -240,19 +262,6 @@ def sampling_probabilities(
         statement=reason,
         stages=stages,
     )
-
-
-def _apply_control(pi: Array, control: str | None, seed: int) -> Array:
-    if control == "uniform":
-        return np.full(len(pi), pi.sum() / len(pi))
-    if control == "permuted":
-        return np.random.default_rng(seed).permutation(pi)
-    if control == "reversed":
-        result = np.empty_like(pi)
-        order = np.argsort(pi, kind="stable")
-        result[order] = pi[order[::-1]]
-        return result
-    return pi
 
 
 def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
@@ -274,9 +283,10 @@ def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
         return False, no + "the profile drifted during the run."
     # Without a floor a layer may have π = 0.
     gain = float(pi.max() / pi.min()) if pi.min() > 0 else math.inf
-    if gain < 1 + MATERIAL:
+    material = profile.thresholds.material
+    if gain < 1 + material:
         return False, (
-            f"No layer is drawn {MATERIAL:.0%} more often than another: these settings "
+            f"No layer is drawn {material:.0%} more often than another: these settings "
             "(activated_layers, gamma, mix, floor, cap, use_intervals) make the probabilities "
             "uniform."
         )
@@ -286,6 +296,23 @@ def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
         "often as the least. Whether the score predicts a lower loss is for a run to show, beside "
         "a uniform and a permuted control."
     )
+
+
+def _least(profile: "ImportanceProfile") -> str:
+    """What becomes of layers that count as 0; empty without any."""
+    below = profile.layers["high"].to_numpy(dtype=np.float64) < 0
+    count = int(below.sum()) + len(profile.zero)
+    if not count:
+        return ""
+    return f"{'They get' if count > 1 else 'It gets'} no more than mix and floor give."
+
+
+def _check_profile(profile: Any) -> None:
+    if not all(hasattr(profile, name) for name in ("layers", "by", "concentration")):
+        raise ProbabilitiesError(
+            f"sampling probabilities are made from a profile, got a {type(profile).__name__}: make "
+            "one with importance(run), or of scores with ImportanceProfile.from_scores."
+        )
 
 
 def _check_settings(

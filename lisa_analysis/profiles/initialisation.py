@@ -44,7 +44,7 @@ def initialisation(
         return None
     inside = data.table.groups.inside
     layers = known & (np.arange(len(known)) < inside)
-    change = (final - start)[known]
+    change = final[known] - start[known]
     level = float(min(np.exp(-abs(change.mean())), 1.0))
     share = _share(final[known], start[known], limits.material)
     if gradients and np.isnan(share):

@@ -1,5 +1,6 @@
 """Scores to probabilities: exact sums, feasible bounds, safe scores, controls, the file."""
 
+import contextlib
 import json
 import math
 
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as hs
 
 import lisa_analysis as la
-from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.errors import LisaError, ProbabilitiesError
 from lisa_analysis.plans.sampling import inclusion_probabilities, safe_scores
 
 X = np.linspace(-1, 1, 12)
@@ -76,8 +77,68 @@ class TestInclusionProbabilities:
         with pytest.raises(ProbabilitiesError, match="finite"):
             inclusion_probabilities(np.array([1.0, np.nan]), 1)
 
+    @given(
+        hs.lists(
+            hs.one_of(hs.just(0.0), hs.floats(0, 1e308), hs.sampled_from([5e-324, 1e-310, 1.0])),
+            min_size=1, max_size=40,
+        ).map(np.array),
+        hs.data(),
+    )  # fmt: skip
+    @settings(max_examples=400, deadline=None)
+    def test_any_weights_give_an_exact_sum_or_an_error(self, w, data):
+        """Zeros, subnormal and huge weights: what comes out solves the equation that it states."""
+        n = len(w)
+        k = data.draw(hs.integers(1, n))
+        floor = data.draw(hs.one_of(hs.just(0.0), hs.floats(0.01, 1)))
+        cap = data.draw(hs.one_of(hs.just(math.inf), hs.floats(1, 50)))
+        if floor * k / n < 1e-300:
+            with contextlib.suppress(ProbabilitiesError):  # a layer that would never be drawn
+                pi = inclusion_probabilities(w, k, floor=floor, cap=cap)
+                assert (pi > 0).all()
+                assert abs(math.fsum(pi) - k) < 1e-12 * k
+            return
+        pi = inclusion_probabilities(w, k, floor=floor, cap=cap)
+        assert abs(math.fsum(pi) - k) < 1e-12 * k
+        lower, upper = min(1, floor * k / n), min(1, cap * k / n)
+        assert ((pi >= lower) & (pi <= upper) & (pi > 0)).all()
+        order = np.argsort(w, kind="stable")
+        assert (np.diff(pi[order]) >= -1e-12).all()
+        free = (pi > lower * (1 + 1e-9)) & (pi < upper * (1 - 1e-9))
+        if (w[free] > 0).any():
+            assert not (w[free] == 0).any()
+            slopes = np.log(pi[free]) - np.log(w[free])
+            assert np.ptp(slopes) < 1e-9
+            at = slopes.mean()
+            with np.errstate(divide="ignore"):
+                assert (np.log(w[pi <= lower]) + at < np.log(lower) + 1e-9).all()
+
+    def test_layers_of_weight_zero_share_what_the_others_cannot_take(self):
+        pi = inclusion_probabilities(np.array([1.0, 2, 0, 0]), 3, floor=0.25, cap=4)
+        np.testing.assert_allclose(pi, [1, 1, 0.5, 0.5])
+        pi = inclusion_probabilities(np.array([1.0, 3, 0, 0]), 1, floor=0.25, cap=4)
+        np.testing.assert_allclose(pi, [0.875 / 4, 2.625 / 4, 0.0625, 0.0625])
+
+    def test_the_size_of_the_weights_does_not_matter(self):
+        for size in (5e-324, 1e-300, 1e300):
+            pi = inclusion_probabilities(np.array([1, 2, 4]) * size, 1)
+            np.testing.assert_allclose(pi, [1 / 7, 2 / 7, 4 / 7], rtol=1e-12)
+
+    @pytest.mark.parametrize("bounds", [{"floor": math.nan}, {"cap": math.nan}, {"floor": -1.0}])
+    def test_bounds_that_are_none_are_refused(self, bounds):
+        with pytest.raises(ProbabilitiesError, match="floor is"):
+            inclusion_probabilities(X + 2, 2, **bounds)
+
+    def test_infinite_weights_are_refused(self):
+        with pytest.raises(ProbabilitiesError, match="finite"):
+            inclusion_probabilities(np.array([1.0, np.inf]), 1, floor=0.25)
+
 
 class TestSafeScores:
+    def test_a_bound_at_infinity_is_a_missing_one(self):
+        low, score = np.array([1.0, 2.0, 1.0]), np.array([1.0, 2.0, np.inf])
+        missing = np.array([1.0, 2.0, np.nan])
+        np.testing.assert_array_equal(safe_scores(low, score), safe_scores(low, missing))
+
     def test_the_fixed_point(self):
         rng = np.random.default_rng(0)
         for _ in range(50):
@@ -225,7 +286,70 @@ class TestPipeline:
             la.sampling_probabilities(la.importance(make_run(steps=9), by="kind"))
 
 
+class TestLayersThatCountAsZero:
+    """Below zero, or no gradient at all: the sum is kept, and the file says what happened."""
+
+    def scores(self, *values, **bounds):
+        return la.ImportanceProfile.from_scores(values, **bounds)
+
+    def test_scores_below_zero_without_mix_keep_the_sum(self):
+        """Sum 2.375 for k = 3 before: the file was written, and refused when it was read."""
+        profile = self.scores(1.0, 2.0, -1.0, -2.0)
+        made = la.sampling_probabilities(profile, 3, mix=0, use_intervals=False)
+        np.testing.assert_allclose(made.inclusion_probabilities, [1, 1, 0.5, 0.5])
+
+    def test_a_layer_that_moved_against_the_loss_is_named(self, make_run):
+        def flip(frame):
+            frame.loc[frame["param_id"].isin([1, 2, 5, 6]), "descent"] *= -1
+            return frame
+
+        run = make_run(profile=8, steps=300, edit=flip, common=0.0)
+        profile = la.importance(run, "descent")
+        assert profile.layers["high"][0] < 0
+        said = "Layers 0, 2 moved against the loss"
+        assert said in profile.statement
+        made = la.sampling_probabilities(profile, 3)
+        assert said in made.statement
+        assert "no more than mix and floor give" in made.statement
+        least = min(made.inclusion_probabilities)
+        assert [made.inclusion_probabilities[i] for i in (0, 2)] == [least, least]
+
+    def test_a_layer_without_gradient_gets_the_least(self, make_run):
+        def cut(frame):
+            frame.loc[frame["param_id"].isin([3, 4]), "grad_norm"] = 0.0
+            return frame
+
+        profile = la.importance(make_run(profile=8, steps=300, edit=cut))
+        for believed in (True, False):
+            made = la.sampling_probabilities(profile, 2, use_intervals=believed)
+            assert np.argmin(made.inclusion_probabilities) == 1
+            assert "No gradient reaches layer 1" in made.statement
+            assert made.scores[1] == 0
+        with pytest.raises(ProbabilitiesError, match="layer 1 would never be drawn"):
+            la.sampling_probabilities(profile, 2, mix=0, floor=0)
+
+    def test_infinite_scores_are_refused(self):
+        with pytest.raises(LisaError, match=r"scores\[1\] is infinite"):
+            self.scores(1.0, math.inf)
+
+    @pytest.mark.parametrize("given", [[1.0, 2.0], np.ones(3), "profile.json", None])
+    def test_what_is_no_profile_is_refused_in_words(self, given):
+        with pytest.raises(ProbabilitiesError, match="from_scores"):
+            la.sampling_probabilities(given)
+
+
 class TestFile:
+    def test_every_file_is_json(self, strong, tmp_path):
+        """Python writes and reads Infinity; nobody else does."""
+        path = la.sampling_probabilities(strong, cap=math.inf).save(tmp_path / "p.json")
+
+        def no_constant(name):
+            raise AssertionError(f"{name} is no JSON")
+
+        record = json.loads(path.read_text("utf-8"), parse_constant=no_constant)
+        assert record["cap"] is None
+        assert la.SamplingProbabilities.load(path).cap == math.inf
+
     @pytest.fixture
     def saved(self, strong, tmp_path):
         made = la.sampling_probabilities(strong, 2)

@@ -456,6 +456,245 @@ class TestInitialisation:
         assert la.importance(run, "weight_norm").initialisation is None
 
 
+class TestZero:
+    """Exactly zero is a state of its own: no number is invented for it."""
+
+    @staticmethod
+    def without_gradient(*layers, steps=None):
+        def cut(frame):
+            rows = frame["param_id"].isin([1 + 2 * i + part for i in layers for part in (0, 1)])
+            if steps is not None:
+                rows &= frame["step"].isin(steps)
+            frame.loc[rows, ["grad_norm", "grad_norm_l1", "update_norm", "descent"]] = 0.0
+            return frame
+
+        return cut
+
+    @pytest.mark.parametrize("metric", ["grad_rms", "l1_descent", "update_norm", "descent"])
+    def test_a_layer_of_zeros_has_the_score_zero_and_no_interval(self, make_run, metric):
+        """0.310 [0.308, 0.313] before, the smallest number of any layer, as if it were measured."""
+        run = make_run(profile=np.exp(0.4 * X), steps=300, edit=self.without_gradient(7))
+        profile = la.importance(run, metric)
+        row = profile.to_frame().iloc[7]
+        assert row["score"] == 0
+        assert np.isnan(row["low"])
+        assert np.isnan(row["high"])
+        assert row["zeros"] == 300
+        assert profile.zero == (7,)
+        assert profile.unseen == ()
+        assert "layer 7" in profile.statement.lower()
+        assert f"its {metric} is exactly 0 throughout" in profile.statement
+
+    def test_the_other_layers_are_judged_as_if_it_were_not_there(self, make_run):
+        truth = np.exp(0.4 * X**2)
+        dead = la.importance(make_run(profile=truth, steps=300, edit=self.without_gradient(7)))
+        alive = la.importance(make_run(profile=truth, steps=300))
+        assert "No gradient reaches layer 7: its grad_rms is exactly 0 throughout." in (
+            dead.statement
+        )
+        assert dead.verdict == "U"
+        assert dead.sufficient
+        others = np.arange(12) != 7
+        np.testing.assert_allclose(dead.scores[others], alive.scores[others], rtol=1e-5)
+        low = dead.layers["low"][others]
+        np.testing.assert_allclose(low, alive.layers["low"][others], rtol=0.02)
+        assert (dead.samples[:, 7] == 0).all()
+
+    def test_an_underflow_elsewhere_changes_nothing(self, make_run):
+        def underflow(frame):
+            frame = self.without_gradient(7)(frame)
+            frame.loc[(frame["step"] == 5) & frame["param_id"].isin([1, 2]), "grad_norm"] = 1e-30
+            return frame
+
+        assert la.importance(make_run(profile=12, steps=300, edit=underflow)).scores[7] == 0
+
+    def test_single_zeros_are_left_out_and_named(self, make_run):
+        some = range(10, 300, 10)
+        run = make_run(profile=12, steps=300, edit=self.without_gradient(3, steps=some))
+        profile = la.importance(run)
+        row = profile.to_frame().iloc[3]
+        assert (row["zeros"], row["steps"]) == (29, 271)
+        assert profile.zero == ()
+        assert "left out: layer 3 (at most 29 of 300 steps)" in profile.statement
+        norms = np.sqrt((layer_rows(run, "grad_norm", 3) ** 2).sum(axis=1)) / np.sqrt(20_000)
+        kept = [step for step in range(1, 301) if step not in some]
+        expected = np.exp(np.log(norms[np.array(kept) - 1]).mean())
+        assert row["score"] == pytest.approx(expected, rel=0.01)
+
+    def test_a_layer_drawn_alone_is_not_called_unseen(self, make_run):
+        """K = 1: every row of the layer holds nothing but zero."""
+        run = make_run(
+            method="lisa", steps=200, k=1, interval=5, profile=4, edit=self.without_gradient(2)
+        )
+        profile = la.importance(run)
+        assert profile.zero == (2,)
+        assert "No gradient reaches layer 2" in profile.statement
+        assert "Never observed" not in profile.statement
+
+    def test_no_gradient_anywhere(self, make_run):
+        run = make_run(steps=30, profile=4, edit=self.without_gradient(0, 1, 2, 3))
+        profile = la.importance(run)
+        assert profile.zero == (0, 1, 2, 3)
+        assert "No gradient reaches layers 0, 1, 2, 3" in profile.statement
+        assert profile.verdict == "undecided"
+        json.dumps(profile.to_dict(), allow_nan=False)
+
+    def test_it_goes_through_every_view(self, make_run):
+        from lisa_analysis.views import terminal
+
+        run = make_run(profile=8, steps=100, edit=self.without_gradient(2))
+        other = make_run(profile=8, steps=100)
+        assert "No gradient reaches layer 2" in la.report(run).html
+        profile = la.importance(run)
+        made = la.sampling_probabilities(profile)
+        assert "No gradient reaches layer 2" in " ".join(terminal.profile(profile, made).split())
+        assert la.compare([run, other]).rank_agreement["layers"][0] == 8
+
+    def test_values_below_zero_have_no_logarithm(self, make_run):
+        with pytest.raises(LisaError, match="give it the scale 'linear'"):
+            la.importance(make_run(steps=5), lambda data: -data.table["grad_norm"])
+
+
+class TestFromScores:
+    """Profiles of numbers that no run measured."""
+
+    def test_a_profile_of_given_scores(self):
+        profile = la.ImportanceProfile.from_scores(
+            [3.0, 1.0, np.nan, 2.0], low=[2.5, 0.5, np.nan, np.nan],
+            high=[3.5, 1.5, np.nan, np.nan], metric="ablation", sources=["a", "b"],
+        )  # fmt: skip
+        assert profile.scores.tolist()[:2] == [3.0, 1.0]
+        assert profile.unseen == (2,)
+        assert profile.sources == ("a", "b")
+        assert profile.run_id == "a, b"
+        assert profile.concentration.headroom.value == pytest.approx(1 + 1 / 6)
+        assert "Unknown: 1 of 4 layers" in profile.statement
+        assert "cannot be said" in profile.statement
+        assert np.isnan(profile[3].low)
+        assert profile[0].n_eff is not None
+        made = la.sampling_probabilities(profile, 2, use_intervals=False)
+        assert sum(made.inclusion_probabilities) == pytest.approx(2)
+        assert made.source_runs == ("a", "b")
+        assert not made.justified
+        json.dumps(profile.to_dict(), allow_nan=False)
+
+    def test_it_can_be_drawn_and_compared(self, make_run):
+        from matplotlib import pyplot
+
+        from lisa_analysis.profiles.agreement import agreement
+
+        run = la.importance(make_run(profile=np.exp(X), steps=100))
+        given = la.ImportanceProfile.from_scores(np.exp(-X), names=list(run.layers["name"]))
+        assert agreement(run, given).kendall == pytest.approx(-1)
+        _, ax = pyplot.subplots()
+        la.plots.profile(given, ax=ax)
+        pyplot.close()
+        assert repr(given).startswith("<ImportanceProfile score of given scores: 12 layers")
+        assert "given scores" in given._repr_html_()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"scores": []}, "one number per layer"),
+            ({"scores": "abc"}, "expected a list of numbers"),
+            ({"scores": 3}, "expected a list of numbers"),
+            ({"scores": [[1.0]]}, r"shape \(1, 1\)"),
+            ({"scores": [1.0, 2.0], "low": [1.0]}, "low have the shape"),
+            ({"scores": [1.0, 2.0], "low": [0.5, 2.5]}, r"low\[1\] is on the wrong side"),
+            ({"scores": [1.0, 2.0], "names": ["a", "a"]}, "expected one of each, distinct"),
+            ({"scores": [1.0, 2.0], "names": ["a"]}, "names are 1 for 2 scores"),
+            ({"scores": [1.0], "confidence": 95}, "confidence is 95"),
+        ],
+    )
+    def test_bad_numbers(self, arguments, message):
+        with pytest.raises(LisaError, match=message):
+            la.ImportanceProfile.from_scores(**arguments)
+
+
+class TestRegistry:
+    """A metric from a test file, the package untouched."""
+
+    def test_a_new_metric_goes_everywhere(self, make_run, tmp_path):
+        from lisa_analysis.metrics import AtStart, metric
+
+        def start(data, values):
+            return np.full(values.shape[1], 0.5)
+
+        @metric(
+            "log", "Geometric mean over steps of ‖g_t‖.", needs=("grad_norm",),
+            at_start=AtStart("gradients", start),
+        )  # fmt: skip
+        def whole_gradient(log):
+            return log.table["grad_norm"]
+
+        try:
+            assert la.METRICS["whole_gradient"] is whole_gradient
+            assert "whole_gradient" in repr(la.METRICS)
+            run = make_run(profile=np.exp(X), steps=100)
+            profile = la.importance(run, "whole_gradient")
+            assert profile.to_frame()["initial"].tolist() == [0.5] * 12
+            expected = la.importance(run, "grad_rms").scores * np.sqrt(20_000)
+            np.testing.assert_allclose(profile.scores, expected, rtol=1e-5)
+            assert (
+                "Geometric mean over steps of ‖g_t‖."
+                in la.report(run, metric="whole_gradient").html
+            )
+            bare = make_run(steps=5, edit=lambda frame: frame.drop(columns="grad_norm"))
+            with pytest.raises(LisaError, match="grad_norm was not recorded"):
+                la.importance(bare, "whole_gradient")
+            with pytest.raises(LisaError, match="Did you mean 'whole_gradient'"):
+                la.importance(run, "whole_gradiant")
+        finally:
+            la.METRICS.remove("whole_gradient")
+        assert "whole_gradient" not in la.METRICS
+
+    def test_a_metric_with_parameters(self, make_run):
+        from lisa_analysis.metrics import GradSnr
+
+        run = make_run(steps=100)
+        default, slow = la.importance(run, GradSnr()), la.importance(run, GradSnr(decay=0.9))
+        assert default == la.importance(run, "grad_snr")
+        assert slow.scores[0] != default.scores[0]
+        assert slow.metric == "grad_snr"
+
+    def test_built_in_metrics_stay_what_they_are(self):
+        from lisa_analysis.metrics import metric
+
+        with pytest.raises(LisaError, match="'grad_rms' is built in"):
+            metric("log", "Mine.", id="grad_rms")(lambda log: log.table["grad_norm"])
+        with pytest.raises(LisaError, match="scale 'cubic'"):
+            metric("cubic", "Mine.")(len)
+        assert la.METRICS.get("nothing") is None
+
+
+class TestThresholds:
+    def test_every_limit_is_printed_with_its_meaning(self):
+        from lisa_analysis.profiles.thresholds import Thresholds
+
+        text = str(Thresholds())
+        assert len(text.splitlines()) == len(Thresholds.__dataclass_fields__)
+        assert "headroom        1.05  1 + CV²" in text
+
+    def test_other_limits_judge_otherwise(self, make_run):
+        from lisa_analysis.profiles.thresholds import Thresholds
+
+        run = make_run(profile=np.exp(0.4 * X), steps=30)
+        usual, lenient = (
+            la.importance(run, thresholds=limits)
+            for limits in (Thresholds(), Thresholds(min_effective=5))
+        )
+        strict = la.importance(run, thresholds=Thresholds(min_effective=50))
+        assert strict.to_frame()["low"].isna().all()
+        assert "50 needed" in strict.statement
+        assert lenient.sufficient >= usual.sufficient
+        long = make_run(profile=np.exp(0.4 * X), steps=200)
+        demanding = la.importance(long, thresholds=Thresholds(headroom=9.0))
+        assert la.importance(long).verdict == "ramp"
+        assert la.sampling_probabilities(la.importance(long)).justified
+        assert not la.sampling_probabilities(demanding).justified
+        assert la.importance(long, thresholds=Thresholds(material=5.0)).verdict != "ramp"
+
+
 class TestProfileObject:
     @pytest.fixture
     def profile(self, make_run):
@@ -485,6 +724,66 @@ class TestProfileObject:
         assert len(table) == 14
         with pytest.raises(LisaError, match=r"use \.csv or \.json"):
             profile.save(tmp_path / "p.txt")
+
+    def test_a_saved_profile_is_read_back(self, make_run, profile, tmp_path):
+        short = la.importance(make_run(method="lora", steps=5), "weight_norm", by="module")
+        for number, made in enumerate((profile, short)):
+            read = la.ImportanceProfile.load(made.save(tmp_path / f"{number}.json"))
+            assert read == made
+            assert hash(read) == hash(made)
+            pd.testing.assert_frame_equal(read.to_frame(), made.to_frame(), check_dtype=False)
+            assert read.sufficient == made.sufficient
+        again = la.sampling_probabilities(la.ImportanceProfile.load(tmp_path / "0.json"))
+        first = la.sampling_probabilities(profile)
+        assert again.inclusion_probabilities == first.inclusion_probabilities
+        assert again.statement == first.statement
+        for text in ("[]", "{", '{"metric": "x"}', "null"):
+            (tmp_path / "bad.json").write_text(text)
+            with pytest.raises(LisaError, match=r"bad\.json"):
+                la.ImportanceProfile.load(tmp_path / "bad.json")
+        with pytest.raises(LisaError, match="cannot be read"):
+            la.ImportanceProfile.load(tmp_path / "none.json")
+
+    def test_it_is_a_sequence_of_rows(self, profile):
+        assert len(profile) == 12
+        row = profile[3]
+        assert row.score == profile.scores[3]
+        assert (row.layer, row.name, row.steps) == (3, "model.layers.3", 200)
+        assert row.low < row.score < row.high
+        assert profile[-1].layer == 11
+        assert [r.layer for r in profile[3:6]] == [3, 4, 5]
+        assert [r.score for r in profile] == profile.scores.tolist()
+        assert profile[np.int64(2)].layer == 2
+        with pytest.raises(IndexError, match="no layer 12: the profile has 12"):
+            profile[12]
+        with pytest.raises(LisaError, match="whole numbers and slices"):
+            profile["model.layers.3"]
+
+    def test_profiles_are_equal_when_they_say_the_same(self, make_run, profile):
+        run = make_run(steps=60)
+        a, b = la.importance(run), la.importance(run)
+        assert a == b
+        assert len({a, b}) == 1
+        assert a != profile
+        assert a != "a profile"
+
+    def test_the_frame_says_what_it_holds(self, make_run):
+        run = make_run(method="lisa", steps=20, interval=10, profile=5, draws=[[0, 1], [1, 2]])
+        attrs = la.importance(run).to_frame().attrs
+        assert attrs["definition"].startswith("Geometric mean over steps of")
+        assert attrs["coverage"] == "3 of 5 layers observed"
+        assert attrs["sources"] == [run.run_id]
+
+    def test_paths_are_opened_and_other_things_refused_in_words(self, make_run):
+        run = make_run(steps=20)
+        assert la.importance(str(run.path)) == la.importance(run)
+        assert la.importance(run.path) == la.importance(run)
+        for wrong in ([run, run], None, 3, {"a": run}):
+            with pytest.raises(LisaError, match="importance takes a run directory"):
+                la.importance(wrong)
+        for wrong in (["grad_rms"], None, 3, dict):
+            with pytest.raises(LisaError, match="takes one metric"):
+                la.importance(run, wrong)
 
     def test_the_same_run_gives_the_same_profile(self, make_run):
         run = make_run(steps=60)

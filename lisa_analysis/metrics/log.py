@@ -1,6 +1,6 @@
 """What a metric may look at: the table of norms, learning rates, visits and active steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 _HOW = {"delta_norm": "for weights, record.base_delta", PROBE: "record.probe_every"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measurements:
     """What a metric may look at.
 
@@ -43,13 +43,13 @@ class Measurements:
     """
 
     run: Any
-    table: StepTable
-    learning_rate: Array
-    visits: Array
-    active_steps: Array
-    interval: NDArray[np.int64] | None
-    all_numel: Array
-    rates: Array | None
+    table: StepTable = field(repr=False)
+    learning_rate: Array = field(repr=False)
+    visits: Array = field(repr=False)
+    active_steps: Array = field(repr=False)
+    interval: NDArray[np.int64] | None = field(repr=False)
+    all_numel: Array = field(repr=False)
+    rates: Array | None = field(repr=False)
 
     def has(self, column: str) -> bool:
         """Whether the run recorded a column."""

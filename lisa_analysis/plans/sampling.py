@@ -60,7 +60,9 @@ class SamplingProbabilities:
     seed: int = 0
     justified: bool = False
     statement: str = ""
-    stages: dict[str, tuple[float | None, ...]] = field(default_factory=dict, repr=False)
+    stages: dict[str, tuple[float | None, ...]] = field(
+        default_factory=dict, repr=False, hash=False
+    )
     schema_version: str = SCHEMA_VERSION
 
     def to_frame(self) -> "pd.DataFrame":

@@ -34,7 +34,7 @@ class Initialisation:
     share: float
     level: float
     explained: bool
-    expected: Array = field(repr=False)
+    expected: Array = field(repr=False, compare=False)
     statement: str
 
 

@@ -1,7 +1,9 @@
 """Several runs side by side: outcome at equal cost, agreement of profiles, seeds together."""
 
 import html
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -12,10 +14,12 @@ import pandas as pd
 
 from lisa_analysis import statistics as st
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.registry import metric_name
+from lisa_analysis.metrics.registry import METRICS, find_metric
 from lisa_analysis.profiles.agreement import Agreement, agreement, concordance, shares
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
+from lisa_analysis.rundir.opened import opened
+from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.losses import RunSummary
 from lisa_analysis.runs.losses import table as table_of
@@ -30,7 +34,7 @@ _SHOWN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """Runs side by side. Made by `compare`.
 
@@ -83,13 +87,12 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write the table of runs as `.csv`, or everything as `.json`."""
-        import json
-
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            self.table.to_csv(path, index=False)
+            self.table.to_csv(path, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save a comparison as {path.name!r}: use .csv or .json.")
         return path
@@ -116,7 +119,7 @@ def compare(
     Parameters
     ----------
     runs
-        Run directories opened with `load`, any number; layers are aligned by name.
+        Run directories, opened with `load` or as paths, any number; layers are aligned by name.
     metric
         Importance metric whose profiles are compared: an id or a callable, see `importance`.
     confidence, seed
@@ -133,7 +136,10 @@ def compare(
     LisaError
         Without any run.
     """
-    runs = list(runs)
+    if isinstance(runs, str | os.PathLike | Mapping | Run) or not isinstance(runs, Iterable):
+        raise LisaError(f"compare takes a list of runs, got a {type(runs).__name__}.")
+    runs = [opened(run, "compare") for run in runs]
+    chosen = METRICS[metric] if isinstance(metric, str) else find_metric(metric)
     if not runs:
         raise LisaError("compare needs at least one run, got none.")
     names = labels(runs)
@@ -142,7 +148,7 @@ def compare(
     profiles: dict[str, ImportanceProfile] = {}
     for run, label in zip(runs, names, strict=True):
         try:
-            profiles[label] = importance(run, metric, confidence=confidence, seed=seed)
+            profiles[label] = importance(run, chosen, confidence=confidence, seed=seed)
         except LisaError:
             # The run keeps its row; its profile under this metric is unknown.
             continue
@@ -156,7 +162,7 @@ def compare(
     )
     seeds = _seeds(table, pairs, confidence)
     return Comparison(
-        metric=metric_name(metric),
+        metric=chosen.id,
         table=table,
         profiles=shares(profiles),
         rank_agreement=pairs,

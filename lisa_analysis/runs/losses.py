@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.runs.configurations import configurations, settings
+from lisa_analysis.runs.configurations import Settings, configurations, settings
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
           "seconds": "loss_at_equal_seconds"}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunSummary:
     """Summary of one run.
 
@@ -29,7 +29,7 @@ class RunSummary:
 
     row: dict[str, Any]
     curve: pd.DataFrame
-    settings: dict[str, str]
+    settings: Settings
 
     @classmethod
     def of(cls, run: Any, label: str) -> "RunSummary":

@@ -17,7 +17,7 @@ MIN_VISITS = 3
 MAX_ROWS = 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """Scores of the columns of a series.
 

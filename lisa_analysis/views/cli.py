@@ -100,7 +100,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     runs = [la.load(path) for path in arguments.run_dirs]
     written: list[tuple[str, Path]] = []
     results = [_Result.of(run, arguments) for run in runs]
-    comparison = la.compare(runs) if len(runs) > 1 else None
+    metric = {} if arguments.metric is None else {"metric": arguments.metric}
+    comparison = la.compare(runs, **metric) if len(runs) > 1 else None
 
     for result in results:
         print(terminal.findings(result.run, result.diagnostics))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from lisa_analysis.rundir.opened import opened
 from lisa_analysis.runs.diagnostics.finding import STATES, Diagnostics, Finding
 from lisa_analysis.runs.diagnostics.gradients import (
     ClipPressure,
@@ -59,7 +60,7 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     Parameters
     ----------
     run
-        A run directory opened with `load`; one still being written is judged so far.
+        A run directory opened with `load`, or its path; one still being written is judged so far.
     rules
         Rules with other thresholds, as ``[ClipPressure(share=0.3)]``; None takes all with their
         defaults. Rules that mean nothing for the run's method are left out.
@@ -69,6 +70,7 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     Diagnostics
         Findings, worst first. A rule whose input is missing says ``could not run``, and why.
     """
+    run = opened(run, "diagnose")
     evidence = Evidence(run)
     chosen = [rule() for rule in RULES] if rules is None else list(rules)
     findings = [rule(evidence) for rule in chosen if rule.applies(run)]

@@ -84,10 +84,11 @@ class Diagnostics:
         path = Path(path)
         if path.suffix == ".json":
             records = [asdict(finding) for finding in self.findings]
-            text = json.dumps({"run_id": self.run_id, "findings": records}, indent=2)
+            content = {"run_id": self.run_id, "findings": records}
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            self.to_frame().to_csv(path, index=False)
+            self.to_frame().to_csv(path, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save findings as {path.name!r}: use .csv or .json.")
         return path

@@ -621,7 +621,7 @@ class TestRegistry:
             return np.full(values.shape[1], 0.5)
 
         @metric(
-            "log", "Geometric mean over steps of ‖g_t‖.", needs=("grad_norm",),
+            "log", "Mean of the whole gradient, in logarithms.", needs=("grad_norm",),
             at_start=AtStart("gradients", start),
         )  # fmt: skip
         def whole_gradient(log):
@@ -636,7 +636,7 @@ class TestRegistry:
             expected = la.importance(run, "grad_rms").scores * np.sqrt(20_000)
             np.testing.assert_allclose(profile.scores, expected, rtol=1e-5)
             assert (
-                "Geometric mean over steps of ‖g_t‖."
+                "Mean of the whole gradient, in logarithms."
                 in la.report(run, metric="whole_gradient").html
             )
             bare = make_run(steps=5, edit=lambda frame: frame.drop(columns="grad_norm"))

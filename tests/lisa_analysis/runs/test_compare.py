@@ -82,6 +82,29 @@ class TestTable:
             la.compare([])
 
 
+class TestInput:
+    def test_paths_are_opened(self, make_run):
+        runs = [make_run(steps=20), make_run(steps=20)]
+        assert la.compare([str(run.path) for run in runs]).to_frame()["run"].tolist() == [
+            run.path.name for run in runs
+        ]
+
+    def test_other_things_are_refused_in_words(self, make_run):
+        run = make_run(steps=20)
+        for wrong in (run, str(run.path), {"a": run}, None, 3):
+            with pytest.raises(LisaError, match="compare takes a list of runs"):
+                la.compare(wrong)
+        with pytest.raises(LisaError, match="compare takes a run directory"):
+            la.compare([la.importance(run)])
+        with pytest.raises(LisaError, match="Did you mean 'grad_rms'"):
+            la.compare([run], "grad_rmss")
+
+    def test_comparisons_can_be_put_into_sets(self, make_run):
+        comparison = la.compare([make_run(steps=5)])
+        assert len({comparison, comparison}) == 1
+        assert comparison == comparison
+
+
 class TestAgreement:
     def test_two_seeds_of_one_profile_agree_within_noise(self, make_run):
         truth = np.exp(0.4 * X)

@@ -79,6 +79,16 @@ def test_several_runs_are_put_side_by_side(
     assert (tmp_path / "report.html").exists()
 
 
+def test_the_metric_is_that_of_the_comparison_too(golden: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(GOLDEN, tmp_path / "other"))
+    path = tmp_path / "all.json"
+    words = [str(golden), str(other), "--json", str(path), "--metric", "update_ratio"]
+    assert main(words) == 0
+    content = json.loads(path.read_text())
+    assert {run["profile"]["metric"] for run in content["runs"]} == {"update_ratio"}
+    assert content["comparison"]["metric"] == "update_ratio"
+
+
 @pytest.mark.parametrize(("level", "code"), [("never", 0), ("warn", 1), ("fail", 0)])
 def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None:
     states = {finding.state for finding in la.diagnose(la.load(golden)).findings}

@@ -1,0 +1,142 @@
+"""What a run sampled: the content of its probabilities, not the path that they came from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.probabilities_file import read_record
+from lisa_analysis.rundir.draws import draw_events
+
+# A probabilities file of thousands of layers is far smaller.
+_LARGEST = 1 << 24
+_TOLERANCE = 1e-6
+# What of a probabilities file is no choice, or may differ between seeds of one arm.
+_CIRCUMSTANCES = (
+    "schema_version", "model", "layer_names", "activated_layers", "inclusion_probabilities",
+    "scores", "n_eff", "source_runs", "verdict", "created", "control", "seed", "justified",
+    "statement", "stages",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How often the layers of a run were to be drawn, and by which choice.
+
+    Attributes
+    ----------
+    pi
+        Inclusion probability of every layer; empty when all are equal, None when nothing tells.
+    control
+        ``permuted``, ``reversed`` or ``uniform``; None for none, or when the file is gone.
+    options
+        Metric and settings that the probabilities were made with, as JSON; None when the file is
+        gone.
+    """
+
+    pi: tuple[float, ...] | None
+    control: str | None = None
+    options: str | None = None
+
+    def agrees(self, other: "Sampled") -> bool:
+        """Whether two runs sampled by one choice: seeds of a permuted control differ in order.
+
+        Where a file is gone nothing tells a permuted control, and the order decides.
+        """
+        if self.pi is None or other.pi is None or len(self.pi) != len(other.pi):
+            return False
+        if not self.pi:
+            return True
+        a, b = np.array(self.pi), np.array(other.pi)
+        if self.options is not None and other.options is not None:
+            if (self.control, self.options) != (other.control, other.options):
+                return False
+            if self.control == "permuted":
+                a, b = np.sort(a), np.sort(b)
+        return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE))
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Equal for what is known to agree."""
+        if self.pi is None:
+            return ("unknown",)
+        pi = sorted(self.pi) if self.control == "permuted" else self.pi
+        return (self.control, self.options, [round(float(p), 5) for p in pi])
+
+    @property
+    def word(self) -> str:
+        """What to call it beside other arms; empty for equal probabilities."""
+        if self.pi is None:
+            return "sampling-unknown"
+        return self.control or "learned" if self.pi else ""
+
+
+def sampled(run: Any, given: str) -> Sampled:
+    """Find out what `run` sampled.
+
+    Parameters
+    ----------
+    run
+        The run.
+    given
+        The setting of its probabilities, as written: ``null``, a path, or numbers.
+    """
+    if given.strip() in ("", "null", "~", "[]"):
+        return Sampled(())
+    drawn = next((tuple(map(float, pi)) for _, _, pi in draw_events(run) if pi is not None), None)
+    numbers = _numbers(given)
+    record = None if numbers is not None else _record(run.path, given)
+    if record is not None:
+        kept = _floats(record["inclusion_probabilities"])
+        # The path may hold another file by now: the draws tell.
+        if kept is not None and (drawn is None or _close(kept, drawn)):
+            options = {name: record[name] for name in sorted(record.keys() - {*_CIRCUMSTANCES})}
+            control = record.get("control")
+            return _equal_or(
+                Sampled(kept, control if isinstance(control, str) else None, json.dumps(options))
+            )
+    return _equal_or(Sampled(drawn if drawn is not None else numbers))
+
+
+def _equal_or(found: Sampled) -> Sampled:
+    if found.pi and np.ptp(found.pi) <= _TOLERANCE:
+        return Sampled(())
+    return found
+
+
+def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE))
+
+
+def _numbers(given: str) -> tuple[float, ...] | None:
+    """Probabilities that stand in the setting itself, as YAML or JSON lists them."""
+    items = given.replace("[", " ").replace("]", " ").replace(",", " ").split()
+    return _floats([item for item in items if item != "-"])
+
+
+def _floats(values: Any) -> tuple[float, ...] | None:
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return found or None
+
+
+def _record(folder: Path, given: str) -> dict[str, Any] | None:
+    """Probabilities file of a run: the copy in its folder, or the one at the path; None if gone."""
+    text = " ".join(given.split())
+    try:
+        text = json.loads(text)
+    except ValueError:
+        text = text.strip("'\"")
+    name = Path(str(text))
+    for path in (folder / name.name, folder / name):
+        try:
+            if path.is_file() and path.stat().st_size <= _LARGEST:
+                return read_record(path)
+        except (OSError, ValueError, ProbabilitiesError):
+            continue
+    return None

@@ -1,0 +1,160 @@
+"""Arms of a study by what was sampled: the content of the probabilities, never their path."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import lisa_analysis as la
+from lisa_analysis.contract.schema import CONFIG, EVENTS, MANIFEST
+from lisa_analysis.runs.configurations import configurations, settings
+
+STUDY = Path(__file__).parents[3] / "reports" / "2026-11-24-learned-sampling" / "runs"
+ARMS = ("uniform", "learned", "permuted")
+FILE = "lisa_probabilities.json"
+
+
+def arms(folders):
+    """Names of the runs of every configuration."""
+    runs = [la.load(folder) for folder in folders]
+    found: dict[str, set[str]] = {}
+    for run, name in zip(runs, configurations([settings(run) for run in runs]), strict=True):
+        found.setdefault(name, set()).add(run.path.name)
+    return sorted(map(sorted, found.values()))
+
+
+THREE_ARMS = sorted([f"{arm}-{seed}" for seed in (1, 2, 3, 4)] for arm in ARMS)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The study's runs, with the absolute paths that an ordinary run directory has."""
+    found = []
+    for kept in sorted(STUDY.iterdir()):
+        folder = tmp_path / kept.name
+        folder.mkdir()
+        for name in (MANIFEST, CONFIG, EVENTS, FILE):
+            shutil.copy(kept / name, folder / name)
+        set_path(folder, folder / FILE)
+        found.append(folder)
+    return found
+
+
+def set_path(folder, path):
+    text = (folder / CONFIG).read_text("utf-8")
+    lines = [
+        f"  probabilities: {path}" if line.strip().startswith("probabilities:") else line
+        for line in text.splitlines()
+    ]
+    (folder / CONFIG).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
+def test_the_kept_study_has_three_arms_of_four_seeds():
+    """One configuration of twelve runs before: the relative paths are equal."""
+    assert arms(sorted(STUDY.iterdir())) == THREE_ARMS
+
+
+def test_compare_answers_whether_it_helped():
+    seeds = la.compare([STUDY / f"{arm}-{seed}" for arm in ARMS for seed in (1, 2, 3, 4)]).seeds
+    assert seeds["runs"].tolist() == [4, 4, 4]
+    assert seeds["low"].notna().all()
+    for arm, loss in zip(ARMS, seeds["held_out_loss"], strict=True):
+        files = [STUDY / f"{arm}-{seed}" / MANIFEST for seed in (1, 2, 3, 4)]
+        results = [json.loads(file.read_text("utf-8"))["result"] for file in files]
+        losses = [result["last_held_out_loss"] for result in results]
+        assert loss == pytest.approx(sum(losses) / 4, abs=1e-6)
+    names = seeds["configuration"].tolist()
+    assert names[1].startswith("lisa-learned-")
+    assert names[2].startswith("lisa-permuted-")
+
+
+def test_absolute_paths_are_one_arm_all_the_same(folders):
+    """Twelve configurations before, none with an interval."""
+    assert arms(folders) == THREE_ARMS
+
+
+def test_a_moved_run_directory_has_its_copy(folders, tmp_path):
+    for folder in folders:
+        set_path(folder, f"/nowhere/{folder.name}/{FILE}")
+    assert arms(folders) == THREE_ARMS
+
+
+def test_where_the_file_is_gone_the_draws_tell(folders):
+    """Learned and permuted never meet; a control whose file is gone cannot be known as one."""
+    for folder in folders:
+        (folder / FILE).unlink()
+    found = arms(folders)
+    assert [f"learned-{seed}" for seed in (1, 2, 3, 4)] in found
+    assert [f"uniform-{seed}" for seed in (1, 2, 3, 4)] in found
+    assert sum(len(group) == 1 for group in found) == 4
+
+
+def test_one_file_gone_does_not_split_an_arm(folders):
+    (folders[1] / FILE).unlink()
+    assert folders[1].name == "learned-2"
+    assert arms(folders) == THREE_ARMS
+
+
+def test_another_file_at_the_path_is_not_believed(folders):
+    """The draws of learned-1 are not those of the file that lies there by now."""
+    shutil.copy(folders[4] / FILE, folders[0] / FILE)
+    assert (folders[0].name, folders[4].name) == ("learned-1", "permuted-1")
+    assert arms(folders) == THREE_ARMS
+
+
+def test_without_file_and_draws_nothing_is_pooled(folders):
+    for folder in folders:
+        (folder / FILE).unlink()
+        (folder / EVENTS).write_text("")
+    assert [len(group) for group in arms(folders)] == [1] * 12
+
+
+def test_the_manifest_of_a_run_without_a_configuration_serves_as_well(folders):
+    for folder in folders:
+        (folder / CONFIG).unlink()
+        lisa = json.loads((folder / MANIFEST).read_text("utf-8"))["lisa"]
+        lisa |= {"probabilities": str(folder / FILE), "seed": len(folder.name)}
+        edit(folder / MANIFEST, lisa=lisa)
+    assert arms(folders) == THREE_ARMS
+
+
+def test_probabilities_in_the_settings_themselves(folders):
+    """A list instead of a file: the numbers are the content."""
+    for folder in folders[:4]:
+        pi = json.loads((folder / FILE).read_text("utf-8"))["inclusion_probabilities"]
+        (folder / FILE).unlink()
+        (folder / EVENTS).write_text("")
+        set_path(folder, "".join(f"\n  - {p}" for p in pi))
+    assert arms(folders) == THREE_ARMS
+
+
+def test_permutations_made_with_other_options_are_another_arm(folders):
+    assert folders[5].name == "permuted-2"
+    edit(folders[5] / FILE, gamma=2.0)
+    found = arms(folders)
+    assert ["permuted-2"] in found
+    assert ["permuted-1", "permuted-3", "permuted-4"] in found
+
+
+def test_a_control_is_not_what_it_controls(folders):
+    """The same numbers in the same order, called reversed."""
+    edit(folders[0] / FILE, control="reversed")
+    assert ["learned-1"] in arms(folders)
+
+
+def test_equal_probabilities_are_uniform_sampling(folders):
+    """A uniform control, and LISA without any file."""
+    assert folders[8].name == "uniform-1"
+    set_path(folders[8], "null")
+    assert arms(folders) == THREE_ARMS
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"inclusion_probabilities": ["a"]}', "\x00"])
+def test_a_damaged_file_is_as_good_as_gone(folders, content):
+    (folders[0] / FILE).write_text(content)
+    assert arms(folders) == THREE_ARMS

@@ -2,17 +2,27 @@
 
 from lisa_analysis.metrics import changes, gradients, two_runs, updates
 from lisa_analysis.metrics.gradients import GradSnr
-from lisa_analysis.metrics.registry import METRICS, AtStart, Metric, find_metric, metric
+from lisa_analysis.metrics.log import Measurements
+from lisa_analysis.metrics.registry import (
+    METRICS,
+    AtStart,
+    Metric,
+    find_metric,
+    metric,
+    metric_name,
+)
 
 __all__ = [
     "METRICS",
     "AtStart",
     "GradSnr",
+    "Measurements",
     "Metric",
     "changes",
     "find_metric",
     "gradients",
     "metric",
+    "metric_name",
     "two_runs",
     "updates",
 ]

@@ -221,6 +221,7 @@ class ImportanceProfile:
         record["shape"] = asdict(self.shape)
         record["reliability"] = asdict(self.reliability)
         record["initialisation"] = self.initialisation and asdict(self.initialisation)
+        record["thresholds"] = asdict(self.thresholds)
         record["layers"] = self.layers.to_dict("records")
         record["outside"] = self.outside.to_dict("records")
         plain: dict[str, Any] = to_plain(record)

@@ -10,6 +10,7 @@ import pandas as pd
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 
 _WHOLE = ("layer", "visits", "steps", "zeros")
@@ -58,6 +59,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         reliability=Reliability(**_numbers(record["reliability"])),
         samples=None,
         remarks=tuple(record["remarks"]),
+        thresholds=Thresholds(**record["thresholds"]),
     )
 
 

@@ -25,11 +25,9 @@ def remarks(metric: Metric, by: str, names: Sequence[str], fit: Fit) -> tuple[st
         )
     partly = (fit.zeros > 0) & ~fit.zero
     if fit.log and partly.any():
-        worst = int(np.argmax(np.where(partly, fit.zeros, 0)))
-        of = int(fit.zeros[worst] + fit.observations[worst])
         said.append(
             f"Exactly 0 at some steps, which are left out: {name_rows(by, names, partly)} (at most "
-            f"{int(fit.zeros[worst])} of {of} steps)."
+            f"{int(fit.zeros[partly].max())} steps)."
         )
     with np.errstate(invalid="ignore"):
         below = fit.high < 0

@@ -176,6 +176,7 @@ def test_public_names_exist() -> None:
         ("lisa_train.samplers", "lisa_train.methods.lisa.samplers"),
         ("lisa_analysis.schema", "lisa_analysis.contract.schema"),
         ("lisa_analysis.plots", "lisa_analysis.views.plots"),
+        ("lisa_analysis.outcomes", "lisa_analysis.runs.losses"),
     ],
 )
 def test_old_module_paths_work_and_name_the_new_one(old: str, new: str) -> None:

@@ -1,5 +1,6 @@
 """Profiles: definitions against the raw rows, LISA corrected for sampling, verdicts, step 0."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics import METRICS, find_metric
+from lisa_analysis.profiles.thresholds import Thresholds
 
 X = np.linspace(-1, 1, 12)
 ONE_RUN = [name for name in METRICS if not name.startswith(("lisa_", "probe_"))]
@@ -515,7 +517,7 @@ class TestZero:
         row = profile.to_frame().iloc[3]
         assert (row["zeros"], row["steps"]) == (29, 271)
         assert profile.zero == ()
-        assert "left out: layer 3 (at most 29 of 300 steps)" in profile.statement
+        assert "left out: layer 3 (at most 29 steps)" in profile.statement
         norms = np.sqrt((layer_rows(run, "grad_norm", 3) ** 2).sum(axis=1)) / np.sqrt(20_000)
         kept = [step for step in range(1, 301) if step not in some]
         expected = np.exp(np.log(norms[np.array(kept) - 1]).mean())
@@ -639,9 +641,8 @@ class TestRegistry:
                 "Mean of the whole gradient, in logarithms."
                 in la.report(run, metric="whole_gradient").html
             )
-            bare = make_run(steps=5, edit=lambda frame: frame.drop(columns="grad_norm"))
-            with pytest.raises(LisaError, match="grad_norm was not recorded"):
-                la.importance(bare, "whole_gradient")
+            with pytest.raises(LisaError, match="grad_noise was not recorded"):
+                la.importance(run, dataclasses.replace(whole_gradient, needs=("grad_noise",)))
             with pytest.raises(LisaError, match="Did you mean 'whole_gradient'"):
                 la.importance(run, "whole_gradiant")
         finally:
@@ -669,15 +670,11 @@ class TestRegistry:
 
 class TestThresholds:
     def test_every_limit_is_printed_with_its_meaning(self):
-        from lisa_analysis.profiles.thresholds import Thresholds
-
         text = str(Thresholds())
         assert len(text.splitlines()) == len(Thresholds.__dataclass_fields__)
         assert "headroom        1.05  1 + CV²" in text
 
     def test_other_limits_judge_otherwise(self, make_run):
-        from lisa_analysis.profiles.thresholds import Thresholds
-
         run = make_run(profile=np.exp(0.4 * X), steps=30)
         usual, lenient = (
             la.importance(run, thresholds=limits)
@@ -737,6 +734,9 @@ class TestProfileObject:
         first = la.sampling_probabilities(profile)
         assert again.inclusion_probabilities == first.inclusion_probabilities
         assert again.statement == first.statement
+        strict = la.importance(make_run(steps=30), thresholds=Thresholds(headroom=2.0))
+        read = la.ImportanceProfile.load(strict.save(tmp_path / "strict.json"))
+        assert read.thresholds == strict.thresholds
         for text in ("[]", "{", '{"metric": "x"}', "null"):
             (tmp_path / "bad.json").write_text(text)
             with pytest.raises(LisaError, match=r"bad\.json"):

@@ -48,7 +48,7 @@ class Agreement:
     layers: int = 0
 
 
-def agreement(
+def agree(
     a: ImportanceProfile, b: ImportanceProfile, *, confidence: float = 0.95, seed: int = 0
 ) -> Agreement:
     """Compare two profiles of the same layers, of any metric and from anywhere.

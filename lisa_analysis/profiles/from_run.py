@@ -12,12 +12,12 @@ from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import Grouping
-from lisa_analysis.profiles.initialisation import initial_scores, initialisation
+from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.profiles.statement import remarks, statement
+from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import judge
-from lisa_analysis.rundir.opened import opened
+from lisa_analysis.rundir.opening import opened
 from lisa_analysis.statistics.estimate import Fit, fit_series
 
 Array = NDArray[np.float64]
@@ -89,7 +89,7 @@ def importance(
     fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
-    start = initialisation(chosen, data, scores, initial, thresholds)
+    start = compare_with_start(chosen, data, scores, initial, thresholds)
     # An encoder and a decoder have no common depth.
     stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
     judged = judge(

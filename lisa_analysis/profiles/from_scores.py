@@ -10,7 +10,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.profiles.statement import remarks, shape_words
+from lisa_analysis.profiles.sentences import remarks, shape_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.statistics.estimate import Fit

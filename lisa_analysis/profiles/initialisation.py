@@ -21,7 +21,7 @@ def initial_scores(metric: Metric, data: Measurements, values: NDArray[np.floati
     return metric.at_start.scores(data, values)
 
 
-def initialisation(
+def compare_with_start(
     metric: Metric, data: Measurements, scores: Array, initial: Array, limits: Thresholds
 ) -> Initialisation | None:
     """Compare a profile with the one at step 0; None when that is unknown.

@@ -15,10 +15,10 @@ import pandas as pd
 from lisa_analysis import statistics as st
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.registry import METRICS, find_metric
-from lisa_analysis.profiles.agreement import Agreement, agreement, concordance, shares
+from lisa_analysis.profiles.agreement import Agreement, agree, concordance, shares
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
-from lisa_analysis.rundir.opened import opened
+from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.losses import RunSummary
@@ -155,7 +155,7 @@ def compare(
     pairs = pd.DataFrame(
         [
             {"run_a": a, "run_b": b}
-            | asdict(agreement(profiles[a], profiles[b], confidence=confidence, seed=seed))
+            | asdict(agree(profiles[a], profiles[b], confidence=confidence, seed=seed))
             for a, b in combinations(profiles, 2)
         ],
         columns=["run_a", "run_b", *(f.name for f in fields(Agreement))],

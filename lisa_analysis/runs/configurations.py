@@ -10,7 +10,7 @@ from typing import Any
 
 from lisa_analysis.contract.schema import CONFIG
 from lisa_analysis.rundir.streams import read_bytes
-from lisa_analysis.runs.sampled import Sampled, sampled
+from lisa_analysis.runs.sampled import Sampled, read_sampled
 
 # What may differ between repetitions of one configuration.
 _REPEATED = re.compile(r"[\w.]*(seed|output_dir|run_dir|run_name|run_id)")
@@ -65,7 +65,7 @@ def settings(run: Any) -> Settings:
         if key and not _REPEATED.fullmatch(key.rsplit("/", 1)[-1])
     }
     given = next((text for text in named if text is not None), "null")
-    return Settings({"method": str(run.method)} | values, sampled(run, given))
+    return Settings({"method": str(run.method)} | values, read_sampled(run, given))
 
 
 def _written(path: Path) -> dict[str, str]:
@@ -99,7 +99,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, json.dumps(value, sort_keys=True, default=str)
 
 
-def configurations(runs: list[Settings]) -> list[str]:
+def name_configurations(runs: list[Settings]) -> list[str]:
     """Short name of the configuration of every run; equal for repetitions of one setting.
 
     A run joins the first configuration with all of whose runs it agrees. The name is that of the

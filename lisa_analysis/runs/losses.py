@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.runs.configurations import Settings, configurations, settings
+from lisa_analysis.runs.configurations import Settings, name_configurations, settings
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
@@ -56,7 +56,7 @@ class RunSummary:
 def table(summaries: list[RunSummary]) -> pd.DataFrame:
     """One row per run, with the held-out loss at the largest cost that all runs reached."""
     frame = pd.DataFrame([summary.row for summary in summaries])
-    names = configurations([summary.settings for summary in summaries])
+    names = name_configurations([summary.settings for summary in summaries])
     frame.insert(list(frame.columns).index("status") + 1, "configuration", names)
     for cost, column in _EQUAL.items():
         reached = [summary.curve.dropna(subset=[cost, "held_out_loss"]) for summary in summaries]

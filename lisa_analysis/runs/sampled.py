@@ -74,7 +74,7 @@ class Sampled:
         return self.control or "learned" if self.pi else ""
 
 
-def sampled(run: Any, given: str) -> Sampled:
+def read_sampled(run: Any, given: str) -> Sampled:
     """Find out what `run` sampled.
 
     Parameters

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lisa_analysis.rundir.opened import opened
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.rundir.opening import opened
 from lisa_analysis.runs.diagnostics.finding import STATES, Diagnostics, Finding
 from lisa_analysis.runs.diagnostics.gradients import (
     ClipPressure,
@@ -23,7 +24,7 @@ from lisa_analysis.runs.diagnostics.updates import (
 )
 from lisa_analysis.runs.diagnostics.weights import LoraDead, WeightDrift
 
-RULES: tuple[type[Rule], ...] = (
+RULES: list[type[Rule]] = [
     SampledNotUpdated,
     ScheduleMismatch,
     NormMismatch,
@@ -40,7 +41,7 @@ RULES: tuple[type[Rule], ...] = (
     RecorderCost,
     WeightDrift,
     LossSpikes,
-)
+]
 
 __all__ = [
     "RULES",
@@ -51,7 +52,25 @@ __all__ = [
     "Outcome",
     "Rule",
     "diagnose",
+    "register",
 ]
+
+
+def register(rule: type[Rule]) -> type[Rule]:
+    """Add a rule to those that `diagnose` checks, as a decorator of its class.
+
+    Raises
+    ------
+    LisaError
+        When there is another rule of this id.
+    """
+    before = next((known for known in RULES if known.id == rule.id), None)
+    if before is not None and before.__module__.startswith("lisa_analysis."):
+        raise LisaError(f"rule {rule.id!r} is built in: give yours another id.")
+    if before is not None:
+        RULES.remove(before)
+    RULES.append(rule)
+    return rule
 
 
 def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
@@ -72,7 +91,18 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     """
     run = opened(run, "diagnose")
     evidence = Evidence(run)
-    chosen = [rule() for rule in RULES] if rules is None else list(rules)
+    chosen = [rule() for rule in RULES] if rules is None else _rules(rules)
     findings = [rule(evidence) for rule in chosen if rule.applies(run)]
     findings.sort(key=lambda finding: STATES.index(finding.state))
     return Diagnostics(str(run.run_id), tuple(findings))
+
+
+def _rules(given: Any) -> list[Rule]:
+    rules = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            name = f"the class {rule.__name__}" if isinstance(rule, type) else repr(rule)
+            raise LisaError(
+                f"rules holds {name}: expected a list of rules, as [ClipPressure(share=0.3)]."
+            )
+    return rules

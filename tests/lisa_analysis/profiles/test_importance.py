@@ -583,11 +583,11 @@ class TestFromScores:
     def test_it_can_be_drawn_and_compared(self, make_run):
         from matplotlib import pyplot
 
-        from lisa_analysis.profiles.agreement import agreement
+        from lisa_analysis.profiles.agreement import agree
 
         run = la.importance(make_run(profile=np.exp(X), steps=100))
         given = la.ImportanceProfile.from_scores(np.exp(-X), names=list(run.layers["name"]))
-        assert agreement(run, given).kendall == pytest.approx(-1)
+        assert agree(run, given).kendall == pytest.approx(-1)
         _, ax = pyplot.subplots()
         la.plots.profile(given, ax=ax)
         pyplot.close()

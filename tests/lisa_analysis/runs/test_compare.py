@@ -202,7 +202,7 @@ class TestSeeds:
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
-        names = configurations.configurations([configurations.settings(run) for run in runs])
+        names = configurations.name_configurations([configurations.settings(run) for run in runs])
         assert names[0] == names[1]
         assert names[0] != names[2]
         assert names[0] != names[3]  # a section that the other lacks

@@ -8,7 +8,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.schema import CONFIG, EVENTS, MANIFEST
-from lisa_analysis.runs.configurations import configurations, settings
+from lisa_analysis.runs.configurations import name_configurations, settings
 
 STUDY = Path(__file__).parents[3] / "reports" / "2026-11-24-learned-sampling" / "runs"
 ARMS = ("uniform", "learned", "permuted")
@@ -19,7 +19,7 @@ def arms(folders):
     """Names of the runs of every configuration."""
     runs = [la.load(folder) for folder in folders]
     found: dict[str, set[str]] = {}
-    for run, name in zip(runs, configurations([settings(run) for run in runs]), strict=True):
+    for run, name in zip(runs, name_configurations([settings(run) for run in runs]), strict=True):
         found.setdefault(name, set()).add(run.path.name)
     return sorted(map(sorted, found.values()))
 

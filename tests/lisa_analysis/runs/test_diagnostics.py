@@ -10,7 +10,7 @@ import scipy.stats
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.runs.diagnostics import RULES, Evidence, Finding
+from lisa_analysis.runs.diagnostics import RULES, Evidence, Finding, Outcome, Rule, register
 from lisa_analysis.runs.diagnostics.gradients import ClipPressure
 from lisa_analysis.runs.diagnostics.schedule import binomial_tail
 
@@ -410,6 +410,39 @@ class TestObjects:
         assert len(repr(found)) < 120
         with pytest.raises(KeyError):
             found["no_such_rule"]
+
+    def test_paths_are_opened_and_other_things_refused_in_words(self, make_run):
+        run = make_run(steps=30)
+        assert la.diagnose(str(run.path)) == la.diagnose(run)
+        for wrong in ([run], None, 3):
+            with pytest.raises(LisaError, match="diagnose takes a run directory"):
+                la.diagnose(wrong)
+        for rules in ([ClipPressure], "clip_pressure", 3, ["clip_pressure"]):
+            with pytest.raises(LisaError, match="expected a list of rules"):
+                la.diagnose(run, rules)
+
+    def test_a_rule_is_added_from_outside(self, make_run):
+        @dataclasses.dataclass(frozen=True)
+        class TooShort(Rule):
+            id = "too_short"
+            title = "Hardly a run"
+            meaning = "Nothing can be said after so few steps."
+            advice = "Train for longer."
+            threshold = "fewer than 10 steps"
+
+            def check(self, evidence):
+                short = len(evidence.table.steps) < 10
+                return Outcome("warn" if short else "ok", f"{len(evidence.table.steps)} steps.")
+
+        register(TooShort)
+        try:
+            assert la.diagnose(make_run(steps=5))["too_short"].state == "warn"
+            assert la.diagnose(make_run(steps=50))["too_short"].state == "ok"
+            assert "Hardly a run" in la.report(make_run(steps=5)).html
+        finally:
+            RULES.remove(TooShort)
+        with pytest.raises(LisaError, match="'clip_pressure' is built in"):
+            register(type("Mine", (ClipPressure,), {}))
 
     def test_evidence_is_shared(self, make_run):
         evidence = Evidence(make_run(steps=5))

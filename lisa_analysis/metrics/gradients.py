@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import AtStart, metric
-from lisa_analysis.metrics.series import root
 from lisa_analysis.statistics.effects import additive_effects
 
 Array = NDArray[np.float64]
@@ -40,7 +39,7 @@ FIRST_GRADIENT = AtStart("gradients", _first_gradient)
 )
 def grad_rms(data: Measurements) -> NDArray[Any]:
     """Gradient per element, the closest to published layer probes (GRASS)."""
-    return data.table["grad_norm"] / root(data.table.numel)
+    return data.table["grad_norm"] / _root(data.table.numel)
 
 
 @metric(
@@ -53,7 +52,7 @@ def grad_rms(data: Measurements) -> NDArray[Any]:
 )
 def probe_rms(data: Measurements) -> NDArray[Any]:
     """Gradient per element in passes that see all layers, frozen ones too."""
-    return data.table.probe / root(data.all_numel)
+    return data.table.probe / _root(data.all_numel)
 
 
 @metric(
@@ -69,7 +68,7 @@ def l1_descent(data: Measurements) -> NDArray[Any]:
     if "grad_norm_l1" in table:
         norm = table["grad_norm_l1"]
     else:
-        norm = table["grad_norm"] * root(2 * table.numel / np.pi)
+        norm = table["grad_norm"] * _root(2 * table.numel / np.pi)
     # A step whose rate is 0 says nothing of a layer.
     rate = np.where(data.learning_rate > 0, data.learning_rate, np.nan)
     # A profile compares layers: without a logged rate the common factor is left out.
@@ -145,3 +144,8 @@ def _recurrence(inputs: Array, factor: float, block: int = 64) -> Array:
     carry = _recurrence(parts[:, -1], factor**block, block)
     parts[1:] += carry[:-1, None] * factor ** np.arange(1, block + 1)
     return parts.ravel()[:n]
+
+
+def _root(values: Array) -> NDArray[np.float32]:
+    """Square root, NaN where there is nothing to divide by."""
+    return np.sqrt(np.where(values > 0, values, np.nan)).astype(np.float32)

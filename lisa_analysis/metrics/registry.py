@@ -50,8 +50,8 @@ class Metric:
         ``log`` (a geometric mean over steps), ``linear`` (an arithmetic mean), or ``total`` (the
         state at the end).
     function
-        Takes `Measurements` (and the table of the other run, see `compares`); returns values of
-        shape (rows, groups), NaN where a group was not observed.
+        Takes `Measurements` (and the other run, see `compares`); returns values of shape (rows,
+        groups), NaN where a group was not observed.
     needs
         Columns that it reads; of a tuple of columns any one will do.
     at_start
@@ -61,7 +61,7 @@ class Metric:
     compares
         Whether it compares the run with another one.
     below_zero
-        What a layer did whose score is below zero.
+        What a layer did whose score is below zero, where the metric can tell.
     reference
         The other run of a metric that compares.
     """
@@ -74,7 +74,7 @@ class Metric:
     at_start: AtStart | None = field(default=None, repr=False)
     rows: Rows = "steps"
     compares: bool = False
-    below_zero: str = "scored below zero"
+    below_zero: str = ""
     reference: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,11 +96,8 @@ class Metric:
         for need in self.needs:
             if not any(data.has(name) for name in _either(need)):
                 raise KeyError(data.lacks(_either(need)[-1]))
-        if self.compares:
-            from lisa_analysis.metrics.two_runs import partner
-
-            return np.asarray(self.function(data, partner(data, self.reference)))
-        return np.asarray(self.function(data))
+        found = self.function(data, self.reference) if self.compares else self.function(data)
+        return np.asarray(found)
 
 
 class UnknownMetricError(LisaError, KeyError):
@@ -165,7 +162,7 @@ def metric(
     at_start: AtStart | None = None,
     rows: Rows = "steps",
     compares: bool = False,
-    below_zero: str = "scored below zero",
+    below_zero: str = "",
 ) -> Callable[[Subject], Any]:
     """Make a function a metric and register it under its name, see `Metric`.
 

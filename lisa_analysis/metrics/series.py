@@ -18,11 +18,6 @@ def last_known(values: NDArray[Any]) -> Array:
     return np.where(finite.any(axis=0), picked, np.nan)
 
 
-def root(values: Array) -> NDArray[np.float32]:
-    """Square root, NaN where there is nothing to divide by."""
-    return np.sqrt(np.where(values > 0, values, np.nan)).astype(np.float32)
-
-
 def ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[Any]:
     """Quotient, NaN where the divisor is zero or unknown."""
     with np.errstate(divide="ignore", invalid="ignore"):

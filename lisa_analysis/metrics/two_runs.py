@@ -22,10 +22,11 @@ Array = NDArray[np.float64]
     needs=("weight_norm",),
     compares=True,
 )
-def lisa_ratio(data: Measurements, other: StepTable) -> NDArray[Any]:
+def lisa_ratio(data: Measurements, reference: Any) -> NDArray[Any]:
     """The paper's sampling statistic from a LoRA and a full fine-tuning run, as printed."""
+    other = _partner(data, reference)
     with np.errstate(invalid="ignore"):
-        full = mean_over_steps(other["weight_norm"])
+        full = _mean_over_steps(other["weight_norm"])
     return data.table["weight_norm"] / full.astype(np.float32)
 
 
@@ -36,14 +37,15 @@ def lisa_ratio(data: Measurements, other: StepTable) -> NDArray[Any]:
     needs=("delta_norm",),
     compares=True,
 )
-def lisa_delta_ratio(data: Measurements, other: StepTable) -> NDArray[Any]:
+def lisa_delta_ratio(data: Measurements, reference: Any) -> NDArray[Any]:
     """The repaired form of the paper's statistic."""
+    other = _partner(data, reference)
     if np.isnan(other.final_delta).all():
-        raise KeyError("delta_norm was not recorded in the reference")
+        raise KeyError(f"delta_norm was not recorded in {reference.run_id}")
     return at_the_end(data, data.table.final_delta / other.final_delta)
 
 
-def partner(data: Measurements, reference: Any) -> StepTable:
+def _partner(data: Measurements, reference: Any) -> StepTable:
     """Table of the other run, its columns in the order of this run's groups."""
     own = data.table.groups
     other = step_table(reference, own.level)
@@ -63,7 +65,7 @@ def partner(data: Measurements, reference: Any) -> StepTable:
     return dataclasses.replace(other, groups=own, measures=reordered, final_delta=delta)
 
 
-def mean_over_steps(values: NDArray[Any]) -> Array:
+def _mean_over_steps(values: NDArray[Any]) -> Array:
     """Mean of the finite values of every column, NaN for a column without any."""
     finite = np.isfinite(values)
     total = np.where(finite, values, 0.0).sum(axis=0, dtype=np.float64)

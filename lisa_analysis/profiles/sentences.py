@@ -33,8 +33,9 @@ def remarks(metric: Metric, by: str, names: Sequence[str], fit: Fit) -> tuple[st
         below = fit.high < 0
     if below.any():
         rows = name_rows(by, names, below)
+        did = f" {metric.below_zero}" if metric.below_zero else ""
         said.append(
-            f"{rows[0].upper()}{rows[1:]} {metric.below_zero}: "
+            f"{rows[0].upper()}{rows[1:]}{did}: "
             f"{'their scores are' if below.sum() > 1 else 'its score is'} below 0 with the whole "
             "interval."
         )

@@ -128,8 +128,10 @@ def compare(
     Returns
     -------
     Comparison
-        Runs that did not record the metric, or have other layers, take no part in the agreement
-        of profiles and keep their row in the table.
+        Repetitions of one configuration stand together: runs whose settings differ in seeds and
+        folders alone, and that sampled by the same probabilities (compared by content; the seeds
+        of a permuted control are one arm). Runs that did not record the metric, or have other
+        layers, take no part in the agreement of profiles and keep their row in the table.
 
     Raises
     ------

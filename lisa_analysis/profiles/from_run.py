@@ -100,6 +100,10 @@ def importance(
     special = remarks(chosen, by, groups.names, fit)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
+    # A measuring pass sees what never trained as well.
+    trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
+    if chosen.rows == "probes":
+        trained = np.zeros_like(trained)
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,
@@ -111,7 +115,9 @@ def importance(
         layers=_frame(groups, slice(0, groups.inside), [fit], visits, initial),
         outside=_frame(groups, slice(groups.inside, None), outside, visits, initial),
         verdict=judged.shape.verdict,
-        statement=statement(chosen.id, by, fit, judged, start, thresholds, special, stacks),
+        statement=statement(
+            chosen.id, by, fit, judged, start, thresholds, special, trained, stacks
+        ),
         concentration=judged.concentration,
         shape=judged.shape,
         initialisation=start,

@@ -58,16 +58,21 @@ def statement(
     start: Initialisation | None,
     limits: Thresholds,
     special: Sequence[str],
+    trained: NDArray[np.bool_],
     stacks: int = 1,
 ) -> str:
     """What a person should take away, in sentences."""
     seen, unknown = fit.seen, ~(fit.seen | fit.zero)
     sentences = []
+    never, without = int((unknown & ~trained).sum()), int((unknown & trained).sum())
     if unknown.all():
-        return f"No {by} was observed training: nothing is known about {metric}."
-    if unknown.any():
+        why = f"No {by} was observed training" if not without else "No recorded step gave a value"
+        return f"{why}: nothing is known about {metric}."
+    if never:
+        sentences.append(f"Never observed training, and so unknown: {never} of {len(seen)} {by}s.")
+    if without:
         sentences.append(
-            f"Never observed training, and so unknown: {int(unknown.sum())} of {len(seen)} {by}s."
+            f"Trained, and still without a value: {without} of {len(seen)} {by}s are unknown."
         )
     sentences += special
     if not seen.any():

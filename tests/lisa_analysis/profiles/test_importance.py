@@ -532,6 +532,14 @@ class TestZero:
         assert "No gradient reaches layer 2" in profile.statement
         assert "Never observed" not in profile.statement
 
+    def test_what_no_step_gives_a_value_is_not_called_untrained(self, make_run):
+        run = make_run(profile=12, steps=100, edit=self.without_gradient(7))
+        text = la.importance(run, "grad_snr").statement
+        assert "Trained, and still without a value: 1 of 12 layers are unknown." in text
+        assert "Never observed" not in text
+        short = la.importance(make_run(steps=5), "grad_snr").statement
+        assert short == "No recorded step gave a value: nothing is known about grad_snr."
+
     def test_no_gradient_anywhere(self, make_run):
         run = make_run(steps=30, profile=4, edit=self.without_gradient(0, 1, 2, 3))
         profile = la.importance(run)

@@ -1,13 +1,14 @@
 """The registry of metrics is open: from a test file, the package untouched."""
 
 import dataclasses
+import doctest
 
 import numpy as np
 import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics import AtStart, GradSnr, metric
+from lisa_analysis.metrics import AtStart, GradSnr, metric, registry
 
 X = np.linspace(-1, 1, 12)
 
@@ -59,3 +60,9 @@ class TestRegistry:
         with pytest.raises(LisaError, match="scale 'cubic'"):
             metric("cubic", "Mine.")(len)
         assert la.METRICS.get("nothing") is None
+
+
+def test_the_example_in_the_documentation_holds():
+    result = doctest.testmod(registry)
+    assert result.attempted > 2
+    assert result.failed == 0

@@ -32,8 +32,8 @@ def lisa_ratio(data: Measurements, reference: Any) -> NDArray[Any]:
 
 @metric(
     "total",
-    "‖(α/r)BA‖/‖ΔW_FT‖ at the end of both runs: what the adapters changed over what full "
-    "fine-tuning, given as reference, changed.",
+    "‖(α/r)(BA − B_0A_0)‖/‖ΔW_FT‖ at the end of both runs: what the adapters changed over "
+    "what full fine-tuning, given as reference, changed.",
     needs=("delta_norm",),
     compares=True,
 )

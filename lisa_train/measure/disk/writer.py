@@ -78,7 +78,7 @@ class RunWriter:
     parts
         How a step of this segment is put together (processes, batch, accumulation, device).
     resumed
-        With `resume`: further fields of the event, see `lisa_analysis.contract.schema.EVENT_FIELDS`.
+        With `resume`: further fields of the event (`lisa_analysis.contract.schema.EVENT_FIELDS`).
 
     Raises
     ------

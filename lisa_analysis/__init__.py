@@ -58,7 +58,7 @@ redirect(
         "cli": "views.cli",
         "compare": "runs.compare",
         "diagnostics": "runs.diagnostics",
-        "draws": "rundir.draws",
+        "draws": "rundir.events",
         "errors": "contract.errors",
         "export": "views.json_output",
         "fitting": "statistics.estimate",
@@ -78,7 +78,7 @@ redirect(
         "series": "metrics.series",
         "shard_keys": "rundir.shard_keys",
         "shards": "rundir.shards",
-        "streams": "rundir.streams",
+        "streams": "rundir.jsonl",
         "terminal": "views.terminal",
     },
 )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.draws import draws, intervals
+from lisa_analysis.rundir.events import draws, intervals
 
 Array = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import module_of
 from lisa_analysis.metrics.layer_sums import MEASURES, PROBE, Accumulator
-from lisa_analysis.rundir.draws import draw_events as draw_events
-from lisa_analysis.rundir.draws import draws as draws
+from lisa_analysis.rundir.events import draw_events as draw_events
+from lisa_analysis.rundir.events import draws as draws
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]

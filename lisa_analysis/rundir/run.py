@@ -18,6 +18,9 @@ from lisa_analysis.contract.schema import (
     SCALARS,
     SCALARS_TABLE,
 )
+from lisa_analysis.rundir.events import usable_events
+from lisa_analysis.rundir.jsonl import MOST_STEPS, lines_frame, read_lines
+from lisa_analysis.rundir.manifest import read_manifest, writer_lives
 from lisa_analysis.rundir.shard_keys import ShardKeys, in_order, read_keys
 from lisa_analysis.rundir.shards import (
     Shard,
@@ -28,14 +31,6 @@ from lisa_analysis.rundir.shards import (
     read_parameters,
     read_shard,
     step_bounds,
-)
-from lisa_analysis.rundir.streams import (
-    MOST_STEPS,
-    lines_frame,
-    read_lines,
-    read_manifest,
-    usable_events,
-    writer_lives,
 )
 
 if TYPE_CHECKING:

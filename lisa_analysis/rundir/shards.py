@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE, Table, parse_shard_name
-from lisa_analysis.rundir.streams import MOST_SEGMENTS, MOST_TENSORS, check_version
+from lisa_analysis.rundir.jsonl import MOST_SEGMENTS, MOST_TENSORS
+from lisa_analysis.rundir.manifest import check_version
 
 if TYPE_CHECKING:
     import pandas as pd

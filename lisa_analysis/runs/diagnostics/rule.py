@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.draws import draw_events, intervals
+from lisa_analysis.rundir.events import draw_events, intervals
 from lisa_analysis.runs.diagnostics.finding import Finding, State
 
 Array = NDArray[Any]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lisa_analysis.rundir.streams import read_manifest
 
 from lisa_analysis.contract.errors import RunDirectoryError, suggest
 from lisa_analysis.contract.schema import (
@@ -27,8 +28,8 @@ from lisa_analysis.contract.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
+from lisa_analysis.rundir.manifest import read_manifest
 from lisa_analysis.rundir.shards import read_parameters
-from lisa_analysis.rundir.streams import read_manifest
 from lisa_train.measure.disk.encoding import (
     as_utf8,
     fact_table,

@@ -10,7 +10,7 @@ from lisa_analysis.metrics.gradients import running_mean
 from lisa_analysis.metrics.layer_sums import Accumulator, Chunk, sum_batch, unpack
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import grouping, step_table
-from lisa_analysis.rundir.draws import draw_events, draws, intervals
+from lisa_analysis.rundir.events import draw_events, draws, intervals
 
 
 def by_pandas(run, column, power):

@@ -1,0 +1,99 @@
+"""What events say: LISA's draws and the steps that each ruled, and which events are usable."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.rundir.jsonl import NON_FINITE, short
+
+Ids = NDArray[np.int64]
+
+
+def draws(run: Any) -> list[tuple[int, tuple[int, ...]]]:
+    """LISA's draws in order, (step, layers); the later of two draws at one step counts."""
+    return [(step, layers) for step, layers, _ in draw_events(run)]
+
+
+def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64] | None]]:
+    """LISA's draws with the inclusion probabilities π that were in force, None if not logged."""
+    events = run.events
+    if not len(events) or "event" not in events or "layers" not in events:
+        return []
+    found: dict[int, tuple[tuple[int, ...], NDArray[np.float64] | None]] = {}
+    chosen = events[events["event"] == "lisa_draw"]
+    pis = chosen.get("inclusion_probabilities", None)
+    for index, (step, layers) in enumerate(zip(chosen["step"], chosen["layers"], strict=True)):
+        pi = None if pis is None else pis.iloc[index]
+        usable = pi is not None and np.ndim(pi) == 1
+        found[int(step)] = (
+            tuple(int(layer) for layer in layers),
+            np.asarray(pi, dtype=np.float64) if usable else None,
+        )
+    return [(step, *found[step]) for step in sorted(found)]
+
+
+def intervals(run: Any, steps: Ids) -> Ids:
+    """Index of the draw that ruled every step (a draw at step d rules d+1 …), −1 before any."""
+    starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
+    return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)
+
+
+def usable_events(
+    lines: list[dict[str, Any]], n_layers: int, path: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out events whose own fields are not what they should be, with a warning each."""
+    kept, warnings = [], []
+    for line in lines:
+        for field in ("inclusion_probabilities", "visits") if line["event"] == "lisa_draw" else ():
+            if reason := _broken_list(line, field, n_layers):
+                line = {**line, field: None}
+                warnings.append(
+                    f"{path.name}: the lisa_draw of step {line['step']} {reason}; these are left "
+                    "out, the draw counts."
+                )
+        if reason := _broken_event(line, n_layers):
+            warnings.append(
+                f"{path.name}: the {line['event']} of step {line['step']} {reason}; left out."
+            )
+        else:
+            kept.append(line)
+    return kept, warnings
+
+
+def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
+    if line["event"] == "lisa_draw":
+        layers = line.get("layers")
+        if not _numbers(layers, int) or not all(0 <= layer < n_layers for layer in layers or ()):
+            return f"has layers = {short(layers)}, expected indices of the {n_layers} layers"
+    if line["event"] == "evaluate":
+        metrics = line.get("metrics")
+        loss = metrics.get("eval_loss") if isinstance(metrics, Mapping) else None
+        known = loss is None or loss in NON_FINITE if isinstance(loss, str | None) else False
+        if not isinstance(metrics, Mapping | None) or not (known or _numbers([loss], int | float)):
+            return f"has metrics = {short(metrics)}, expected an object with numbers"
+    return None
+
+
+def _broken_list(line: Mapping[str, Any], field: str, n_layers: int) -> str | None:
+    """What is wrong with a list of one number per layer, which a draw may have or lack."""
+    values, most = line.get(field), 1 + 1e-6 if field != "visits" else math.inf
+    if values is None:
+        return None
+    whole = isinstance(values, list) and len(values) == n_layers and _numbers(values, int | float)
+    if whole and all(0 <= value <= most for value in values):
+        return None
+    kind = "numbers" if field == "visits" else "probabilities"
+    return f"has {field} = {short(values)}, expected {n_layers} {kind}"
+
+
+def _numbers(values: object, kind: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and (isinstance(value, float) or abs(value) < 2**63)  # arrays hold no longer ones
+        for value in values
+    )

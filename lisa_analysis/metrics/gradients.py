@@ -116,10 +116,17 @@ def without_common_course(norms: NDArray[Any], inside: int) -> Array:
     its activations.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(np.asarray(norms, dtype=np.float64))
+        logs: Array = np.log(np.asarray(norms, dtype=np.float64))
     logs[~np.isfinite(logs)] = np.nan
-    common = additive_effects(logs[:, :inside]).common
-    return np.asarray(np.exp(logs - common[:, None]))
+    known = logs[:, :inside]
+    if inside > 1 and np.isfinite(known.sum(axis=1)).all():
+        # With every layer at every step the effects of the steps are plain means.
+        common = known.mean(axis=1)
+        common -= common.mean()
+    else:
+        common = additive_effects(known).common
+    logs -= common[:, None]
+    return np.exp(logs, out=logs)
 
 
 def running_mean(values: Array, decay: float, start: Array | None = None) -> Array:

@@ -42,6 +42,7 @@ class Accumulator:
     def __init__(self, group_of: Ids, width: int) -> None:
         self.group_of, self.width = group_of, width
         self.steps, self.probes = Chain(), Chain()
+        self._scratch = Scratch()
         size = len(group_of)
         self.complete = bool((group_of >= 0).all())
         self.census = np.full(size, np.nan)
@@ -59,13 +60,17 @@ class Accumulator:
         if not len(step):
             return
         self.rows += len(step)
-        changes = step[1:] != step[:-1]
-        if (np.diff(step[1:][changes], prepend=step[0]) < 0).any():
+        if (step[1:] < step[:-1]).any():
             order = np.argsort(step, kind="stable")
             step, ids, columns = step[order], ids[order], _take(columns, order)
+        # As 64 bits from the start: else numpy converts them every time it looks something up.
+        wide = self._scratch("ids", len(ids), np.int64)
+        np.copyto(wide, ids)
+        ids = wide
         self._note(step, ids, columns)
         trained = _trained_rows(columns, len(step))
-        group = self.group_of[ids]
+        group = self._scratch("group", len(ids), np.int64)
+        np.take(self.group_of, ids, out=group, mode="clip")
         self._probe(step, group, columns)
         if step[0] == 0 or not self.complete:
             kept = (step > 0) & (group >= 0)
@@ -74,10 +79,10 @@ class Accumulator:
             step, ids, group = step[trained], ids[trained], group[trained]
             columns = _take(columns, trained)
         if len(step):
-            if not self.ever_trained[ids].all():
+            if not self.ever_trained.all():
                 self.ever_trained[ids] = True
             columns.pop(PROBE, None)
-            self.steps.push(sum_batch(step, group, columns, self.width))
+            self.steps.push(sum_batch(step, group, columns, self.width, self._scratch))
 
     def _probe(self, step: Ids, group: Ids, columns: Columns) -> None:
         """Sum the gradients of a measuring pass, which frozen tensors have too."""
@@ -102,10 +107,13 @@ class Accumulator:
             if bad.any():
                 row = int(np.argmax(bad))
                 self.first_bad[name] = (int(step[row]), int(ids[row]))
-        # The last row of a tensor counts: where the last step holds them all, that step will do.
-        final = slice(int(np.searchsorted(step, step[-1])), None)
+        # The last row of a tensor counts: where the last two steps hold them all (the batch may
+        # end within a step), these will do.
+        start = int(np.searchsorted(step, step[-1]))
+        final = slice(int(np.searchsorted(step, step[max(start - 1, 0)])), None)
         present = np.zeros(len(self.group_of), dtype=bool)
         present[ids[final]] = True
+        complete = bool(present.all() or present.take(ids).all())
         for name, last in self.last.items():
             if name in columns:
                 values, measured = columns[name]
@@ -113,7 +121,7 @@ class Accumulator:
                     measured = step > 0 if measured is None else measured & (step > 0)
                 if measured is not None:
                     last[ids[measured]] = values[measured]
-                elif present[ids].all():
+                elif complete:
                     last[ids[final]] = values[final]
                 else:
                     last[ids] = values
@@ -189,10 +197,27 @@ class Chunk:
                 total = total / np.maximum(count, 1)
             elif name not in ADDITIVE:
                 total = np.sqrt(total)
-            values = np.where(np.isfinite(total), total, np.inf).astype(np.float32)
+            values = total.astype(np.float32)
+            values[~np.isfinite(total)] = np.inf
             values[count == 0] = np.nan
             result[name] = values
         return Chunk(self.steps, result, {}, self.trained)
+
+
+class Scratch:
+    """Arrays that are filled anew for every batch: fresh memory costs more than what is done in it.
+
+    Whoever asks for a name takes it from whoever had it before.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
+        """Return an array of `size` with whatever is in it."""
+        if len(self._arrays.get(name, ())) < size:
+            self._arrays[name] = np.empty(size, dtype=dtype)
+        return self._arrays[name][:size]
 
 
 def unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
@@ -216,10 +241,13 @@ def unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
     return step, ids, columns
 
 
-def sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> Chunk:
+def sum_batch(
+    step: Ids, group: Ids, columns: Columns, width: int, scratch: "Scratch | None" = None
+) -> Chunk:
     """Sum the rows of a batch per step and group: squares of norms, plain sums otherwise."""
-    new_step = np.empty(len(step), dtype=bool)
-    new_run = np.empty(len(step), dtype=bool)
+    scratch = Scratch() if scratch is None else scratch
+    new_step = scratch("new step", len(step), np.bool_)
+    new_run = scratch("new run", len(step), np.bool_)
     new_step[0] = new_run[0] = True
     np.not_equal(step[1:], step[:-1], out=new_step[1:])
     np.not_equal(group[1:], group[:-1], out=new_run[1:])
@@ -228,19 +256,23 @@ def sum_batch(step: Ids, group: Ids, columns: Columns, width: int) -> Chunk:
     steps = step[new_step].astype(np.int64)
     key = (np.cumsum(new_step[starts]) - 1) * width + group[starts]
     size, shape = len(steps) * width, (len(steps), width)
+    # Every group once at every step, in order: the sums over runs are the table already.
+    whole = len(key) == size and bool((key[1:] > key[:-1]).all())
 
     def scatter(per_run: NDArray[Any]) -> NDArray[np.float64]:
-        totals = np.bincount(key, weights=per_run, minlength=size)
+        totals = per_run if whole else np.bincount(key, weights=per_run, minlength=size)
         return np.asarray(totals, dtype=np.float64).reshape(shape)
 
     rows = scatter(np.diff(starts, append=len(step)))
     sums, counts = {}, {}
     for name, (values, measured) in columns.items():
+        summed = scratch("summed", len(values), np.float64)
+        np.copyto(summed, values)
         if measured is not None:
-            values = np.where(measured, values, np.float32(0))
+            summed[~measured] = 0.0
         if name not in ADDITIVE and name != "opt_steps":
-            values = np.multiply(values, values, dtype=np.float64)
-        sums[name] = scatter(np.add.reduceat(values, starts, dtype=np.float64))
+            summed *= summed
+        sums[name] = scatter(np.add.reduceat(summed, starts))
         counts[name] = (
             rows if measured is None else scatter(np.add.reduceat(measured, starts, dtype=np.int64))
         )

@@ -124,10 +124,11 @@ def _visits(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Activation intervals and optimizer steps behind every group at every recorded step."""
     shape = table.trained.shape
-    visits: NDArray[Any] = np.ones(shape, dtype=np.float32)
-    active: NDArray[Any] = np.repeat(table.steps[:, None].astype(np.float32), shape[1], axis=1)
+    visits: NDArray[Any] = np.broadcast_to(np.float32(1), shape)
+    active: NDArray[Any] = np.broadcast_to(table.steps[:, None].astype(np.float32), shape)
     if interval is None or not len(table.steps):
         return visits, active
+    visits, active = visits.copy(), active.copy()
     columns = np.flatnonzero(table.groups.layer >= 0)
     layer = table.groups.layer[columns]
     visits[:, columns] = np.cumsum(_chosen(run), axis=0)[np.maximum(interval, 0)][:, layer]

@@ -19,32 +19,25 @@ from lisa_analysis.contract.schema import (
     SCALARS_TABLE,
 )
 from lisa_analysis.rundir.events import usable_events
-from lisa_analysis.rundir.jsonl import MOST_STEPS, lines_frame, read_lines
+from lisa_analysis.rundir.jsonl import lines_frame, read_lines
 from lisa_analysis.rundir.manifest import read_manifest, writer_lives
-from lisa_analysis.rundir.shard_keys import ShardKeys, in_order, read_keys
+from lisa_analysis.rundir.metrics_rows import MetricsRows, Wanted, empty_schema
 from lisa_analysis.rundir.shards import (
-    Shard,
+    KEYS,
     Steps,
-    count_negative,
     last_valid_steps,
     list_shards,
     read_parameters,
-    read_shard,
     step_bounds,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     import pyarrow as pa
-    from numpy.typing import NDArray
 
 Layers = int | slice | Sequence[int]
 
-_KEYS = ("step", "param_id")
-_MEASURED = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
-# The one column that can be below zero; the others are norms, a variance and a count.
-SIGNED = frozenset({"descent"})
+_MEASURED = tuple(name for name in METRICS_TABLE.names if name not in KEYS)
 
 
 def load(path: str | Path) -> "Run":
@@ -106,7 +99,6 @@ class Run:
                 "lisa-train wrote (its output_dir)."
             )
         self.manifest, self.warnings = read_manifest(path / MANIFEST)
-        self._seen_keys: dict[Path, ShardKeys] = {}
         self.run_id: str = self.manifest["run_id"]
         self.method: str = self.manifest["method"]
         self.layer_names = tuple(layer["name"] for layer in self.manifest["layers"])
@@ -185,9 +177,9 @@ class Run:
 
         names = self._columns(columns)
         batches = list(self.iter_metrics(names, layers, steps))
-        schema = batches[0].schema if batches else _result_schema(names)
+        schema = batches[0].schema if batches else empty_schema(names)
         table = pa.Table.from_batches(batches, schema=schema)
-        table = table.sort_by([(key, "ascending") for key in _KEYS])
+        table = table.sort_by([(key, "ascending") for key in KEYS])
         if "opt_steps" in names:
             index = table.schema.get_field_index("opt_steps")
             table = table.set_column(index, "opt_steps", table["opt_steps"].cast(pa.float64()))
@@ -204,91 +196,16 @@ class Run:
         Batches come in the order of steps; within a batch the order is the file's. Rows that a
         resumed segment replaced are already left out. Arrow keeps null and NaN apart.
         """
-        import pyarrow.compute as pc
-
         names = self._columns(columns)
-        first, last, chosen = step_bounds(steps)
-        condition = pc.field("step") >= first
-        if chosen is not None:
-            condition &= pc.field("step").isin(chosen)
-        if layers is not None:
-            condition &= pc.field("param_id").isin(self._param_ids(layers))
+        param_ids = None if layers is None else self._param_ids(layers)
+        return self._rows.read(names, Wanted(*step_bounds(steps), param_ids))
+
+    @cached_property
+    def _rows(self) -> MetricsRows:
         limits = last_valid_steps(self._segment_starts, self._shards)
-        for shard in self._shards:
-            end = min(last, limits.get(shard.segment, last))
-            if shard.first > end or (shard.end is not None and shard.end <= first):
-                continue
-            keys = self._keys(shard)
-            bounded = condition & (pc.field("step") <= end) & shard.holds()
-            batches = read_shard(shard.path, [*_KEYS, *names], bounded, self.warnings)
-            for batch in batches if keys.in_order else in_order(batches):
-                self._check_keys(batch, shard.path)
-                yield self._without_negative(batch, shard)
-
-    def _check_keys(self, batch: "pa.RecordBatch", path: Path) -> None:
-        """Refuse rows of steps and tensors that cannot be: they index arrays."""
-        import pyarrow.compute as pc
-
-        for name, most in (("step", MOST_STEPS), ("param_id", self._last_param_id)):
-            bounds = pc.min_max(batch.column(name)).as_py()
-            if bounds["min"] < 0 or bounds["max"] > most:
-                worst = bounds["min"] if bounds["min"] < 0 else bounds["max"]
-                raise RunDirectoryError(
-                    f"{path} has {name} = {worst}, expected 0 to {most}: restore the file or "
-                    "delete it."
-                )
-
-        if self._known_ids is not None:
-            ids = batch.column("param_id").to_numpy()
-            if (unknown := ids[~self._known_ids[ids]]).size:
-                raise RunDirectoryError(
-                    f"{path} has param_id = {unknown[0]}, which {PARAMETERS} does not list: "
-                    "restore the files."
-                )
-
-    @cached_property
-    def _last_param_id(self) -> int:
-        return int(self.parameters["param_id"].max())
-
-    @cached_property
-    def _known_ids(self) -> "NDArray[np.bool_] | None":
-        """Which numbers are those of tensors; None when all are, up to the last."""
-        import numpy as np
-
-        known = np.zeros(self._last_param_id + 1, dtype=bool)
-        known[self.parameters["param_id"]] = True
-        return None if known.all() else known
-
-    def _keys(self, shard: Shard) -> ShardKeys:
-        """Steps and tensors of a shard, looked through once; warns of what is left out of it."""
-        if shard.path not in self._seen_keys:
-            keys = self._seen_keys[shard.path] = read_keys(shard)
-            self._warn(keys.warnings)
-        return self._seen_keys[shard.path]
-
-    def _without_negative(self, batch: "pa.RecordBatch", shard: Shard) -> "pa.RecordBatch":
-        """Take numbers below zero for not measured where only a sum of squares can stand."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        for index, name in enumerate(batch.schema.names):
-            if name in _KEYS or name in SIGNED:
-                continue
-            negative = pc.fill_null(pc.less(batch.column(index), 0), False)
-            if not pc.any(negative).as_py():
-                continue
-            count = count_negative(shard.path, name)
-            self._warn(
-                [
-                    f"{METRICS_DIR}/{shard.path.name} has {count} negative values of {name}, "
-                    "which cannot be: they count as not measured."
-                ]
-            )
-            null = pa.scalar(None, batch.schema.field(index).type)
-            batch = batch.set_column(
-                index, batch.schema.field(index), pc.if_else(negative, null, batch.column(index))
-            )
-        return batch
+        return MetricsRows(
+            self._shards, limits, lambda: self.parameters["param_id"].to_numpy(), self._warn
+        )
 
     def non_finite(self) -> "pd.DataFrame":
         """Return every value that was measured and is NaN or infinite.
@@ -324,7 +241,7 @@ class Run:
             [("step", "int64"), ("param_id", "int32"), ("column", "string"), ("value", "float32")]
         )
         table = pa.concat_tables(found) if found else schema.empty_table()
-        return table.sort_by([(key, "ascending") for key in _KEYS]).to_pandas()
+        return table.sort_by([(key, "ascending") for key in KEYS]).to_pandas()
 
     @cached_property
     def _event_lines(self) -> list[dict[str, Any]]:
@@ -370,7 +287,7 @@ class Run:
                     f"The metrics have no column {name!r}: there are {', '.join(_MEASURED)}."
                     f"{suggest(name, _MEASURED)}"
                 )
-        return [name for name in dict.fromkeys(names) if name not in _KEYS]
+        return [name for name in dict.fromkeys(names) if name not in KEYS]
 
     def _param_ids(self, layers: Layers) -> list[int]:
         wanted: list[int] = []
@@ -419,11 +336,3 @@ class Run:
         """Value in a part of the manifest; None when there is no such part."""
         found = self.manifest.get(part)
         return found.get(name) if isinstance(found, dict) else None
-
-
-def _result_schema(names: Sequence[str]) -> "pa.Schema":
-    import pyarrow as pa
-
-    return pa.schema(
-        [(name, pa.type_for_alias(METRICS_TABLE[name].type)) for name in (*_KEYS, *names)]
-    )

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+KEYS = ("step", "param_id")
 BATCH_ROWS = 131_072
 Steps = slice | Sequence[int]
 
@@ -131,45 +134,91 @@ def arrow_schema(table: Table) -> "pa.Schema":
     )
 
 
-def read_shard(
-    path: Path, columns: Sequence[str], condition: Any, warnings: list[str]
-) -> Iterator["pa.RecordBatch"]:
-    """Yield the rows of one shard that meet `condition`, in batches, absent columns as null."""
-    import pyarrow as pa
-    import pyarrow.dataset as ds
-    import pyarrow.fs as fs
+class ShardFile:
+    """One opened metrics file; every fault of it is a `RunDirectoryError`.
 
-    schema = pa.schema([field.with_nullable(True) for field in arrow_schema(METRICS_TABLE)])
-    try:
-        # Absolute: Arrow reads a relative path with a colon as an address.
-        fragment = ds.ParquetFileFormat().make_fragment(os.path.abspath(path), fs.LocalFileSystem())
-        physical = fragment.physical_schema
-        _check_stored_version(physical, path, warnings)
-        _require(physical, ("step", "param_id"), path)
-        scanner = fragment.scanner(
-            schema=schema, columns=list(columns), filter=condition, batch_size=BATCH_ROWS
-        )
-        for batch in scanner.to_batches():
-            if batch.num_rows:
-                if batch.column("step").null_count or batch.column("param_id").null_count:
-                    raise RunDirectoryError(
-                        f"{path} has rows without step or param_id: restore the file."
-                    )
-                yield batch
-    except RunDirectoryError:
-        raise
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from None
+    Attributes
+    ----------
+    rows : int
+        Number of rows.
+    warnings : list of str
+        A newer schema version, in words.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.dataset as ds
+        import pyarrow.fs as fs
+
+        self.path, self.warnings = path, list[str]()
+        with self._in_words():
+            # Absolute: Arrow reads a relative path with a colon as an address.
+            self._fragment = ds.ParquetFileFormat().make_fragment(
+                os.path.abspath(path), fs.LocalFileSystem()
+            )
+            physical = self._fragment.physical_schema
+            _check_stored_version(physical, path, self.warnings)
+            _require(physical, KEYS, path)
+            self._stored = frozenset(physical.names)
+            self.rows: int = self._fragment.metadata.num_rows
+
+    def read(self, columns: Sequence[str], condition: Any = None) -> Iterator["pa.RecordBatch"]:
+        """Yield the rows that meet `condition` (None: all) in batches, absent columns as null."""
+        stored = [name for name in columns if name in self._stored]
+        with self._in_words():
+            scanner = self._fragment.scanner(
+                schema=_nullable_schema(), columns=stored, filter=condition, batch_size=BATCH_ROWS
+            )
+            for batch in scanner.to_batches():
+                if batch.num_rows:
+                    if any(batch.column(key).null_count for key in KEYS):
+                        raise RunDirectoryError(
+                            f"{self.path} has rows without step or param_id: restore the file."
+                        )
+                    yield batch if len(stored) == len(columns) else _with_nulls(batch, columns)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except RunDirectoryError:
+            raise
+        except Exception as error:
+            raise _unreadable(self.path, error) from None
+
+
+@cache
+def _nullable_schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema([field.with_nullable(True) for field in arrow_schema(METRICS_TABLE)])
+
+
+def _with_nulls(batch: "pa.RecordBatch", columns: Sequence[str]) -> "pa.RecordBatch":
+    """Add the columns that a file lacks, from one array: reading them as null takes time."""
+    import pyarrow as pa
+
+    fields = [_nullable_schema().field(name) for name in columns]
+    arrays = [
+        batch.column(field.name)
+        if field.name in batch.schema.names
+        else _nulls(field.type).slice(0, batch.num_rows)
+        for field in fields
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+
+
+@cache
+def _nulls(kind: "pa.DataType") -> "pa.Array":
+    import pyarrow as pa
+
+    return pa.nulls(BATCH_ROWS, kind)
 
 
 def count_negative(path: Path, column: str) -> int:
     """Return how many values of a column of a shard are below zero."""
     import pyarrow.compute as pc
 
-    batches = read_shard(path, ["step", "param_id"], pc.field(column) < 0, [])
-    return sum(batch.num_rows for batch in batches)
+    return sum(batch.num_rows for batch in ShardFile(path).read(KEYS, pc.field(column) < 0))
 
 
 def read_parameters(path: Path, n_layers: int, warnings: list[str]) -> "pd.DataFrame":

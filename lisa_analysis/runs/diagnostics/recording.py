@@ -44,7 +44,7 @@ class LogGaps(Rule):
             every = int(np.median(gaps)) if len(gaps) else 1
         last = int(steps[-1])
         expected = np.arange(every, last + 1, every)
-        missing = np.setdiff1d(expected, steps)
+        missing = np.setdiff1d(expected, steps, assume_unique=True)
         first = None
         if len(missing):
             first = int(missing[0])

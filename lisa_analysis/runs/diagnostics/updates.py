@@ -47,8 +47,8 @@ class SampledNotUpdated(Rule):
         moved = due & (update > 0)
         interval = evidence.interval if evidence.draws else np.zeros(len(update), dtype=np.int64)
         starts = np.flatnonzero(np.concatenate([[True], np.diff(interval) != 0]))
-        expected = np.add.reduceat(due, starts, axis=0, dtype=np.int64)
-        happened = np.add.reduceat(moved, starts, axis=0, dtype=np.int64)
+        expected = np.logical_or.reduceat(due, starts, axis=0)
+        happened = np.logical_or.reduceat(moved, starts, axis=0)
         stuck = (expected > 0) & (happened == 0)
         # Groups outside the stack train throughout: judge them over the whole run.
         inside = evidence.table.groups.inside

@@ -110,6 +110,23 @@ def test_steps_cut_by_batches_are_completed(make_run):
         np.testing.assert_allclose(joined, whole, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+def test_the_last_value_of_every_tensor_is_its_last(make_run, method):
+    """Wherever batches are cut, and with tensors that train only now and then."""
+    run = make_run(steps=25, profile=5, method=method)
+    groups = grouping(run)
+    frame = run.metrics(["weight_norm", "grad_norm"])
+    expected = frame.dropna(subset=["weight_norm"]).groupby("param_id")["weight_norm"].last()
+    rng = np.random.default_rng(1)
+    for cuts in (9, 60):
+        sums = Accumulator(groups.of, len(groups.names))
+        for part in np.split(np.arange(len(frame)), np.sort(rng.integers(0, len(frame), cuts))):
+            sums.add(frame.iloc[part])
+        last = sums.last["weight_norm"]
+        np.testing.assert_allclose(last[expected.index], expected, rtol=0)
+        assert np.isnan(np.delete(last, expected.index)).all()
+
+
 def test_rows_in_any_order_within_a_batch(make_run):
     run = make_run(steps=9, profile=3)
     groups = grouping(run)

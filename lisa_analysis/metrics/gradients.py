@@ -95,11 +95,12 @@ class GradSnr:
         """Return one value per recorded step and group."""
         norms = without_common_course(data.table["grad_norm"], data.table.groups.inside)
         result = np.full(norms.shape, np.nan, dtype=np.float32)
+        # Averages start at 0; what they lack at each age is known.
+        filling = 1 - self.decay ** np.arange(1, len(norms) + 1)
         for column in range(norms.shape[1]):
             rows = np.flatnonzero(np.isfinite(norms[:, column]))
             values, age = norms[rows, column], np.arange(1, len(rows) + 1)
-            # Averages start at 0; what they lack at each age is known.
-            filled = 1 - self.decay**age
+            filled = filling[: len(rows)]
             mean = running_mean(values, self.decay) / filled
             deviation = running_mean(np.abs(values - mean), self.decay) / filled
             # Until both averages have filled up the ratio says when the layer was first seen; a

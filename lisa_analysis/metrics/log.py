@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.events import draws, intervals
+from lisa_analysis.rundir.events import chosen, draws, intervals, learning_rates
 
 Array = NDArray[np.float64]
 
@@ -90,7 +90,7 @@ class Measurements:
 def measurements(run: Any, by: str = "layer") -> Measurements:
     """Read the table of `run` and what else the metrics need."""
     table = step_table(run, by)
-    rates = _learning_rates(run, _last_step(run, table))
+    rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
     rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
     interval = intervals(run, table.steps) if draws(run) else None
     visits, active = _visits(run, table, interval)
@@ -101,22 +101,6 @@ def measurements(run: Any, by: str = "layer") -> Measurements:
     weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
     elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
     return Measurements(run, table, rate, visits, active, interval, elements, rates)
-
-
-def _learning_rates(run: Any, last: int) -> Array | None:
-    """Return the learning rate of steps 0 (that of the first) to `last`, None when not logged.
-
-    A step that was not logged has that of the nearest one that was.
-    """
-    scalars = run.scalars
-    if not len(scalars) or "learning_rate" not in scalars:
-        return None
-    logged = scalars.dropna(subset=["learning_rate"]).drop_duplicates("step", keep="last")
-    if not len(logged):
-        return None
-    known = logged.set_index("step")["learning_rate"].sort_index()
-    rates = known.reindex(np.arange(last + 1), method="nearest").to_numpy(dtype=np.float64)
-    return np.asarray(rates)
 
 
 def _visits(
@@ -131,19 +115,12 @@ def _visits(
     visits, active = visits.copy(), active.copy()
     columns = np.flatnonzero(table.groups.layer >= 0)
     layer = table.groups.layer[columns]
-    visits[:, columns] = np.cumsum(_chosen(run), axis=0)[np.maximum(interval, 0)][:, layer]
+    visits[:, columns] = np.cumsum(chosen(run), axis=0, dtype=np.float32)[np.maximum(interval, 0)][
+        :, layer
+    ]
     count = np.arange(_last_step(run, table) + 1, dtype=np.float64)
     active[:, columns] = _behind(run, table, interval, count)[:, layer]
     return visits, active
-
-
-def _chosen(run: Any) -> NDArray[np.float32]:
-    """1 where a draw holds a layer, shape (draws, layers)."""
-    drawn = draws(run)
-    chosen = np.zeros((len(drawn), run.n_layers), dtype=np.float32)
-    for index, (_, layers) in enumerate(drawn):
-        chosen[index, list(layers)] = 1
-    return chosen
 
 
 def _last_step(run: Any, table: StepTable) -> int:
@@ -158,11 +135,11 @@ def _behind(
 
     `total` is the sum over all steps up to each, of whatever is summed.
     """
-    chosen, now = _chosen(run), np.maximum(interval, 0)
+    drawn, now = chosen(run), np.maximum(interval, 0)
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     ends = np.append(starts[1:], _last_step(run, table))
-    whole = np.cumsum(chosen * (total[ends] - total[starts])[:, None], axis=0)
+    whole = np.cumsum(drawn * (total[ends] - total[starts])[:, None], axis=0)
     before = np.vstack([np.zeros(run.n_layers), whole])
-    within = (total[table.steps] - total[starts[now]])[:, None] * chosen[now]
+    within = (total[table.steps] - total[starts[now]])[:, None] * drawn[now]
     result: NDArray[Any] = before[now] + within
     return result

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import module_of
 from lisa_analysis.metrics.layer_sums import MEASURES, PROBE, Accumulator
-from lisa_analysis.rundir.events import draw_events as draw_events
-from lisa_analysis.rundir.events import draws as draws
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -162,9 +160,7 @@ class StepTable:
         return column in self.measures
 
 
-_CACHE: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, StepTable]]] = (
-    weakref.WeakKeyDictionary()
-)
+_CACHE: weakref.WeakKeyDictionary[Any, dict[str, StepTable]] = weakref.WeakKeyDictionary()
 
 
 def step_table(run: Any, level: str = "layer") -> StepTable:
@@ -177,8 +173,8 @@ def step_table(run: Any, level: str = "layer") -> StepTable:
         return _read(run, level)
     remembered = _CACHE.setdefault(run, {})
     if level not in remembered:
-        remembered[level] = (None, _read(run, level))
-    return remembered[level][1]
+        remembered[level] = _read(run, level)
+    return remembered[level]
 
 
 def _read(run: Any, level: str) -> StepTable:

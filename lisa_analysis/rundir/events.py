@@ -1,14 +1,17 @@
-"""What events say: LISA's draws and the steps that each ruled, and which events are usable."""
+"""What the streams say: LISA's draws, held-out losses, learning rates; which events are usable."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.rundir.jsonl import NON_FINITE, short
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ids = NDArray[np.int64]
 
@@ -36,10 +39,52 @@ def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64
     return [(step, *found[step]) for step in sorted(found)]
 
 
+def chosen(run: Any) -> NDArray[np.bool_]:
+    """Whether a draw holds a layer, shape (draws, layers)."""
+    drawn = draws(run)
+    found = np.zeros((len(drawn), run.n_layers), dtype=bool)
+    for index, (_, layers) in enumerate(drawn):
+        found[index, list(layers)] = True
+    return found
+
+
 def intervals(run: Any, steps: Ids) -> Ids:
     """Index of the draw that ruled every step (a draw at step d rules d+1 …), −1 before any."""
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)
+
+
+def held_out_losses(run: Any) -> "pd.DataFrame":
+    """Return ``step`` and ``value`` of the evaluations that gave a held-out loss, in order.
+
+    Of two evaluations at one step the later counts; one without a loss is left out.
+    """
+    import pandas as pd
+
+    events = run.events
+    rows = []
+    if len(events) and "metrics" in events:
+        for step, metrics in events.loc[events["event"] == "evaluate", ["step", "metrics"]].values:
+            if isinstance(metrics, dict) and metrics.get("eval_loss") is not None:
+                rows.append((int(step), float(metrics["eval_loss"])))
+    frame = pd.DataFrame(rows, columns=["step", "value"]).astype({"step": int, "value": float})
+    return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def learning_rates(run: Any, steps: Ids) -> NDArray[np.float64] | None:
+    """Return the learning rate of `steps`, None when none was logged.
+
+    A step that was not logged has that of the nearest one that was.
+    """
+    scalars = run.scalars
+    if not len(scalars) or "learning_rate" not in scalars:
+        return None
+    logged = scalars.dropna(subset=["learning_rate"]).drop_duplicates("step", keep="last")
+    if not len(logged):
+        return None
+    known = logged.set_index("step")["learning_rate"].sort_index()
+    rates = known.reindex(steps, method="nearest").to_numpy(dtype=np.float64)
+    return np.asarray(rates)
 
 
 def usable_events(

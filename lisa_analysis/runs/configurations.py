@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.schema import CONFIG
-from lisa_analysis.rundir.streams import read_bytes
+from lisa_analysis.rundir.jsonl import read_bytes
 from lisa_analysis.runs.sampled import Sampled, read_sampled
 
 # What may differ between repetitions of one configuration.

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lisa_analysis.rundir.events import held_out_losses
 from lisa_analysis.runs.configurations import Settings, name_configurations, settings
 
 COSTS = ("step", "tokens", "seconds")
@@ -78,14 +79,9 @@ def loss_at(curve: pd.DataFrame, cost: str, value: float) -> float:
 
 def evaluations(run: Any, label: str) -> pd.DataFrame:
     """Held-out losses with the steps, tokens and training seconds that they cost."""
-    events, scalars = run.events, run.scalars
-    rows = []
-    if len(events) and "metrics" in events:
-        for step, metrics in events.loc[events["event"] == "evaluate", ["step", "metrics"]].values:
-            if isinstance(metrics, dict) and metrics.get("eval_loss") is not None:
-                rows.append((label, int(step), float(metrics["eval_loss"])))
-    frame = pd.DataFrame(rows, columns=["run", "step", "held_out_loss"])
-    frame = frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+    scalars = run.scalars
+    frame = held_out_losses(run).rename(columns={"value": "held_out_loss"})
+    frame.insert(0, "run", label)
     frame.insert(2, "tokens", _at_steps(scalars, "tokens", frame["step"], running=True))
     frame.insert(3, "seconds", _at_steps(scalars, "step_seconds", frame["step"], running=False))
     return frame

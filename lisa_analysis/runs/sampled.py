@@ -9,7 +9,7 @@ import numpy as np
 
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.probabilities_file import read_record
-from lisa_analysis.rundir.draws import draw_events
+from lisa_analysis.rundir.events import draw_events
 
 # A probabilities file of thousands of layers is far smaller.
 _LARGEST = 1 << 24

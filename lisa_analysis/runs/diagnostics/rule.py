@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.events import draw_events, intervals
+from lisa_analysis.rundir.events import draw_events, intervals, learning_rates
 from lisa_analysis.runs.diagnostics.finding import Finding, State
 
 Array = NDArray[Any]
@@ -81,9 +81,10 @@ class Evidence:
 
     def learning_rate(self) -> Array:
         """Learning rate of every recorded step."""
-        logged = self.scalar("learning_rate").set_index("step")["learning_rate"]
-        known = logged[~logged.index.duplicated(keep="last")].sort_index()
-        return known.reindex(self.table.steps, method="nearest").to_numpy(dtype=np.float64)
+        rates = learning_rates(self.run, self.table.steps)
+        if rates is None:
+            raise CouldNotRunError("learning_rate was not logged")
+        return rates
 
 
 @dataclass(frozen=True)

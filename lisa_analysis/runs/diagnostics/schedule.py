@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.rundir.events import chosen
 from lisa_analysis.runs.diagnostics.rule import (
     CouldNotRunError,
     Evidence,
@@ -50,11 +51,8 @@ class ScheduleMismatch(_ScheduleRule):
 
     def check(self, evidence: Evidence) -> Outcome:
         """Compare every recorded step with its draw."""
-        draws = self.draws(evidence)
-        declared = np.zeros((len(draws), evidence.n_layers), dtype=bool)
-        for index, (_, layers, _) in enumerate(draws):
-            inside = [layer for layer in layers if 0 <= layer < evidence.n_layers]
-            declared[index, inside] = True
+        self.draws(evidence)
+        declared = chosen(evidence.run)
         ruled = evidence.interval >= 0
         if not ruled.any():
             raise CouldNotRunError("no step was recorded after a draw")
@@ -100,7 +98,7 @@ class Coverage(_ScheduleRule):
     def check(self, evidence: Evidence) -> Outcome:
         """Count draws per layer."""
         draws = self.draws(evidence)
-        visits = count_visits(draws, evidence.n_layers)
+        visits = chosen(evidence.run).sum(axis=0)
         unseen = np.flatnonzero(visits == 0)
         if not len(unseen):
             return Outcome("ok", f"Every layer was drawn, the least {int(visits.min())} times.")
@@ -144,7 +142,7 @@ class Visits(_ScheduleRule):
         pis = [pi for _, _, pi in draws if pi is not None and len(pi) == evidence.n_layers]
         if len(pis) < len(draws):
             raise CouldNotRunError("inclusion probabilities were not logged with every draw")
-        visits = count_visits(draws, evidence.n_layers)
+        visits = chosen(evidence.run).sum(axis=0)
         expected = np.sum(pis, axis=0)
         n = len(draws)
         # Two tails, all layers: a binomial is wider than the sum of draws with varying π.
@@ -167,18 +165,6 @@ class Visits(_ScheduleRule):
         if not odd:
             return Outcome("ok", f"Visits agree with π; largest gap: {text[0].lower()}{text[1:]}.")
         return Outcome("warn", f"{text}; {len(odd)} layers are outside chance.", tuple(odd))
-
-
-def count_visits(
-    draws: list[tuple[int, tuple[int, ...], NDArray | None]], n_layers: int
-) -> NDArray[np.int64]:
-    """Draws of every layer."""
-    visits = np.zeros(n_layers, dtype=np.int64)
-    for _, layers, _ in draws:
-        for layer in layers:
-            if 0 <= layer < n_layers:
-                visits[layer] += 1
-    return visits
 
 
 def binomial_tail(n: int, p: float, x: int, *, upper: bool) -> float:

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 
-from lisa_analysis.metrics.step_table import draw_events
+from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
+from lisa_analysis.runs.schedule import schedule_grid, visit_counts
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.data import MAX_COLUMNS, LayerGrid, layer_grids
 
 COLUMN_TITLES = {
     "weight_norm": "weight norm",
@@ -86,17 +86,11 @@ def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Ax
     The bars at the right are the draws in which a layer was active; the mark is what its
     inclusion probabilities add up to. Runs without LISA draws get a note instead.
     """
-    draws = draw_events(run)
+    drawn = schedule_grid(run)
     ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
-    if not draws:
+    if not len(drawn):
         return style.note(ax, "This run drew no layers: LISA was not used.")
-    active = np.zeros((run.n_layers, len(draws)))
-    for position, (_, layers, _) in enumerate(draws):
-        active[list(layers), position] = 1.0
-    steps = np.array([step for step, _, _ in draws])
-    grid, group = LayerGrid("active", steps, active, np.zeros_like(active, dtype=bool)).thinned(
-        most
-    )
+    grid, group = drawn.thinned(most)
     ax.set_facecolor(style.FROZEN)
     colors = mpl.colors.ListedColormap([to_rgba(style.SERIES[0], a) for a in np.linspace(0, 1, 64)])
     ax.imshow(grid.values, norm=Normalize(0, 1), cmap=colors, **_raster(grid.values.shape))
@@ -119,20 +113,6 @@ def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Ax
     style.finish(side, grid="x")
     side.spines["left"].set_visible(False)
     return ax
-
-
-def visit_counts(run: Any) -> pd.DataFrame:
-    """Return layer, draws that chose it, and the draws that its probabilities add up to.
-
-    ``expected`` is NaN when a draw did not log its inclusion probabilities.
-    """
-    observed, expected = np.zeros(run.n_layers), np.zeros(run.n_layers)
-    for _, layers, pi in draw_events(run):
-        observed[list(layers)] += 1
-        expected += np.nan if pi is None else pi
-    return pd.DataFrame(
-        {"layer": np.arange(run.n_layers), "observed": observed.astype(int), "expected": expected}
-    )
 
 
 def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = None) -> Axes:

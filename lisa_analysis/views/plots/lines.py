@@ -1,6 +1,5 @@
 """Pictures over optimizer steps: trajectories, depth bands, update ratio, training curves."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -8,26 +7,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.data import (
-    MAX_POINTS,
+from lisa_analysis.metrics.layer_grid import (
     LayerGrid,
-    Series,
+    band_series,
     depth_bands,
     layer_grids,
-    step_label,
-    thin,
+    update_ratio_grid,
 )
+from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
+from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
+from lisa_analysis.views.plots import style
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
-
-QUANTITIES = {
-    "loss": "loss",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "memory": "peak memory (GiB)",
-    "recorder": "time spent recording (%)",
-}
 
 
 def trajectories(run: Any, column: str = "weight_norm", *, ax: Axes | None = None) -> Axes:
@@ -83,15 +73,6 @@ def bands(
     return _finish(ax, COLUMN_TITLES.get(grid.column, grid.column), group)
 
 
-def band_series(grid: LayerGrid, part: slice, most: int = MAX_POINTS) -> Series:
-    """Mean, smallest and largest value of a band's layers over the steps, thinned."""
-    values = np.ma.masked_invalid(grid.values[part])
-    middle = thin(grid.steps, values.mean(axis=0).filled(np.nan), most)
-    low = thin(grid.steps, values.min(axis=0).filled(np.nan), most)
-    high = thin(grid.steps, values.max(axis=0).filled(np.nan), most)
-    return Series(middle.x, low.low, middle.middle, high.high, middle.group)
-
-
 def update_ratio(run: Any, *, ax: Axes | None = None, most: int = MAX_POINTS) -> Axes:
     """Draw ‖update‖ / ‖weight‖ of the bottom, middle and top third of the stack.
 
@@ -108,16 +89,6 @@ def update_ratio(run: Any, *, ax: Axes | None = None, most: int = MAX_POINTS) ->
         ax.axhline(1e-3, color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
     ax.set_ylabel("‖update‖ / ‖weight‖")
     return ax
-
-
-def update_ratio_grid(grids: Mapping[str, LayerGrid]) -> LayerGrid:
-    """Divide update norms by weight norms of the same layer and step."""
-    update, weight = grids["update_norm"], grids["weight_norm"]
-    steps, left, right = np.intersect1d(update.steps, weight.steps, return_indices=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = update.values[:, left] / weight.values[:, right]
-    bad = update.non_finite[:, left] | weight.non_finite[:, right]
-    return LayerGrid("update / weight", steps, np.where(np.isfinite(values), values, np.nan), bad)
 
 
 def curves(
@@ -168,45 +139,6 @@ def curves(
     return _finish(ax, label, series.group)
 
 
-def curve_frame(run: Any, quantity: str) -> pd.DataFrame:
-    """Return ``step`` and ``value`` of a quantity that `curves` draws, and ``clip_coef``."""
-    if quantity not in QUANTITIES:
-        raise LisaError(
-            f"quantity {quantity!r} is not one of {', '.join(QUANTITIES)}."
-            f"{suggest(quantity, QUANTITIES)}"
-        )
-    scalars = run.scalars
-    nothing = pd.Series(np.nan, index=scalars.index, dtype=float)
-
-    def column(name: str) -> pd.Series:
-        return scalars[name].astype(float) if name in scalars else nothing
-
-    if quantity == "memory":
-        value = column("peak_memory_bytes") / 2**30
-    elif quantity == "recorder":
-        # Steps that record nothing cost nothing: their zeros would hide what recording costs.
-        spent = column("recorder_seconds")
-        value = 100 * spent.where(spent > 0) / column("step_seconds")
-    else:
-        value = column(quantity)
-    return pd.DataFrame({"step": column("step"), "value": value, "clip_coef": column("clip_coef")})
-
-
-def held_out_frame(run: Any) -> pd.DataFrame:
-    """Return ``step`` and ``value`` of the held-out losses in the run's evaluate events."""
-    events = run.events
-    if events.empty or "metrics" not in events:
-        return pd.DataFrame({"step": [], "value": []})
-    rows = [
-        (step, metrics["eval_loss"])
-        for event, step, metrics in zip(
-            events["event"], events["step"], events["metrics"], strict=True
-        )
-        if event == "evaluate" and isinstance(metrics, dict) and "eval_loss" in metrics
-    ]
-    return pd.DataFrame(rows, columns=["step", "value"]).astype(float)
-
-
 def _mark_clipped(ax: Axes, frame: pd.DataFrame) -> None:
     clipped = frame[frame["clip_coef"] < 1]
     known = int(frame["clip_coef"].notna().sum())
@@ -251,7 +183,7 @@ def _log_if_positive(ax: Axes, values: np.ndarray) -> None:
 
 def _finish(ax: Axes, label: str, group: int, *, band: bool = True) -> Axes:
     ax.set_ylabel(label)
-    ax.set_xlabel(step_label(group, band=band))
+    ax.set_xlabel(style.step_label(group, band=band))
     ax.margins(x=0.01)
     style.thousands(ax)
     return style.finish(ax)

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lisa_analysis.profiles.relative import relative_scores
+from lisa_analysis.runs.agreement import agreement_square
 from lisa_analysis.views.plots import style
 
 
@@ -122,30 +124,6 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def relative_scores(profile: Any) -> pd.DataFrame:
-    """Return ``layer`` and ``relative``, the score over the mean of the layers that have one.
-
-    For several profiles of one model their mean, with ``low`` and ``high``, the smallest and the
-    largest; a layer that none of them knows is NaN.
-    """
-    several = profile if isinstance(profile, Sequence) else [profile]
-    rows = []
-    for item in several:
-        score = _floats(item.to_frame()["score"])
-        known = np.isfinite(score)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rows.append(score / (score[known].mean() if known.any() else np.nan))
-    table = pd.DataFrame(rows)
-    return pd.DataFrame(
-        {
-            "layer": several[0].to_frame()["layer"],
-            "relative": table.mean().to_numpy(),
-            "low": table.min().to_numpy(),
-            "high": table.max().to_numpy(),
-        }
-    )
-
-
 def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
     """Draw inclusion probabilities per layer beside LISA's even choice.
 
@@ -236,15 +214,6 @@ def _write_values(ax: Axes, values: np.ndarray) -> None:
             text = f"{value:.2f}".replace("-", "−")
             color = "white" if abs(value) > 0.6 else "black"
             ax.text(column, row, text, ha="center", va="center", fontsize="small", color=color)
-
-
-def agreement_square(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Turn one row per pair (``run_a``, ``run_b``, ``kendall``) into a symmetric table."""
-    names = list(dict.fromkeys([*pairs["run_a"], *pairs["run_b"]]))
-    square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
-    for a, b, value in zip(pairs["run_a"], pairs["run_b"], pairs["kendall"], strict=True):
-        square.loc[a, b] = square.loc[b, a] = value
-    return square
 
 
 def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.ndarray) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 
+from lisa_analysis.metrics.thinning import MAX_POINTS
+from lisa_analysis.runs.curves import QUANTITIES, by_method, group_series
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.data import MAX_POINTS, Series, step_label, thin
-from lisa_analysis.views.plots.lines import QUANTITIES, curve_frame, draw_series, held_out_frame
+from lisa_analysis.views.plots.lines import draw_series
 
 
 def comparison(
@@ -55,37 +54,7 @@ def comparison(
         return style.note(ax, f"No run has a {what} to compare.")
     style.legend(ax)
     ax.set_ylabel(what)
-    ax.set_xlabel(step_label(group))
+    ax.set_xlabel(style.step_label(group))
     ax.margins(x=0.01)
     style.thousands(ax)
     return style.finish(ax)
-
-
-def by_method(runs: Sequence[Any]) -> dict[str, list[Any]]:
-    """Group runs by their method, in the order in which the methods first appear."""
-    groups: dict[str, list[Any]] = {}
-    for run in runs:
-        groups.setdefault(str(run.method), []).append(run)
-    return groups
-
-
-def group_series(
-    runs: Sequence[Any], quantity: str, *, held_out: bool = False, most: int = MAX_POINTS
-) -> Series:
-    """Mean and range over runs at the steps that all of them logged, thinned."""
-    columns = []
-    for run in runs:
-        frame = held_out_frame(run) if held_out else curve_frame(run, quantity)
-        frame = frame.dropna(subset=["step", "value"]).drop_duplicates("step", keep="last")
-        columns.append(frame.set_index("step")["value"])
-    table = pd.concat(columns, axis=1, join="inner").sort_index()
-    # Where one run diverged there is no mean; its own curve marks the place.
-    table = table[np.isfinite(table.to_numpy(dtype=np.float64)).all(axis=1)]
-    values = table.to_numpy(dtype=np.float64)
-    if not len(values):
-        empty = np.empty(0)
-        return Series(empty, empty, empty, empty, 1)
-    steps = table.index.to_numpy(dtype=np.float64)
-    middle = thin(steps, values.mean(axis=1), most)
-    low, high = thin(steps, values.min(axis=1), most), thin(steps, values.max(axis=1), most)
-    return Series(middle.x, low.low, middle.middle, high.high, middle.group)

@@ -147,6 +147,14 @@ def step_ticks(steps: Sequence[int] | np.ndarray, most: int = 7) -> tuple[list[f
     return positions.tolist(), [f"{value:,.0f}" for value in wanted]
 
 
+def step_label(group: int, *, band: bool = True) -> str:
+    """Label of the step axis; it says so when a point stands for several recorded steps."""
+    if group <= 1:
+        return "optimizer step"
+    extremes = "; band: smallest to largest" if band else ""
+    return f"optimizer step (each point: mean of {group:,} records{extremes})"
+
+
 def log_ticks(axis: mpl.axis.Axis, low: float, high: float) -> None:
     """Label a logarithmic axis with few, plain numbers, whatever its range."""
     decades = np.log10(high / low)

@@ -8,11 +8,11 @@ import pandas as pd
 
 from lisa_analysis import plots
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.relative import relative_scores
+from lisa_analysis.runs.agreement import agreement_square
 from lisa_analysis.runs.compare import Comparison
+from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.lines import QUANTITIES
-from lisa_analysis.views.plots.profiles import agreement_square, relative_scores
-from lisa_analysis.views.plots.runs import group_series
 from lisa_analysis.views.report import svg
 from lisa_analysis.views.report.content import METHODS, RunContent
 from lisa_analysis.views.report.figures import (

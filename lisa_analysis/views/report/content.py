@@ -9,11 +9,12 @@ import numpy as np
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
-from lisa_analysis.metrics.step_table import draws, step_table
+from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids
+from lisa_analysis.metrics.step_table import step_table
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.rundir.events import draws
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
-from lisa_analysis.views.plots.data import LayerGrid, layer_grids
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.figures import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact

@@ -11,15 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lisa_analysis import plots
-from lisa_analysis.views.plots.data import LayerGrid, depth_bands, thin
-from lisa_analysis.views.plots.grids import COLUMN_TITLES, visit_counts
-from lisa_analysis.views.plots.lines import (
-    QUANTITIES,
+from lisa_analysis.metrics.layer_grid import (
+    LayerGrid,
     band_series,
-    curve_frame,
-    held_out_frame,
+    depth_bands,
     update_ratio_grid,
 )
+from lisa_analysis.metrics.thinning import thin
+from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
+from lisa_analysis.runs.schedule import visit_counts
+from lisa_analysis.views.plots.grids import COLUMN_TITLES
 from lisa_analysis.views.report import svg
 from lisa_analysis.views.report.format import count, number
 from lisa_analysis.views.report.tables import Table, frame_table, grid_table, series_table

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.views.plots.data import LayerGrid, Series
+from lisa_analysis.metrics.layer_grid import LayerGrid
+from lisa_analysis.metrics.thinning import Series
 from lisa_analysis.views.report.format import plain
 
 # A layer × step table for people; the figure itself shows more columns, the run directory all.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lisa_analysis.rundir.streams import read_manifest
 
 from lisa_analysis.contract.errors import RunDirectoryError, suggest
 from lisa_analysis.contract.schema import (

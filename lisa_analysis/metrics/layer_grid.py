@@ -1,6 +1,6 @@
-"""What the plots draw: layer × step grids and thinned series, from a run's frames."""
+"""Layer × step grids: one column over the stack and the steps, thinned, by thirds of the depth."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.metrics.step_table import step_table
+from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
 
 MAX_COLUMNS = 400
-MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -94,50 +94,6 @@ def layer_grids(run: Any, columns: Iterable[str]) -> dict[str, LayerGrid]:
     return grids
 
 
-@dataclass(frozen=True)
-class Series:
-    """A line thinned for drawing: bin means with the smallest and largest value of each bin."""
-
-    x: np.ndarray
-    low: np.ndarray
-    middle: np.ndarray
-    high: np.ndarray
-    group: int
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
-def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> Series:
-    """Average neighbouring points until at most `most` are left, keeping each group's extremes.
-
-    Missing and non-finite values are left out; `group` is the largest number of points that
-    share one place (1 = the line is as recorded).
-    """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    keep = np.isfinite(y)
-    x, y = x[keep], y[keep]
-    if len(x) <= most:
-        return Series(x, y, y, y, 1)
-    starts = np.linspace(0, len(x), most, endpoint=False).astype(int)
-    counts = np.diff([*starts, len(x)])
-    return Series(
-        np.add.reduceat(x, starts) / counts,
-        np.minimum.reduceat(y, starts),
-        np.add.reduceat(y, starts) / counts,
-        np.maximum.reduceat(y, starts),
-        int(counts.max()),
-    )
-
-
-def step_label(group: int, *, band: bool = True) -> str:
-    """Label of the step axis; it says so when a point stands for several recorded steps."""
-    if group <= 1:
-        return "optimizer step"
-    extremes = "; band: smallest to largest" if band else ""
-    return f"optimizer step (each point: mean of {group:,} records{extremes})"
-
-
 def depth_bands(n_layers: int) -> dict[str, slice]:
     """Split the stack into bottom, middle and top thirds; fewer bands when there are too few."""
     if n_layers < 3:
@@ -148,3 +104,22 @@ def depth_bands(n_layers: int) -> dict[str, slice]:
         f"middle ({third}–{n_layers - third - 1})": slice(third, n_layers - third),
         f"top ({n_layers - third}–{n_layers - 1})": slice(n_layers - third, n_layers),
     }
+
+
+def update_ratio_grid(grids: Mapping[str, LayerGrid]) -> LayerGrid:
+    """Divide update norms by weight norms of the same layer and step."""
+    update, weight = grids["update_norm"], grids["weight_norm"]
+    steps, left, right = np.intersect1d(update.steps, weight.steps, return_indices=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = update.values[:, left] / weight.values[:, right]
+    bad = update.non_finite[:, left] | weight.non_finite[:, right]
+    return LayerGrid("update / weight", steps, np.where(np.isfinite(values), values, np.nan), bad)
+
+
+def band_series(grid: LayerGrid, part: slice, most: int = MAX_POINTS) -> Series:
+    """Mean, smallest and largest value of a band's layers over the steps, thinned."""
+    values = np.ma.masked_invalid(grid.values[part])
+    middle = thin(grid.steps, values.mean(axis=0).filled(np.nan), most)
+    low = thin(grid.steps, values.min(axis=0).filled(np.nan), most)
+    high = thin(grid.steps, values.max(axis=0).filled(np.nan), most)
+    return Series(middle.x, low.low, middle.middle, high.high, middle.group)

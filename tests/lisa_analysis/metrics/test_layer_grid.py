@@ -7,8 +7,10 @@ from helpers_runs import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lisa_analysis.metrics.layer_grid import LayerGrid, depth_bands, layer_grids
+from lisa_analysis.metrics.thinning import thin
 from lisa_analysis.rundir.run import load
-from lisa_analysis.views.plots.data import LayerGrid, depth_bands, layer_grids, step_label, thin
+from lisa_analysis.views.plots.style import step_label
 
 
 def test_layer_grid_is_the_root_of_the_summed_squares(tmp_path):

@@ -112,7 +112,12 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Any], metric: Any = DEFAULT_METRIC, *, confidence: float = 0.95, seed: int = 0
+    runs: Sequence[Any],
+    metric: Any = DEFAULT_METRIC,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    profiles: Sequence[ImportanceProfile | None] | None = None,
 ) -> Comparison:
     """Put runs side by side.
 
@@ -124,6 +129,9 @@ def compare(
         Importance metric whose profiles are compared: an id or a callable, see `importance`.
     confidence, seed
         Of the intervals and their bootstrap.
+    profiles
+        The profiles of the runs where they are known already, in their order; None for a run
+        without one.
 
     Returns
     -------
@@ -147,18 +155,14 @@ def compare(
     names = labels(runs)
     summaries = [RunSummary.of(run, label) for run, label in zip(runs, names, strict=True)]
     table = table_of(summaries)
-    profiles: dict[str, ImportanceProfile] = {}
-    for run, label in zip(runs, names, strict=True):
-        try:
-            profiles[label] = importance(run, chosen, confidence=confidence, seed=seed)
-        except LisaError:
-            # The run keeps its row; its profile under this metric is unknown.
-            continue
+    if profiles is None:
+        profiles = [_profile(run, chosen, confidence, seed) for run in runs]
+    known = {label: p for label, p in zip(names, profiles, strict=True) if p is not None}
     pairs = pd.DataFrame(
         [
             {"run_a": a, "run_b": b}
-            | asdict(agree(profiles[a], profiles[b], confidence=confidence, seed=seed))
-            for a, b in combinations(profiles, 2)
+            | asdict(agree(known[a], known[b], confidence=confidence, seed=seed))
+            for a, b in combinations(known, 2)
         ],
         columns=["run_a", "run_b", *(f.name for f in fields(Agreement))],
     )
@@ -166,13 +170,21 @@ def compare(
     return Comparison(
         metric=chosen.id,
         table=table,
-        profiles=shares(profiles),
+        profiles=shares(known),
         rank_agreement=pairs,
-        concordance=concordance(list(profiles.values())),
+        concordance=concordance(list(known.values())),
         seeds=seeds,
         curves=pd.concat([s.curve for s in summaries], ignore_index=True),
         statement=_statement(table, pairs, seeds),
     )
+
+
+def _profile(run: Any, metric: Any, confidence: float, seed: int) -> ImportanceProfile | None:
+    try:
+        return importance(run, metric, confidence=confidence, seed=seed)
+    except LisaError:
+        # The run keeps its row; its profile under this metric is unknown.
+        return None
 
 
 def _seeds(table: pd.DataFrame, pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:

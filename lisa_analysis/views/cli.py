@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import LisaError
 
 if TYPE_CHECKING:
-    from lisa_analysis.rundir.run import Run
+    from lisa_analysis.views.analysis import Analysis, RunAnalysis
 
 PROG = "lisa-analyze"
 _EPILOG = """\
@@ -87,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    import lisa_analysis as la
+    from lisa_analysis.rundir.run import load
     from lisa_analysis.views import terminal
+    from lisa_analysis.views.analysis import Analysis
+    from lisa_analysis.views.report import report_of
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
         raise LisaError(f"--activated-layers is {arguments.activated_layers}; expected at least 1.")
@@ -97,38 +99,44 @@ def _analyze(arguments: argparse.Namespace) -> int:
             f"--probabilities takes one run to learn from, got {len(arguments.run_dirs)}; "
             "name the pilot run alone."
         )
-    runs = [la.load(path) for path in arguments.run_dirs]
+    analysis = Analysis.of(
+        [load(path) for path in arguments.run_dirs],
+        arguments.metric,
+        activated_layers=arguments.activated_layers,
+        use_intervals=not arguments.ignore_intervals,
+    )
+    for one in analysis.runs:
+        _insist(one, arguments)
+    print(terminal.overview(analysis))
+
     written: list[tuple[str, Path]] = []
-    results = [_Result.of(run, arguments) for run in runs]
-    metric = {} if arguments.metric is None else {"metric": arguments.metric}
-    comparison = la.compare(runs, **metric) if len(runs) > 1 else None
-
-    for result in results:
-        print(terminal.findings(result.run, result.diagnostics))
-        if comparison is None and result.profile is not None:
-            print(terminal.profile(result.profile, result.probabilities))
-        elif result.profile is None:
-            print(f"No profile: {result.why_not}\n")
-    if comparison is not None:
-        print(terminal.comparison(comparison))
-
+    first = analysis.runs[0]
     if arguments.probabilities:
-        _write(Path(arguments.probabilities), results[0].probabilities_or_raise().save)
+        if first.probabilities is None:
+            raise first.why_not or LisaError(f"{first.run.path} gives no probabilities.")
+        _write(Path(arguments.probabilities), first.probabilities.save)
         written.append(("probabilities", Path(arguments.probabilities)))
     if arguments.json:
         from lisa_analysis.views.json_output import to_json
 
-        text = to_json(results, comparison)
+        text = to_json(analysis)
         _write(Path(arguments.json), lambda path: path.write_text(text, encoding="utf-8"))
         written.append(("json", Path(arguments.json)))
-    output = Path(arguments.output) if arguments.output else _default_output(runs)
-    report = la.report(
-        runs, metric=arguments.metric, probabilities=results[0].probabilities, title=arguments.title
-    )
+    output = Path(arguments.output) if arguments.output else _default_output(analysis)
+    report = report_of(analysis, probabilities=first.probabilities, title=arguments.title)
     _write(output, report.save)
     written.append(("report", output))
     print(terminal.written(written))
-    return _exit_code(arguments.fail_on, results)
+    return _exit_code(arguments.fail_on, analysis)
+
+
+def _insist(one: "RunAnalysis", arguments: argparse.Namespace) -> None:
+    """Look at a run; what was asked for by name and cannot be had ends the command."""
+    _ = one.diagnostics
+    if arguments.metric is not None and one.why_no_profile is not None:
+        raise one.why_no_profile
+    if arguments.activated_layers and one.profile is not None and one.why_not is not None:
+        raise one.why_not
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
@@ -140,53 +148,12 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
         raise LisaError(f"cannot write {path}: {error.strerror or error}.") from None
 
 
-def _default_output(runs: "list[Run]") -> Path:
-    if len(runs) == 1:
-        return runs[0].path / "report.html"
-    return runs[0].path.resolve().parent / "report.html"
+def _default_output(analysis: "Analysis") -> Path:
+    path = analysis.runs[0].run.path
+    return path / "report.html" if analysis.alone else path.resolve().parent / "report.html"
 
 
-class _Result:
-    """What is known of one run: diagnostics, profile and, where possible, probabilities."""
-
-    def __init__(self, run: "Run", diagnostics: Any, profile: Any) -> None:
-        self.run, self.diagnostics, self.profile = run, diagnostics, profile
-        self.probabilities: Any = None
-        self.why_not: LisaError | None = None
-
-    @classmethod
-    def of(cls, run: "Run", arguments: argparse.Namespace) -> "_Result":
-        import lisa_analysis as la
-
-        metric = {} if arguments.metric is None else {"metric": arguments.metric}
-        result = cls(run, la.diagnose(run), None)
-        try:
-            result.profile = la.importance(run, **metric)
-        except LisaError as error:
-            if arguments.metric is not None:
-                raise
-            result.why_not = error  # a run that has just begun has findings all the same
-            return result
-        k = arguments.activated_layers or (run.manifest.get("lisa") or {}).get("activated_layers")
-        try:
-            result.probabilities = la.sampling_probabilities(
-                result.profile,
-                activated_layers=k or min(2, run.n_layers),
-                use_intervals=not arguments.ignore_intervals,
-            )
-        except LisaError as error:
-            if arguments.activated_layers:
-                raise
-            result.why_not = error
-        return result
-
-    def probabilities_or_raise(self) -> Any:
-        if self.probabilities is None:
-            raise self.why_not or LisaError(f"{self.run.path} gives no probabilities.")
-        return self.probabilities
-
-
-def _exit_code(fail_on: str, results: list[_Result]) -> int:
+def _exit_code(fail_on: str, analysis: "Analysis") -> int:
     bad = {"never": set(), "warn": {"warn", "fail"}, "fail": {"fail"}}[fail_on]
-    states = {finding.state for result in results for finding in result.diagnostics.findings}
+    states = {finding.state for one in analysis.runs for finding in one.diagnostics.findings}
     return 1 if states & bad else 0

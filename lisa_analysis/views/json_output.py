@@ -1,7 +1,6 @@
 """Everything that `lisa-analyze` found, as JSON: the machine-readable twin of the report."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +8,16 @@ from lisa_analysis.contract.schema import SCHEMA_VERSION
 from lisa_analysis.profiles.profile import to_plain
 
 if TYPE_CHECKING:
-    from lisa_analysis.runs.compare import Comparison
+    from lisa_analysis.views.analysis import Analysis, RunAnalysis
 
 
-def to_json(results: Iterable[Any], comparison: "Comparison | None") -> str:
+def to_json(analysis: "Analysis") -> str:
     """Write the results of `lisa-analyze` as JSON.
 
     Parameters
     ----------
-    results
-        One object per run with `run`, `diagnostics`, `profile` and `probabilities` (or None), and
-        `why_not`, the reason for what is missing.
-    comparison
-        The runs side by side, or None for a single run.
+    analysis
+        Of one run or several.
 
     Returns
     -------
@@ -30,13 +26,13 @@ def to_json(results: Iterable[Any], comparison: "Comparison | None") -> str:
     """
     content = {
         "schema_version": SCHEMA_VERSION,
-        "runs": [_run(result) for result in results],
-        "comparison": None if comparison is None else comparison.to_dict(),
+        "runs": [_run(result) for result in analysis.runs],
+        "comparison": None if analysis.comparison is None else analysis.comparison.to_dict(),
     }
     return json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _run(result: Any) -> dict[str, Any]:
+def _run(result: "RunAnalysis") -> dict[str, Any]:
     run, probabilities = result.run, result.probabilities
     return {
         "run": run.run_id,

@@ -12,11 +12,26 @@ if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run
     from lisa_analysis.runs.compare import Comparison
     from lisa_analysis.runs.diagnostics import Diagnostics
+    from lisa_analysis.views.analysis import Analysis
 
 _MARKS = {"fail": "✗", "warn": "!", "could not run": "?", "info": "i", "ok": "✓"}
 _ORDER = ("fail", "warn", "could not run", "info", "ok")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 24
+
+
+def overview(analysis: "Analysis") -> str:
+    """Findings of every run; of one alone its layers, of several the comparison."""
+    parts, side_by_side = [], analysis.comparison
+    for one in analysis.runs:
+        parts.append(findings(one.run, one.diagnostics))
+        if one.profile is None:
+            parts.append(f"No profile: {one.why_not}\n")
+        elif analysis.alone:
+            parts.append(profile(one.profile, one.probabilities))
+    if side_by_side is not None:
+        parts.append(comparison(side_by_side))
+    return "\n".join(parts)
 
 
 def findings(run: "Run", diagnostics: "Diagnostics") -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report.assemble import assemble
 from lisa_analysis.views.report.page import render
 
@@ -73,4 +75,11 @@ def report(
         broken off gives a report that says so.
     """
     runs: Sequence[Any] = run_or_runs if isinstance(run_or_runs, list | tuple) else [run_or_runs]
-    return Report(render("report.html", assemble(runs, metric, probabilities, title)))
+    if not runs:
+        raise LisaError("report needs at least one run, got none: give a run directory.")
+    return report_of(Analysis.of(runs, metric), probabilities=probabilities, title=title)
+
+
+def report_of(analysis: Analysis, *, probabilities: Any = None, title: str | None = None) -> Report:
+    """Write down an analysis, which others may have looked at before."""
+    return Report(render("report.html", assemble(analysis, probabilities, title)))

@@ -6,14 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
-from lisa_analysis.metrics.step_table import step_table
-from lisa_analysis.profiles.from_run import DEFAULT_METRIC
-from lisa_analysis.rundir.run import load
-from lisa_analysis.runs import losses
-from lisa_analysis.runs.compare import Comparison, compare
-from lisa_analysis.runs.configurations import labels
+from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.comparing import comparison_figures, seeds_table
 from lisa_analysis.views.report.content import (
@@ -30,36 +24,26 @@ from lisa_analysis.views.report.format import count, interval, loss, seconds, si
 from lisa_analysis.views.report.tables import Table, frame_table
 
 
-def assemble(
-    runs: Sequence[Any], metric: Any, probabilities: Any, title: str | None
-) -> dict[str, Any]:
+def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[str, Any]:
     """Gather everything that the page shows; see `lisa_analysis.views.report.report`."""
-    runs = [load(run) if isinstance(run, str | Path) else run for run in runs]
-    if not runs:
-        raise LisaError("report needs at least one run, got none: give a run directory.")
-    budget = Budget.for_runs(len(runs))
-    alone = len(runs) == 1
-    names = labels(runs)
-    contents = [
-        gather(run, i, name, metric, budget, alone=alone)
-        for i, (run, name) in enumerate(zip(runs, names, strict=True))
-    ]
-    comparison = None if alone else compare(runs, metric or DEFAULT_METRIC)
+    budget = Budget.for_runs(len(analysis.runs))
+    contents = [gather(one, i, budget, alone=analysis.alone) for i, one in enumerate(analysis.runs)]
+    comparison = analysis.comparison
     learned = None
     if probabilities is not None:
         learned = figures.probabilities_figure(
             "probabilities", probabilities, tuple(probabilities.layer_names)
         )
     return {
-        "title": title or _title(runs, names),
+        "title": title or _title(contents),
         "runs": contents,
         "states": STATES,
         "troubles": troubles(contents),
-        "key_numbers": _key_numbers(runs, names, comparison),
+        "key_numbers": _key_numbers(analysis),
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,
         "comparison": comparison,
-        "comparison_figures": comparison_figures(runs, contents, comparison, budget),
+        "comparison_figures": comparison_figures(contents, comparison, budget),
         "seeds": seeds_table(comparison),
         "definitions": _definitions(contents),
         "limits": _limits(contents),
@@ -68,19 +52,16 @@ def assemble(
     }
 
 
-def _title(runs: Sequence[Any], names: Sequence[str]) -> str:
-    if len(runs) > 1:
-        return f"{len(runs)} runs compared"
-    model = mapping(runs[0].manifest, "model").get("name")
-    method = METHODS.get(runs[0].method, runs[0].method)
-    return f"{Path(str(model)).name}, {method}" if model else names[0]
+def _title(contents: Sequence[RunContent]) -> str:
+    if len(contents) > 1:
+        return f"{len(contents)} runs compared"
+    [content] = contents
+    model = mapping(content.run.manifest, "model").get("name")
+    method = METHODS.get(content.run.method, content.run.method)
+    return f"{Path(str(model)).name}, {method}" if model else content.name
 
 
-def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparison | None) -> Table:
-    if comparison is None:
-        frame = losses.table([losses.RunSummary.of(runs[0], names[0])])
-    else:
-        frame = comparison.to_frame()
+def _key_numbers(analysis: Analysis) -> Table:
     columns: list[Any] = [
         ("run", "run"),
         ("method", "method", lambda value: METHODS.get(value, str(value))),
@@ -89,10 +70,10 @@ def _key_numbers(runs: Sequence[Any], names: Sequence[str], comparison: Comparis
         ("tokens", "tokens", count),
         ("held_out_loss", "held-out loss", loss),
     ]
-    if comparison is not None:
+    if not analysis.alone:
         columns.append(("loss_at_equal_steps", "at equal steps", loss))
     columns += [("seconds", "time", seconds), ("peak_memory_bytes", "peak memory", size)]
-    return frame_table("Key numbers, one row per run", frame, columns)
+    return frame_table("Key numbers, one row per run", analysis.numbers, columns)
 
 
 def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
@@ -132,9 +113,8 @@ def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
     """What every word in the page means, in the words of the schema and of the metrics."""
     profiles = [content.profile for content in contents if content.profile is not None]
     found = {profile.metric: profile.definition for profile in profiles}
-    tables = [step_table(content.run) for content in contents]
     for column in METRICS_TABLE.columns:
-        if any(column.name in table for table in tables):
+        if any(column.name in content.recorded for content in contents):
             found.setdefault(column.name, column.meaning)
     for name in ("loss", "learning_rate", "clip_coef", "peak_memory_bytes"):
         found[name] = SCALARS_TABLE[name].meaning

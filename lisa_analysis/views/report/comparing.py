@@ -28,7 +28,6 @@ from lisa_analysis.views.report.tables import Table, frame_table, series_table
 
 
 def comparison_figures(
-    runs: Sequence[Any],
     contents: Sequence[RunContent],
     comparison: Comparison | None,
     budget: Budget,
@@ -36,7 +35,7 @@ def comparison_figures(
     """Loss, gradient norm, profiles and their agreement; nothing for a run alone."""
     if comparison is None:
         return []
-    grouped = {name: [runs[i] for i in at] for name, at in groups(comparison).items()}
+    grouped = {name: [contents[i].run for i in at] for name, at in groups(comparison).items()}
     found: list[ReportFigure | None] = [
         comparison_figure("all-held-out", grouped, "loss", budget, held_out=True),
         comparison_figure("all-loss", grouped, "loss", budget),

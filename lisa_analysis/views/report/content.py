@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
-from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids
-from lisa_analysis.metrics.step_table import step_table
-from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
+from lisa_analysis.metrics.layer_grid import LayerGrid
+from lisa_analysis.metrics.step_table import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.rundir.events import draws
-from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
+from lisa_analysis.runs.diagnostics import Diagnostics
+from lisa_analysis.views.analysis import RunAnalysis
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.figures import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
@@ -59,6 +57,7 @@ class RunContent:
     schedule: ReportFigure | None
     curves: list[ReportFigure]
     limits: list[str] = field(default_factory=list)
+    recorded: frozenset[str] = frozenset()
 
     @property
     def findings(self) -> list[Any]:
@@ -138,48 +137,43 @@ def troubles(contents: Sequence[RunContent]) -> list[Trouble]:
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
-def gather(
-    run: Any, position: int, name: str, metric: Any, budget: Budget, *, alone: bool
-) -> RunContent:
-    """Analyse one run and draw its figures.
+def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool) -> RunContent:
+    """Draw the figures of one run and put beside them what there is to say.
 
     Parameters
     ----------
-    run
-        An opened run directory.
-    position, name
-        Place among the runs of the report, and what the report calls it.
-    metric
-        Importance metric, or None for the default.
+    analysis
+        What was found in the run.
+    position
+        Place among the runs of the report.
     budget
         How finely to draw.
     alone
         Whether it is the only run; curves of several runs share their figures instead.
     """
-    slug = f"r{position}"
-    diagnostics = diagnose(run)
-    profile, why_not = _profile(run, metric)
+    run, slug = analysis.run, f"r{position}"
     columns = ["grad_norm", "update_norm"]
     columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
-    grids = layer_grids(run, {*columns, "weight_norm"})
+    grids = analysis.grids({*columns, "weight_norm"})
     names = run.layer_names
     heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     schedule = None
-    if draws(run):
+    if analysis.drew_layers:
         schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
     return RunContent(
         run,
         slug,
-        name,
-        diagnostics,
-        profile,
-        why_not,
+        analysis.name,
+        analysis.diagnostics,
+        analysis.profile,
+        None if analysis.why_no_profile is None else str(analysis.why_no_profile),
         _facts(run),
-        _profile_figures(run, slug, profile, metric, alone=alone),
+        _profile_figures(analysis, slug, alone=alone),
         heatmaps,
         schedule,
         _curves(run, slug, grids, budget) if alone else [],
-        _limits(run),
+        _limits(run, analysis.table),
+        frozenset(analysis.table.measures),
     )
 
 
@@ -196,25 +190,15 @@ def _curves(
     return [figure for figure in found if figure is not None]
 
 
-def _profile(run: Any, metric: Any) -> tuple[ImportanceProfile | None, str | None]:
-    try:
-        return importance(run, metric or DEFAULT_METRIC), None
-    except LisaError as error:
-        return None, str(error)
-
-
-def _profile_figures(
-    run: Any, slug: str, profile: ImportanceProfile | None, metric: Any, *, alone: bool
-) -> list[ReportFigure]:
-    if profile is None:
+def _profile_figures(analysis: RunAnalysis, slug: str, *, alone: bool) -> list[ReportFigure]:
+    if analysis.profile is None:
         return []
-    found = [figures.profile_figure(f"{slug}-profile", profile, run.layer_names)]
-    if alone and found[0].image is not None and step_table(run).rows <= _MOST_MODULE_ROWS:
-        try:
-            by_module = importance(run, metric or DEFAULT_METRIC, by="module")
-        except LisaError:
-            return found
-        found.append(figures.kind_figure(f"{slug}-kinds", by_module))
+    names = analysis.run.layer_names
+    found = [figures.profile_figure(f"{slug}-profile", analysis.profile, names)]
+    if alone and found[0].image is not None and analysis.table.rows <= _MOST_MODULE_ROWS:
+        by_module = analysis.profile_by_module
+        if by_module is not None:
+            found.append(figures.kind_figure(f"{slug}-kinds", by_module))
     return found
 
 
@@ -266,12 +250,11 @@ def mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _limits(run: Any) -> list[str]:
+def _limits(run: Any, table: StepTable) -> list[str]:
     """What the reader of this run must know was not seen."""
     limits = [str(warning) for warning in run.warnings]
     if run.status != "finished":
         limits.append(f"The run is {run.status}: everything here is as far as it got.")
-    table = step_table(run)
     if not len(table.steps):
         return [*limits, "No training step was recorded."]
     seen = set(table.measures)

@@ -1,0 +1,172 @@
+"""Analysis: what was found in one run or several, each part computed once, for all who show it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids
+from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
+from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
+from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.rundir.events import draws
+from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.runs.compare import Comparison, compare
+from lisa_analysis.runs.configurations import labels
+from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
+from lisa_analysis.runs.losses import RunSummary, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class RunAnalysis:
+    """What was found in one run; computed when it is first asked for, then kept.
+
+    Attributes
+    ----------
+    run
+        The opened run directory.
+    name
+        What the run is called beside the others.
+    metric
+        Importance metric of its profile, an id or a callable.
+    activated_layers
+        For how many layers per interval the probabilities are; None takes the run's own, or 2.
+    use_intervals
+        Whether what the intervals leave open is sampled uniformly.
+    """
+
+    run: Run
+    name: str
+    metric: Any = DEFAULT_METRIC
+    activated_layers: int | None = None
+    use_intervals: bool = True
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """Whether the run is healthy."""
+        return diagnose(self.run)
+
+    @cached_property
+    def table(self) -> StepTable:
+        """What was measured per step and layer."""
+        return step_table(self.run)
+
+    @property
+    def drew_layers(self) -> bool:
+        """Whether LISA drew any layer."""
+        return bool(draws(self.run))
+
+    def grids(self, columns: Iterable[str]) -> Mapping[str, LayerGrid]:
+        """Layer × step grids of metrics columns."""
+        return layer_grids(self.run, columns)
+
+    @property
+    def profile(self) -> ImportanceProfile | None:
+        """Which layers mattered; None where `why_no_profile` says why."""
+        return self._profiles("layer")[0]
+
+    @property
+    def why_no_profile(self) -> LisaError | None:
+        """Why there is no profile."""
+        return self._profiles("layer")[1]
+
+    @property
+    def profile_by_module(self) -> ImportanceProfile | None:
+        """The profile by kind of module within the layers; None where there is none."""
+        return self._profiles("module")[0]
+
+    @property
+    def probabilities(self) -> SamplingProbabilities | None:
+        """How often to sample each layer next time; None where `why_not` says why."""
+        return self._probabilities[0]
+
+    @property
+    def why_not(self) -> LisaError | None:
+        """Why there is no profile, or why it gives no probabilities."""
+        return self.why_no_profile or self._probabilities[1]
+
+    def _profiles(self, by: str) -> tuple[ImportanceProfile | None, LisaError | None]:
+        if by not in self._fitted:
+            try:
+                self._fitted[by] = importance(self.run, self.metric, by=by), None
+            except LisaError as error:
+                # A run that has just begun has findings all the same.
+                self._fitted[by] = None, error
+        return self._fitted[by]
+
+    @cached_property
+    def _fitted(self) -> dict[str, tuple[ImportanceProfile | None, LisaError | None]]:
+        return {}
+
+    @cached_property
+    def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
+        if self.profile is None:
+            return None, None
+        own = (self.run.manifest.get("lisa") or {}).get("activated_layers")
+        try:
+            found = sampling_probabilities(
+                self.profile,
+                activated_layers=self.activated_layers or own or min(2, self.run.n_layers),
+                use_intervals=self.use_intervals,
+            )
+        except LisaError as error:
+            return None, error
+        return found, None
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What was found in all runs, each part computed once. Made by `Analysis.of`."""
+
+    runs: tuple[RunAnalysis, ...]
+    metric: Any = DEFAULT_METRIC
+
+    @classmethod
+    def of(cls, runs: Sequence[Run | str | Path], metric: Any = None, **options: Any) -> "Analysis":
+        """Prepare the analysis of runs, opened or by their paths.
+
+        Parameters
+        ----------
+        runs
+            At least one.
+        metric
+            Importance metric of all profiles; None for the default.
+        **options
+            `activated_layers` and `use_intervals` of `RunAnalysis`.
+        """
+        opened = [load(run) if isinstance(run, str | Path) else run for run in runs]
+        metric = metric or DEFAULT_METRIC
+        return cls(
+            tuple(
+                RunAnalysis(run, name, metric, **options)
+                for run, name in zip(opened, labels(opened), strict=True)
+            ),
+            metric,
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one run only."""
+        return len(self.runs) == 1
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """The runs side by side; None for a run alone."""
+        if self.alone:
+            return None
+        profiles = [one.profile for one in self.runs]
+        return compare([one.run for one in self.runs], self.metric, profiles=profiles)
+
+    @cached_property
+    def numbers(self) -> "pd.DataFrame":
+        """What the runs achieved and cost, one row per run."""
+        if self.comparison is not None:
+            return self.comparison.to_frame()
+        [one] = self.runs
+        return table([RunSummary.of(one.run, one.name)])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids
+from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids, update_ratio_grid
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
@@ -65,6 +65,11 @@ class RunAnalysis:
     def grids(self, columns: Iterable[str]) -> Mapping[str, LayerGrid]:
         """Layer × step grids of metrics columns."""
         return layer_grids(self.run, columns)
+
+    @property
+    def update_ratio(self) -> LayerGrid:
+        """‖update‖ / ‖weight‖ per layer and step."""
+        return update_ratio_grid(self.grids(["update_norm", "weight_norm"]))
 
     @property
     def profile(self) -> ImportanceProfile | None:

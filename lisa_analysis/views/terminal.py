@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lisa_analysis.views.states import STATES
+
 if TYPE_CHECKING:
     from lisa_analysis.plans.sampling import SamplingProbabilities
     from lisa_analysis.profiles.from_run import ImportanceProfile
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from lisa_analysis.runs.diagnostics import Diagnostics
     from lisa_analysis.views.analysis import Analysis
 
-_MARKS = {"fail": "✗", "warn": "!", "could not run": "?", "info": "i", "ok": "✓"}
-_ORDER = ("fail", "warn", "could not run", "info", "ok")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 24
 
@@ -40,10 +40,10 @@ def findings(run: "Run", diagnostics: "Diagnostics") -> str:
     name = run.path.resolve().name
     lines = [f"{name}: {run.method} on {Path(str(model)).name}, {run.status}"]
     lines += [f"  {warning}" for warning in run.warnings]
-    by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in _ORDER}
+    by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in STATES}
     for state in ("fail", "warn", "info"):
         for finding in by_state[state]:
-            lines.append(f"  {_MARKS[state]} {finding.title}: {finding.evidence}")
+            lines.append(f"  {STATES[state][0]} {finding.title}: {finding.evidence}")
             if state != "info":
                 lines.append(f"      try: {finding.advice}")
     lines.append(

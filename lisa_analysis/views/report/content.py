@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
-from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.metrics.step_table import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
@@ -16,15 +15,7 @@ from lisa_analysis.views.analysis import RunAnalysis
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.figures import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
-
-# Worst first; the words stand beside the icons, never colour alone.
-STATES: Mapping[str, tuple[str, str, str]] = {
-    "fail": ("✗", "problem", "problems"),
-    "warn": ("!", "warning", "warnings"),
-    "could not run": ("?", "could not run", "could not run"),
-    "info": ("i", "note", "notes"),
-    "ok": ("✓", "passed", "passed"),
-}
+from lisa_analysis.views.states import STATES as STATES
 
 METHODS = {"lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning"}
 
@@ -154,7 +145,7 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
     run, slug = analysis.run, f"r{position}"
     columns = ["grad_norm", "update_norm"]
     columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
-    grids = analysis.grids({*columns, "weight_norm"})
+    grids = analysis.grids(columns)
     names = run.layer_names
     heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     schedule = None
@@ -171,20 +162,19 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
         _profile_figures(analysis, slug, alone=alone),
         heatmaps,
         schedule,
-        _curves(run, slug, grids, budget) if alone else [],
+        _curves(analysis, slug, budget) if alone else [],
         _limits(run, analysis.table),
         frozenset(analysis.table.measures),
     )
 
 
-def _curves(
-    run: Any, slug: str, grids: Mapping[str, LayerGrid], budget: Budget
-) -> list[ReportFigure]:
+def _curves(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFigure]:
+    run = analysis.run
     found = [
         figures.curve_figure(f"{slug}-loss", run, "loss", budget),
         figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
         figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
-        figures.ratio_figure(f"{slug}-ratio", grids, budget),
+        figures.ratio_figure(f"{slug}-ratio", analysis.update_ratio, budget),
         figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
     ]
     return [figure for figure in found if figure is not None]

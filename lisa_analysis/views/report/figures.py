@@ -1,6 +1,6 @@
 """The report's figures: a plot as SVG, a sentence on how to read it, and its data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from lisa_analysis.metrics.layer_grid import (
     LayerGrid,
     band_series,
     depth_bands,
-    update_ratio_grid,
 )
 from lisa_analysis.metrics.thinning import thin
 from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
@@ -233,9 +232,8 @@ def curve_figure(slug: str, run: Any, quantity: str, budget: Budget) -> ReportFi
     return ReportFigure(slug, title, caption, image, series_table(title, named), wide)
 
 
-def ratio_figure(slug: str, grids: Mapping[str, LayerGrid], budget: Budget) -> ReportFigure | None:
+def ratio_figure(slug: str, grid: LayerGrid, budget: Budget) -> ReportFigure | None:
     """Update-to-weight ratio by depth; None when either norm was not recorded."""
-    grid = update_ratio_grid(grids)
     if not np.isfinite(grid.values).any():
         return None
     title = "Update-to-weight ratio"

@@ -1,4 +1,4 @@
-"""100 million rows: time and memory of the whole analysis, and cost linear in rows."""
+"""100 million rows: the whole analysis in plain reads of its columns, memory, linear cost."""
 
 import json
 import subprocess
@@ -33,30 +33,50 @@ KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down
 TENSORS = LAYERS * len(MODULES)
 SHARD_STEPS = 1000
 MEASURES = ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent", "delta_norm")
-SECONDS = 30
-BYTES = 2 * 10**9
+# Times the cost of reading the same eight columns of the same files with plain pyarrow.
+MOST_READS = 5
+BYTES = 1.5 * 10**9
 
-# Runs in a process of its own, so that the peak is that of the analysis alone.
+# Runs in a process of its own, so that the peak is that of the analysis alone. The plain reading
+# before and after it says what the machine, shared with whatever else, is worth at that moment.
 ANALYSE = """
-import json, resource, sys, time
-start = time.perf_counter()
+import glob, json, resource, sys, time
+import pyarrow.parquet as pq
+path, columns = sys.argv[1], json.loads(sys.argv[2])
+def clock():
+    return [time.perf_counter(), time.process_time()]
+def since(start):
+    return [now - then for now, then in zip(clock(), start)]
+def read():
+    start = clock()
+    for file in sorted(glob.glob(path + "/metrics/*.parquet")):
+        pq.read_table(file, columns=columns)
+    return since(start)
+read()
+before = read()
+start = clock()
 import lisa_analysis as la
-run = la.load(sys.argv[1])
-marks = {"load": time.perf_counter() - start}
+from lisa_analysis.views.analysis import Analysis
+analysis, marks = Analysis.of([path]), {}
 def lap(name):
-    marks[name] = time.perf_counter() - start - sum(marks.values())
-diagnostics = la.diagnose(run); lap("diagnose")
-profile = la.importance(run); lap("importance")
-probabilities = la.sampling_probabilities(profile, 2); lap("probabilities")
-for metric in ("grad_rms", "l1_descent", "descent", "delta_rel", "update_ratio", "directedness",
-               "grad_snr", "weight_norm"):
-    la.importance(run, metric)
+    marks[name] = time.perf_counter() - start[0] - sum(marks.values())
+one = analysis.runs[0]
+one.table; lap("table")
+one.diagnostics; lap("diagnose")
+one.profile; lap("importance")
+one.probabilities; lap("probabilities")
+for metric in ("l1_descent", "descent", "delta_rel", "update_ratio", "directedness", "grad_snr",
+               "weight_norm"):
+    la.importance(one.run, metric)
 lap("other metrics")
-comparison = la.compare([run]); lap("compare")
+la.compare([one.run], profiles=[one.profile]); lap("compare")
+seconds, cpu = since(start)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+after = read()
 print(json.dumps({
-    "seconds": time.perf_counter() - start, "cpu": time.process_time(), "marks": marks,
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "verdict": profile.verdict, "states": diagnostics.counts(),
+    "seconds": seconds, "cpu": cpu, "marks": marks, "peak": peak,
+    "read": [(a + b) / 2 for a, b in zip(before, after)],
+    "verdict": one.profile.verdict, "states": one.diagnostics.counts(),
 }))
 """
 
@@ -126,9 +146,11 @@ def generate(path: Path, rows: int) -> Path:
 
 
 def analyse(path: Path) -> dict:
+    columns = json.dumps(["step", "param_id", *MEASURES])
     done = subprocess.run(
-        [sys.executable, "-c", ANALYSE, str(path)], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", ANALYSE, str(path), columns],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return json.loads(done.stdout)
 
 
@@ -141,18 +163,23 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     }  # fmt: skip
 
 
-def test_a_hundred_million_rows_fit_time_and_memory(measured, capsys):
+def test_a_hundred_million_rows_cost_a_few_plain_reads(measured, capsys):
     result = measured[100_000_000]
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["marks"].items())
+    wall, cpu = (spent / plain for spent, plain in zip(
+        (result["seconds"], result["cpu"]), result["read"], strict=True
+    ))  # fmt: skip
     with capsys.disabled():
         print(
-            f"\n100 M rows: {result['seconds']:.1f} s wall, {result['cpu']:.1f} s processor, "
+            f"\n100 M rows: {result['seconds']:.1f} s wall ({wall:.1f} × a plain read), "
+            f"{result['cpu']:.1f} s processor ({cpu:.1f} ×), "
             f"peak {result['peak'] / 1e9:.2f} GB; {parts}"
         )
     assert result["verdict"] == "U"
     assert result["peak"] < BYTES
-    # Processor time of all threads bounds the wall time of an idle machine from above.
-    assert min(result["seconds"], result["cpu"]) < SECONDS
+    # A plain read keeps all cores busy and most of the analysis one: on a machine with much else
+    # to do processor time is the fair comparison, on an idle one either.
+    assert min(wall, cpu) < MOST_READS
 
 
 def test_cost_is_linear_in_rows(measured):

@@ -47,35 +47,80 @@ def test_training_imports_only_torch_free_modules_of_the_analysis(path: Path) ->
     assert used <= set(TORCH_FREE_FOR_TRAINING)
 
 
-@pytest.mark.parametrize("path", modules("lisa_analysis/views/plots"), ids=lambda p: p.stem)
-def test_plots_never_read_files_and_never_show(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    called = {
+def called(path: Path) -> set[str]:
+    """Names of the functions and methods that a file calls."""
+    return {
         node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
     }
-    assert not called & {"open", "read_text", "read_bytes", "read_parquet", "read_csv", "show"}
-    assert "pyarrow" not in {name.split(".")[0] for name in imported(path)}
+
+
+def taken(path: Path) -> set[str]:
+    """Every name that a file imports, with the module it comes from."""
+    return {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+FILE_READERS = {"open", "read_text", "read_bytes", "read_parquet", "read_csv", "load"}
+# What turns numbers into other numbers of runs; thinning for the eye is drawing.
+ESTIMATORS = {"mean", "std", "var", "median", "quantile", "percentile", "corr", "cov", "groupby"}
+
+
+@pytest.mark.parametrize("path", modules("lisa_analysis/views/plots"), ids=lambda p: p.stem)
+def test_plots_never_read_files_and_never_show(path: Path) -> None:
+    assert not called(path) & {*FILE_READERS, "show"}
+    used = imported(path)
+    assert not {name.split(".")[0] for name in used} & {"pyarrow", "pathlib", "io"}
+    assert not {name for name in used if name.startswith("lisa_analysis.rundir")}
+
+
+@pytest.mark.parametrize("path", modules("lisa_analysis/views/plots"), ids=lambda p: p.stem)
+def test_plots_never_compute(path: Path) -> None:
+    assert not called(path) & ESTIMATORS
+    assert not {name for name in imported(path) if name.startswith("lisa_analysis.statistics")}
+    # A plot may be given a run: then it asks for the grid of what it draws.
+    found = {name.rsplit(".", 1)[-1] for name in taken(path)}
+    assert not found & (COMPUTING - {"layer_grids", "update_ratio_grid"})
+
+
+# Functions that look at a run and find something out: the analysis calls them, once.
+COMPUTING = {
+    "importance", "compare", "diagnose", "sampling_probabilities", "step_table", "measurements",
+    "layer_grids", "update_ratio_grid", "load", "draws", "draw_events",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", modules("lisa_analysis/views/report"), ids=lambda p: p.stem)
 def test_report_never_computes(path: Path) -> None:
     used = imported(path)
-    assert not {n for n in used if n.startswith("lisa_analysis.statistics")}
-    assert not used & {
-        "lisa_analysis.statistics.estimate",
-        "lisa_analysis.profiles.verdict",
-        "pyarrow",
-        "duckdb",
+    assert not {name for name in used if name.startswith("lisa_analysis.statistics")}
+    assert not {name for name in used if name.startswith("lisa_analysis.rundir")}
+    assert not {name for name in used if name.startswith("lisa_analysis.metrics")} - {
+        "lisa_analysis.metrics.layer_grid",
+        "lisa_analysis.metrics.step_table",
+        "lisa_analysis.metrics.thinning",
     }
+    assert not {name for name in taken(path) if name.rsplit(".", 1)[-1] in COMPUTING}
+    assert not used & {"lisa_analysis.profiles.verdict", "pyarrow", "duckdb"}
+
+
+@pytest.mark.parametrize("name", ["cli", "json_output", "terminal"])
+def test_terminal_and_json_take_what_the_analysis_found(name: str) -> None:
+    path = ROOT / "lisa_analysis" / "views" / f"{name}.py"
+    found = {name.rsplit(".", 1)[-1] for name in taken(path)}
+    assert not found & (COMPUTING - {"load"})
 
 
 @pytest.mark.parametrize("path", modules("lisa_analysis/runs/diagnostics"), ids=lambda p: p.stem)
 def test_rules_never_draw(path: Path) -> None:
-    roots = {name.split(".")[0] for name in imported(path)}
-    assert not roots & {"matplotlib", "seaborn"}
-    assert "lisa_analysis.views.plots" not in imported(path)
+    used = imported(path)
+    assert not {name.split(".")[0] for name in used} & {"matplotlib", "seaborn"}
+    assert not {name for name in used if name.startswith("lisa_analysis.views")}
 
 
 # From the ground up: a room imports what stands before it here, and what it names.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.events import chosen, draws, intervals, learning_rates
+from lisa_analysis.rundir.events import chosen, draws, learning_rates, ruling_draws
 
 Array = NDArray[np.float64]
 
@@ -92,7 +92,7 @@ def measurements(run: Any, by: str = "layer") -> Measurements:
     table = step_table(run, by)
     rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
     rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
-    interval = intervals(run, table.steps) if draws(run) else None
+    interval = ruling_draws(run, table.steps) if draws(run) else None
     visits, active = _visits(run, table, interval)
     frame = run.parameters
     group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]

@@ -159,6 +159,21 @@ class StepTable:
     def __contains__(self, column: str) -> bool:
         return column in self.measures
 
+    def to_frame(self, column: str) -> pd.DataFrame:
+        """One column as a frame: rows ``step``, columns named by `Grouping.level`.
+
+        Layers go by their index, everything else by its name. NaN where a group did not train,
+        inf where something measured was not finite.
+        """
+        groups = self.groups
+        indices = groups.layer[: groups.inside].tolist()
+        inside = indices if groups.level == "layer" else groups.names[: groups.inside]
+        return pd.DataFrame(
+            self[column],
+            index=pd.Index(self.steps, name="step"),
+            columns=pd.Index([*inside, *groups.names[groups.inside :]], name=groups.level),
+        )
+
 
 _CACHE: weakref.WeakKeyDictionary[Any, dict[str, StepTable]] = weakref.WeakKeyDictionary()
 

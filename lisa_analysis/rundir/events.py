@@ -48,7 +48,7 @@ def chosen(run: Any) -> NDArray[np.bool_]:
     return found
 
 
-def intervals(run: Any, steps: Ids) -> Ids:
+def ruling_draws(run: Any, steps: Ids) -> Ids:
     """Index of the draw that ruled every step (a draw at step d rules d+1 …), −1 before any."""
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)

@@ -28,9 +28,9 @@ def overview(analysis: "Analysis") -> str:
         if one.profile is None:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
-            parts.append(profile(one.profile, one.probabilities))
+            parts.append(layer_table(one.profile, one.probabilities))
     if side_by_side is not None:
-        parts.append(comparison(side_by_side))
+        parts.append(run_table(side_by_side))
     return "\n".join(parts)
 
 
@@ -54,7 +54,7 @@ def findings(run: "Run", diagnostics: "Diagnostics") -> str:
     return "\n".join(lines) + "\n"
 
 
-def profile(profile: "ImportanceProfile", probabilities: "SamplingProbabilities | None") -> str:
+def layer_table(profile: "ImportanceProfile", probabilities: "SamplingProbabilities | None") -> str:
     """The layers as a table: score, sampling probability, and a bar that shows the score."""
     frame = profile.to_frame()
     scores = [float(score) for score in frame["score"]]
@@ -104,7 +104,7 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
 
 
-def comparison(comparison: "Comparison") -> str:
+def run_table(comparison: "Comparison") -> str:
     """Runs side by side: held-out loss, time, peak memory."""
     frame = comparison.to_frame()
     columns: list[tuple[str, str, Any]] = [

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.events import draw_events, intervals, learning_rates
+from lisa_analysis.rundir.events import draw_events, learning_rates, ruling_draws
 from lisa_analysis.runs.diagnostics.finding import Finding, State
 
 Array = NDArray[Any]
@@ -59,7 +59,7 @@ class Evidence:
     @cached_property
     def interval(self) -> NDArray[np.int64]:
         """Index of the draw that ruled every recorded step."""
-        return intervals(self.run, self.table.steps)
+        return ruling_draws(self.run, self.table.steps)
 
     def column(self, name: str) -> Array:
         """Recorded column, shape (steps, groups); `CouldNotRunError` without it."""

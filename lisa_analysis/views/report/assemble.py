@@ -20,7 +20,7 @@ from lisa_analysis.views.report.content import (
     troubles,
 )
 from lisa_analysis.views.report.figures import Budget
-from lisa_analysis.views.report.format import count, interval, loss, seconds, size
+from lisa_analysis.views.report.format import count, loss, seconds, size, with_bounds
 from lisa_analysis.views.report.tables import Table, frame_table
 
 
@@ -93,7 +93,7 @@ def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
     if not rows:
         return None
     columns: list[Any] = [("run", "run"), ("verdict", "shape")]
-    columns += [(name, heading, interval) for name, heading in fields]
+    columns += [(name, heading, with_bounds) for name, heading in fields]
     return frame_table("How unequal the layers are", pd.DataFrame(rows), columns)
 
 

@@ -137,12 +137,14 @@ def size(value: Any) -> str:
     return f"{number(value)} TiB"
 
 
-def interval(value: Any, digits: int = 3) -> str:
+def with_bounds(value: Any, digits: int = 3) -> str:
     """Format anything with value, low and high; without bounds it says that data was too little.
 
     >>> from types import SimpleNamespace as N
-    >>> interval(N(value=0.5, low=0.4, high=0.61)), interval(N(value=0.5, low=None, high=None))
-    ('0.5 (0.4–0.61)', '0.5 (no interval)')
+    >>> with_bounds(N(value=0.5, low=0.4, high=0.61))
+    '0.5 (0.4–0.61)'
+    >>> with_bounds(N(value=0.5, low=None, high=None))
+    '0.5 (no interval)'
     """
     if value is None:
         return NOTHING
@@ -225,5 +227,5 @@ def _float(value: Any) -> float | None:
         return None
 
 
-_ALL = (number, count, percent, seconds, size, interval, plain, redact, breakable, formula)
+_ALL = (number, count, percent, seconds, size, with_bounds, plain, redact, breakable, formula)
 FILTERS = {function.__name__: function for function in _ALL}

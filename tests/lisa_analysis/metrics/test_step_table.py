@@ -10,7 +10,7 @@ from lisa_analysis.metrics.gradients import running_mean
 from lisa_analysis.metrics.layer_sums import Accumulator, Chunk, sum_batch, unpack
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import grouping, step_table
-from lisa_analysis.rundir.events import draw_events, draws, intervals
+from lisa_analysis.rundir.events import draw_events, draws, ruling_draws
 
 
 def by_pandas(run, column, power):
@@ -29,6 +29,17 @@ def test_layer_norms_are_roots_of_summed_squares(make_run, method):
     for column, power in (("grad_norm", 2), ("update_norm", 2), ("descent", 1)):
         np.testing.assert_allclose(table[column][:, :5], by_pandas(run, column, power), rtol=1e-6)
     assert table.rows == len(run.metrics(["weight_norm"]))
+
+
+def test_a_frame_has_named_axes_and_the_norms_of_the_layers(make_run):
+    run = make_run(method="lisa", steps=20, interval=10, profile=4, draws=[[0, 1], [1, 2]])
+    frame = step_table(run).to_frame("grad_norm")
+    assert (frame.index.name, frame.columns.name) == ("step", "layer")
+    assert frame.columns.tolist() == [0, 1, 2, 3, "embed", "norm"]
+    np.testing.assert_allclose(frame[[0, 1, 2, 3]], by_pandas(run, "grad_norm", 2), rtol=1e-6)
+    kinds = step_table(run, "kind").to_frame("grad_norm")
+    assert kinds.columns.name == "kind"
+    assert set(run.parameters["kind"]) == set(kinds.columns)
 
 
 @pytest.mark.parametrize("level", ["layer", "kind", "module", "tensor"])
@@ -182,7 +193,7 @@ def test_tied_names_have_no_group(make_run):
 def test_a_draw_rules_the_steps_after_it(make_run):
     run = make_run(method="lisa", steps=30, interval=10, profile=4, draws=[[0], [1], [2]], k=1)
     assert draws(run) == [(0, (0,)), (10, (1,)), (20, (2,))]
-    assert intervals(run, np.array([1, 10, 11, 20, 21])).tolist() == [0, 0, 1, 1, 2]
+    assert ruling_draws(run, np.array([1, 10, 11, 20, 21])).tolist() == [0, 0, 1, 1, 2]
     assert draw_events(run)[0][2].tolist() == [0.25] * 4
     assert draws(make_run(steps=2)) == []
 

@@ -115,9 +115,8 @@ def _visits(
     visits, active = visits.copy(), active.copy()
     columns = np.flatnonzero(table.groups.layer >= 0)
     layer = table.groups.layer[columns]
-    visits[:, columns] = np.cumsum(chosen(run), axis=0, dtype=np.float32)[np.maximum(interval, 0)][
-        :, layer
-    ]
+    drawn = np.cumsum(chosen(run), axis=0, dtype=np.float32)
+    visits[:, columns] = drawn[np.maximum(interval, 0)][:, layer]
     count = np.arange(_last_step(run, table) + 1, dtype=np.float64)
     active[:, columns] = _behind(run, table, interval, count)[:, layer]
     return visits, active

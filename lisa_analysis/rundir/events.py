@@ -27,9 +27,9 @@ def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64
     if not len(events) or "event" not in events or "layers" not in events:
         return []
     found: dict[int, tuple[tuple[int, ...], NDArray[np.float64] | None]] = {}
-    chosen = events[events["event"] == "lisa_draw"]
-    pis = chosen.get("inclusion_probabilities", None)
-    for index, (step, layers) in enumerate(zip(chosen["step"], chosen["layers"], strict=True)):
+    logged = events[events["event"] == "lisa_draw"]
+    pis = logged.get("inclusion_probabilities", None)
+    for index, (step, layers) in enumerate(zip(logged["step"], logged["layers"], strict=True)):
         pi = None if pis is None else pis.iloc[index]
         usable = pi is not None and np.ndim(pi) == 1
         found[int(step)] = (

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lisa_analysis.rundir.events import chosen, held_out_losses, learning_rates
-from lisa_analysis.runs import outcomes
+from lisa_analysis.runs import losses
 from lisa_analysis.runs.curves import held_out_frame
 from lisa_analysis.runs.schedule import schedule_grid, visit_counts
 
@@ -32,7 +32,7 @@ def test_a_held_out_loss_is_the_same_for_curve_and_comparison(make_run):
     expected = pd.DataFrame({"step": [5, 10, 40], "value": [3.0, 1.5, np.nan]})
     pd.testing.assert_frame_equal(held_out_losses(run), expected)
     pd.testing.assert_frame_equal(held_out_frame(run), expected)
-    curve = outcomes.evaluations(run, "a")
+    curve = losses.evaluations(run, "a")
     assert curve["step"].tolist() == [5, 10, 40]
     np.testing.assert_array_equal(curve["held_out_loss"], expected["value"])
 

@@ -270,7 +270,7 @@ def test_a_fault_at_the_end(tmp_path, monkeypatch, mode, where):
     if where == "census":
         monkeypatch.setattr("lisa_train.measure.step_measure.StepMeasure.census", fail)
     else:
-        monkeypatch.setattr("lisa_train.measure.disk.writer.metrics_table", fail)
+        monkeypatch.setattr("lisa_train.measure.disk.writer.fact_table", fail)
     if mode == "strict":
         with pytest.raises(AttributeError):
             recorder.close()

@@ -556,7 +556,9 @@ class TestZero:
         assert "No gradient reaches layer 2" in la.report(run).html
         profile = la.importance(run)
         made = la.sampling_probabilities(profile)
-        assert "No gradient reaches layer 2" in " ".join(terminal.layer_table(profile, made).split())
+        assert "No gradient reaches layer 2" in " ".join(
+            terminal.layer_table(profile, made).split()
+        )
         assert la.compare([run, other]).rank_agreement["layers"][0] == 8
 
     def test_values_below_zero_have_no_logarithm(self, make_run):

@@ -27,15 +27,20 @@ def test_a_stopped_run_is_readable_and_says_interrupted(
     words = command(tiny_model_dir, text_file, out, "--max_steps", "100000",
                     "--record.flush_seconds", "0.2")  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "lisa_train", *words], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    scalars = out / "scalars.jsonl"
-    while not (scalars.exists() and scalars.stat().st_size) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+        [sys.executable, "-m", "lisa_train", *words], stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore ctrl-c, and hand that down.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        scalars = out / "scalars.jsonl"
+        while not (scalars.exists() and scalars.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("lisa-train: interrupted")
     assert "Traceback" not in errors

@@ -13,7 +13,7 @@ from typing import Any
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.literal_path import at_home
+from lisa_train.command.tasks.literal_path import at_home
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.data import TrainingData, check_dataset_name, load_data
-from lisa_train.command.modeling import load_model
 from lisa_train.command.output import (
     check_unfinished,
     expand_home,
@@ -23,6 +21,8 @@ from lisa_train.command.output import (
     to_yaml,
 )
 from lisa_train.command.starting import refusals
+from lisa_train.command.tasks.data import TrainingData, check_dataset_name, load_data
+from lisa_train.command.tasks.text import load_model
 from lisa_train.methods.lora import lora_config
 from lisa_train.model.source import check_model_name
 
@@ -95,7 +95,7 @@ def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTT
     model, tokenizer = load_model(config)
     if config.method == "lisa":
         _check_lisa(model, config)
-    from lisa_train.command.prepared import check_prepared
+    from lisa_train.command.tasks.prepared import check_prepared
     from lisa_train.trainer import attach
 
     data = load_data(config)
@@ -193,7 +193,7 @@ def _build_trainer(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
-    from lisa_train.command.prepared import check_tokenizer, refused_row
+    from lisa_train.command.tasks.prepared import check_tokenizer, refused_row
     from lisa_train.trainer.losses import evaluate_per_label
 
     if data.held_out is None:

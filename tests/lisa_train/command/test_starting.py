@@ -426,7 +426,10 @@ def test_our_own_faults_come_through(
 ) -> None:
     """In code that we call, in code that a library calls back, and in a callback."""
     settings = config(tiny_model_dir, text_file, tmp_path / "run")
-    for target in ("lisa_train.command.prepared.check_prepared", "lisa_train.command.data._split"):
+    for target in (
+        "lisa_train.command.tasks.prepared.check_prepared",
+        "lisa_train.command.tasks.data._split",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(target, _faulty)
             with pytest.raises(AttributeError, match="no_such_name"):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.literal_path import is_alias, literal_path
-from lisa_train.command.rows import MESSAGES, PAIR, TOKENS, Layout, check_rows, text_layout
 from lisa_train.command.starting import is_our_fault
+from lisa_train.command.tasks.literal_path import is_alias, literal_path
+from lisa_train.command.tasks.rows import MESSAGES, PAIR, TOKENS, Layout, check_rows, text_layout
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

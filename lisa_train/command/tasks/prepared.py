@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
-    from lisa_train.command.data import TrainingData
+    from lisa_train.command.tasks.data import TrainingData
 
 IGNORED = -100
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")

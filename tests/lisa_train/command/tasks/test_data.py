@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.command.data import TrainingData, load_data
+from lisa_train.command.tasks.data import TrainingData, load_data
 from lisa_train.config import TrainConfig
 
 

@@ -1,0 +1,1 @@
+"""What a run trains on, one file a task: the model, the data, and the trainer for both."""

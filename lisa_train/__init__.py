@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract.errors import LisaError as LisaError
 from lisa_analysis.contract.moved import redirect
 from lisa_train.config import LisaConfig as LisaConfig
+from lisa_train.config import ProbeConfig as ProbeConfig
 from lisa_train.config import RecordConfig as RecordConfig
 from lisa_train.config import TrainConfig as TrainConfig
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
     from lisa_train.measure.probe import probe as probe
     from lisa_train.measure.recorder import NormRecorder as NormRecorder
+    from lisa_train.methods import METHODS as METHODS
     from lisa_train.methods.lisa.engine import Lisa as Lisa
     from lisa_train.model.layer_map import LayerMap as LayerMap
     from lisa_train.model.layer_map import find_layers as find_layers
@@ -37,6 +39,7 @@ _HOME = {
     "LayerMap": "model.layer_map",
     "find_layers": "model.layer_map",
     "probe": "measure.probe",
+    "METHODS": "methods",
     "Lisa": "methods.lisa.engine",
     "Draw": "methods.lisa.schedule",
     "Sampler": "methods.lisa.samplers",
@@ -46,7 +49,14 @@ _HOME = {
     "StepInBackward": "optim.step_in_backward",
     "train": "command.training",
 }
-__all__ = ["LisaConfig", "LisaError", "RecordConfig", "TrainConfig", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "LisaConfig",
+    "LisaError",
+    "ProbeConfig",
+    "RecordConfig",
+    "TrainConfig",
+    *sorted(_HOME),
+]
 
 # Where modules were before they moved into rooms.
 redirect(

@@ -4,6 +4,7 @@ No torch here: `lisa-train --help` and `--print_config` must not wait for it.
 """
 
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES, RecordConfig
 from lisa_train.methods import Method
 from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig
@@ -16,6 +17,7 @@ __all__ = [
     "LisaConfig",
     "Method",
     "OptimizerState",
+    "ProbeConfig",
     "RecordConfig",
     "TrainConfig",
     "check_eight_bit_states",

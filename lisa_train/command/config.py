@@ -1,11 +1,12 @@
 """`TrainConfig`: a whole training run, LISA and the recorder in it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import RecordConfig
-from lisa_train.methods import Method
+from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.optim.settings import check_eight_bit_states, check_step_settings
 
@@ -23,7 +24,8 @@ class TrainConfig:
         `text`; or `prompt` and `completion`; or `messages`, with `tools` and
         `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
     method
-        ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time.
+        ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time;
+        ``probe`` trains nothing and measures gradients. `lisa_train.METHODS` holds them all.
     output_dir
         The run directory. None makes a new one, `runs/<method>-<date>-<time>`.
     model_revision
@@ -117,14 +119,17 @@ class TrainConfig:
     lisa
         Settings of `method: lisa`.
     lora
-        Fields of PEFT's `LoraConfig`, for `method: lora`.
+        Fields of PEFT's `LoraConfig`, for `method: lora`; with `method: probe` they put adapters
+        on, to be measured beside the weights of the model.
+    probe
+        Settings of `method: probe`.
     record
         What is measured, and how often.
     """
 
     model_name_or_path: str
     dataset_name: str
-    method: Method = "lisa"
+    method: str = "lisa"
     output_dir: str | None = None
     model_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -171,6 +176,7 @@ class TrainConfig:
     trainer_args: dict[str, Any] = field(default_factory=dict)
     lisa: LisaConfig = field(default_factory=LisaConfig)
     lora: dict[str, Any] = field(default_factory=dict)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self) -> None:
@@ -178,11 +184,7 @@ class TrainConfig:
         _check_precision(self)
         _check_numbers(self)
         _check_data(self)
-        if self.lisa.recompute == "frozen" and not self.gradient_checkpointing:
-            raise ConfigError(
-                "lisa.recompute is 'frozen' but gradient_checkpointing is false: set it to true, "
-                "or lisa.recompute to 'all'."
-            )
+        METHODS[self.method].check(self)
         if self.step_in_backward:
             check_step_settings(
                 max_grad_norm=self.max_grad_norm,
@@ -201,37 +203,41 @@ class TrainConfig:
 
 
 def _check_method(config: TrainConfig) -> None:
-    if config.method not in ("full", "lora", "lisa"):
+    """Refuse a method that there is not, and settings of those that are not chosen."""
+    method = METHODS.get(str(config.method))
+    if method is None:
         raise ConfigError(
-            f"method is {config.method!r}; expected one of full, lora, lisa."
-            + suggest(str(config.method), ("full", "lora", "lisa"))
+            f"method is {config.method!r}; expected one of {', '.join(METHODS)}."
+            + suggest(str(config.method), METHODS)
         )
-    if config.method != "lora" and config.lora:
-        raise ConfigError(
-            f"lora.{min(config.lora)} is set but method is {config.method!r}; "
-            "set method to lora, or remove the lora settings."
-        )
-    if config.method != "lisa" and config.lisa != LisaConfig():
-        changed = next(
-            name
-            for name in LisaConfig.__dataclass_fields__
-            if getattr(config.lisa, name) != getattr(LisaConfig(), name)
-        )
-        raise ConfigError(
-            f"lisa.{changed} is set but method is {config.method!r}; "
-            "set method to lisa, or remove the lisa settings."
-        )
+    untouched = {f.name: f.default_factory for f in fields(TrainConfig)}
+    for other in METHODS.values():
+        for section in set(other.sections) - set(method.sections):
+            changed = _first_changed(getattr(config, section), untouched[section]())  # type: ignore[operator]
+            if changed is not None:
+                raise ConfigError(
+                    f"{section}.{changed} is set but method is {config.method!r}; "
+                    f"set method to {other.name}, or remove the {section} settings."
+                )
+
+
+def _first_changed(given: Any, untouched: Any) -> str | None:
+    """Name of a setting that is not as it comes; None where all are."""
+    if given == untouched:
+        return None
+    if isinstance(given, dict):
+        return str(min(given))
+    return next(
+        f.name for f in fields(given) if getattr(given, f.name) != getattr(untouched, f.name)
+    )
 
 
 def _check_precision(config: TrainConfig) -> None:
     if config.bf16 and config.fp16:
         raise ConfigError("bf16 and fp16 are both true; choose one precision to compute in.")
-    if config.dtype == "float16" and config.method != "lora":
-        raise ConfigError(
-            f"dtype is float16 and method is {config.method}: fp16 weights cannot be trained, "
-            "small updates and Adam's epsilon vanish; set dtype to float32 and fp16 to true, or "
-            "use bfloat16."
-        )
+    reason = METHODS[config.method].refuses_float16
+    if config.dtype == "float16" and reason is not None:
+        raise ConfigError(f"dtype is float16 and method is {config.method}: {reason}.")
 
 
 # name -> (smallest value allowed, in words)

@@ -14,6 +14,7 @@ from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 
@@ -136,9 +137,9 @@ def _check_same(config: TrainConfig, path: Path) -> None:
         ) from error
     now = plain(dataclasses.asdict(config))
     # A run of an earlier version did not know every setting of today's.
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    defaults = plain(dataclasses.asdict(TrainConfig("", "")))
     for name, value in now.items():
-        before = kept.get(name, plain(defaults[name]))
+        before = kept.get(name, defaults[name])
         if name == "lisa" and isinstance(before, dict):
             before = plain(dataclasses.asdict(LisaConfig())) | before
         if name not in _MAY_CHANGE and before != value:
@@ -152,7 +153,11 @@ def to_yaml(config: TrainConfig) -> str:
     """Write a configuration as the YAML that `lisa-train --config` reads."""
     import yaml
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    settings = dataclasses.asdict(config)
+    if "probe" not in METHODS[config.method].sections:
+        # Runs of an earlier version have no such lines, and are to be told from these by nothing.
+        del settings["probe"]
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
 
 
 def last_checkpoint(run_dir: Path) -> Path:

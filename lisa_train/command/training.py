@@ -1,9 +1,10 @@
-"""`train(config)`: one training run, from a `TrainConfig` to a finished run directory."""
+"""`train(config)`: one run, from a `TrainConfig` to a finished run directory."""
 
 import dataclasses
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ from lisa_train.command.output import (
 )
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import TrainingData, check_dataset_name, load_data
-from lisa_train.command.tasks.text import load_model
-from lisa_train.methods.lora import lora_config
+from lisa_train.command.tasks.text import about, build_trainer, complete, load_model
+from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from trl import SFTConfig, SFTTrainer
+
+    from lisa_train.trainer import Attachment
 
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
 
@@ -56,68 +58,114 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         When `output_dir` already holds a run, or cannot be written.
     """
     config = expand_home(config)
+    method = METHODS[config.method]
     _check_inputs(config)
+    if resume and not method.resumable:
+        raise ConfigError(
+            f"method {config.method} has no checkpoint to go on from; start it anew, in another "
+            "output_dir."
+        )
     run_dir = find_run_dir(config, resume=resume)
     checkpoint = last_checkpoint(run_dir) if resume else None
     with no_trace_of_a_refused_run(run_dir):
-        trainer, attached = _prepare(config, run_dir, resume=resume)
+        prepared = _prepare(config, run_dir, checkpoint)
         if checkpoint is not None:
             check_unfinished(checkpoint)
-    from lisa_train.trainer.progress import FirstStep
-
-    first = FirstStep()
-    trainer.add_callback(first)
-
-    def passes(error: Exception) -> bool:
-        return first.begun or (isinstance(error, OSError) and is_storage_error(error))
-
-    try:
-        with attached:
-            with refusals("Training cannot begin: {}.".format, passes=passes):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if config.save_final_model:
-                folder = schema.ADAPTER_DIR if config.method == "lora" else FINAL_MODEL
-                trainer.save_model(str(run_dir / folder))
-    except Exception as error:
-        if not is_storage_error(error):
-            raise
-        raise RunDirectoryError(
-            f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
-            "some room and resume the run, or start it elsewhere."
-        ) from error
+        try:
+            method.run(prepared)
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            raise RunDirectoryError(
+                f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
+                "some room and resume the run, or start it elsewhere."
+            ) from error
     return run_dir
 
 
-def _prepare(config: TrainConfig, run_dir: Path, *, resume: bool) -> "tuple[SFTTrainer, Any]":
-    """Build the trainer with LISA and the recorder attached; refuse what cannot be trained."""
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that can begin: nothing has been written but what repeats it.
+
+    Attributes
+    ----------
+    config
+        The whole configuration.
+    trainer
+        The trainer, with the model and the rows as tokens.
+    run_dir
+        The run directory; it exists.
+    manifest, config_yaml
+        Entries of run.json that only the command knows, and the text of config.yaml.
+    checkpoint
+        Where a resumed run goes on; None for a new one.
+    """
+
+    config: TrainConfig
+    trainer: "SFTTrainer"
+    run_dir: Path
+    manifest: dict[str, Any]
+    config_yaml: str
+    checkpoint: Path | None = None
+
+    def train(self) -> None:
+        """Train with the recorder and what the method attaches, and save the result."""
+        from lisa_train.trainer.progress import FirstStep
+
+        config, trainer = self.config, self.trainer
+        attached = self._attach()
+        first = FirstStep()
+        trainer.add_callback(first)
+
+        def passes(error: Exception) -> bool:
+            return first.begun or (isinstance(error, OSError) and is_storage_error(error))
+
+        resumed = str(self.checkpoint) if self.checkpoint else None
+        with attached:
+            with refusals("Training cannot begin: {}.".format, passes=passes):
+                trainer.train(resume_from_checkpoint=resumed)
+            if config.save_final_model:
+                adapters = getattr(trainer.model, "peft_config", None)
+                folder = schema.ADAPTER_DIR if adapters else FINAL_MODEL
+                trainer.save_model(str(self.run_dir / folder))
+
+    def _attach(self) -> "Attachment":
+        from lisa_train.trainer import attach
+
+        config = self.config
+        attached = attach(
+            self.trainer,
+            record=dataclasses.replace(config.record, run_dir=str(self.run_dir)),
+            step_in_backward=config.step_in_backward,
+            eight_bit_states=config.eight_bit_states,
+            manifest=self.manifest,
+            config_yaml=self.config_yaml,
+            resume=self.checkpoint is not None,
+            resume_incomplete=config.resume_incomplete,
+            **METHODS[config.method].attachments(config),
+        )
+        _add_progress(self.trainer, config, attached)
+        return attached
+
+
+def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> PreparedRun:
+    """Load model and data and build the trainer; refuse what cannot be trained."""
+    method = METHODS[config.method]
     arguments = _trainer_arguments(config, run_dir)
-    peft_config = lora_config(config.lora) if config.method == "lora" else None
+    peft_config = method.peft_config(config, "CAUSAL_LM")
     model, tokenizer = load_model(config)
-    if config.method == "lisa":
-        _check_lisa(model, config)
+    method.check_model(model, config)
+    method.prepare(model)
     from lisa_train.command.tasks.prepared import check_prepared
-    from lisa_train.trainer import attach
 
     data = load_data(config)
     manifest = _manifest(config, data)
-    trainer = _build_trainer(arguments, model, tokenizer, data, peft_config, config)
+    trainer = build_trainer(arguments, model, tokenizer, data, peft_config, config)
     found, said = check_prepared(trainer, config)
-    _complete(manifest["dataset"], found)
-    _tell(trainer, [*_about(manifest["dataset"]), *said])
-    kept = keep_inputs(config, run_dir, resume=resume)
-    attached = attach(
-        trainer,
-        lisa=config.lisa if config.method == "lisa" else None,
-        record=dataclasses.replace(config.record, run_dir=str(run_dir)),
-        step_in_backward=config.step_in_backward,
-        eight_bit_states=config.eight_bit_states,
-        manifest=manifest,
-        config_yaml=to_yaml(kept),
-        resume=resume,
-        resume_incomplete=config.resume_incomplete,
-    )
-    _add_progress(trainer, config, attached)
-    return trainer, attached
+    complete(manifest["dataset"], found)
+    _tell(trainer, [*about(manifest["dataset"]), *said])
+    kept = keep_inputs(config, run_dir, resume=checkpoint is not None)
+    return PreparedRun(config, trainer, run_dir, manifest, to_yaml(kept), checkpoint)
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -130,18 +178,6 @@ def _check_inputs(config: TrainConfig) -> None:
         from lisa_analysis.plans.sampling import SamplingProbabilities
 
         SamplingProbabilities.load(config.lisa.probabilities)
-
-
-def _check_lisa(model: "PreTrainedModel", config: TrainConfig) -> None:
-    """Refuse numbers and probabilities that do not fit the model before anything is written."""
-    from lisa_train.methods.lisa.checks import given_probabilities
-    from lisa_train.methods.lisa.samplers import make_sampler, resolve
-    from lisa_train.model.layer_map import find_layers
-
-    layer_map = find_layers(model, config.lisa.layers)
-    k = config.lisa.activated_layers
-    pi = resolve(given_probabilities(config.lisa, layer_map), len(layer_map), k)
-    make_sampler(config.lisa.sampling, pi, k, config.seed)
 
 
 def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
@@ -182,69 +218,6 @@ def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
         return SFTConfig(**settings)
 
 
-def _build_trainer(
-    arguments: "SFTConfig",
-    model: Any,
-    tokenizer: Any,
-    data: TrainingData,
-    peft_config: Any,
-    config: TrainConfig,
-) -> "SFTTrainer":
-    from transformers.trainer_callback import PrinterCallback
-    from trl import SFTTrainer
-
-    from lisa_train.command.tasks.prepared import check_tokenizer, refused_row
-    from lisa_train.trainer.losses import evaluate_per_label
-
-    if data.held_out is None:
-        arguments.eval_on_start = False
-
-    def say(reason: str) -> str:
-        row = refused_row(data, tokenizer, config)
-        return row or f"The trainer refuses this combination: {reason}."
-
-    check_tokenizer(tokenizer, data, config)
-    with refusals(say):
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
-    trainer.remove_callback(PrinterCallback)
-    evaluate_per_label(trainer)
-    return trainer
-
-
-def _complete(dataset: dict[str, Any], found: dict[str, Any]) -> None:
-    """Count in run.json the examples that train: some are dropped when rows are cut to length."""
-    for name in ("train_examples", "held_out_examples"):
-        if name in found:
-            key = "dropped_examples" if name.startswith("train") else "dropped_held_out_examples"
-            dataset[key] = dataset.get(key, 0) + dataset[name] - found[name]
-    dataset.update(found)
-
-
-def _about(dataset: dict[str, Any]) -> list[str]:
-    """Say what of the data is not used."""
-    said = []
-    if unused := dataset["unused_columns"]:
-        said.append(
-            f"nothing reads the columns {', '.join(map(repr, unused))} of {dataset['name']}"
-        )
-    for key, which in (
-        ("dropped_examples", "training"), ("dropped_held_out_examples", "held-out")
-    ):  # fmt: skip
-        if count := dataset.get(key):
-            said.append(
-                f"{count} {which} examples of {dataset['name']} are dropped: no token of theirs "
-                "is left to learn from (max_length, or no answer at the end)"
-            )
-    return said
-
-
 def _tell(trainer: "SFTTrainer", said: list[str]) -> None:
     if trainer.is_world_process_zero():
         for sentence in said:
@@ -265,6 +238,7 @@ def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> 
 def _manifest(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     """Collect the entries of run.json that only this module knows."""
     entries: dict[str, Any] = {
+        **METHODS[config.method].run_entries(config),
         "model": {"name": config.model_name_or_path},
         "dataset": data.describe(config.dataset_name),
     }
@@ -289,17 +263,8 @@ def summary(run_dir: Path) -> str:
     result = run.manifest.get("result") or {}
     lines = []
     if result:
-        first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
-        loss = f", held-out loss {first:.4f} → {last:.4f}" if None not in (first, last) else ""
-        lines.append(f"{run.method}: {result.get('steps')} steps{loss}{_coverage(result)}.")
+        method = METHODS.get(run.method, METHODS["full"])
+        lines.append(f"{run.method}: {method.outcome(result)}.")
     lines.append(f"Run directory: {run_dir}")
     lines.append(f"Next: lisa-analyze {shlex.quote(str(run_dir))}")
     return "\n".join(lines)
-
-
-def _coverage(result: dict[str, Any]) -> str:
-    """Layers that no draw of a LISA run took, in words."""
-    missed, visits = result.get("layers_never_drawn"), result.get("layer_visits")
-    if not missed or not visits:
-        return ""
-    return f", {len(missed)} of {len(visits)} layers never drawn ({', '.join(map(str, missed))})"

@@ -152,16 +152,17 @@ class _Estimator:
 
     def run(self) -> MemoryEstimate:
         setting, stage = self.setting, self.stage
-        if setting.method != "lisa":
+        rotation = setting.rotation
+        if rotation is None:
             return self._result(plain_pattern(stage), ())
         if setting.active_layers is not None:
             check_layers(stage, setting.active_layers)
             return self._of_layers(setting.active_layers)
         draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
         costs = draw_costs(stage, setting, self._held)
-        every = setting.lisa.sampling == "bernoulli"
-        k = len(stage.layer_map) if every else setting.lisa.activated_layers
-        groups = tuple(setting.lisa.group_probabilities)
+        every = rotation.sampling == "bernoulli"
+        k = len(stage.layer_map) if every else rotation.activated_layers
+        groups = tuple(rotation.group_probabilities)
         candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
         if setting.gradient_checkpointing:
             # Backward begins at the top, where the inputs of all layers still stand.
@@ -259,14 +260,15 @@ class _Estimator:
     def _with_state(self, pattern: Pattern) -> tuple[dict[str, StateBytes], dict[str, StateBytes]]:
         """State of the tensors that have it on the device, and of those offloaded to the host."""
         active = {name: self._state(name, name in pattern.raised) for name in pattern.trainable}
-        if self.setting.method != "lisa" or self.setting.lisa.optimizer_state == "reset":
+        rotation = self.setting.rotation
+        if rotation is None or rotation.optimizer_state == "reset":
             return active, {}
         raised = bool(pattern.raised)
         resting = {
             name: self._state(name, raised)
             for name in may_train(self.stage, self.setting) - pattern.trainable
         }
-        if self.setting.lisa.optimizer_state == "keep":
+        if rotation.optimizer_state == "keep":
             return active | resting, {}
         return active, resting
 
@@ -276,10 +278,11 @@ class _Estimator:
         After many draws of layers of different shapes it is of each size what one draw can take.
         """
         setting = self.setting
-        if setting.method != "lisa" or setting.lisa.optimizer_state != "reset":
+        rotation = setting.rotation
+        if rotation is None or rotation.optimizer_state != "reset":
             return sum(state.paged for state in states.values())
         count = len(self.stage.layer_map)
-        k = count if setting.lisa.sampling == "bernoulli" else setting.lisa.activated_layers
+        k = count if rotation.sampling == "bernoulli" else rotation.activated_layers
         if setting.active_layers is not None:
             k = len(setting.active_layers)
         units = units_of(self.stage)
@@ -289,8 +292,7 @@ class _Estimator:
         in_layers: defaultdict[int, list[int]] = defaultdict(list)
         for i in layers:
             sizes = Counter(
-                self._state(name, setting.lisa.precision == "fp32_active").paged
-                for name in units[i]
+                self._state(name, rotation.precision == "fp32_active").paged for name in units[i]
             )
             for size, tensors in sizes.items():
                 in_layers[size].append(tensors)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of
-from lisa_train.methods import Method
+from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.optim.settings import check_eight_bit_states
 
@@ -20,7 +20,7 @@ Spread = Literal["fsdp", "layers"]
 class Setting:
     """How a model is trained, as far as memory depends on it; see `estimate_memory`."""
 
-    method: Method = "lisa"
+    method: str = "lisa"
     batch_size: int = 1
     sequence_length: int = 1024
     dtype: DType = "auto"
@@ -41,7 +41,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", get_args(Method)),
+            ("method", tuple(METHODS)),
             ("dtype", get_args(DType)),
             ("attn_implementation", get_args(Attention)),
             ("spread", get_args(Spread)),
@@ -61,15 +61,21 @@ class Setting:
         if self.eight_bit_states is not None:
             check_eight_bit_states(self.eight_bit_states, self.optim)
         if self.active_layers is not None:
-            if self.method != "lisa":
+            if self.rotation is None:
                 raise ConfigError(
                     f"active_layers is set but method is {self.method!r}; it is LISA's."
                 )
             object.__setattr__(self, "active_layers", tuple(sorted(set(self.active_layers))))
+        METHODS[self.method].check_estimate(self)
+
+    @property
+    def rotation(self) -> LisaConfig | None:
+        """Settings by which layers take turns; None where the same tensors train at every step."""
+        return METHODS[self.method].rotation(self)
 
     @property
     def compute(self) -> str | None:
         """Precision of autocast, or None; fp32-held layers of a bf16 model need it."""
-        if self.method == "lisa" and self.lisa.precision == "fp32_active":
+        if self.rotation is not None and self.rotation.precision == "fp32_active":
             return self.autocast or "bfloat16"
         return self.autocast

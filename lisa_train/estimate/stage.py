@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.estimate.setting import Setting
-from lisa_train.methods.lora import LORA_DEFAULTS
+from lisa_train.methods import METHODS
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.source import read_config
-from lisa_train.optim.eight_bit import _parameters_of
+from lisa_train.optim.eight_bit import parameters_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,8 +50,12 @@ class Stage:
             _adjust(model, setting)
         else:
             model = _build(source, setting)
-        if setting.method == "lora":
-            model = _with_adapters(model, setting)
+        method = METHODS[setting.method]
+        method.prepare(model)
+        with quiet():
+            peft_config = method.peft_config(setting)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config, setting)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.model: Any = _copy_onto(model, "cpu")
@@ -79,7 +83,7 @@ class Stage:
         if setting.eight_bit_states is None:  # transformers: the embeddings
             modules = self.model.modules()
             return frozenset(id(m.weight) for m in modules if isinstance(m, nn.Embedding))
-        small = _parameters_of(self.base, self.layer_map, setting.eight_bit_states)
+        small = parameters_of(self.base, self.layer_map, setting.eight_bit_states)
         return frozenset(id(p) for p in self.model.parameters() if p not in small)
 
     def batch(self, setting: Setting) -> dict[str, Any]:
@@ -163,18 +167,14 @@ def _adjust(model: Any, setting: Setting) -> None:
         model.set_attn_implementation(setting.attn_implementation)
 
 
-def _with_adapters(base: Any, setting: Setting) -> nn.Module:
+def _with_adapters(base: Any, peft_config: Any, setting: Setting) -> nn.Module:
     """Wrap the model as PEFT does, with its own choice of targets."""
     with quiet():
-        from peft import LoraConfig, get_peft_model
-
-    settings = {**LORA_DEFAULTS, **setting.lora}
+        from peft import get_peft_model
     try:
         with torch.device("meta"), quiet():
             return get_peft_model(
-                base,
-                LoraConfig(**settings),
-                autocast_adapter_dtype=setting.autocast_adapter_dtype,
+                base, peft_config, autocast_adapter_dtype=setting.autocast_adapter_dtype
             )
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -130,7 +130,7 @@ def _precision(model: nn.Module, pattern: Pattern) -> Any:
 @contextlib.contextmanager
 def _spared(stage: Stage, setting: Setting, pattern: Pattern) -> Any:
     """Let the layers that train keep their activations, as `lisa.recompute` says."""
-    if setting.method != "lisa" or setting.lisa.recompute != "frozen":
+    if setting.rotation is None or setting.rotation.recompute != "frozen":
         yield
         return
     recomputation = Recomputation(stage.base, stage.layer_map)

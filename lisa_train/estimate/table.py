@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lisa_train.estimate.cards import Card
 from lisa_train.estimate.result import CONTEXT_BYTES, FRAGMENTATION, PARTS, MemoryEstimate
 from lisa_train.estimate.setting import Setting
+from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def method_table(
     rows = {CONFIGURED: base, **methods(base, len(shared.layer_map))}
     return MethodTable(
         {
-            name: estimate(source if setting.method == "lora" else shared, setting)
+            name: estimate(source if METHODS[setting.method].changes_model else shared, setting)
             for name, setting in rows.items()
         },
         cards,

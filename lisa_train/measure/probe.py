@@ -25,6 +25,7 @@ from lisa_train.measure.sketch import BUCKETS, RELATIVE_ERROR
 from lisa_train.measure.stand_ins import stand_ins
 from lisa_train.measure.tokens import count_tokens
 from lisa_train.model.layer_map import find_layers
+from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
 from lisa_train.model.tensor_table import TensorTable
 
@@ -115,7 +116,7 @@ def probe(
     exact = signal == "exact" or (signal == "auto" and _sums_fit(table))
     # All the same way: the sums are added over the processes.
     exact = not processes.any(not exact, table.tensors[0][1].device)
-    known = {
+    known: dict[str, Any] = {
         **entries.manifest(model, config, table, layer_map),
         "method": "probe",
         "probe": {
@@ -125,8 +126,8 @@ def probe(
             "mode": "train" if model.training else "eval",
             "until": until,
         },
-        **(manifest or {}),
     }
+    known = joined(known, manifest or {})
     known["hardware"]["processes"] = processes.count
     writer = None
     if processes.first:

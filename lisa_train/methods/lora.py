@@ -1,10 +1,11 @@
-"""LoRA: the settings of PEFT's `LoraConfig`, over this project's defaults."""
+"""LoRA: PEFT's `LoraConfig` over this project's defaults, and the method that trains with it."""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.methods.registry import Method, register
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -12,7 +13,22 @@ if TYPE_CHECKING:
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def lora_config(lora: Mapping[str, Any]) -> "LoraConfig":
+@register
+class Lora(Method):
+    """Train an adapter; the weights below it rest."""
+
+    name = "lora"
+    help = "trains an adapter (PEFT's LoraConfig)"
+    sections = ("lora",)
+    refuses_float16 = None  # PEFT holds the adapters in fp32
+    refuses_quantized = None
+
+    def peft_config(self, config: Any, task_type: str | None = None) -> "LoraConfig":
+        """Return the adapters that `config.lora` describes."""
+        return lora_config(config.lora, task_type)
+
+
+def lora_config(lora: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") -> "LoraConfig":
     """Build PEFT's `LoraConfig` from settings over the defaults r=16, alpha=32, all linear.
 
     Raises
@@ -28,7 +44,7 @@ def lora_config(lora: Mapping[str, Any]) -> "LoraConfig":
             raise ConfigError(
                 f"lora.{name} is not a field of PEFT's LoraConfig.{suggest(name, known)}"
             )
-    settings = {**LORA_DEFAULTS, "task_type": "CAUSAL_LM", **lora}
+    settings = {**LORA_DEFAULTS, "task_type": task_type, **lora}
     if not isinstance(settings["r"], int) or settings["r"] < 1:
         raise ConfigError(f"lora.r is {settings['r']!r}; expected a rank of at least 1.")
     try:

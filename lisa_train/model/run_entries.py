@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lisa_analysis.contract.schema import MANIFEST_FIELDS
+
 
 class Engine(Protocol):
     """What decides which tensors of a model train, and can say by which settings."""
@@ -45,10 +47,10 @@ def method_entries(model: nn.Module) -> dict[str, Any]:
         return {"method": "full"}
     kind = getattr(adapter, "peft_type", "peft")
     method = str(getattr(kind, "value", kind)).lower()
-    if method != "lora":
+    if method not in MANIFEST_FIELDS:  # the file has no entry for such adapters
         return {"method": method}
     settings = {k: plain(v) for k, v in adapter.to_dict().items() if _is_plain(v)}
-    return {"method": method, "lora": settings}
+    return {"method": method, method: settings}
 
 
 def lisa_entries(config: Any, seed: int) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Load a model and its tokenizer from a folder or a hub id."""
+"""Language models on text: a run's model and tokenizer, and the trainer for both and the data."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
+from lisa_train.command.tasks.data import TrainingData
+from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
 
 
 def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -46,9 +49,79 @@ def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         )
         what = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path, **source)
-    if getattr(model, "hf_quantizer", None) is not None and config.method != "lora":
+    reason = METHODS[config.method].refuses_quantized
+    if getattr(model, "hf_quantizer", None) is not None and reason is not None:
         raise ConfigError(
-            f"{config.model_name_or_path} is quantized and method is {config.method}: quantized "
-            "weights cannot be trained; use method lora, or an unquantized model."
+            f"{config.model_name_or_path} is quantized and method is {config.method}: {reason}."
         )
     return model, tokenizer
+
+
+def build_trainer(
+    arguments: "SFTConfig",
+    model: Any,
+    tokenizer: Any,
+    data: TrainingData,
+    peft_config: Any,
+    config: TrainConfig,
+) -> "SFTTrainer":
+    """Build TRL's trainer; it makes the rows into tokens, and complaints of it name the row.
+
+    Raises
+    ------
+    ConfigError
+        When the tokenizer lacks what the data need, or the trainer refuses.
+    """
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    from lisa_train.command.tasks.prepared import check_tokenizer, refused_row
+    from lisa_train.trainer.losses import evaluate_per_label
+
+    if data.held_out is None:
+        arguments.eval_on_start = False
+
+    def say(reason: str) -> str:
+        row = refused_row(data, tokenizer, config)
+        return row or f"The trainer refuses this combination: {reason}."
+
+    check_tokenizer(tokenizer, data, config)
+    with refusals(say):
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    trainer.remove_callback(PrinterCallback)
+    evaluate_per_label(trainer)
+    return trainer
+
+
+def complete(dataset: dict[str, Any], found: dict[str, Any]) -> None:
+    """Count in run.json the examples that train: some are dropped when rows are cut to length."""
+    for name in ("train_examples", "held_out_examples"):
+        if name in found:
+            key = "dropped_examples" if name.startswith("train") else "dropped_held_out_examples"
+            dataset[key] = dataset.get(key, 0) + dataset[name] - found[name]
+    dataset.update(found)
+
+
+def about(dataset: dict[str, Any]) -> list[str]:
+    """Say what of the data is not used."""
+    said = []
+    if unused := dataset["unused_columns"]:
+        said.append(
+            f"nothing reads the columns {', '.join(map(repr, unused))} of {dataset['name']}"
+        )
+    for key, which in (
+        ("dropped_examples", "training"), ("dropped_held_out_examples", "held-out")
+    ):  # fmt: skip
+        if count := dataset.get(key):
+            said.append(
+                f"{count} {which} examples of {dataset['name']} are dropped: no token of theirs "
+                "is left to learn from (max_length, or no answer at the end)"
+            )
+    return said

@@ -1,0 +1,132 @@
+"""`Method`: what a way of training says of itself; `METHODS`: all of them by name. No torch here.
+
+To add one, subclass `Method` and `register` it; nothing else has to know its name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from lisa_analysis.contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lisa_train.methods.lisa.config import LisaConfig
+
+
+class Method:
+    """A way of training. Everything but `name` and `help` has a default: plain training.
+
+    Where a method is asked about settings they are a `TrainConfig` or, for an estimate of memory,
+    a `lisa_train.estimate.setting.Setting`; both have `method`, `lisa` and `lora`.
+
+    Attributes
+    ----------
+    name
+        Word for it in `TrainConfig.method` and run.json.
+    help
+        What it does, in half a sentence.
+    sections
+        Fields of `TrainConfig` with settings of this method. Those of methods that are not
+        chosen must be left alone.
+    recipe
+        YAML file that `lisa-train --config <name>` finds. Those of this package's own methods
+        lie in `command/recipes`.
+    changes_model
+        Whether adapters are put on, or tensors are frozen before training begins. An estimate
+        of memory then builds a model for this method alone.
+    resumable
+        Whether a run that was interrupted goes on from a checkpoint.
+    refuses_float16, refuses_quantized
+        Why it does not take weights held in fp16, or quantized ones, and what to do; None where
+        it takes them.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    sections: ClassVar[tuple[str, ...]] = ()
+    recipe: ClassVar[Path | None] = None
+    changes_model: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
+    refuses_float16: ClassVar[str | None] = (
+        "fp16 weights cannot be trained, small updates and Adam's epsilon vanish; set dtype to "
+        "float32 and fp16 to true, or use bfloat16"
+    )
+    refuses_quantized: ClassVar[str | None] = (
+        "quantized weights cannot be trained; use method lora, or an unquantized model"
+    )
+
+    def check(self, config: Any) -> None:
+        """Refuse settings that contradict each other, in one sentence (`ConfigError`)."""
+
+    def check_model(self, model: "nn.Module", config: Any) -> None:
+        """Refuse settings that do not fit the model, before anything is written."""
+
+    def check_estimate(self, setting: Any) -> None:
+        """Refuse to estimate memory where the estimate would not hold."""
+
+    def prepare(self, model: "nn.Module") -> None:
+        """Set which tensors of the loaded model train (`requires_grad`)."""
+
+    def peft_config(self, config: Any, task_type: str | None = None) -> Any:
+        """Return PEFT's configuration of the adapters that are put on; None without any."""
+        return None
+
+    def attachments(self, config: Any) -> dict[str, Any]:
+        """Return what `lisa_train.attach` is asked for, the recorder aside."""
+        return {}
+
+    def rotation(self, config: Any) -> "LisaConfig | None":
+        """Return the settings by which layers take turns; None where the same tensors train."""
+        return None
+
+    def run_entries(self, config: Any) -> dict[str, Any]:
+        """Return entries of run.json, over those that the model itself shows."""
+        return {"method": self.name}
+
+    def run(self, prepared: Any) -> None:
+        """Do what was asked for, with a `lisa_train.command.training.PreparedRun`."""
+        prepared.train()
+
+    def outcome(self, result: Mapping[str, Any]) -> str:
+        """Say in a sentence what a run of this method did, from `result` of run.json."""
+        first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
+        loss = f", held-out loss {first:.4f} → {last:.4f}" if None not in (first, last) else ""
+        return f"{result.get('steps')} steps{loss}"
+
+    def __repr__(self) -> str:
+        return f"<method {self.name}: {self.help}>"
+
+
+METHODS: dict[str, Method] = {}
+
+_Kind = TypeVar("_Kind", bound=type[Method])
+
+
+def register(kind: _Kind) -> _Kind:
+    """Add a method to `METHODS`; a decorator of its class.
+
+    Raises
+    ------
+    ConfigError
+        For a name that another method has.
+
+    Examples
+    --------
+    >>> from lisa_train.methods import METHODS, Method, register
+    >>> @register
+    ... class NormsOnly(Method):
+    ...     name = "norms"
+    ...     help = "trains the norms alone"
+    ...
+    ...     def prepare(self, model):
+    ...         for name, tensor in model.named_parameters():
+    ...             tensor.requires_grad_("norm" in name)
+    >>> METHODS.pop("norms")
+    <method norms: trains the norms alone>
+    """
+    if kind.name in METHODS:
+        raise ConfigError(f"there is a method {kind.name!r} already; choose another name.")
+    METHODS[kind.name] = kind()
+    return kind

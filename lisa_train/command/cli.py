@@ -1,31 +1,39 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
-import itertools
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from importlib import resources
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lisa_analysis.contract.errors import ConfigError, LisaError, suggest
+from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.words import (
+    asks_for_estimate,
+    check_file,
+    check_flags,
+    config_files,
+    expand_recipes,
+    keep_words,
+    one_sentence,
+)
+from lisa_train.command.words import recipes as recipes
 from lisa_train.estimate.cards import Card, parse_cards
+from lisa_train.methods import METHODS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROG = "lisa-train"
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
-_EPILOG = """\
-recipes that come with the package: --config full | lora | lisa | lisa-lean | lisa-learned
-example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
---resume continues the run in --output_dir. --estimate [--memory 24GB,80GiB] trains nothing: it
-prints the memory of every method, from config.json alone, and which cards it fits.
-"""
+# In the place of a dataset that nothing reads.
+NO_DATA = ""
+_SWITCHES = {
+    "--resume": "continue the run in --output_dir, or that of --config RUN_DIR/config.yaml",
+    "--estimate": "train nothing: print the memory of every method, from config.json alone",
+}
 
 
 @dataclass(frozen=True)
@@ -106,179 +114,60 @@ def parse(argv: Sequence[str]) -> Command:
     """
     import jsonargparse
 
-    argv, resume = _take_flag(_expand_recipes(argv), "--resume")
-    argv, estimate, cards = _take_estimate(argv)
-    _check_flags(argv)
-    for path in _config_files(argv):
-        _check_file(path)
-    parser = build_parser()
+    argv = expand_recipes(argv)
+    check_flags(argv)
+    for path in config_files(argv):
+        check_file(path)
+    parser = build_parser(reads_data=not asks_for_estimate(argv))
     try:
         settings = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(_one_sentence(str(error))) from error
-    _keep_words(settings, argv)
+        raise ConfigError(one_sentence(str(error))) from error
+    keep_words(settings, argv)
     settings = parser.instantiate(settings)
     config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
-    if resume:
-        config = _with_output_dir(config, _config_files(argv))
-    return Command(config, resume, estimate, cards)
+    if settings.get("resume"):
+        config = _with_output_dir(config, config_files(argv))
+    # `24 GB` without quotes is two words.
+    sizes = None if settings.get("memory") is None else parse_cards(" ".join(settings.memory))
+    estimate = bool(settings.get("estimate")) or sizes is not None
+    return Command(config, bool(settings.get("resume")), estimate, sizes or ())
 
 
-def _keep_words(settings: Any, argv: Sequence[str]) -> None:
-    """Take a word as it is that YAML reads as nothing (`# a`, `&a`): it is a name, and not null."""
-    options = {token.split("=", 1)[0] for token in argv if token.startswith("--")}
-    for option in options - {"--config"}:
-        for _, _, word in _option_values(argv, option):
-            if word[:1] in "#&!" and word and settings.get(option[2:], "") is None:
-                settings[option[2:]] = word
+def build_parser(*, reads_data: bool = True) -> "ArgumentParser":
+    """Build the parser; its options and their help are `TrainConfig`'s fields and docstring.
 
-
-def build_parser() -> "ArgumentParser":
-    """Build the parser; its options and their help are `TrainConfig`'s fields and docstring."""
-    from jsonargparse import ArgumentParser
+    An estimate reads no data, and its command line need not name any.
+    """
+    from jsonargparse import SUPPRESS, ArgumentParser
 
     parser = ArgumentParser(
         prog=PROG,
         description="Train with LISA, LoRA or full fine-tuning and record what every layer did.",
-        epilog=_EPILOG,
+        epilog=_epilog(),
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file, or the name of a recipe")
+    # Without a default: `--print_config` prints settings of the run alone.
+    for option, words in _SWITCHES.items():
+        parser.add_argument(option, action="store_true", default=SUPPRESS, help=words)
+    parser.add_argument(
+        "--memory", nargs="*", default=SUPPRESS, metavar="SIZE",
+        help="sizes of cards, as 24GB,80GiB, that an estimate is compared with; implies --estimate",
+    )  # fmt: skip
     parser.add_class_arguments(TrainConfig)
+    if not reads_data:
+        parser.set_defaults(dataset_name=NO_DATA)
     return parser
 
 
-def recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
-    folder = resources.files("lisa_train.command") / "recipes"
-    return {
-        Path(str(entry)).stem: Path(str(entry))
-        for entry in sorted(folder.iterdir(), key=lambda e: e.name)
-        if entry.name.endswith(".yaml")
-    }
-
-
-def _option_values(argv: Sequence[str], option: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (position, prefix to keep, value) of each `--option value` or `--option=value`."""
-    for i, token in enumerate(argv):
-        if token == option and i + 1 < len(argv):
-            yield i + 1, "", argv[i + 1]
-        elif token.startswith(option + "="):
-            yield i, option + "=", token[len(option) + 1 :]
-
-
-def _expand_recipes(argv: Sequence[str]) -> list[str]:
-    """Replace `--config lisa` by the path of the recipe of that name."""
-    expanded = list(argv)
-    for position, prefix, value in _option_values(argv, "--config"):
-        if Path(value).is_file():
-            continue
-        found = recipes()
-        if value not in found:
-            raise ConfigError(
-                f"--config {value} is neither a file nor a recipe; the recipes are "
-                f"{', '.join(found)}.{suggest(value, found)}"
-            )
-        expanded[position] = prefix + str(found[value])
-    return expanded
-
-
-def _config_files(argv: Sequence[str]) -> list[Path]:
-    return [Path(value) for _, _, value in _option_values(argv, "--config")]
-
-
-def _take_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
-    return [token for token in argv if token != flag], flag in argv
-
-
-def _take_estimate(argv: Sequence[str]) -> tuple[list[str], bool, tuple[Card, ...]]:
-    """Take out `--estimate` and `--memory SIZES`, which implies it; no dataset is needed then."""
-    rest, estimate = _take_flag(argv, "--estimate")
-    sizes = [value for _, _, value in _option_values(rest, "--memory")]
-    if "--memory" in rest:
-        # `24 GB` without quotes is two words.
-        start = rest.index("--memory")
-        words = list(itertools.takewhile(lambda w: not w.startswith("-"), rest[start + 1 :]))
-        sizes = [" ".join(words)]
-        rest = rest[:start] + rest[start + 1 + len(words) :]
-    rest = [token for token in rest if not token.startswith("--memory=")]
-    if not estimate and not sizes:
-        return rest, False, ()
-    cards = parse_cards(",".join(sizes)) if sizes else ()
-    return [*rest, "--dataset_name", "not read"], True, cards
-
-
-def _check_flags(argv: Sequence[str]) -> None:
-    """Refuse an unknown `--a.b` with a suggestion; jsonargparse would only say `unrecognized`."""
-    for token in argv:
-        if not token.startswith("--") or token == "--":
-            continue
-        name = token[2:].split("=", 1)[0]
-        if name in ("help", "config", "print_config"):
-            continue
-        _check_key(name.split("."), TrainConfig, where=f"--{name}", spell="--{}".format)
-
-
-def _check_file(path: Path) -> None:
-    """Refuse an unknown key of a YAML file at any depth, with a suggestion."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read as YAML: {reason[:200]}") from error
-    if content is None:
-        return
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} holds {type(content).__name__}; expected `key: value` lines.")
-    for keys in _paths(content):
-        _check_key(keys, TrainConfig, where=f"key {'.'.join(keys)!r} of {path}", spell=str)
-
-
-def _paths(content: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    for key, value in content.items():
-        here = (*above, str(key))
-        yield list(here)
-        if isinstance(value, Mapping):
-            yield from _paths(value, here)
-
-
-def _check_key(keys: list[str], cls: Any, *, where: str, spell: Any) -> None:
-    """Follow `keys` through nested dataclasses; free-form dicts accept any key here."""
-    walked: list[str] = []
-    for key in keys:
-        if not is_dataclass(cls):
-            return
-        known = {f.name: f for f in fields(cls)}
-        if key not in known:
-            scope = f" below {'.'.join(walked)}" if walked else ""
-            nearest = suggest(key, known)
-            if walked and nearest:
-                nearest = nearest.replace("'", f"'{'.'.join(walked)}.", 1)
-            raise ConfigError(
-                f"Unknown {where}: there is no setting {key!r}{scope}."
-                + (nearest or f" See {PROG} --help for all of them.")
-            )
-        walked.append(key)
-        cls = _dataclass_of(known[key].type)
-
-
-def _dataclass_of(annotation: Any) -> Any:
-    return annotation if is_dataclass(annotation) else None
-
-
-def _one_sentence(message: str) -> str:
-    """Flatten jsonargparse's message: `Parser key "lisa.k": Expected a <class 'int'>. …`."""
-    text = " ".join(message.split())
-    text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
-    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
-    text = re.sub(
-        r"^the following arguments are required: (.+)$",
-        lambda m: "missing " + ", ".join(f"--{n.strip()}" for n in m[1].split(",")) + ".",
-        text,
-    )
-    return text
+def _epilog() -> str:
+    methods = "".join(f"\n  {m.name:<6} {m.help}" for m in METHODS.values())
+    return f"""\
+methods:{methods}
+recipes that come with the package: --config {" | ".join(recipes())}
+example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
+"""
 
 
 def _with_output_dir(config: TrainConfig, files: list[Path]) -> TrainConfig:

@@ -68,6 +68,8 @@ class TrainingData:
 
 def check_dataset_name(name: str) -> None:
     """Raise `ConfigError` for a local path that cannot be a dataset; touches no network."""
+    if not name:
+        raise ConfigError("dataset_name is empty; expected a data file, a folder or a hub id.")
     path = Path(name)
     if path.is_dir():
         if not any(path.iterdir()):

@@ -27,11 +27,14 @@ def test_of_several_processes_the_first_prints_the_summary(
     assert capsys.readouterr().out == ("the summary\n" if prints else "")
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "lisa", "lisa-lean", "lisa-learned"])
+RECIPES = ["full", "lora", "lisa", "lisa-lean", "lisa-learned", "probe"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
     config = parse(["--config", name, *NEEDED]).config
     assert config.method == name.split("-")[0]
-    assert set(recipes()) == {"full", "lora", "lisa", "lisa-lean", "lisa-learned"}
+    assert set(recipes()) == set(RECIPES)
 
 
 def test_the_shell_overrides_the_file_at_any_depth(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""The words of a command line and the keys of its files, looked at before jsonargparse reads them.
+
+It knows no suggestions, reads some words as null, and calls every stranger `unrecognized`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.command.config import TrainConfig
+from lisa_train.methods import METHODS
+
+# Options of the command itself: what it does, and no setting of a run.
+OF_THE_COMMAND = ("help", "config", "print_config", "resume", "estimate", "memory")
+
+
+def recipes() -> dict[str, Path]:
+    """Recipes by name: those that come with the package, and those of methods that were added."""
+    folder = resources.files("lisa_train.command") / "recipes"
+    found = {
+        Path(str(entry)).stem: Path(str(entry))
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name)
+        if entry.name.endswith(".yaml")
+    }
+    return found | {m.name: m.recipe for m in METHODS.values() if m.recipe is not None}
+
+
+def option_values(argv: Sequence[str], option: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (position, prefix to keep, value) of each `--option value` or `--option=value`."""
+    for i, token in enumerate(argv):
+        if token == option and i + 1 < len(argv):
+            yield i + 1, "", argv[i + 1]
+        elif token.startswith(option + "="):
+            yield i, option + "=", token[len(option) + 1 :]
+
+
+def expand_recipes(argv: Sequence[str]) -> list[str]:
+    """Replace `--config lisa` by the path of the recipe of that name."""
+    expanded = list(argv)
+    for position, prefix, value in option_values(argv, "--config"):
+        if Path(value).is_file():
+            continue
+        found = recipes()
+        if value not in found:
+            raise ConfigError(
+                f"--config {value} is neither a file nor a recipe; the recipes are "
+                f"{', '.join(found)}.{suggest(value, found)}"
+            )
+        expanded[position] = prefix + str(found[value])
+    return expanded
+
+
+def asks_for_estimate(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for the memory of a run, and not for the run."""
+    return any(token.split("=", 1)[0] in ("--estimate", "--memory") for token in argv)
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """Files that the settings come from, in the order in which they are read."""
+    return [Path(value) for _, _, value in option_values(argv, "--config")]
+
+
+def keep_words(settings: Any, argv: Sequence[str]) -> None:
+    """Take a word as it is that YAML reads as nothing (`# a`, `&a`): it is a name, and not null."""
+    options = {token.split("=", 1)[0] for token in argv if token.startswith("--")}
+    for option in options - {"--config"}:
+        for _, _, word in option_values(argv, option):
+            if word[:1] in "#&!" and word and settings.get(option[2:], "") is None:
+                settings[option[2:]] = word
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Refuse an unknown `--a.b` with a suggestion; jsonargparse would only say `unrecognized`."""
+    for token in argv:
+        if not token.startswith("--") or token == "--":
+            continue
+        name = token[2:].split("=", 1)[0]
+        if name in OF_THE_COMMAND:
+            continue
+        _check_key(name.split("."), TrainConfig, where=f"--{name}")
+
+
+def check_file(path: Path) -> None:
+    """Refuse an unknown key of a YAML file at any depth, with a suggestion."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read as YAML: {reason[:200]}") from error
+    if content is None:
+        return
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds {type(content).__name__}; expected `key: value` lines.")
+    for keys in _paths(content):
+        _check_key(keys, TrainConfig, where=f"key {'.'.join(keys)!r} of {path}")
+
+
+def _paths(content: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    for key, value in content.items():
+        here = (*above, str(key))
+        yield list(here)
+        if isinstance(value, Mapping):
+            yield from _paths(value, here)
+
+
+def _check_key(keys: list[str], cls: Any, *, where: str) -> None:
+    """Follow `keys` through nested dataclasses; free-form dicts accept any key here."""
+    walked: list[str] = []
+    for key in keys:
+        if not is_dataclass(cls):
+            return
+        known = {f.name: f for f in fields(cls)}
+        if key not in known:
+            scope = f" below {'.'.join(walked)}" if walked else ""
+            nearest = suggest(key, known)
+            if walked and nearest:
+                nearest = nearest.replace("'", f"'{'.'.join(walked)}.", 1)
+            raise ConfigError(
+                f"Unknown {where}: there is no setting {key!r}{scope}."
+                + (nearest or " See lisa-train --help for all of them.")
+            )
+        walked.append(key)
+        cls = _dataclass_of(known[key].type)
+
+
+def _dataclass_of(annotation: Any) -> Any:
+    return annotation if is_dataclass(annotation) else None
+
+
+def one_sentence(message: str) -> str:
+    """Flatten jsonargparse's message: `Parser key "lisa.k": Expected a <class 'int'>. …`."""
+    text = " ".join(message.split())
+    text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
+    text = re.sub(
+        r"^the following arguments are required: (.+)$",
+        lambda m: "missing " + ", ".join(f"--{n.strip()}" for n in m[1].split(",")) + ".",
+        text,
+    )
+    return text

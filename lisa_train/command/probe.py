@@ -126,7 +126,8 @@ def _loss_of(trainer: "SFTTrainer") -> "Callable[[nn.Module, Any], torch.Tensor]
     """Return the loss that the trainer would take, in the precision that it computes in."""
 
     def loss(model: "nn.Module", batch: Any) -> "torch.Tensor":
-        with trainer.compute_loss_context_manager():
+        # Trainer puts autocast around the forward pass when it prepares the model, to train.
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             value: torch.Tensor = trainer.compute_loss(model, dict(batch))
         return value
 

@@ -2,14 +2,14 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import nn
 
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.estimate.optimizers import OptimizerKind, StateBytes, optimizer_kind
 from lisa_train.estimate.patterns import (
     check_layers,
@@ -21,11 +21,12 @@ from lisa_train.estimate.patterns import (
     units_of,
 )
 from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
-from lisa_train.estimate.setting import Setting
+from lisa_train.estimate.setting import Attention, Autocast, DType, Setting, Spread
 from lisa_train.estimate.spread import Held, by_layers, sharded, whole
 from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
+from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.private_names import check
 
 if TYPE_CHECKING:
@@ -35,7 +36,25 @@ if TYPE_CHECKING:
 def estimate_memory(
     model_or_config: "nn.Module | PretrainedConfig | str | Path",
     method: str = "lisa",
-    **setting: Any,
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 1024,
+    dtype: DType = "auto",
+    autocast: Autocast | None = None,
+    attn_implementation: Attention = "sdpa",
+    optim: str = "adamw_torch_fused",
+    eight_bit_states: tuple[str, ...] | None = None,
+    gradient_checkpointing: bool = False,
+    gradient_accumulation_steps: int = 1,
+    chunked_loss: bool = False,
+    step_in_backward: bool = False,
+    lisa: LisaConfig | None = None,
+    lora: Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
+    active_layers: tuple[int, ...] | None = None,
+    devices: int = 1,
+    spread: Spread = "fsdp",
+    **unknown: Never,
 ) -> MemoryEstimate:
     """Predict the peak memory of a training step; no weights, data or GPU are needed.
 
@@ -57,7 +76,7 @@ def estimate_memory(
         A module, a transformers configuration, or a folder or hub id (only its config.json is
         read). The class is that of `architectures`, else the one for causal language modelling.
     method
-        ``full``, ``lora`` or ``lisa``.
+        ``full``, ``lora`` or ``lisa``, or another of `lisa_train.METHODS`.
     batch_size, sequence_length
         Sequences per device and forward pass, and their tokens.
     dtype
@@ -79,8 +98,8 @@ def estimate_memory(
     step_in_backward
         Each gradient is used and freed as soon as it is there.
     lisa
-        A `LisaConfig`: layers, always-active groups, probabilities of embeddings and head,
-        `optimizer_state`, `precision`.
+        A `LisaConfig` (None: its defaults): layers, always-active groups, probabilities of
+        embeddings and head, `optimizer_state`, `precision`.
     lora
         Fields of PEFT's `LoraConfig`, over the defaults of `lisa-train`.
     autocast_adapter_dtype
@@ -90,6 +109,8 @@ def estimate_memory(
     devices, spread
         Number of devices, and how a model is spread over them: ``fsdp`` shards every tensor
         (FSDP2, each device with its own batch), ``layers`` puts equally many layers on each.
+    **unknown
+        Nothing else is taken; a name that is misspelt is answered with the nearest one.
 
     Returns
     -------
@@ -106,10 +127,28 @@ def estimate_memory(
     >>> estimate_memory(LlamaConfig(), "lisa", dtype="bfloat16").total < 24e9
     True
     """
-    try:
-        wanted = Setting(method=method, **setting)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise _unknown(setting, error) from error
+    if unknown:
+        raise _unknown(next(iter(unknown)))
+    wanted = Setting(
+        method=method,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        autocast=autocast,
+        attn_implementation=attn_implementation,
+        optim=optim,
+        eight_bit_states=eight_bit_states,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        chunked_loss=chunked_loss,
+        step_in_backward=step_in_backward,
+        lisa=lisa or LisaConfig(),
+        lora=lora or {},
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        active_layers=active_layers,
+        devices=devices,
+        spread=spread,
+    )
     return estimate(model_or_config, wanted)
 
 
@@ -126,18 +165,9 @@ def estimate(
     return _Estimator(stage, setting, kind).run()
 
 
-def _unknown(given: Mapping[str, Any], error: TypeError) -> ConfigError:
-    from dataclasses import fields
-
-    from lisa_analysis.contract.errors import suggest
-
+def _unknown(name: str) -> ConfigError:
     known = [f.name for f in fields(Setting)]
-    strangers = [name for name in given if name not in known]
-    if not strangers:
-        return ConfigError(str(error))
-    return ConfigError(
-        f"estimate_memory has no setting {strangers[0]!r}.{suggest(strangers[0], known)}"
-    )
+    return ConfigError(f"estimate_memory has no setting {name!r}.{suggest(name, known)}")
 
 
 class _Estimator:

@@ -1,7 +1,8 @@
 """The peak: against the CPU allocator's own record of a real step, and its behaviour."""
 
+import inspect
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import helpers_memory as small
 import pytest
@@ -226,6 +227,14 @@ def test_bad_input_is_refused_in_words(changes, words):
     settings = {"sequence_length": 16, **changes}
     with pytest.raises(ConfigError, match=words):
         lt.estimate_memory(small.llama(), settings.pop("method", "lisa"), **settings)
+
+
+def test_the_signature_is_that_of_a_setting():
+    """The same names with the same defaults; None stands for what a dataclass makes anew."""
+    taken = inspect.signature(lt.estimate_memory).parameters
+    given = {n: p.default for n, p in taken.items() if p.default is not p.empty}
+    made = {"lisa": lt.LisaConfig(), "lora": {}}
+    assert given | made == {f.name: getattr(Setting(), f.name) for f in fields(Setting)}
 
 
 def test_a_sequence_beyond_the_table_of_positions_is_refused():

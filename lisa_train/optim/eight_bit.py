@@ -65,7 +65,7 @@ def set_eight_bit_states(
     # would hand these settings on to the next one, by position.
     manager = GlobalOptimManager.__new__(GlobalOptimManager)
     manager.initialize()
-    small = parameters_of(model, layer_map, groups)
+    small = _parameters_of(model, layer_map, groups)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             manager.override_config(parameter, "optim_bits", 8 if parameter in small else 32)
@@ -78,10 +78,9 @@ def set_eight_bit_states(
     ]
 
 
-def parameters_of(
+def _parameters_of(
     model: nn.Module, layer_map: LayerMap, groups: Collection[str]
 ) -> set[nn.Parameter]:
-    """Return the tensors of some groups; a head that is tied to the embedding belongs to both."""
     names = [name for group in groups if group != "layers" for name in layer_map.groups[group]]
     if "layers" in groups:
         names += [name for layer in layer_map.layers for name in layer]

@@ -1,6 +1,8 @@
 """`method: probe` from the shell and from Python: what it measures, writes, says and refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.training import train
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(model: Path, data: Path, out: Path, **settings: Any) -> lt.TrainConfig:
@@ -173,6 +177,31 @@ def test_autocast_is_that_of_training(
     one, two = (rows(d)["grad_norm"].dropna().to_numpy() for d in (full, half))
     assert not np.array_equal(one, two)
     np.testing.assert_allclose(one, two, rtol=0.1)
+
+
+def test_two_processes_measure_the_batches_that_one_measures(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    alone = train(config(tiny_model_dir, text_file, tmp_path / "alone"))
+    words = ["--config", str(alone / "config.yaml"), "--probe.batches", "3"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "lisa_train", *words, "--output_dir", str(tmp_path / "two")],
+        check=True, capture_output=True, cwd=ROOT,
+    )  # fmt: skip
+    one, two = la.load(alone), la.load(tmp_path / "two")
+    assert two.manifest["hardware"]["processes"] == 2
+    assert two.manifest["result"]["batches"] == one.manifest["result"]["batches"] == 6
+    assert two.manifest["result"]["tokens"] == one.manifest["result"]["tokens"]
+    each, together = (
+        [f[f["batch"].isna() == whole] for f in (rows(alone), rows(two.path))]
+        for whole in (False, True)
+    )
+    for column in ("signal", "noise"):
+        first, second = (f.set_index("param_id")[column] for f in together)
+        np.testing.assert_allclose(first, second[first.index], rtol=1e-4)
+    norms = [np.sort(f["grad_norm"].to_numpy()) for f in each]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

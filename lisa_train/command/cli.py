@@ -162,12 +162,13 @@ def build_parser(*, reads_data: bool = True) -> "ArgumentParser":
 
 
 def _epilog() -> str:
-    methods = "".join(f"\n  {m.name:<6} {m.help}" for m in METHODS.values())
-    return f"""\
-methods:{methods}
-recipes that come with the package: --config {" | ".join(recipes())}
-example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl
-"""
+    """Methods, recipes and an example, as one paragraph: the help is wrapped as it fits."""
+    methods = "; ".join(f"{m.name} {m.help}" for m in METHODS.values())
+    return (
+        f"Methods: {methods}. "
+        f"Recipes that come with the package: --config {' | '.join(recipes())}. "
+        "Example: lisa-train --config lisa --model_name_or_path MODEL --dataset_name data.jsonl"
+    )
 
 
 def _with_output_dir(config: TrainConfig, files: list[Path]) -> TrainConfig:

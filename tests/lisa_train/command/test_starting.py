@@ -158,13 +158,13 @@ def trained_text(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> list
     import lisa_train.command.training as module
 
     seen = {}
-    original = module._build_trainer
+    original = module.build_trainer
 
     def build(*args: Any) -> Any:
         seen["trainer"] = original(*args)
         return seen["trainer"]
 
-    monkeypatch.setattr(module, "_build_trainer", build)
+    monkeypatch.setattr(module, "build_trainer", build)
     train(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     return [tokenizer.decode(ids) for ids in seen["trainer"].train_dataset["input_ids"]]
@@ -466,14 +466,14 @@ def test_after_the_first_step_errors_stay_what_they_are(
 ) -> None:
     import lisa_train.command.training as module
 
-    original = module._build_trainer
+    original = module.build_trainer
 
     def build(*args: Any) -> Any:
         trainer = original(*args)
         trainer.add_callback(_Late())
         return trainer
 
-    monkeypatch.setattr(module, "_build_trainer", build)
+    monkeypatch.setattr(module, "build_trainer", build)
     with pytest.raises(RuntimeError, match="later"):
         train(config(tiny_model_dir, text_file, tmp_path / "run"))
     assert la.load(tmp_path / "run").status == "failed"

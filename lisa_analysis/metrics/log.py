@@ -13,7 +13,11 @@ from lisa_analysis.rundir.events import chosen, draws, learning_rates, ruling_dr
 Array = NDArray[np.float64]
 
 # Settings that record a column which is off by default.
-_HOW = {"delta_norm": "for weights, record.base_delta", PROBE: "record.probe_every"}
+_HOW = {
+    "delta_norm": "for weights, record.base_delta",
+    PROBE: "record.probe_every",
+    "probes": "lisa-train --config probe, or lisa_train.probe",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,8 @@ class Measurements:
 
     def has(self, column: str) -> bool:
         """Whether the run recorded a column."""
+        if column == "probes":
+            return not self.run.probes.empty
         if column == PROBE:
             return len(self.table.probe_steps) > 0
         if column == "delta_norm":

@@ -14,8 +14,8 @@ from lisa_analysis.metrics.log import Measurements
 Array = NDArray[np.float64]
 # log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
 Scale = Literal["log", "linear", "total"]
-# The recorded optimizer steps, or the measuring passes.
-Rows = Literal["steps", "probes"]
+# The recorded optimizer steps, the measuring passes, or the independent batches of a probe.
+Rows = Literal["steps", "probes", "batches"]
 Need = str | tuple[str, ...]
 Subject = TypeVar("Subject", bound=Callable[..., Any])
 
@@ -57,7 +57,7 @@ class Metric:
     at_start
         Its score at step 0, or None where it has none (nothing has changed at step 0).
     rows
-        What its rows are: ``steps`` or ``probes``.
+        What its rows are: ``steps``, ``probes`` or ``batches`` (independent repetitions).
     compares
         Whether it compares the run with another one.
     below_zero

@@ -26,9 +26,14 @@ Array = NDArray[np.float64]
 DEFAULT_METRIC = "grad_rms"
 
 
+def default_metric(run: Any) -> str:
+    """Metric that a run is profiled by unless another one is asked for."""
+    return "grad_signal" if run.method == "probe" else DEFAULT_METRIC
+
+
 def importance(
     run: Any,
-    metric: str | Metric | Callable[[Measurements], Array] = DEFAULT_METRIC,
+    metric: str | Metric | Callable[[Measurements], Array] | None = None,
     *,
     by: str = "layer",
     confidence: float = 0.95,
@@ -46,7 +51,8 @@ def importance(
         Id of a metric in `lisa_analysis.METRICS`, or a callable that takes `Measurements` and
         returns values of shape (recorded steps, groups), NaN where a group was not observed. Its
         attributes `id`, `definition`, `scale` and so on are used where it has them; a plain
-        function goes by its name, the first line of its docstring, and ``log``.
+        function goes by its name, the first line of its docstring, and ``log``. None takes
+        ``grad_rms``, of a probe ``grad_signal``.
     by
         ``layer``, ``kind`` (attn.q … mlp.down over the whole stack), ``module`` (a kind within
         a layer) or ``tensor``.
@@ -83,7 +89,7 @@ def importance(
     check_confidence(confidence)
     run = opened(run, "importance")
     other = None if reference is None else opened(reference, "reference")
-    chosen = find_metric(metric, other)
+    chosen = find_metric(default_metric(run) if metric is None else metric, other)
     data = measurements(run, by)
     values = _evaluate(chosen, data)
     fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
@@ -102,7 +108,7 @@ def importance(
     visits[~data.table.trained.any(axis=0)] = 0
     # A measuring pass sees what never trained as well.
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
-    if chosen.rows == "probes":
+    if chosen.rows != "steps":
         trained = np.zeros_like(trained)
     return ImportanceProfile(
         metric=chosen.id,
@@ -143,7 +149,8 @@ def _evaluate(chosen: Metric, data: Measurements) -> NDArray[np.floating]:
             f"importance metric {chosen.id!r} cannot be computed for run {data.run.run_id}: "
             f"{error.args[0]}; choose another metric or record the column."
         ) from None
-    if values.shape not in (data.table.trained.shape, data.table.probe.shape):
+    expected = (data.table.trained.shape, data.table.probe.shape)
+    if chosen.rows != "batches" and values.shape not in expected:
         raise LisaError(
             f"importance metric {chosen.id!r} returned an array of shape {values.shape}: expected "
             f"(recorded steps, groups) = {data.table.trained.shape}."
@@ -165,9 +172,13 @@ def _fits(
     seed: int,
 ) -> tuple[Fit, list[Fit], NDArray[np.int64], NDArray[np.int64] | None, np.random.Generator]:
     """Fit of the layers, of each group outside, the steps behind them, and the generator."""
-    probes = chosen.rows == "probes"
-    steps = data.table.probe_steps if probes else data.table.steps
-    interval = None if probes else data.interval
+    batches = chosen.rows == "batches"
+    steps = {
+        "steps": data.table.steps,
+        "probes": data.table.probe_steps,
+        "batches": np.arange(len(values)),
+    }[chosen.rows]
+    interval = data.interval if chosen.rows == "steps" else None
     rng = np.random.default_rng(seed)
     log = chosen.scale == "log"
     total = chosen.scale == "total"
@@ -180,6 +191,7 @@ def _fits(
             values[:, columns], log=log, clusters=None if total else clusters,
             confidence=confidence, rng=rng, remove_common=log,
             min_effective=limits.min_effective, min_visits=limits.min_visits,
+            independent=batches,
         )  # fmt: skip
 
     inside = data.table.groups.inside

@@ -15,6 +15,7 @@ from lisa_analysis.contract.schema import (
     METRICS_DIR,
     METRICS_TABLE,
     PARAMETERS,
+    PROBES_DIR,
     SCALARS,
     SCALARS_TABLE,
 )
@@ -22,6 +23,7 @@ from lisa_analysis.rundir.events import usable_events
 from lisa_analysis.rundir.jsonl import lines_frame, read_lines
 from lisa_analysis.rundir.manifest import read_manifest, writer_lives
 from lisa_analysis.rundir.metrics_rows import MetricsRows, Wanted, empty_schema
+from lisa_analysis.rundir.probes import read_probes
 from lisa_analysis.rundir.shards import (
     KEYS,
     Steps,
@@ -115,6 +117,13 @@ class Run:
     def parameters(self) -> "pd.DataFrame":
         """One row per tensor, see `lisa_analysis.contract.schema.PARAMETERS_TABLE`."""
         return read_parameters(self.path / PARAMETERS, self.n_layers, self.warnings)
+
+    @cached_property
+    def probes(self) -> "pd.DataFrame":
+        """What probes measured, see `lisa_analysis.contract.schema.PROBES_TABLE`."""
+        return read_probes(
+            self.path / PROBES_DIR, self.parameters["param_id"].to_numpy(), self.warnings
+        )
 
     @cached_property
     def scalars(self) -> "pd.DataFrame":

@@ -156,7 +156,7 @@ class ShardFile:
                 os.path.abspath(path), fs.LocalFileSystem()
             )
             physical = self._fragment.physical_schema
-            _check_stored_version(physical, path, self.warnings)
+            check_stored_version(physical, path, self.warnings)
             _require(physical, KEYS, path)
             self._stored = frozenset(physical.names)
             self.rows: int = self._fragment.metadata.num_rows
@@ -233,7 +233,7 @@ def read_parameters(path: Path, n_layers: int, warnings: list[str]) -> "pd.DataF
     try:
         with path.open("rb") as file:  # Arrow reads a path as an address where it has a colon
             table = pq.ParquetFile(file).read()
-        _check_stored_version(table.schema, path, warnings)
+        check_stored_version(table.schema, path, warnings)
         _require(table.schema, [c.name for c in PARAMETERS_TABLE.columns if not c.nullable], path)
         schema = arrow_schema(PARAMETERS_TABLE)
         arrays = [
@@ -275,7 +275,8 @@ def _parameter_fault(frame: "pd.DataFrame", n_layers: int) -> str | None:
     return None
 
 
-def _check_stored_version(schema: "pa.Schema", path: Path, warnings: list[str]) -> None:
+def check_stored_version(schema: "pa.Schema", path: Path, warnings: list[str]) -> None:
+    """Compare the version that a file states with this package's, see `check_version`."""
     stored = (schema.metadata or {}).get(b"schema_version")
     if stored is None:
         raise RunDirectoryError(

@@ -13,6 +13,8 @@ Array = NDArray[np.float64]
 # Below this many effective observations an interval would be wrong far more often than it says.
 MIN_EFFECTIVE = 25.0
 MIN_VISITS = 3
+# Of independent repetitions fewer will do: nothing about their course has to be estimated.
+MIN_INDEPENDENT = 6.0
 # Longer series are averaged over neighbouring steps first: time and memory stay bounded.
 MAX_ROWS = 8192
 
@@ -100,6 +102,7 @@ def fit_series(
     remove_common: bool = True,
     min_effective: float = MIN_EFFECTIVE,
     min_visits: float = MIN_VISITS,
+    independent: bool = False,
 ) -> Fit:
     """Average over time and find out how well the average is known.
 
@@ -119,6 +122,9 @@ def fit_series(
         Remove what all layers share at a step before errors are estimated.
     min_effective, min_visits
         Effective observations, and blocks or intervals, below which a layer has no interval.
+    independent
+        The rows are independent repetitions (batches of a probe), not a course over time: every
+        row counts in full, and `min_effective` does not apply.
     """
     values = np.where(np.isfinite(values), values, np.nan)
     zero, zeros = _zeros(values)
@@ -132,8 +138,13 @@ def fit_series(
     effects = st.additive_effects(series, remove_common=remove_common and log)
     residuals = effects.residuals
     counts = np.isfinite(series).sum(axis=0)
-    rho = st.ar1(residuals)
-    if labels is None:
+    rho = np.zeros(series.shape[1]) if independent else st.ar1(residuals)
+    if independent:
+        length, shown = 1, 1.0
+        block = np.arange(len(series))
+        n_eff = units = counts.astype(np.float64)
+        min_effective = MIN_INDEPENDENT
+    elif labels is None:
         known = rho[np.isfinite(rho)] if np.isfinite(rho).any() else np.zeros(1)
         length = st.block_length(len(series), float(np.quantile(known, 0.75)))
         shown = st.block_deflation(float(np.median(known)), length)

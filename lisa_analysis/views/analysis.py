@@ -10,7 +10,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids, update_ratio_grid
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
-from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
+from lisa_analysis.profiles.from_run import default_metric, importance
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.events import draws
 from lisa_analysis.rundir.run import Run, load
@@ -34,7 +34,7 @@ class RunAnalysis:
     name
         What the run is called beside the others.
     metric
-        Importance metric of its profile, an id or a callable.
+        Importance metric of its profile, an id or a callable; None for the run's default.
     activated_layers
         For how many layers per interval the probabilities are; None takes the run's own, or 2.
     use_intervals
@@ -43,7 +43,7 @@ class RunAnalysis:
 
     run: Run
     name: str
-    metric: Any = DEFAULT_METRIC
+    metric: Any = None
     activated_layers: int | None = None
     use_intervals: bool = True
 
@@ -130,7 +130,7 @@ class Analysis:
     """What was found in all runs, each part computed once. Made by `Analysis.of`."""
 
     runs: tuple[RunAnalysis, ...]
-    metric: Any = DEFAULT_METRIC
+    metric: Any = None
 
     @classmethod
     def of(cls, runs: Sequence[Run | str | Path], metric: Any = None, **options: Any) -> "Analysis":
@@ -146,7 +146,6 @@ class Analysis:
             `activated_layers` and `use_intervals` of `RunAnalysis`.
         """
         opened = [load(run) if isinstance(run, str | Path) else run for run in runs]
-        metric = metric or DEFAULT_METRIC
         return cls(
             tuple(
                 RunAnalysis(run, name, metric, **options)
@@ -166,7 +165,8 @@ class Analysis:
         if self.alone:
             return None
         profiles = [one.profile for one in self.runs]
-        return compare([one.run for one in self.runs], self.metric, profiles=profiles)
+        metric = self.metric or default_metric(self.runs[0].run)
+        return compare([one.run for one in self.runs], metric, profiles=profiles)
 
     @cached_property
     def numbers(self) -> "pd.DataFrame":

@@ -107,8 +107,8 @@ class Rule:
         raise NotImplementedError
 
     def applies(self, run: Any) -> bool:
-        """Whether the rule means anything for this method of training."""
-        return self.methods is None or run.method in self.methods
+        """Whether the rule means anything for this method of training; a probe trains nothing."""
+        return run.method != "probe" if self.methods is None else run.method in self.methods
 
     def __call__(self, evidence: Evidence) -> Finding:
         """Check, and put the outcome together with the texts of the rule."""

@@ -1,0 +1,138 @@
+"""Signal and noise of probed batches: against dense gradients, and intervals that hold."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers_runs import write_run
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError, RunDirectoryError
+from lisa_analysis.contract.schema import PROBES_DIR, PROBES_TABLE, shard_name
+from lisa_analysis.metrics import probed
+from lisa_analysis.rundir.shards import arrow_schema
+from lisa_analysis.statistics.estimate import fit_series
+from lisa_analysis.statistics.signal import signal_and_noise
+
+LAYERS = 6
+
+
+def dense(batches, mean, rng, elements=40):
+    """Gradients of every batch and tensor, shape (batches, tensors, elements)."""
+    noise = rng.normal(size=(batches, len(mean), elements)) / np.sqrt(elements)
+    return mean[:, None] / np.sqrt(elements) + noise
+
+
+def numbers(gradients):
+    """‖g_b‖² and ⟨g_b, mean of the others⟩, by brute force over all pairs."""
+    gram = np.einsum("bte,cte->tbc", gradients, gradients)
+    squares = np.einsum("tbb->bt", gram)
+    return squares, (gram.sum(axis=2).T - squares) / (len(gradients) - 1)
+
+
+def write_probe(path, gradients, version="1.0"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    squares, agreement = numbers(gradients)
+    batches, tensors = squares.shape
+    frame = pd.DataFrame(
+        {
+            "step": 0, "batch": np.repeat(np.arange(batches), tensors),
+            "param_id": np.tile(np.arange(tensors), batches),
+            "grad_norm": np.sqrt(squares).ravel(), "signal": agreement.ravel(),
+        }
+    )  # fmt: skip
+    together = pd.DataFrame(
+        {"step": 0, "param_id": np.arange(tensors), "signal": agreement.mean(axis=0)}
+    )
+    rows = pd.concat([frame, together], ignore_index=True)
+    rows["batch"] = rows["batch"].astype("Int32")
+    table = pa.Table.from_pandas(
+        rows.reindex(columns=list(PROBES_TABLE.names)), arrow_schema(PROBES_TABLE),
+        preserve_index=False,
+    )  # fmt: skip
+    (path / PROBES_DIR).mkdir()
+    table = table.replace_schema_metadata({"schema_version": version})
+    pq.write_table(table, path / PROBES_DIR / shard_name(0, 0))
+
+
+@pytest.fixture
+def probed_run(tmp_path):
+    path = write_run(
+        tmp_path / "probe", n_layers=LAYERS, steps=1, method="probe", kinds=("attn.q", "mlp.up")
+    )
+    frame = la.load(path).parameters
+    layer = frame["layer"].astype("Float64").fillna(0).to_numpy(dtype=float)
+    rng = np.random.default_rng(0)
+    gradients = dense(32, 1.0 + (layer == 2), rng)
+    write_probe(path, gradients)
+    return path, frame, gradients
+
+
+def test_scores_are_those_of_the_dense_gradients(probed_run):
+    path, frame, gradients = probed_run
+    profile = la.importance(path)
+    assert profile.metric == "grad_signal"
+    ratio = la.importance(path, "signal_to_noise")
+    for layer in range(LAYERS):
+        rows = np.flatnonzero((frame["layer"] == layer).fillna(False))
+        elements = float(frame["numel"].iloc[rows].sum())
+        g = gradients[:, rows].reshape(len(gradients), -1)
+        squares, agreement = numbers(g[:, None, :])
+        found = signal_and_noise(squares, agreement)
+        # The score is free of the root's bias: close to the plain root, not equal.
+        plain = np.sqrt(found.signal[0] / elements)
+        assert profile[layer].score == pytest.approx(plain, rel=0.01)
+        assert ratio[layer].score == pytest.approx(found.signal[0] / found.noise[0], rel=0.03)
+        assert profile[layer].low < plain < profile[layer].high
+        assert profile[layer].n_eff == len(gradients)
+
+
+def test_a_layer_of_twice_the_gradient_stands_apart(probed_run):
+    profile = la.importance(probed_run[0])
+    others = [row.high for row in profile if row.layer != 2]
+    assert profile[2].low > max(others)
+
+
+@pytest.mark.parametrize(("batches", "ratio"), [(6, 0.3), (16, 0.05), (32, 3.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(batches, ratio):
+    rng = np.random.default_rng(1)
+    held = total = 0
+    for _ in range(60):
+        gradients = dense(batches, np.full(12, np.sqrt(ratio)), rng, elements=200)
+        squares, agreement = numbers(gradients)
+        values = probed._pseudo_values(
+            squares, agreement, lambda signal, noise: np.sqrt(np.maximum(signal, 0))
+        )
+        fit = fit_series(
+            values, log=False, clusters=None, confidence=0.95, rng=rng, remove_common=False,
+            independent=True,
+        )  # fmt: skip
+        held += ((fit.low <= np.sqrt(ratio)) & (np.sqrt(ratio) <= fit.high)).sum()
+        total += 12
+    # Jackknife errors are too wide where there is little signal, never too narrow.
+    assert 0.93 <= held / total <= 1.0
+
+
+def test_few_batches_have_scores_and_no_interval(tmp_path):
+    path = write_run(tmp_path / "run", n_layers=LAYERS, steps=1, method="probe")
+    count = len(la.load(path).parameters)
+    write_probe(path, dense(5, np.ones(count), np.random.default_rng(0)))
+    frame = la.importance(path).to_frame()
+    assert frame["score"].notna().all()
+    assert frame["low"].isna().all()
+
+
+def test_what_it_says_without_a_probe_or_with_a_damaged_one(probed_run, tmp_path):
+    other = write_run(tmp_path / "other", n_layers=LAYERS, steps=20)
+    with pytest.raises(LisaError, match="--config probe"):
+        la.importance(other, "grad_signal")
+    path = probed_run[0]
+    [file] = (path / PROBES_DIR).iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunDirectoryError, match="restore it"):
+        _ = la.load(path).probes
+    # Nothing of training is asked of a probe.
+    file.write_bytes(whole)
+    assert not la.diagnose(path).findings

@@ -125,7 +125,7 @@ def _trainer() -> list[PrivateName]:
     loop = [
         PrivateName(
             "exceptions", "transformers.trainer:Trainer", name,
-            ("integration/unwinding",),
+            ("trainer/events",),
             "callbacks that were added by hand do not hear of every exception: LISA's flags and "
             "the status of the run stay as they were then (attach hears of all)",
             refused=False,
@@ -135,7 +135,7 @@ def _trainer() -> list[PrivateName]:
     pass_of = [
         PrivateName(
             "trainer probe", "transformers.trainer:Trainer", name,
-            ("integration/record_callback",),
+            ("trainer/probe_pass",),
             "probe_every cannot make the pass that the trainer makes; leave it out",
         )
         for name in ("_get_num_items_in_batch", "_prepare_inputs")
@@ -144,26 +144,26 @@ def _trainer() -> list[PrivateName]:
         *loop,
         *pass_of,
         PrivateName(
-            "trainer", "transformers.trainer", "_train_batch_size", ("integration/continuation",),
+            "trainer", "transformers.trainer", "_train_batch_size", ("trainer/continuation",),
             "run.json states the batch size of the settings where auto_find_batch_size chose "
             "another",
             refused=False, in_source=True,
         ),
         PrivateName(
             "trainer", "transformers.trainer_callback:TrainerState", "stateful_callbacks",
-            ("integration/lisa_callback", "integration/continuation"),
+            ("trainer/lisa_callback", "trainer/continuation"),
             "a checkpoint cannot hold LISA's schedule", in_source=True,
         ),
         PrivateName(
             "trainer", "accelerate:Accelerator", "optimizer_step_was_skipped",
-            ("integration/loss_scale",), "steps that fp16 skips are recorded as made",
+            ("trainer/loss_scale",), "steps that fp16 skips are recorded as made",
         ),
         PrivateName(
-            "trainer", "accelerate.accelerator", "scaler", ("integration/loss_scale",),
+            "trainer", "accelerate.accelerator", "scaler", ("trainer/loss_scale",),
             "gradients under fp16 are recorded with the loss scale in them", in_source=True,
         ),
         PrivateName(
-            "trl head", "trl.trainer.utils", "_ChunkedLogProbFunction", ("head_gradient",),
+            "trl head", "trl.trainer.utils", "_ChunkedLogProbFunction", ("trainer/trl_head",),
             "the gradient of a head that trains stands whole in fp32: six bytes per weight of the "
             "head more memory than the tables say",
             refused=False, if_loaded=True,

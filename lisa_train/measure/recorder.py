@@ -26,17 +26,17 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk.outcome import outcome
 from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
+from lisa_train.measure.session import RunSession
 from lisa_train.measure.step_measure import StepMeasure
 from lisa_train.measure.tensor_steps import TensorSteps
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
 from lisa_train.measure.unmeasured import unmeasured_products
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.parallel import refuse_wrappers
-from lisa_train.model.run_entries import joined, method_entries
+from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.frozen_state import as_one, optimizers_of
@@ -107,6 +107,8 @@ class NormRecorder:
         for a given writer, which has its own.
     began
         When the opening of the run began (`time.perf_counter`), if before this call.
+    session
+        A run that is open already, in the place of `writer`.
 
     Raises
     ------
@@ -144,14 +146,13 @@ class NormRecorder:
         step_in_backward: StepInBackward | None = None,
         manifest: Mapping[str, Any] | None = None,
         began: float | None = None,
+        session: RunSession | None = None,
     ) -> None:
         began = time.perf_counter() if began is None else began
         refuse_wrappers(model, "the recorder")
         self.config = config
-        self.stopped = False
         self._probe_failed = False
         self._written = -1  # the last step whose rows are complete on the disk
-        self._problem: str | None = None
         self._time = RecordingTime(began)
         self._inside = False
         self._optimizer = as_one(optimizers_of(optimizer))
@@ -160,7 +161,10 @@ class NormRecorder:
         self._devices = {p.device for _, p in self.table.tensors}
         self._processes = Processes(self.table)
         check("model", "recorder", *_needed(model, config, self._processes))
-        self.writer = self._settled_writer(writer, model, layer_map, manifest)
+        self.stopped = False
+        self._method_of: nn.Module | None = None
+        self.session = session or self._opened(writer, model, layer_map, manifest)
+        self.writer = self.session.writer
         self._buffer = MetricBuffer()
         self._measure = StepMeasure(
             model,
@@ -218,71 +222,38 @@ class NormRecorder:
         for text in unmeasured_products(model, self.table, self._measure.pairs, self.config):
             self._say(text)
 
-    def _settled_writer(
+    def _opened(
         self,
         given: RunWriter | SilentWriter | None,
         model: nn.Module,
         layer_map: LayerMap,
         manifest: Mapping[str, Any] | None,
-    ) -> RunWriter | SilentWriter:
-        """Return the writer of this process: the first opens the run directory, the others none.
-
-        They settle together what became of that: one that stops, or goes on unrecorded, alone
-        would let the others wait for ever. If the directory cannot be had, nothing is recorded
-        where the user said so.
-        """
-        self._method_of: nn.Module | None = model if given is None else None
-        if manifest and "method" in manifest:
-            self._method_of = None  # the user knows better
-        writer, problem = given, None
-        if writer is None and self.config.run_dir is None:
+    ) -> RunSession:
+        """Return the session of a run that is open, or of one that is opened now."""
+        session = RunSession(self.config, self._processes, given)
+        # The user knows better, where the method is given.
+        self._method_of = None if given is not None or "method" in (manifest or {}) else model
+        if given is None and self.config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
-        if writer is None and self._processes.first:
-            try:
-                writer = self._new_writer(model, layer_map, manifest)
-            except Exception as error:
-                problem = error
-        stops = problem is not None and (
-            faults.stops_training(problem, self.config.on_record_error)
-            or faults.is_refusal(problem)
-        )
-        failed, stopped, segment = self._processes.highest(
-            problem is not None, stops, writer.segment if writer else 0
-        )
-        if problem is not None and stopped:
-            raise problem
-        if stopped:
-            raise RunDirectoryError(
-                f"{self.config.run_dir} is not recorded to: the first process could not open it "
-                "and says why."
-            )
-        if failed:
-            self.stopped = True
-            if problem is not None:
-                warn_unrecorded(problem)
-        return SilentWriter(segment) if failed or writer is None else writer
 
-    def _new_writer(
-        self, model: nn.Module, layer_map: LayerMap, manifest: Mapping[str, Any] | None
-    ) -> RunWriter:
-        assert self.config.run_dir is not None
-        known = environment.manifest(model, self.config, self.table, layer_map)
-        known["hardware"]["processes"] = self._processes.count
-        return RunWriter(
-            self.config.run_dir,
-            manifest=joined(known, manifest or {}),
-            parameters=self.table.rows,
-        )
+        def new_writer() -> RunWriter:
+            assert self.config.run_dir is not None
+            known = environment.manifest(model, self.config, self.table, layer_map)
+            known["hardware"]["processes"] = self._processes.count
+            return RunWriter(
+                self.config.run_dir,
+                manifest=joined(known, manifest or {}),
+                parameters=self.table.rows,
+            )
+
+        self.stopped = not session.open(new_writer if given is None else lambda: given)
+        return session
 
     def _say_the_method(self) -> None:
-        """Correct run.json, once, where an engine was opened on the model after the recorder."""
-        if self._method_of is None:
-            return
-        model, self._method_of = self._method_of, None
-        entries = method_entries(model)
-        known = getattr(self.writer, "manifest", {})
-        if known.get("method") == "full" != entries["method"]:
-            self.writer.update_manifest(**joined(known, entries))
+        """Look once more, at the first step, how the model is trained."""
+        if self._method_of is not None:
+            model, self._method_of = self._method_of, None
+            self.session.state_method(model)
 
     @property
     def seconds(self) -> float:
@@ -576,35 +547,16 @@ class NormRecorder:
         self._measure.close()
         if self.writer.closed:
             return
-        problem: Exception | None = None
 
         def last_write() -> None:
             with self._time.running():
                 self._write(everything=True)
 
-        for part in (lambda: self._last_census(status), last_write):
-            try:
-                part()
-            except Exception as failure:
-                problem = problem or failure
-        if problem is not None and not isinstance(problem, UnwritableError):
-            # What the disk refused is tried once more below.
-            why = faults.reason(problem)
-            self._problem = self._problem or f"recording ended early: {why}"
-            self._event(f"recording ended early: {why}", faults.full_traceback(problem))
-        if self.writer.lost_rows and self._problem is None:
-            self._problem = f"{self.writer.lost_rows} rows were lost while the disk refused them"
-        if status == "finished" and self._problem:
-            status = "failed"
+        problem = self.session.write_last(self._step, lambda: self._last_census(status), last_write)
         if "recorder_seconds" in result:  # the last census is in it
             result["recorder_seconds"] = round(self.seconds, 3)
-        fields: dict[str, Any] = {"result": result} if result else {}
-        if error or self._problem:
-            fields["error"] = error or self._problem
-        try:
-            self.writer.close(status, **fields)
-        except Exception as failure:
-            problem = problem or failure
+        at_the_end = self.session.close(status, error, result)
+        problem = problem or at_the_end
         if problem is None:
             return
         if error is None:
@@ -647,7 +599,7 @@ class NormRecorder:
             self.stopped = True
             self._measure.close()  # copies of weights would stay for the rest of the training
             why = faults.reason(error)
-            self._problem = f"recording stopped after step {self._step}: {why}"
+            self.session.problem = f"recording stopped after step {self._step}: {why}"
             self._say(f"Recording stopped, training goes on: {why}", faults.full_traceback(error))
 
     def _say(self, text: str, trace: str | None = None) -> None:
@@ -673,12 +625,6 @@ def _needed(model: nn.Module, config: RecordConfig, processes: Processes) -> lis
         and bool({"delta_norm", "merged_norm"} & set(config.quantities)),
     }
     return [area for area, needed in areas.items() if needed]
-
-
-def warn_unrecorded(error: Exception) -> None:
-    """Say that training goes on without a recording."""
-    text = f"Training goes on unrecorded: {faults.reason(error)}"
-    warnings.warn(faults.warning_text(text, error), RuntimeWarning, stacklevel=4)
 
 
 def _check_names(scalars: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.eight_bit_callback import EightBitCallback
+from lisa_train.trainer.events import TrainerEvents
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 from lisa_train.trainer.step_callback import StepCallback
@@ -145,7 +146,7 @@ def attach(
         trainer.add_callback(stepping)
     callback = None
     if lisa is not None:
-        callback = LisaCallback(lisa)
+        callback = LisaCallback(lisa, trainer=trainer)
         trainer.add_callback(callback)
     recorder = None
     if record is not None:
@@ -157,8 +158,10 @@ def attach(
         )  # fmt: skip
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
-    trainer.train = _ending(
-        trainer.train, attachment, continuation, compiled=trainer.args.torch_compile
+    # A compiler would have to trace through the slices.
+    head = nullcontext if trainer.args.torch_compile else sliced_head_gradient
+    TrainerEvents.of(trainer).around_train(
+        functools.partial(_training, attachment, continuation, head=head)
     )
     return attachment
 
@@ -175,33 +178,23 @@ def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
             plan.check_optimizer(trainer.optimizer)
 
 
-def _ending(
-    train: Callable[..., Any],
-    attachment: Attachment,
-    continuation: Continuation,
-    *,
-    compiled: bool,
-) -> Callable[..., Any]:
-    """Wrap `trainer.train`: Trainer tells its callbacks neither of exceptions nor of resuming."""
+@contextmanager
+def _training(
+    attachment: Attachment, continuation: Continuation, resume_from_checkpoint: Any, *, head: Any
+) -> Iterator[None]:
+    """What `trainer.train` runs inside; callbacks hear not of resuming, nor of all exceptions."""
     engine, stepping = attachment.engine_callback, attachment.step_callback
-    # A compiler would have to trace through the slices.
-    head = nullcontext if compiled else sliced_head_gradient
-
-    @functools.wraps(train)
-    def wrapped(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
-            engine.checkpoint = Path(resume_from_checkpoint)
-        continuation.begin(resume_from_checkpoint)
-        try:
-            with head():
-                return train(resume_from_checkpoint, *args, **kwargs)
-        except BaseException as error:
-            attachment.close(error)
-            raise
-        finally:
-            if engine is not None:
-                engine.close()
-            if stepping is not None:
-                stepping.close()
-
-    return wrapped
+    if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
+        engine.checkpoint = Path(resume_from_checkpoint)
+    continuation.begin(resume_from_checkpoint)
+    try:
+        with head():
+            yield
+    except BaseException as error:
+        attachment.close(error)
+        raise
+    finally:
+        if engine is not None:
+            engine.close()
+        if stepping is not None:
+            stepping.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
@@ -15,9 +15,8 @@ from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
+from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer
 from lisa_train.trainer.parallel_checks import check_lisa_processes
-from lisa_train.trainer.unwinding import calling_trainer, on_exception
-from lisa_train.trainer.wraps import Wraps
 
 # Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
 # Trainer restores those only on request, by building a new callback without listeners.
@@ -28,7 +27,7 @@ TENSORS_FILE = "lisa.pt"
 logger = logging.getLogger(__name__)
 
 
-class LisaCallback(TrainerCallback):
+class LisaCallback(Listener, TrainerCallback):
     """Trains a few layers at a time in any `transformers.Trainer` or subclass.
 
     The state of the engine travels in `trainer_state.json` of every checkpoint, and a resumed
@@ -39,6 +38,8 @@ class LisaCallback(TrainerCallback):
     ----------
     config
         The settings; None takes the defaults.
+    trainer
+        The trainer that it is added to; None finds it when training begins.
 
     Attributes
     ----------
@@ -48,25 +49,35 @@ class LisaCallback(TrainerCallback):
         Listeners, called with every `lisa_train.methods.lisa.schedule.Draw`.
     on_notice
         Listeners, called with every sentence that the engine says.
+    notices
+        What the engine said when this training began, for whoever listens only later.
     checkpoint
         Folder that training resumes from, where that is not `output_dir/checkpoint-<step>`.
     """
 
-    def __init__(self, config: LisaConfig | None = None) -> None:
+    def __init__(self, config: LisaConfig | None = None, *, trainer: Trainer | None = None) -> None:
         check("exceptions")
         self.config = config or LisaConfig()
         self.engine: Lisa | None = None
         self.on_draw: list[Callable[[Draw], None]] = []
         self.on_notice: list[Callable[[str], None]] = []
+        self.notices: list[str] = []
         self.checkpoint: Path | None = None
-        self._wraps: Wraps | None = None
+        self._trainer = trainer
+        self._starts = False
+        self._events: TrainerEvents | None = None
 
     def close(self) -> None:
         """End LISA: every `requires_grad` flag is as it was before training."""
         if self.engine is not None:
             self.engine.close()
-        if self._wraps is not None:
-            self._wraps.take_off()
+        self.notices.clear()
+        if self._events is not None:
+            self._events.unsubscribe(self)
+
+    def ended(self, error: BaseException) -> None:
+        """End LISA when an exception leaves the training."""
+        self.close()
 
     def on_train_begin(
         self,
@@ -80,9 +91,10 @@ class LisaCallback(TrainerCallback):
         """Start the engine, or continue the one that the checkpoint holds."""
         assert model is not None
         self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
-        trainer = calling_trainer(self)
+        trainer = self._trainer or calling_trainer(self)
         if trainer is not None:
             check_lisa_processes(trainer, self.config.precision)
+        self._starts = True
         self.engine = Lisa(
             model,
             optimizer,
@@ -92,12 +104,14 @@ class LisaCallback(TrainerCallback):
             on_draw=self._tell,
             on_notice=self._pass_on,
         )
+        self._starts = False
         if trainer is not None:
             from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
 
             self._check_wrapped(trainer.model_wrapped)
             warn_of_losses(trainer, state, self.config)
-            self._wraps = on_exception(trainer, self.close)
+            self._events = TrainerEvents.of(trainer)
+            self._events.subscribe(self)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
             if self.config.precision == "fp32_active":
@@ -145,6 +159,8 @@ class LisaCallback(TrainerCallback):
             raise
 
     def _pass_on(self, notice: str) -> None:
+        if self._starts:
+            self.notices.append(notice)
         for listener in self.on_notice:
             listener(notice)
 

@@ -4,8 +4,7 @@ A label counts when it is compared with a prediction: not ignored (-100), and no
 of a sequence, which nothing predicts. Where no label counts there is no loss, and no zero either.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lisa_train.model.layer_map import unwrap
+from lisa_train.trainer.events import patch
 
 IGNORED = -100
 
@@ -119,22 +119,20 @@ class HeldOutLoss:
 def held_out_loss(trainer: Trainer) -> Iterator[HeldOutLoss]:
     """Watch the batches that `trainer` evaluates meanwhile."""
     sums = HeldOutLoss()
-    original, own = trainer.prediction_step, "prediction_step" in vars(trainer)
 
-    def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        original: Callable[..., Any], model: Any, inputs: Any, *a: Any, **k: Any
+    ) -> Any:
         labels = count_labels(trainer, inputs)
-        result = original(model, inputs, *args, **kwargs)
+        result = original(model, inputs, *a, **k)
         sums.add(result[0], labels)
         return result
 
-    trainer.prediction_step = prediction_step
+    take_off = patch(trainer, "prediction_step", prediction_step)
     try:
         yield sums
     finally:
-        if own:
-            trainer.prediction_step = original
-        else:
-            del trainer.prediction_step
+        take_off()
 
 
 def put_per_label(metrics: dict[str, float], name: str, loss: float | None) -> None:
@@ -147,14 +145,14 @@ def put_per_label(metrics: dict[str, float], name: str, loss: float | None) -> N
 
 def evaluate_per_label(trainer: Trainer) -> None:
     """Let `trainer` report held-out losses per label, to its trackers and callbacks too."""
-    original = trainer.evaluation_loop
 
-    @functools.wraps(original)
-    def evaluation_loop(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        original: Callable[..., Any], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
         with held_out_loss(trainer) as sums:
             output = original(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if sums.known:
             put_per_label(output.metrics, f"{metric_key_prefix}_loss", sums.value(trainer))
         return output
 
-    trainer.evaluation_loop = evaluation_loop
+    patch(trainer, "evaluation_loop", evaluation_loop)

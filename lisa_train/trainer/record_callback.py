@@ -1,44 +1,37 @@
-"""The recorder in a transformers Trainer: one callback, and wraps where no callback reaches."""
+"""The recorder in a transformers Trainer: a callback, and a listener where no callback hears."""
 
 import functools
-import os
-import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.contract.schema import MANIFEST
-from lisa_analysis.rundir.run import load
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk.manifest import manifest as describe
 from lisa_train.measure.disk.manifest import peak_memory_bytes
 from lisa_train.measure.disk.outcome import one_sentence, outcome
 from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.disk.storage import HeldError
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
-from lisa_train.measure.recorder import NormRecorder, warn_unrecorded
+from lisa_train.measure.recorder import NormRecorder
+from lisa_train.measure.session import RunSession
 from lisa_train.measure.tokens import count_tokens
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
-from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
+from lisa_train.trainer.events import Listener, TrainerEvents
 from lisa_train.trainer.lisa_callback import LisaCallback
-from lisa_train.trainer.loss_scale import LossScale
 from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
 from lisa_train.trainer.parallel_checks import check_parallel
+from lisa_train.trainer.probe_pass import probe_pass
 from lisa_train.trainer.step_callback import StepCallback
-from lisa_train.trainer.unwinding import on_exception
-from lisa_train.trainer.wraps import Wraps, plain_state_kept
+from lisa_train.trainer.trainer_run import NO_BATCH, TrainerRun, need_batches
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,24 +55,17 @@ def _recording(
     return wrapped
 
 
-_NO_BATCH = (
-    "the training data give no batch; give at least as many examples as a batch has, or set "
-    "dataloader_drop_last to false."
-)
-
 _ROUNDED = (
     "delta_norm of step {} is that of the checkpoint, whose active layers are in fp32; after it "
     "they were rounded to bfloat16, and the final model differs by that rounding."
 )
 
 
-class RecordCallback(TrainerCallback):
+class RecordCallback(Listener, TrainerCallback):
     """Writes the run directory of any `transformers.Trainer` or subclass; see `attach`.
 
-    Gradients are read after the last micro-batch of a step and before clipping, by wrapping
-    `training_step` of this trainer; the clip norm by wrapping its accelerator's
-    `clip_grad_norm_`; and everything is on the disk before `save_model` writes a checkpoint.
-    The wraps go when training ends, by an exception too.
+    Gradients are read after the last micro-batch of a step and before clipping, and everything is
+    on the disk before a checkpoint is written. It listens while training lasts, and no longer.
 
     Parameters
     ----------
@@ -120,45 +106,41 @@ class RecordCallback(TrainerCallback):
         continuation: Continuation | None = None,
     ) -> None:
         check_parallel(trainer, "the recorder", sharded=True)
-        if config.run_dir is None:
-            raise ConfigError("record.run_dir is not set: name the folder to write.")
+        self._run = TrainerRun(
+            trainer, config, manifest=manifest, config_yaml=config_yaml, resume=resume,
+            continuation=continuation,
+        )  # fmt: skip
         check("exceptions", *(["trainer probe"] if config.probe_every else []))
         self.config = config
         self.recorder: NormRecorder | None = None
         self._trainer = trainer
-        self._run_dir = Path(config.run_dir)
-        self._lisa = lisa
+        self._events = TrainerEvents.of(trainer)
         self._stepping = stepping
-        self._manifest = dict(manifest or {})
-        self._config_yaml = config_yaml
-        self._resume = resume
-        self._continuation = continuation
-        self._wraps = Wraps()
-        self._watch = Wraps()
-        self._ended: tuple[str, str | None] | None = None
-        self._early_draws: list[Draw] = []
-        self._early_notices: list[str] = []
         self._held_out: list[float] = []
         self._tokens: Any = 0
+        self._labels: Any = None
         self._loss = StepLoss()
         self._per_label: dict[str, float | None] = {}
         self._norm: torch.Tensor | None = None
-        self._scale = LossScale(trainer)
         self._probe_inputs: Any = None
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
         self._clip_coef: torch.Tensor | None = None
         self._step_began = self._began = time.monotonic()
+        self._lisa: LisaCallback | None = None
         if lisa is not None:
-            lisa.on_draw.append(self._on_draw)
-            lisa.on_notice.append(self._on_notice)
+            self._hear(lisa)
+
+    def _hear(self, lisa: LisaCallback) -> None:
+        self._lisa = lisa
+        lisa.on_draw.append(self._on_draw)
+        lisa.on_notice.append(self._on_notice)
 
     def _find_lisa(self) -> None:
         """Take up a LISA callback that was added to the trainer without a word to this one."""
         for callback in self._trainer.callback_handler.callbacks:
             if self._lisa is None and isinstance(callback, LisaCallback):
-                self._lisa = callback
-                callback.on_draw.append(self._on_draw)
+                self._hear(callback)
 
     # ------------------------------------------------------------------ begin and end
 
@@ -167,136 +149,63 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Open the run directory and take the first census."""
         opening = time.perf_counter()
-        _need_batches(kwargs.get("train_dataloader"))
-        self._unwrap()
+        need_batches(kwargs.get("train_dataloader"))
+        self._events.unsubscribe(self)
         self._find_lisa()
         self._began = time.monotonic()
-        if self._lisa is None:
+        lisa = self._lisa.config if self._lisa else None
+        if lisa is None:
             warn_of_losses(self._trainer, state, None)
         model = self._trainer.model
-        chosen = self._lisa.config.layers if self._lisa else None
-        layer_map = find_layers(model, chosen or self.config.layers)
+        layer_map = find_layers(model, (lisa and lisa.layers) or self.config.layers)
         table = TensorTable(model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
-        problem: Exception | None = None
-        writer: RunWriter | SilentWriter | None = None
-        try:
-            writer = self._open(state, args, layer_map, table, first=processes.first)
-        except Exception as error:
-            problem = error
-        if not processes.agree(problem is None):
-            earlier, self.recorder = self.recorder, None
-            if earlier is not None:  # of an attempt with a larger batch
+        earlier, step = self.recorder, state.global_step
+        if earlier is not None and earlier.writer.closed:
+            earlier = None  # of a training that has ended; else of an attempt with a larger batch
+
+        def open_run() -> RunWriter | SilentWriter:
+            if earlier is not None:
+                earlier.writer.begin_segment(step, parts=self._run.parts())
+                return earlier.writer
+            writer = self._run.open(step, layer_map, table, lisa)
+            self._tokens, self._held_out = self._run.tokens, self._run.held_out
+            return writer
+
+        def give_up(problem: Exception | None) -> None:
+            self.recorder = None
+            if earlier is not None:
                 earlier.close("failed", one_sentence(problem) if problem else None)
-            self._unrecorded(problem)
+
+        # A directory that holds a run is refused whatever `on_record_error` says: nothing has
+        # begun yet, and the run that the user wants may be the one to continue.
+        session = RunSession(self.config, processes)
+        refused = self._run.among_others
+        if not session.open(open_run, also_refused=refused, unless=give_up):
             return
         self.recorder = NormRecorder(
             model,
             self._trainer.optimizer,
             self.config,
-            writer,
-            layer_map,
+            layer_map=layer_map,
             table=table,
-            step=state.global_step,
+            step=step,
             step_in_backward=self._stepping.steps if self._stepping else None,
             began=opening,
+            session=session,
         )
-        self._wrap()
-        for note in self._continuation.notes if self._continuation else ():
-            self.recorder.event("warning", state.global_step, message=note)
-        for draw in self._early_draws:
-            self._on_draw(draw)
-        for notice in self._early_notices:
-            self._on_notice(notice)
-        self._early_draws, self._early_notices = [], []
-
-    def _unrecorded(self, problem: Exception | None) -> None:
-        """Refuse to train, or train without a recording where the disk is to blame."""
-        if problem is None:
-            return  # the first process says it
-        # A directory that holds a run is refused whatever `on_record_error` says: nothing has
-        # begun yet, and the run that the user wants may be the one to continue.
-        # Nor may checkpoints go into the directory that another process fills with its own.
-        output = Path(self._trainer.args.output_dir or ".").resolve()
-        shared = isinstance(problem, HeldError) and output.is_relative_to(self._run_dir.resolve())
-        stops = faults.stops_training(problem, self.config.on_record_error)
-        if stops or faults.is_refusal(problem) or shared:
-            raise problem
-        warn_unrecorded(problem)
-
-    def _open(
-        self,
-        state: TrainerState,
-        args: TrainingArguments,
-        layer_map: Any,
-        table: Any,
-        *,
-        first: bool,
-    ) -> RunWriter | SilentWriter:
-        step = state.global_step
-        if self.recorder is not None and not self.recorder.writer.closed:
-            # The trainer begins again with a smaller batch.
-            self.recorder.writer.begin_segment(step, parts=self._parts(args))
-            return self.recorder.writer
-        resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
-        if not first:
-            return SilentWriter(int(resume))
-        writer = RunWriter(
-            self._run_dir,
-            manifest=self._entries(table, layer_map, args),
-            parameters=table.rows,
-            config_yaml=self._config_yaml,
-            resume=resume,
-            step=step,
-            checkpoint=self._checkpoint_path(args, step) if step else None,
-            parts=self._parts(args),
-            resumed=self._resumed(args),
-        )
-        if resume:
-            self._continue(step)
-        return writer
-
-    def _parts(self, args: TrainingArguments) -> dict[str, Any]:
-        return self._continuation.parts(args) if self._continuation else {}
-
-    def _resumed(self, args: TrainingArguments) -> dict[str, Any]:
-        """Fields of the event `resume`: what goes on, and what is not as it was."""
-        found: dict[str, Any] = {"processes": args.world_size}
-        if self._continuation is not None:
-            found["changes"] = self._continuation.changes or None
-            found["missing"] = self._continuation.missing or None
-        return found
-
-    def _entries(self, table: Any, layer_map: Any, args: Any) -> dict[str, Any]:
-        """Entries of run.json, the same for every way that a trainer is built."""
-        entries = describe(self._trainer.model, self.config, table, layer_map)
-        data_seed = args.seed if args.data_seed is None else args.data_seed
-        known: dict[str, Any] = {
-            "hardware": {"processes": args.world_size},
-            "seeds": {"seed": args.seed, "data_seed": data_seed},
-        }
-        if self._lisa is not None:  # whose engine may start after this
-            known = joined(known, lisa_entries(self._lisa.config, args.seed))
-        return joined(joined(entries, known), self._manifest)
-
-    def _continue(self, step: int) -> None:
-        """Take up the running totals where the earlier segments left them."""
-        run = load(self._run_dir)
-        tokens = run.scalars.loc[run.scalars["step"] <= step, "tokens"].dropna()
-        self._tokens = int(tokens.iloc[-1]) if len(tokens) else 0
-        events = run.events
-        if "metrics" in events:
-            metrics = events.loc[events["event"] == "evaluate", "metrics"]
-            found = [m.get("eval_loss") for m in metrics if isinstance(m, dict)]
-            self._held_out = [x for x in found if isinstance(x, float)]
+        self._events.subscribe(self)
+        told = self._lisa.notices if self._lisa and earlier is None else []
+        for text in (*self._run.notes(), *told):
+            self.recorder.event("warning", step, message=text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the last census and close the run."""
         if state.global_step == 0 and self.recorder is not None:
-            raise ConfigError(f"no step was made: {_NO_BATCH}")
+            raise ConfigError(f"no step was made: {NO_BATCH}")
         step, rounded = state.global_step, self._rounded_at_the_end(args)
         done = self.recorder is not None and self.recorder.census_step == step
         if self.recorder is not None and done and rounded and self.config.base_delta:
@@ -306,26 +215,21 @@ class RecordCallback(TrainerCallback):
 
     def close(self, error: BaseException | None = None) -> None:
         """End the recording; with `error` the run's status says how. Safe to call twice."""
-        self._unwrap()
+        self._events.unsubscribe(self)
         if self.recorder is None:
             return
         status, sentence = outcome(error)
-        if self.recorder.writer.closed:
-            if error is not None and (status, sentence) != self._ended:
-                self._restate(status, sentence)
-            return
-        self._ended = (status, sentence)
-        self.recorder.close(status, sentence, **(self._result() or {}))
+        if not self.recorder.writer.closed:
+            self.recorder.close(status, sentence, **(self._result() or {}))
+        elif error is not None:
+            self.recorder.session.restate(status, sentence)
 
-    def _restate(self, status: str, sentence: str | None) -> None:
-        """Correct a closed run's end; the error that is on its way matters more than the disk's."""
-        assert self.recorder is not None
-        try:
-            self.recorder.writer.update_manifest(status=status, error=sentence)
-        except Exception as failure:
-            faults.come_through(failure)
-            text = faults.warning_text(f"Recording: {faults.reason(failure)}", failure)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+    def ended(self, error: BaseException) -> None:
+        """End the recording, unless training may go on in a retry."""
+        if self._trainer.args.auto_find_batch_size:
+            self._events.unsubscribe(self)
+        else:
+            self.close(error)
 
     @_recording
     def _result(self) -> dict[str, Any]:
@@ -369,7 +273,7 @@ class RecordCallback(TrainerCallback):
         self.recorder.after_step(
             state.global_step + 1,
             clip_coef=self._clip_coef,
-            skipped=self._scale.skipped(),
+            skipped=self._events.loss_scale.skipped(),
             labels=self._loss.labels,
             loss=self._loss.value,
             grad_norm=self._norm,
@@ -387,10 +291,10 @@ class RecordCallback(TrainerCallback):
         self.recorder.amend(epoch=state.epoch)
         if self._probe_inputs is not None:
             inputs, self._probe_inputs = self._probe_inputs, None
-            scale = self._scale.now(args.device)
+            scale = self._events.loss_scale.now(args.device)
             self.recorder.probe(
                 state.global_step,
-                lambda: self._probe_pass(inputs, scale),
+                lambda: probe_pass(self._trainer, inputs, scale),
                 gradient_scale=1.0 if scale is None else scale,
             )
         if control.should_training_stop and not self._rounded_at_the_end(args):
@@ -408,37 +312,31 @@ class RecordCallback(TrainerCallback):
             and not args.load_best_model_at_end
         )
 
-    def _probe_pass(self, inputs: Any, scale: torch.Tensor | None) -> None:
-        """One forward and backward pass of the bare model, of the loss that the trainer trains.
-
-        The batch counts as a whole step's, so that the gradient is a mean over its own items,
-        however many micro-batches a step has. Nothing that the trainer counts moves.
-        """
-        trainer = self._trainer
-        with plain_state_kept(trainer):
-            trainer.current_gradient_accumulation_steps = 1
-            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            batch = trainer._prepare_inputs(inputs)
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
-            loss = loss.mean()
-            (loss if scale is None else loss * scale.to(loss.device)).backward()
+    @_recording
+    def batch_taken(self, inputs: Any) -> None:
+        """Count what the batch holds, which a trainer may change."""
+        count = count_tokens(inputs)
+        self._tokens = None if count is None or self._tokens is None else self._tokens + count
+        self._labels = count_labels(self._trainer, inputs)
 
     @_recording
-    def _after_training_step(self, inputs: Any, loss: torch.Tensor) -> None:
-        assert self.recorder is not None
-        accelerator, step = self._trainer.accelerator, self._trainer.state.global_step + 1
-        if not accelerator.sync_gradients:
+    def micro_batch(self, step: int, loss: torch.Tensor, items: Any, *, last: bool) -> None:
+        """Add up the loss of the step."""
+        self._loss.add(self._trainer, loss, self._labels, items)
+        if not last and self.recorder is not None:
             self.recorder.micro_batch(step)
-            return
-        # Until clipping the gradients carry the loss scale.
-        scale = self._scale.before_step(loss.device)
+
+    @_recording
+    def gradients_ready(self, step: int, inputs: Any, scale: torch.Tensor | float) -> None:
+        """Measure the gradients."""
+        assert self.recorder is not None
         self.recorder.before_step(step, gradient_scale=scale, undo=not self._sharded)
         if self.config.probe_every and step % self.config.probe_every == 0:
             self._probe_inputs = inputs
 
     @_recording
-    def _after_clipping(self, max_norm: float, norm: Any) -> None:
+    def clipped(self, max_norm: float, norm: Any) -> None:
+        """Take note of the gradients' norm, and of the factor that clipping put on them."""
         if not torch.is_tensor(norm):
             return
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -475,18 +373,32 @@ class RecordCallback(TrainerCallback):
         """Announce the checkpoint; what it stands on is on the disk already."""
         if self.recorder is None:
             return
-        path = self._checkpoint_path(args, state.global_step)
+        path = self._run.checkpoint_path(state.global_step)
         self.recorder.event("checkpoint", state.global_step, path=path)
         self.recorder.flush()
 
-    def _checkpoint_path(self, args: TrainingArguments, step: int) -> str:
-        path = os.path.join(args.output_dir or ".", f"checkpoint-{step}")
-        return Path(os.path.relpath(path, self._run_dir)).as_posix()
+    def saving(self, step: int) -> None:
+        """Put everything on the disk before the checkpoint is."""
+        if self.recorder is not None:
+            self.recorder.checkpoint(step)
+
+    def logging(self) -> Mapping[str, float]:
+        """Give the trackers a few numbers of the newest step that is written."""
+        if self.recorder is None or not self._trainer.args.report_to:
+            return {}
+        return self.recorder.aggregates
+
+    @contextmanager
+    def evaluating(self, prefix: str) -> Iterator[None]:
+        """Sum the held-out loss per label."""
+        with held_out_loss(self._trainer) as sums:
+            yield
+        if sums.known:
+            self._per_label = {f"{prefix}_loss": sums.value(self._trainer)}
 
     @_recording
     def _on_draw(self, draw: Draw) -> None:
         if self.recorder is None:
-            self._early_draws.append(draw)
             return
         self.recorder.event(
             "lisa_draw",
@@ -500,78 +412,8 @@ class RecordCallback(TrainerCallback):
         )
 
     def _on_notice(self, notice: str) -> None:
-        if self.recorder is None:
-            self._early_notices.append(notice)
+        if self.recorder is None or self._lisa is None:
             return
+        if self.recorder.writer.closed and notice in self._lisa.notices:
+            return  # of the training that begins, whose run is not open yet
         self.recorder.event("warning", self._trainer.state.global_step, message=notice)
-
-    # ------------------------------------------------------------------ wraps
-
-    def _wrap(self) -> None:
-        trainer, accelerator = self._trainer, self._trainer.accelerator
-
-        def training_step(
-            original: Callable[..., Any], model: Any, inputs: Any, *a: Any, **k: Any
-        ) -> Any:
-            count = count_tokens(inputs)
-            self._tokens = None if count is None or self._tokens is None else self._tokens + count
-            labels = count_labels(trainer, inputs)
-            loss = original(model, inputs, *a, **k)
-            items = a[0] if a else k.get("num_items_in_batch")
-            self._loss.add(trainer, loss, labels, items)
-            self._after_training_step(inputs, loss)
-            return loss
-
-        def clip(
-            original: Callable[..., Any], parameters: Any, max_norm: float, *a: Any, **k: Any
-        ) -> Any:
-            norm = original(parameters, max_norm, *a, **k)
-            self._after_clipping(max_norm, norm)
-            return norm
-
-        def save_model(original: Callable[..., Any], *a: Any, **k: Any) -> Any:
-            if self.recorder is not None and trainer.is_in_train:
-                self.recorder.checkpoint(trainer.state.global_step)
-            return original(*a, **k)
-
-        def log(original: Callable[..., Any], logs: dict[str, float], *a: Any, **k: Any) -> Any:
-            if "loss" in logs and self.recorder is not None:
-                logs = {**logs, **self.recorder.aggregates}
-            return original(logs, *a, **k)
-
-        def evaluation_loop(original: Callable[..., Any], *a: Any, **k: Any) -> Any:
-            with held_out_loss(trainer) as sums:
-                output = original(*a, **k)
-            if sums.known:
-                name = f"{k.get('metric_key_prefix', 'eval')}_loss"
-                self._per_label = {name: sums.value(trainer)}
-            return output
-
-        self._wraps.put(trainer, "training_step", training_step)
-        self._wraps.put(trainer, "evaluation_loop", evaluation_loop)
-        if trainer.args.report_to:
-            self._wraps.put(trainer, "log", log)
-        self._wraps.put(accelerator, "clip_grad_norm_", clip)
-        self._wraps.put(trainer, "save_model", save_model)
-        self._watch = on_exception(trainer, self._on_exception)
-
-    def _unwrap(self) -> None:
-        self._wraps.take_off()
-        self._watch.take_off()
-
-    def _on_exception(self) -> None:
-        """End the recording, of which Trainer tells nothing, unless it may go on in a retry."""
-        if self._trainer.args.auto_find_batch_size:
-            self._unwrap()
-        else:
-            self.close(sys.exception())
-
-
-def _need_batches(dataloader: Any) -> None:
-    """`ConfigError` for data that can be seen to give no batch: nothing would be trained."""
-    try:
-        length = None if dataloader is None else len(dataloader)
-    except TypeError:  # a stream: only its end will tell
-        return
-    if length == 0:
-        raise ConfigError(f"{type(dataloader.dataset).__name__}: {_NO_BATCH}")

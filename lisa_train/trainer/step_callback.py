@@ -9,10 +9,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.optim.settings import check_step_settings
 from lisa_train.optim.step_in_backward import StepInBackward
-from lisa_train.trainer.wraps import Wraps
+from lisa_train.trainer.events import Listener, TrainerEvents
 
 
-class StepCallback(TrainerCallback):
+class StepCallback(Listener, TrainerCallback):
     """Lets the optimizer of a trainer step inside the backward pass; see `StepInBackward`.
 
     Trainer's own step finds no gradients then. So that it goes on logging their norm, the norm of
@@ -38,8 +38,7 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         _check_trainer(trainer)
         self.steps: StepInBackward | None = None
-        self._trainer = trainer
-        self._wraps = Wraps()
+        self._events = TrainerEvents.of(trainer)
         self._norms: dict[torch.Tensor, torch.Tensor] = {}
 
     def on_train_begin(
@@ -54,11 +53,11 @@ class StepCallback(TrainerCallback):
         self.close()
         self.steps = StepInBackward(optimizer)
         self.steps.watchers.append(self)
-        self._wraps.put(self._trainer.accelerator, "clip_grad_norm_", self._total_norm)
+        self._events.subscribe(self)
 
     def close(self) -> None:
         """Take everything off; safe to call twice. Not before the recorder has closed."""
-        self._wraps.take_off()
+        self._events.unsubscribe(self)
         self._norms.clear()
         if self.steps is not None:
             self.steps.close()
@@ -71,13 +70,14 @@ class StepCallback(TrainerCallback):
     def after_tensor(self, parameter: torch.Tensor) -> None:
         """Leave the tensor alone."""
 
-    def _total_norm(
+    def clip(
         self,
-        original: Callable[..., Any],
+        clip: Callable[..., Any],
         parameters: Iterable[torch.Tensor],
         max_norm: float,
         norm_type: float = 2,
     ) -> torch.Tensor:
+        """Return the norm of the gradients that have been freed."""
         if max_norm != float("inf") or norm_type != 2:
             raise ConfigError(
                 f"step_in_backward is on but gradients are to be clipped to {max_norm:g}: all of "

@@ -196,8 +196,8 @@ def test_a_recording_that_stopped_holds_no_copies(tmp_path, monkeypatch, lenient
 @pytest.mark.parametrize(
     ("part", "mode"),
     [
-        ("_after_training_step", "strict"), ("_after_training_step", "lenient"),
-        ("_after_clipping", "lenient"), ("on_optimizer_step", "lenient"),
+        ("gradients_ready", "strict"), ("gradients_ready", "lenient"),
+        ("clipped", "lenient"), ("on_optimizer_step", "lenient"),
         ("on_step_end", "lenient"), ("on_save", "lenient"), ("on_evaluate", "lenient"),
         ("_result", "lenient"), ("_result", "strict"),
     ],
@@ -246,7 +246,7 @@ def test_a_fault_at_the_begin(tmp_path, monkeypatch, mode):
     def fail(*args):
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr("lisa_train.trainer.record_callback.describe", fail)
+    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe", fail)
     if mode == "strict":
         with pytest.raises(AttributeError):
             trained(tmp_path, 2)

@@ -16,7 +16,9 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.run import load
 from lisa_train.measure import measuring_pass
-from lisa_train.trainer.wraps import Wraps
+from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.trainer.events import Listener, TrainerEvents, patch
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -468,7 +470,7 @@ def test_an_unforeseen_error_at_the_begin(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("not thought of")
 
-    monkeypatch.setattr("lisa_train.trainer.record_callback.describe", fail)
+    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe", fail)
     trainer, _ = make(tmp_path, max_steps=2)
     with pytest.warns(RuntimeWarning, match="goes on unrecorded: RuntimeError: not thought of"):
         trainer.train()
@@ -479,7 +481,7 @@ def test_an_unforeseen_error_at_the_begin(tmp_path, monkeypatch):
 
 
 def test_an_unforeseen_error_at_the_end(tmp_path, monkeypatch):
-    original = lt.writer.RunWriter._save_manifest
+    original = RunWriter._save_manifest
 
     def fail(self, **fields):
         if fields.get("status") != "running":
@@ -520,7 +522,7 @@ def test_a_directory_whose_name_is_no_utf8(tmp_path):
 
 def test_an_error_in_the_recorder_itself_stops_the_recording_only(tmp_path, monkeypatch):
     trainer, _ = make(tmp_path, max_steps=6)
-    original = lt.recorder.StepMeasure.update
+    original = StepMeasure.update
 
     def update(self, step, clip_coef):
         if step == 3:
@@ -952,33 +954,64 @@ def own_names(owner):
     return {name for name in vars(owner) if callable(getattr(type(owner), name, None))}
 
 
-def test_wraps_may_be_taken_off_in_any_order():
+class _Adding(Listener):
+    """Puts a word in front of what clipping answers, and notes what it hears."""
+
+    def __init__(self, word):
+        self.word, self.heard = word, []
+
+    def clip(self, clip, parameters, max_norm, *args, **kwargs):
+        return [self.word, *clip(parameters, max_norm, *args, **kwargs)]
+
+    def clipped(self, max_norm, norm):
+        self.heard.append((max_norm, norm))
+
+
+def test_listeners_may_leave_in_any_order(tmp_path):
+    trainer = Trainer(llama(), arguments(tmp_path / "out"), train_dataset=examples())
+    accelerator = trainer.accelerator
+    accelerator.clip_grad_norm_ = own = lambda parameters, max_norm: [parameters]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
+        listeners = [_Adding(number) for number in range(3)]
+        events = TrainerEvents.of(trainer)
+        before = own_names(trainer)
+        for listener in listeners:
+            events.subscribe(listener)
+            events.subscribe(listener)  # twice is once
+        assert accelerator.clip_grad_norm_("x", 4.0) == [2, 1, 0, "x"]
+        left = [0, 1, 2]
+        for number in order:
+            events.unsubscribe(listeners[number])
+            events.unsubscribe(listeners[number])
+            left.remove(number)
+            answer = accelerator.clip_grad_norm_("x", 5.0)
+            assert answer == [*reversed(left), "x"]
+            assert all(listeners[i].heard[-1] == (5.0, answer) for i in left)
+            assert listeners[number].heard[-1] != (5.0, answer)
+        assert accelerator.clip_grad_norm_ is own
+        assert own_names(trainer) == before  # nothing is patched that nobody listens to
+
+
+def test_a_patch_leaves_what_others_put_over_it():
     class Owner:
         def method(self, x):
             return [x]
 
-    def adding(word):
-        return lambda original, x: [word, *original(x)]
-
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
-        owner = Owner()
-        wraps = [Wraps(), Wraps(), Wraps()]
-        for number, own in enumerate(wraps):
-            own.put(owner, "method", adding(number))
-        assert owner.method("x") == [2, 1, 0, "x"]
-        left = [0, 1, 2]
-        for number in order:
-            wraps[number].take_off()
-            left.remove(number)
-            assert owner.method("x") == [*reversed(left), "x"]
-        assert vars(owner) == {}
     owner = Owner()
-    own = Wraps()
-    own.put(owner, "method", adding("ours"))
+    take_off = patch(owner, "method", lambda original, x: ["ours", *original(x)])
     theirs = owner.method
+    assert theirs.__name__ == "method"
     owner.method = lambda x: ["theirs", *theirs(x)]
-    own.take_off()
+    assert owner.method("x") == ["theirs", "ours", "x"]
+    take_off()
     assert owner.method("x") == ["theirs", "x"]
+    owner = Owner()
+    first = patch(owner, "method", lambda original, x: [1, *original(x)])
+    second = patch(owner, "method", lambda original, x: [2, *original(x)])
+    assert owner.method("x") == [2, 1, "x"]
+    second()
+    first()
+    assert vars(owner) == {}
 
 
 class _Stream(torch.utils.data.IterableDataset):

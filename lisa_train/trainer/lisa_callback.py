@@ -145,6 +145,10 @@ class LisaCallback(Listener, TrainerCallback):
         """End the engine; flags are restored."""
         self.close()
 
+    def rounds_at_the_end(self, args: TrainingArguments) -> bool:
+        """Whether the engine changes the last weights when it ends: fp32 becomes bf16 again."""
+        return self.config.precision == "fp32_active" and not args.load_best_model_at_end
+
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:
             listener(draw)
@@ -173,6 +177,18 @@ class LisaCallback(Listener, TrainerCallback):
             logger.warning(
                 "%s is missing: the active layers go on from weights rounded to bf16", file
             )
+
+
+def draw_fields(draw: Draw) -> dict[str, Any]:
+    """Fields of a run's event about a draw."""
+    return {
+        "layers": draw.layers,
+        "groups": draw.groups,
+        "inclusion_probabilities": draw.inclusion_probabilities,
+        "visits": draw.visits,
+        "trainable_share": draw.trainable_share,
+        "state_bytes": draw.state_bytes,
+    }
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

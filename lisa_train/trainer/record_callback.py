@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -13,24 +13,21 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import peak_memory_bytes
-from lisa_train.measure.disk.outcome import one_sentence, outcome
-from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.outcome import outcome
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
-from lisa_train.measure.tokens import count_tokens
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.lisa_callback import LisaCallback
-from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
+from lisa_train.trainer.lisa_callback import LisaCallback, draw_fields
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.probe_pass import probe_pass
 from lisa_train.trainer.step_callback import StepCallback
+from lisa_train.trainer.tally import Tally
 from lisa_train.trainer.trainer_run import NO_BATCH, TrainerRun, need_batches
 
 P = ParamSpec("P")
@@ -116,17 +113,10 @@ class RecordCallback(Listener, TrainerCallback):
         self._trainer = trainer
         self._events = TrainerEvents.of(trainer)
         self._stepping = stepping
-        self._held_out: list[float] = []
-        self._tokens: Any = 0
-        self._labels: Any = None
-        self._loss = StepLoss()
-        self._per_label: dict[str, float | None] = {}
-        self._norm: torch.Tensor | None = None
+        self._tally = Tally(trainer)
         self._probe_inputs: Any = None
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
-        self._clip_coef: torch.Tensor | None = None
-        self._step_began = self._began = time.monotonic()
         self._lisa: LisaCallback | None = None
         if lisa is not None:
             self._hear(lisa)
@@ -148,57 +138,41 @@ class RecordCallback(Listener, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run directory and take the first census."""
-        opening = time.perf_counter()
+        began = time.perf_counter()
         need_batches(kwargs.get("train_dataloader"))
         self._events.unsubscribe(self)
         self._find_lisa()
-        self._began = time.monotonic()
         lisa = self._lisa.config if self._lisa else None
         if lisa is None:
             warn_of_losses(self._trainer, state, None)
-        model = self._trainer.model
-        layer_map = find_layers(model, (lisa and lisa.layers) or self.config.layers)
-        table = TensorTable(model, layer_map, self.config.select)
+        layer_map = find_layers(self._trainer.model, (lisa and lisa.layers) or self.config.layers)
+        table = TensorTable(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
-        earlier, step = self.recorder, state.global_step
-        if earlier is not None and earlier.writer.closed:
-            earlier = None  # of a training that has ended; else of an attempt with a larger batch
-
-        def open_run() -> RunWriter | SilentWriter:
-            if earlier is not None:
-                earlier.writer.begin_segment(step, parts=self._run.parts())
-                return earlier.writer
-            writer = self._run.open(step, layer_map, table, lisa)
-            self._tokens, self._held_out = self._run.tokens, self._run.held_out
-            return writer
-
-        def give_up(problem: Exception | None) -> None:
-            self.recorder = None
-            if earlier is not None:
-                earlier.close("failed", one_sentence(problem) if problem else None)
-
-        # A directory that holds a run is refused whatever `on_record_error` says: nothing has
-        # begun yet, and the run that the user wants may be the one to continue.
+        # Not of a training that has ended, but of an attempt with a larger batch.
+        earlier = self.recorder if self.recorder and not self.recorder.writer.closed else None
+        self.recorder = None
         session = RunSession(self.config, processes)
-        refused = self._run.among_others
-        if not session.open(open_run, also_refused=refused, unless=give_up):
+        if not self._run.begin(session, earlier, state.global_step, layer_map, table, lisa):
             return
+        if earlier is None:
+            self._tally = Tally(self._trainer, self._run.tokens, self._run.held_out)
+        self._tally.began = began
         self.recorder = NormRecorder(
-            model,
+            self._trainer.model,
             self._trainer.optimizer,
             self.config,
             layer_map=layer_map,
             table=table,
-            step=step,
+            step=state.global_step,
             step_in_backward=self._stepping.steps if self._stepping else None,
-            began=opening,
+            began=began,
             session=session,
         )
         self._events.subscribe(self)
         told = self._lisa.notices if self._lisa and earlier is None else []
         for text in (*self._run.notes(), *told):
-            self.recorder.event("warning", step, message=text)
+            self.recorder.event("warning", state.global_step, message=text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,9 +180,9 @@ class RecordCallback(Listener, TrainerCallback):
         """Take the last census and close the run."""
         if state.global_step == 0 and self.recorder is not None:
             raise ConfigError(f"no step was made: {NO_BATCH}")
-        step, rounded = state.global_step, self._rounded_at_the_end(args)
-        done = self.recorder is not None and self.recorder.census_step == step
-        if self.recorder is not None and done and rounded and self.config.base_delta:
+        step, lisa = state.global_step, self._lisa
+        rounds = lisa is not None and lisa.rounds_at_the_end(args) and self.config.base_delta
+        if rounds and self.recorder is not None and self.recorder.census_step == step:
             # The rows are on the disk, with the checkpoint, and are never rewritten.
             self.recorder.event("warning", step, message=_ROUNDED.format(step))
         self.close()
@@ -239,11 +213,11 @@ class RecordCallback(Listener, TrainerCallback):
         result = {
             "steps": self._trainer.state.global_step,
             "tokens": line.get("tokens"),
-            "seconds": round(time.monotonic() - self._began, 3),
+            "seconds": round(time.perf_counter() - self._tally.began, 3),
             "recorder_seconds": round(self.recorder.seconds, 3),
             "loss": line.get("loss"),
-            "first_held_out_loss": self._held_out[0] if self._held_out else None,
-            "last_held_out_loss": self._held_out[-1] if self._held_out else None,
+            "first_held_out_loss": self._tally.held_out[0] if self._tally.held_out else None,
+            "last_held_out_loss": self._tally.held_out[-1] if self._tally.held_out else None,
             "peak_memory_bytes": peak_memory_bytes(*devices),
         }
         if self._lisa is not None and self._lisa.engine is not None:
@@ -260,8 +234,7 @@ class RecordCallback(Listener, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock and the sums of the step."""
-        self._step_began = time.monotonic()
-        self._loss, self._norm, self._clip_coef = StepLoss(), None, None
+        self._tally.begin_step()
 
     @_recording
     def on_optimizer_step(
@@ -272,13 +245,8 @@ class RecordCallback(Listener, TrainerCallback):
             return
         self.recorder.after_step(
             state.global_step + 1,
-            clip_coef=self._clip_coef,
             skipped=self._events.loss_scale.skipped(),
-            labels=self._loss.labels,
-            loss=self._loss.value,
-            grad_norm=self._norm,
-            tokens=self._tokens,
-            step_seconds=time.monotonic() - self._step_began,
+            **self._tally.line(),
         )
 
     @_recording
@@ -297,32 +265,21 @@ class RecordCallback(Listener, TrainerCallback):
                 lambda: probe_pass(self._trainer, inputs, scale),
                 gradient_scale=1.0 if scale is None else scale,
             )
-        if control.should_training_stop and not self._rounded_at_the_end(args):
-            # Trainer may put the best weights in the place of the last ones before it ends.
+        rounds = self._lisa is not None and self._lisa.rounds_at_the_end(args)
+        if control.should_training_stop and not rounds:
+            # The last census is that of the weights that stay; but Trainer may put the best ones
+            # in the place of the last ones before it ends.
             self.recorder.census(state.global_step)
-
-    def _rounded_at_the_end(self, args: TrainingArguments) -> bool:
-        """Whether the engine changes the last weights when training ends, before this callback.
-
-        The last census is that of the weights that stay, unless a checkpoint took one before.
-        """
-        return (
-            self._lisa is not None
-            and self._lisa.config.precision == "fp32_active"
-            and not args.load_best_model_at_end
-        )
 
     @_recording
     def batch_taken(self, inputs: Any) -> None:
         """Count what the batch holds, which a trainer may change."""
-        count = count_tokens(inputs)
-        self._tokens = None if count is None or self._tokens is None else self._tokens + count
-        self._labels = count_labels(self._trainer, inputs)
+        self._tally.batch_taken(inputs)
 
     @_recording
     def micro_batch(self, step: int, loss: torch.Tensor, items: Any, *, last: bool) -> None:
         """Add up the loss of the step."""
-        self._loss.add(self._trainer, loss, self._labels, items)
+        self._tally.micro_batch(loss, items)
         if not last and self.recorder is not None:
             self.recorder.micro_batch(step)
 
@@ -337,12 +294,7 @@ class RecordCallback(Listener, TrainerCallback):
     @_recording
     def clipped(self, max_norm: float, norm: Any) -> None:
         """Take note of the gradients' norm, and of the factor that clipping put on them."""
-        if not torch.is_tensor(norm):
-            return
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._norm = norm.detach()
-        # The same expression as in torch.nn.utils.clip_grads_with_norm_.
-        self._clip_coef = (max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        self._tally.clipped(max_norm, norm)
 
     # ------------------------------------------------------------------ events
 
@@ -358,12 +310,7 @@ class RecordCallback(Listener, TrainerCallback):
         """Write held-out metrics as an event."""
         if self.recorder is None:
             return
-        numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
-        for name in self._per_label.keys() & numbers.keys():
-            put_per_label(numbers, name, self._per_label[name])
-        self._per_label = {}
-        if isinstance(loss := numbers.get("eval_loss"), float):
-            self._held_out.append(loss)
+        numbers = self._tally.evaluated(metrics)
         self.recorder.event("evaluate", state.global_step, metrics=numbers)
 
     @_recording
@@ -388,28 +335,14 @@ class RecordCallback(Listener, TrainerCallback):
             return {}
         return self.recorder.aggregates
 
-    @contextmanager
-    def evaluating(self, prefix: str) -> Iterator[None]:
+    def evaluating(self, prefix: str) -> AbstractContextManager[object]:
         """Sum the held-out loss per label."""
-        with held_out_loss(self._trainer) as sums:
-            yield
-        if sums.known:
-            self._per_label = {f"{prefix}_loss": sums.value(self._trainer)}
+        return self._tally.evaluating(prefix)
 
     @_recording
     def _on_draw(self, draw: Draw) -> None:
-        if self.recorder is None:
-            return
-        self.recorder.event(
-            "lisa_draw",
-            draw.step,
-            layers=draw.layers,
-            groups=draw.groups,
-            inclusion_probabilities=draw.inclusion_probabilities,
-            visits=draw.visits,
-            trainable_share=draw.trainable_share,
-            state_bytes=draw.state_bytes,
-        )
+        if self.recorder is not None:
+            self.recorder.event("lisa_draw", draw.step, **draw_fields(draw))
 
     def _on_notice(self, notice: str) -> None:
         if self.recorder is None or self._lisa is None:

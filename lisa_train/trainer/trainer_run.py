@@ -12,8 +12,12 @@ from lisa_analysis.contract.schema import MANIFEST
 from lisa_analysis.rundir.run import load
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import manifest as describe
+from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import HeldError
 from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.recorder import NormRecorder
+from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.run_entries import joined, lisa_entries
@@ -65,7 +69,7 @@ class TrainerRun:
         if config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
         self.tokens = 0
-        self.held_out: list[float] = []
+        self.held_out: tuple[float, ...] = ()
         self._trainer = trainer
         self._config = config
         self._run_dir = Path(config.run_dir)
@@ -74,10 +78,37 @@ class TrainerRun:
         self._resume = resume
         self._continuation = continuation
 
-    def open(
+    def begin(
+        self,
+        session: RunSession,
+        earlier: NormRecorder | None,
+        step: int,
+        layer_map: LayerMap,
+        table: TensorTable,
+        lisa: LisaConfig | None,
+    ) -> bool:
+        """Open the run, or go on with that of an `earlier` attempt; False if nothing is recorded.
+
+        A directory that holds a run is refused whatever `on_record_error` says: nothing has begun
+        yet, and the run that the user wants may be the one to continue.
+        """
+
+        def open_run() -> RunWriter | SilentWriter:
+            if earlier is None:
+                return self._open(step, layer_map, table, lisa)
+            earlier.writer.begin_segment(step, parts=self._parts())
+            return earlier.writer
+
+        def give_up(problem: Exception | None) -> None:
+            if earlier is not None:
+                earlier.close("failed", one_sentence(problem) if problem else None)
+
+        return session.open(open_run, also_refused=self._among_others, unless=give_up)
+
+    def _open(
         self, step: int, layer_map: LayerMap, table: TensorTable, lisa: LisaConfig | None
     ) -> RunWriter:
-        """Open the directory after `step` optimizer steps, or continue the run that it holds."""
+        self.tokens, self.held_out = 0, ()
         resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
         writer = RunWriter(
             self._run_dir,
@@ -87,14 +118,14 @@ class TrainerRun:
             resume=resume,
             step=step,
             checkpoint=self.checkpoint_path(step) if step else None,
-            parts=self.parts(),
+            parts=self._parts(),
             resumed=self._resumed(),
         )
         if resume:
             self._continue(step)
         return writer
 
-    def parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Any]:
         """How a step of the segment that begins is put together."""
         return self._continuation.parts(self._trainer.args) if self._continuation else {}
 
@@ -107,7 +138,7 @@ class TrainerRun:
         path = os.path.join(self._trainer.args.output_dir or ".", f"checkpoint-{step}")
         return Path(os.path.relpath(path, self._run_dir)).as_posix()
 
-    def among_others(self, problem: Exception) -> bool:
+    def _among_others(self, problem: Exception) -> bool:
         """Whether checkpoints would go into the directory that another process fills."""
         output = Path(self._trainer.args.output_dir or ".").resolve()
         return isinstance(problem, HeldError) and output.is_relative_to(self._run_dir.resolve())
@@ -144,7 +175,7 @@ class TrainerRun:
         if "metrics" in events:
             metrics = events.loc[events["event"] == "evaluate", "metrics"]
             found = [m.get("eval_loss") for m in metrics if isinstance(m, dict)]
-            self.held_out = [x for x in found if isinstance(x, float)]
+            self.held_out = tuple(x for x in found if isinstance(x, float))
 
 
 def need_batches(dataloader: Any) -> None:

@@ -18,11 +18,11 @@ from lisa_train.methods.lisa.engine import Plan
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
-from lisa_train.trainer.eight_bit_callback import EightBitCallback
 from lisa_train.trainer.events import TrainerEvents
+from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.lisa_callback import LisaCallback
+from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes
-from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.trl_head import sliced_head_gradient
 
 if TYPE_CHECKING:
@@ -131,22 +131,22 @@ def attach(
         From `trainer.train`: when a checkpoint cannot be continued as it was interrupted.
     """
     check("trainer", "trl head")
-    if lisa is not None:
-        _check_lisa(trainer, lisa)
+    layers = KnownLayers()
+    plan = None if lisa is None else _plan(trainer, lisa, layers)
     continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
     trainer.add_callback(continuation)
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
         check("eight bit")
-        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None))
+        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None, layers))
     stepping = None
     if step_in_backward:
         stepping = StepCallback(trainer)
         trainer.add_callback(stepping)
     callback = None
     if lisa is not None:
-        callback = LisaCallback(lisa, trainer=trainer)
+        callback = LisaCallback(lisa, trainer=trainer, plan=plan, layers=layers)
         trainer.add_callback(callback)
     recorder = None
     if record is not None:
@@ -154,7 +154,7 @@ def attach(
 
         recorder = RecordCallback(
             trainer, record, lisa=callback, stepping=stepping, manifest=manifest,
-            config_yaml=config_yaml, resume=resume, continuation=continuation,
+            config_yaml=config_yaml, resume=resume, continuation=continuation, layers=layers,
         )  # fmt: skip
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
@@ -166,16 +166,18 @@ def attach(
     return attachment
 
 
-def _check_lisa(trainer: Trainer, config: LisaConfig) -> None:
-    """Make the engine's checks that need not wait for training to begin."""
+def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | None:
+    """Make the engine's checks that need not wait for training to begin; keep what they found."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
     check_lisa_processes(trainer, config.precision)
-    model = trainer.model
-    if model is not None:  # None with `model_init`, which builds it when training begins
-        plan = Plan.make(model, config, seed=trainer.args.seed)
-        if trainer.optimizer is not None:
-            plan.check_optimizer(trainer.optimizer)
+    if trainer.model is None:
+        return None  # with `model_init`, which builds it when training begins
+    plan = Plan.make(trainer.model, config, seed=trainer.args.seed)
+    if trainer.optimizer is not None:
+        plan.check_optimizer(trainer.optimizer)
+    layers.keep(config.layers, plan.layer_map)
+    return plan
 
 
 @contextmanager

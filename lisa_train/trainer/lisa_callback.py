@@ -11,11 +11,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.methods.lisa.engine import Lisa, Plan
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer
+from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 
 # Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
@@ -23,6 +24,11 @@ from lisa_train.trainer.parallel_checks import check_lisa_processes
 STATE_KEY = "lisa_toolkit"
 # Beside it with precision="fp32_active": what a bf16 model cannot hold.
 TENSORS_FILE = "lisa.pt"
+# A warning, where the last weights were measured before `rounds_at_the_end`.
+ROUNDED = (
+    "delta_norm of step {} is that of the checkpoint, whose active layers are in fp32; after it "
+    "they were rounded to bfloat16, and the final model differs by that rounding."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,10 @@ class LisaCallback(Listener, TrainerCallback):
         The settings; None takes the defaults.
     trainer
         The trainer that it is added to; None finds it when training begins.
+    plan
+        What was settled about the trainer's model before.
+    layers
+        Where the layers of its model are found.
 
     Attributes
     ----------
@@ -55,7 +65,14 @@ class LisaCallback(Listener, TrainerCallback):
         Folder that training resumes from, where that is not `output_dir/checkpoint-<step>`.
     """
 
-    def __init__(self, config: LisaConfig | None = None, *, trainer: Trainer | None = None) -> None:
+    def __init__(
+        self,
+        config: LisaConfig | None = None,
+        *,
+        trainer: Trainer | None = None,
+        plan: Plan | None = None,
+        layers: KnownLayers | None = None,
+    ) -> None:
         check("exceptions")
         self.config = config or LisaConfig()
         self.engine: Lisa | None = None
@@ -64,6 +81,9 @@ class LisaCallback(Listener, TrainerCallback):
         self.notices: list[str] = []
         self.checkpoint: Path | None = None
         self._trainer = trainer
+        # Not the plan itself, which would hold the tensors of a model that is replaced.
+        self._planned = None if plan is None else (plan.layer_map, plan.loaded_config())
+        self._layers = layers or KnownLayers()
         self._starts = False
         self._events: TrainerEvents | None = None
 
@@ -95,16 +115,20 @@ class LisaCallback(Listener, TrainerCallback):
         if trainer is not None:
             check_lisa_processes(trainer, self.config.precision)
         self._starts = True
+        layer_map = self._layers.known(model, self.config.layers)
+        planned, loaded = self._planned or (None, self.config)
         self.engine = Lisa(
             model,
             optimizer,
-            self.config,
+            loaded if layer_map is planned else self.config,
+            layer_map=layer_map,
             seed=args.seed,
             total_steps=state.max_steps,
             on_draw=self._tell,
             on_notice=self._pass_on,
         )
         self._starts = False
+        self._layers.keep(self.config.layers, self.engine.layer_map)
         if trainer is not None:
             from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
 

@@ -18,15 +18,15 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.engine import Draw
-from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.lisa_callback import LisaCallback, draw_fields
+from lisa_train.trainer.known_layers import KnownLayers
+from lisa_train.trainer.lisa_callback import ROUNDED, LisaCallback, draw_fields
+from lisa_train.trainer.optimizer_callbacks import StepCallback
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.probe_pass import probe_pass
-from lisa_train.trainer.step_callback import StepCallback
 from lisa_train.trainer.tally import Tally
 from lisa_train.trainer.trainer_run import NO_BATCH, TrainerRun, need_batches
 
@@ -50,12 +50,6 @@ def _recording(
             return None
 
     return wrapped
-
-
-_ROUNDED = (
-    "delta_norm of step {} is that of the checkpoint, whose active layers are in fp32; after it "
-    "they were rounded to bfloat16, and the final model differs by that rounding."
-)
 
 
 class RecordCallback(Listener, TrainerCallback):
@@ -82,6 +76,8 @@ class RecordCallback(Listener, TrainerCallback):
         Continue the run in the directory; also done when training resumes from a checkpoint.
     continuation
         What knows how a resumed training differs from the one that was interrupted.
+    layers
+        Where the layers of the trainer's model are found.
 
     Raises
     ------
@@ -101,6 +97,7 @@ class RecordCallback(Listener, TrainerCallback):
         config_yaml: str | None = None,
         resume: bool = False,
         continuation: Continuation | None = None,
+        layers: KnownLayers | None = None,
     ) -> None:
         check_parallel(trainer, "the recorder", sharded=True)
         self._run = TrainerRun(
@@ -113,24 +110,21 @@ class RecordCallback(Listener, TrainerCallback):
         self._trainer = trainer
         self._events = TrainerEvents.of(trainer)
         self._stepping = stepping
+        self._layers = layers or KnownLayers()
         self._tally = Tally(trainer)
         self._probe_inputs: Any = None
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
         self._lisa: LisaCallback | None = None
-        if lisa is not None:
-            self._hear(lisa)
+        self._hear(lisa)
 
-    def _hear(self, lisa: LisaCallback) -> None:
-        self._lisa = lisa
-        lisa.on_draw.append(self._on_draw)
-        lisa.on_notice.append(self._on_notice)
-
-    def _find_lisa(self) -> None:
-        """Take up a LISA callback that was added to the trainer without a word to this one."""
-        for callback in self._trainer.callback_handler.callbacks:
+    def _hear(self, *callbacks: TrainerCallback | None) -> None:
+        """Listen to the first LISA callback among some, unless one is known already."""
+        for callback in callbacks:
             if self._lisa is None and isinstance(callback, LisaCallback):
-                self._hear(callback)
+                self._lisa = callback
+                callback.on_draw.append(self._on_draw)
+                callback.on_notice.append(self._on_notice)
 
     # ------------------------------------------------------------------ begin and end
 
@@ -141,11 +135,12 @@ class RecordCallback(Listener, TrainerCallback):
         began = time.perf_counter()
         need_batches(kwargs.get("train_dataloader"))
         self._events.unsubscribe(self)
-        self._find_lisa()
+        self._hear(*self._trainer.callback_handler.callbacks)  # added without a word to this one
         lisa = self._lisa.config if self._lisa else None
         if lisa is None:
             warn_of_losses(self._trainer, state, None)
-        layer_map = find_layers(self._trainer.model, (lisa and lisa.layers) or self.config.layers)
+        path = (lisa and lisa.layers) or self.config.layers
+        layer_map = self._layers.of(self._trainer.model, path)
         table = TensorTable(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
@@ -184,7 +179,7 @@ class RecordCallback(Listener, TrainerCallback):
         rounds = lisa is not None and lisa.rounds_at_the_end(args) and self.config.base_delta
         if rounds and self.recorder is not None and self.recorder.census_step == step:
             # The rows are on the disk, with the checkpoint, and are never rewritten.
-            self.recorder.event("warning", step, message=_ROUNDED.format(step))
+            self.recorder.event("warning", step, message=ROUNDED.format(step))
         self.close()
 
     def close(self, error: BaseException | None = None) -> None:

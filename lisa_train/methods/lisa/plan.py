@@ -33,7 +33,8 @@ class Plan:
     """What is settled before anything changes: layers, schedule, and what may train.
 
     `units` holds the tensors with gradients of every layer and group; `may_train` every tensor
-    that can become active, by name.
+    that can become active, by name; `probabilities` are those of the settings, read from their
+    file, None for equal ones.
     """
 
     config: LisaConfig
@@ -41,6 +42,7 @@ class Plan:
     schedule: Schedule
     units: dict[Unit, tuple[nn.Parameter, ...]]
     may_train: dict[str, nn.Parameter]
+    probabilities: tuple[float, ...] | None
 
     @classmethod
     def make(
@@ -65,7 +67,7 @@ class Plan:
         chosen += list(config.group_probabilities)
         wanted = {p for unit in chosen for p in units[unit]}
         may_train = {name: p for name, p in model.named_parameters() if p in wanted}
-        plan = cls(config, layer_map, schedule, units, may_train)
+        plan = cls(config, layer_map, schedule, units, may_train, probabilities)
         refuse_unproved(model, config.precision, rotates=plan.rotates(model))
         return plan
 
@@ -83,6 +85,10 @@ class Plan:
             check_paged_state(held)
         check_warmup(optimizers, self.config)
         return optimizers
+
+    def loaded_config(self) -> LisaConfig:
+        """Return the settings with the probabilities of their file, which is read once."""
+        return dataclasses.replace(self.config, probabilities=self.probabilities)
 
     def with_seed(self, seed: int) -> Self:
         """Return the same plan with the schedule of another seed."""

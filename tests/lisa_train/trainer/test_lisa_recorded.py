@@ -2,12 +2,15 @@
 
 import helpers_architectures as known
 import numpy as np
+import pytest
 import torch
-from helpers_recording import arguments
+from helpers_recording import arguments, examples, llama
 from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
+from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.rundir.run import load
+from lisa_train.model import layer_map
 
 
 def sounds(n=16):
@@ -79,3 +82,55 @@ def test_a_run_without_anything_odd_has_no_warning_and_covers_every_layer(make_l
         assert run.manifest["result"]["layer_visits"] == [2, 2, 2]
         assert run.manifest["result"]["layers_never_drawn"] == []
         assert not (run.events["event"] == "warning").any()
+
+
+@pytest.mark.parametrize("with_lisa", [True, False])
+def test_layers_are_found_and_probabilities_read_once(tmp_path, monkeypatch, with_lisa):
+    """From `attach` over two trainings; a model that has other tensors since is looked at anew."""
+    pytest.importorskip("bitsandbytes")
+    model = llama()
+    file = tmp_path / "probabilities.json"
+    names = lt.find_layers(model).names
+    pi = (0.1234562, 0.8765434, 1.0)  # rounded: the sum misses 2 a little
+    SamplingProbabilities(
+        model="m", layer_names=names, activated_layers=2, inclusion_probabilities=pi,
+        scores=(None,) * 3, metric="grad_rms", gamma=1.0, mix=0.0, floor=0.1, cap=1.0, n_eff=None,
+        source_runs=("r",), verdict="", created="2026-01-01T00:00:00+00:00",
+    ).save(file)  # fmt: skip
+    scans, reads = [], []
+    stacks, load_file = layer_map.stacks, SamplingProbabilities.load
+    monkeypatch.setattr(layer_map, "stacks", lambda m: scans.append(m) or stacks(m))
+    monkeypatch.setattr(
+        SamplingProbabilities, "load", lambda path: reads.append(path) or load_file(path)
+    )
+    config = lt.LisaConfig(2, 1, "systematic", probabilities=str(file))
+    trainer = Trainer(
+        model, arguments(tmp_path / "out", max_steps=3, optim="adamw_bnb_8bit"),
+        train_dataset=examples(),
+    )  # fmt: skip
+    lt.attach(
+        trainer, lisa=config if with_lisa else None, eight_bit_states=("layers",),
+        record=lt.RecordConfig(str(tmp_path / "run"), every=1),
+    )  # fmt: skip
+    trainer.train()
+    assert (len(scans), len(reads)) == (1, int(with_lisa))
+    run = load(tmp_path / "run")
+    assert [entry["name"] for entry in run.manifest["layers"]] == list(names)
+    if with_lisa:
+        assert run.manifest["lisa"]["probabilities"] == str(file)
+        alone = lt.LisaCallback(config)  # finds and reads for itself
+        other = Trainer(llama(), arguments(tmp_path / "o", max_steps=1), train_dataset=examples())
+        other.add_callback(alone)
+        other.train()
+        draws = run.events[run.events["event"] == "lisa_draw"]
+        exact = tuple(alone.engine.inclusion_probabilities)
+        assert all(tuple(given) == exact for given in draws["inclusion_probabilities"])
+        return
+    (tmp_path / "run").rename(tmp_path / "first")
+    trainer.train()
+    assert len(scans) == 1
+    (tmp_path / "run").rename(tmp_path / "second")
+    del model.model.layers[2]
+    trainer.train()
+    assert len(scans) == 2
+    assert len(load(tmp_path / "run").manifest["layers"]) == 2

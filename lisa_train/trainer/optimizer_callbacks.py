@@ -1,15 +1,22 @@
-"""Stepping inside backward in a transformers Trainer: the checks, the hooks, the gradient norm."""
+"""What is done to the optimizer of a transformers Trainer: when it steps, how much it holds.
+
+`StepCallback` lets it step inside the backward pass, `EightBitCallback` chooses the precision of
+its state by group.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.optim.eight_bit import set_eight_bit_states
 from lisa_train.optim.settings import check_step_settings
 from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.trainer.events import Listener, TrainerEvents
+from lisa_train.trainer.known_layers import KnownLayers
 
 
 class StepCallback(Listener, TrainerCallback):
@@ -93,6 +100,39 @@ class StepCallback(Listener, TrainerCallback):
         if not norms:
             return torch.tensor(0.0)
         return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+
+
+class EightBitCallback(TrainerCallback):
+    """Chooses the precision of the optimizer's state when the optimizer is there.
+
+    Parameters
+    ----------
+    groups
+        See `set_eight_bit_states`.
+    path
+        Path of the layers, where the model's structure leaves it open.
+    layers
+        Where they are found.
+    """
+
+    def __init__(self, groups: tuple[str, ...], path: str | None, layers: KnownLayers) -> None:
+        self._groups = groups
+        self._path = path
+        self._layers = layers
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set it before the first step."""
+        assert model is not None
+        layer_map = self._layers.of(model, self._path)
+        set_eight_bit_states(optimizer, model, layer_map, self._groups)
 
 
 def _check_trainer(trainer: Trainer) -> None:

@@ -165,7 +165,8 @@ class TrainerEvents:
             owner: Any = self.trainer.accelerator if name in _OF_ACCELERATOR else self.trainer
             wanted = any(_overrides(listener, event) for event in told)
             # A private name that is gone has been said, see `private_names`.
-            if wanted and name not in self._patches and hasattr(owner, name):
+            gone = name.startswith("_") and not hasattr(owner, name)
+            if wanted and not gone and name not in self._patches:
                 self._patches[name] = patch(owner, name, by_name.get(name, self._watched))
 
     def _watched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

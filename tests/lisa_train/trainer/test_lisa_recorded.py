@@ -91,7 +91,7 @@ def test_layers_are_found_and_probabilities_read_once(tmp_path, monkeypatch, wit
     model = llama()
     file = tmp_path / "probabilities.json"
     names = lt.find_layers(model).names
-    pi = (0.1234562, 0.8765434, 1.0)  # rounded: the sum misses 2 a little
+    pi = (0.3, 0.7, 1.0)
     SamplingProbabilities(
         model="m", layer_names=names, activated_layers=2, inclusion_probabilities=pi,
         scores=(None,) * 3, metric="grad_rms", gamma=1.0, mix=0.0, floor=0.1, cap=1.0, n_eff=None,

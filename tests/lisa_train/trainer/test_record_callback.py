@@ -18,7 +18,6 @@ from lisa_analysis.rundir.run import load
 from lisa_train.measure import measuring_pass
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.step_measure import StepMeasure
-from lisa_train.trainer.events import Listener, TrainerEvents, patch
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -952,66 +951,6 @@ def test_no_wrap_is_left_after_any_number_of_trainings(tmp_path, doors, ending):
 def own_names(owner):
     """Methods that an object has of its own, in the place of its class's."""
     return {name for name in vars(owner) if callable(getattr(type(owner), name, None))}
-
-
-class _Adding(Listener):
-    """Puts a word in front of what clipping answers, and notes what it hears."""
-
-    def __init__(self, word):
-        self.word, self.heard = word, []
-
-    def clip(self, clip, parameters, max_norm, *args, **kwargs):
-        return [self.word, *clip(parameters, max_norm, *args, **kwargs)]
-
-    def clipped(self, max_norm, norm):
-        self.heard.append((max_norm, norm))
-
-
-def test_listeners_may_leave_in_any_order(tmp_path):
-    trainer = Trainer(llama(), arguments(tmp_path / "out"), train_dataset=examples())
-    accelerator = trainer.accelerator
-    accelerator.clip_grad_norm_ = own = lambda parameters, max_norm: [parameters]
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
-        listeners = [_Adding(number) for number in range(3)]
-        events = TrainerEvents.of(trainer)
-        before = own_names(trainer)
-        for listener in listeners:
-            events.subscribe(listener)
-            events.subscribe(listener)  # twice is once
-        assert accelerator.clip_grad_norm_("x", 4.0) == [2, 1, 0, "x"]
-        left = [0, 1, 2]
-        for number in order:
-            events.unsubscribe(listeners[number])
-            events.unsubscribe(listeners[number])
-            left.remove(number)
-            answer = accelerator.clip_grad_norm_("x", 5.0)
-            assert answer == [*reversed(left), "x"]
-            assert all(listeners[i].heard[-1] == (5.0, answer) for i in left)
-            assert listeners[number].heard[-1] != (5.0, answer)
-        assert accelerator.clip_grad_norm_ is own
-        assert own_names(trainer) == before  # nothing is patched that nobody listens to
-
-
-def test_a_patch_leaves_what_others_put_over_it():
-    class Owner:
-        def method(self, x):
-            return [x]
-
-    owner = Owner()
-    take_off = patch(owner, "method", lambda original, x: ["ours", *original(x)])
-    theirs = owner.method
-    assert theirs.__name__ == "method"
-    owner.method = lambda x: ["theirs", *theirs(x)]
-    assert owner.method("x") == ["theirs", "ours", "x"]
-    take_off()
-    assert owner.method("x") == ["theirs", "x"]
-    owner = Owner()
-    first = patch(owner, "method", lambda original, x: [1, *original(x)])
-    second = patch(owner, "method", lambda original, x: [2, *original(x)])
-    assert owner.method("x") == [2, 1, "x"]
-    second()
-    first()
-    assert vars(owner) == {}
 
 
 class _Stream(torch.utils.data.IterableDataset):

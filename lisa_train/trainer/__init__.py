@@ -1,4 +1,4 @@
-"""The only room that knows transformers' Trainer and TRL: attach(), events, callbacks, every patch."""
+"""The only room that knows transformers' Trainer and TRL: attach(), events, callbacks."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

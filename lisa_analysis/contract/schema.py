@@ -11,8 +11,10 @@ s+1 … s+K.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from lisa_analysis.contract.errors import LisaError
 
 SCHEMA_VERSION = "1.0"
 
@@ -32,16 +34,36 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 STATUSES: tuple[str, ...] = ("running", "finished", "failed", "interrupted")
 
 ColumnType = Literal["int64", "int32", "int16", "float32", "float64", "string", "bool"]
+# How the numbers of disjoint tensors, or of the shards of one, make the number of them together:
+# their squares add (norms), they add, or each is a copy of the same number (a count of steps).
+Adds = Literal["squares", "values", "copies"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a table: its name, storage type, whether null is allowed, and its meaning."""
+    """One column of a table.
+
+    Attributes
+    ----------
+    name, type, nullable, meaning
+        Its name, storage type, whether null is allowed, and what it says.
+    adds
+        Of a measured column, how it adds up: ``squares``, ``values`` or ``copies``. The recorder
+        merges processes by it, the analysis sums tensors to layers.
+    signed
+        Whether a number below zero means something; else it is damage, and read as null.
+    of_training
+        Whether only a tensor that trains in the step has it: a row with such a number is one of
+        training, a row without any is a census.
+    """
 
     name: str
     type: ColumnType
     nullable: bool
     meaning: str
+    adds: Adds | None = None
+    signed: bool = False
+    of_training: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +86,76 @@ class Table:
             if column.name == name:
                 return column
         raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class FactTable(Table):
+    """The table of measured numbers: every column but the keys says how it adds up.
+
+    A column of one's own can be added (`lisa_train.Quantity` does): the writer and the reader of
+    this process know it from then on. Another process that reads such a run adds it as well;
+    without it the column is passed over.
+    """
+
+    KEYS: ClassVar[tuple[str, ...]] = ("step", "param_id")
+    _own: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.measured:
+            _check_measured(self[name])
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the columns that are measured, all but the keys."""
+        return tuple(name for name in self.names if name not in self.KEYS)
+
+    def add(self, column: Column) -> Column:
+        """Add a column of one's own; one that was added before may be added anew.
+
+        Raises
+        ------
+        LisaError
+            When a built-in column has the name, or the column does not say how it adds up.
+        """
+        _check_measured(column)
+        if column.name in self._own:
+            self.remove(column.name)
+        elif column.name in self.names:
+            raise LisaError(f"metrics column {column.name!r} is built in: choose another name.")
+        self._set((*self.columns, column), (*self._own, column.name))
+        return column
+
+    def remove(self, name: str) -> None:
+        """Take a column of one's own out again."""
+        if name not in self._own:
+            raise LisaError(f"metrics column {name!r} is none that was added.")
+        columns = tuple(column for column in self.columns if column.name != name)
+        self._set(columns, tuple(own for own in self._own if own != name))
+
+    def _set(self, columns: tuple[Column, ...], own: tuple[str, ...]) -> None:
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "_own", own)
+
+
+def _check_measured(column: Column) -> None:
+    """Refuse a measured column that leaves open how it is stored or adds up."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", column.name):
+        raise LisaError(
+            f"metrics column {column.name!r}: give a name of small letters, digits and underscores."
+        )
+    if column.adds not in get_args(Adds):
+        raise LisaError(
+            f"metrics column {column.name!r} has adds={column.adds!r}: say how its numbers add up "
+            f"over tensors and processes, one of {', '.join(get_args(Adds))}."
+        )
+    kind = "int32" if column.adds == "copies" else "float32"
+    if column.type != kind or not column.nullable:
+        raise LisaError(
+            f"metrics column {column.name!r} with adds={column.adds!r} has to be nullable and of "
+            f"type {kind}."
+        )
+    if column.signed and column.adds != "values":
+        raise LisaError(f"metrics column {column.name!r}: only what adds as values can be signed.")
 
 
 PARAMETERS_TABLE = Table(
@@ -89,7 +181,7 @@ PARAMETERS_TABLE = Table(
     ),
 )
 
-METRICS_TABLE = Table(
+METRICS_TABLE = FactTable(
     "metrics",
     METRICS_DIR,
     "one row per recorded step and tensor; null = not measured, NaN or inf = measured and "
@@ -104,19 +196,31 @@ METRICS_TABLE = Table(
             True,
             "‖θ_t‖ of the tensor after the step (Frobenius, accumulated in at least two-level "
             "fp32)",
+            adds="squares",
         ),
         Column(
             "grad_norm",
             "float32",
             True,
             "‖g_t‖ of the accumulated gradient of the optimizer step, before clipping",
+            adds="squares",
+            of_training=True,
         ),
-        Column("grad_norm_l1", "float32", True, "‖g_t‖₁ of the same gradient"),
+        Column(
+            "grad_norm_l1",
+            "float32",
+            True,
+            "‖g_t‖₁ of the same gradient",
+            adds="values",
+            of_training=True,
+        ),
         Column(
             "update_norm",
             "float32",
             True,
             "‖θ_{t+1} − θ_t‖ as realised in the stored precision",
+            adds="squares",
+            of_training=True,
         ),
         Column(
             "descent",
@@ -124,6 +228,9 @@ METRICS_TABLE = Table(
             True,
             "−⟨g_t, θ_{t+1} − θ_t⟩: the loss decrease that the step predicts, additive over "
             "tensors; g_t is the gradient before clipping",
+            adds="values",
+            signed=True,
+            of_training=True,
         ),
         Column(
             "delta_norm",
@@ -132,6 +239,7 @@ METRICS_TABLE = Table(
             "‖W_t − W_0‖ since the run began; for LoRA ‖(α/r)(BA − B_0A_0)‖ by r×r Gram "
             "matrices, on the row of lora_B (DoRA: of the rescaled weight, in censuses); null "
             "where the adapter is no product BA",
+            adds="squares",
         ),
         Column(
             "merged_norm",
@@ -140,12 +248,15 @@ METRICS_TABLE = Table(
             "LoRA only: ‖W + (α/r)BA‖ of the adapted weight (DoRA: rescaled), on the row of "
             "lora_B; measured in censuses (step 0, checkpoints, the end), since it takes all base "
             "weights; at step 0 it is the ‖W_0‖ of delta_norm",
+            adds="squares",
         ),
         Column(
             "opt_steps",
             "int32",
             True,
             "the optimizer's own step count of the tensor: a reset is visible",
+            adds="copies",
+            of_training=True,
         ),
         Column(
             "grad_noise",
@@ -153,6 +264,8 @@ METRICS_TABLE = Table(
             True,
             "optional: variance of the gradient between the micro-batches of the step, those of "
             "all processes, tr Σ of one micro-batch gradient (unbiased)",
+            adds="values",
+            of_training=True,
         ),
         Column(
             "probe_grad_norm",
@@ -160,6 +273,7 @@ METRICS_TABLE = Table(
             True,
             "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included, mean "
             "over the processes; no update is made from it",
+            adds="squares",
         ),
     ),
 )

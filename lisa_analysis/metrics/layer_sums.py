@@ -19,13 +19,8 @@ Mask = NDArray[np.bool_]
 # Column -> values and which of them were measured (None: all).
 Columns = dict[str, tuple[NDArray[np.float32], Mask | None]]
 
-_KEYS = ("step", "param_id")
-MEASURES = tuple(name for name in METRICS_TABLE.names if name not in _KEYS)
-# Norms of disjoint tensors add as squares, these as they are.
-ADDITIVE = ("grad_norm_l1", "descent", "grad_noise")
 # A measuring pass has gradients of frozen tensors as well: it is summed apart.
 PROBE = "probe_grad_norm"
-_TRAINING = ("grad_norm", "update_norm", "grad_norm_l1", "descent", "opt_steps")
 
 
 class Accumulator:
@@ -193,9 +188,10 @@ class Chunk:
         result = {}
         for name, total in self.sums.items():
             count = self.counts[name]
-            if name == "opt_steps":
+            adds = METRICS_TABLE[name].adds
+            if adds == "copies":
                 total = total / np.maximum(count, 1)
-            elif name not in ADDITIVE:
+            elif adds == "squares":
                 total = np.sqrt(total)
             values = total.astype(np.float32)
             values[~np.isfinite(total)] = np.inf
@@ -225,8 +221,9 @@ def unpack(batch: "pa.RecordBatch | pd.DataFrame") -> tuple[Ids, Ids, Columns]:
     if isinstance(batch, pd.DataFrame):
         batch = pa.RecordBatch.from_pandas(batch, preserve_index=False)
     columns: Columns = {}
+    known = set(METRICS_TABLE.measured)
     for name in batch.schema.names:
-        if name not in MEASURES:
+        if name not in known:
             continue
         column = batch.column(name)
         if column.null_count == len(column):
@@ -270,7 +267,7 @@ def sum_batch(
         np.copyto(summed, values)
         if measured is not None:
             summed[~measured] = 0.0
-        if name not in ADDITIVE and name != "opt_steps":
+        if METRICS_TABLE[name].adds == "squares":
             summed *= summed
         sums[name] = scatter(np.add.reduceat(summed, starts))
         counts[name] = (
@@ -286,9 +283,8 @@ def _take(columns: Columns, rows: NDArray[Any]) -> Columns:
 def _trained_rows(columns: Columns, size: int) -> Mask | None:
     """Rows of tensors that trained (None: all): census rows hold norms of weights, no more."""
     trained = np.zeros(size, dtype=bool)
-    for name in _TRAINING:
-        if name in columns:
-            measured = columns[name][1]
+    for name, (_, measured) in columns.items():
+        if METRICS_TABLE[name].of_training:
             if measured is None:
                 return None
             trained |= measured

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import module_of
-from lisa_analysis.metrics.layer_sums import MEASURES, PROBE, Accumulator
+from lisa_analysis.contract.schema import METRICS_TABLE
+from lisa_analysis.metrics.layer_sums import PROBE, Accumulator
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -195,11 +196,11 @@ def step_table(run: Any, level: str = "layer") -> StepTable:
 def _read(run: Any, level: str) -> StepTable:
     groups = grouping(run, level)
     sums = Accumulator(groups.of, len(groups.names))
-    for batch in run.iter_metrics(columns=list(MEASURES)):
+    for batch in run.iter_metrics(columns=METRICS_TABLE.measured):
         sums.add(batch)
     chunks, probes = sums.steps.finish(), sums.probes.finish()
     measures: dict[str, Array] = {}
-    for name in [n for n in MEASURES if any(n in chunk.sums for chunk in chunks)]:
+    for name in [n for n in METRICS_TABLE.measured if any(n in chunk.sums for chunk in chunks)]:
         # Popped one column at a time: the table is never in memory twice.
         parts = [chunk.sums.pop(name, None) for chunk in chunks]
         measures[name] = np.concatenate(

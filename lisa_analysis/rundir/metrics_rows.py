@@ -26,7 +26,6 @@ Result = TypeVar("Result")
 # keys are read first, and then the rows.
 WHOLE_ROWS = 2**21
 # The one column that can be below zero; the others are norms, a variance and a count.
-SIGNED = frozenset({"descent"})
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class MetricsRows:
         import pyarrow.compute as pc
 
         for index, name in enumerate(batch.schema.names):
-            if name in KEYS or name in SIGNED or not _has_sign(batch.column(index)):
+            if name in KEYS or METRICS_TABLE[name].signed or not _has_sign(batch.column(index)):
                 continue
             negative = pc.fill_null(pc.less(batch.column(index), 0), False)
             if not pc.any(negative).as_py():

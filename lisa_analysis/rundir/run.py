@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 Layers = int | slice | Sequence[int]
 
-_MEASURED = tuple(name for name in METRICS_TABLE.names if name not in KEYS)
-
 
 def load(path: str | Path) -> "Run":
     """Open a run directory.
@@ -228,7 +226,7 @@ class Run:
         import pyarrow.compute as pc
 
         found = []
-        names = [name for name in _MEASURED if METRICS_TABLE[name].type == "float32"]
+        names = [name for name in METRICS_TABLE.measured if METRICS_TABLE[name].type == "float32"]
         for batch in self.iter_metrics(names):
             for name in names:
                 mask = pc.invert(pc.is_finite(batch.column(name)))
@@ -287,14 +285,15 @@ class Run:
         self.warnings.extend(w for w in warnings if w not in self.warnings)
 
     def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        known = METRICS_TABLE.measured
         if columns is None:
-            return list(_MEASURED)
+            return list(known)
         names = [columns] if isinstance(columns, str) else list(columns)
         for name in names:
             if name not in METRICS_TABLE.names:
                 raise RunDirectoryError(
-                    f"The metrics have no column {name!r}: there are {', '.join(_MEASURED)}."
-                    f"{suggest(name, _MEASURED)}"
+                    f"The metrics have no column {name!r}: there are {', '.join(known)}."
+                    f"{suggest(name, known)}"
                 )
         return [name for name in dict.fromkeys(names) if name not in KEYS]
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE, Table, parse_shard_name
+from lisa_analysis.contract.schema import (
+    METRICS_TABLE,
+    PARAMETERS_TABLE,
+    Column,
+    Table,
+    parse_shard_name,
+)
 from lisa_analysis.rundir.jsonl import MOST_SEGMENTS, MOST_TENSORS
 from lisa_analysis.rundir.manifest import check_version
 
@@ -186,11 +192,15 @@ class ShardFile:
             raise _unreadable(self.path, error) from None
 
 
-@cache
 def _nullable_schema() -> "pa.Schema":
+    return _nullable(METRICS_TABLE.columns)  # to which columns of one's own can be added
+
+
+@cache
+def _nullable(columns: tuple[Column, ...]) -> "pa.Schema":
     import pyarrow as pa
 
-    return pa.schema([field.with_nullable(True) for field in arrow_schema(METRICS_TABLE)])
+    return pa.schema([pa.field(c.name, pa.type_for_alias(c.type)) for c in columns])
 
 
 def _with_nulls(batch: "pa.RecordBatch", columns: Sequence[str]) -> "pa.RecordBatch":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lisa_train.estimate.estimate import estimate_memory as estimate_memory
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
     from lisa_train.measure.probe import probe as probe
+    from lisa_train.measure.quantities import Quantity as Quantity
     from lisa_train.measure.recorder import NormRecorder as NormRecorder
     from lisa_train.methods import METHODS as METHODS
     from lisa_train.methods.lisa.engine import Lisa as Lisa
@@ -46,6 +47,7 @@ _HOME = {
     "estimate_memory": "estimate.estimate",
     "MemoryEstimate": "estimate.result",
     "NormRecorder": "measure.recorder",
+    "Quantity": "measure.quantities",
     "StepInBackward": "optim.step_in_backward",
     "train": "command.training",
 }
@@ -125,7 +127,8 @@ redirect(
         "step_conditions": "optim.settings",
         "step_in_backward": "optim.step_in_backward",
         "storage": "measure.disk.storage",
-        "tensor_steps": "measure.tensor_steps",
+        "measure.tensor_steps": "measure.step_measure",
+        "tensor_steps": "measure.step_measure",
         "tensor_table": "model.tensor_table",
         "training": "command.training",
         "warmup": "optim.warmup",

@@ -7,17 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lisa_train.measure.quantities import REGISTRY
 from lisa_train.model.norms import common_device
-
-# How a collected sum becomes the number of the schema.
-_ROOTS = frozenset(
-    {
-        "weight_norm", "grad_norm", "update_norm", "delta_norm", "merged_norm", "probe_grad_norm",
-    }
-)  # fmt: skip
-_INTEGERS = frozenset({"opt_steps"})
-# Differences of sums, which rounding may leave below zero.
-_VARIANCES = frozenset({"grad_noise"})
 
 
 @dataclass
@@ -114,15 +105,20 @@ def _rows(
             where = np.searchsorted(ids, part_ids)
             values[where] = part_values
             missing[where] = False
-        if name in _ROOTS:
-            values = np.sqrt(values)
-        if name in _VARIANCES:
-            values = np.maximum(values, 0)
-        # Beyond the range of fp32 a norm is recorded as infinite; that is meant, not an accident.
-        with np.errstate(over="ignore", invalid="ignore"):
-            kept = values.astype(np.int32 if name in _INTEGERS else np.float32)
-        rows[name] = np.ma.array(kept, mask=missing)
+        rows[name] = np.ma.array(_recorded(name, values), mask=missing)
     return rows
+
+
+def _recorded(name: str, sums: np.ndarray) -> np.ndarray:
+    """Return the numbers that are recorded of a quantity's sums, in the column's type."""
+    column = REGISTRY[name].column
+    if column.adds == "squares":
+        sums = np.sqrt(sums)
+    elif not column.signed:  # rounding may leave a difference of sums (a variance) below zero
+        sums = np.maximum(sums, 0)
+    # Beyond the range of fp32 a norm is recorded as infinite; that is meant, not an accident.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sums.astype(column.type)
 
 
 def to_host(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

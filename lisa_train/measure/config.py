@@ -5,19 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.measure.quantities import REGISTRY
 
-QUANTITIES = (
-    "weight_norm",
-    "grad_norm",
-    "grad_norm_l1",
-    "update_norm",
-    "descent",
-    "delta_norm",
-    "merged_norm",
-    "opt_steps",
-)
-# Quantities that only a tensor that trains in the step has.
-OF_TRAINING = ("grad_norm", "grad_norm_l1", "update_norm", "descent", "opt_steps")
+# The built-in quantities, and those of them that only a tensor that trains in the step has.
+QUANTITIES = REGISTRY.choosable()
+OF_TRAINING = tuple(name for name in QUANTITIES if REGISTRY[name].column.of_training)
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class RecordConfig:
         (PiSSA), and `merged_norm`, which takes the base weights, is measured in censuses alone
         (start, checkpoints, end). Norms of weights alone get `opt_steps` with them: a census has
         these norms too, of frozen tensors as well, and the analysis must tell the two apart.
+        Quantities of one's own are registered, see `lisa_train.Quantity`.
     select
         Measure only these tensors: layer indices (``3``), kinds (``attn.q``), or regular
         expressions that are searched in the tensor's name. None measures all.
@@ -83,13 +76,15 @@ class RecordConfig:
                 f"record.quantities is the text {self.quantities!r}: give a list of names."
             )
         object.__setattr__(self, "quantities", tuple(self.quantities))
+        known = REGISTRY.choosable()
         for name in self.quantities:
-            if name not in QUANTITIES:
+            if name not in known:
                 raise ConfigError(
-                    f"record.quantities names {name!r}: there are {', '.join(QUANTITIES)}."
-                    f"{suggest(str(name), QUANTITIES)}"
+                    f"record.quantities names {name!r}: there are {', '.join(known)}."
+                    f"{suggest(str(name), known)}"
                 )
-        if self.quantities and not set(self.quantities) & set(OF_TRAINING):
+        trains = any(REGISTRY[name].column.of_training for name in self.quantities)
+        if self.quantities and not trains:
             object.__setattr__(self, "quantities", (*self.quantities, "opt_steps"))
         if self.probe_every < 0:
             raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")

@@ -1,12 +1,12 @@
 """Gradient noise: how much the gradient varies between the micro-batches of a step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lisa_train.measure.cadence import Cadence
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.model.norms import squares, stacked
@@ -30,8 +30,8 @@ class GradientNoise:
         The tensors to measure.
     processes
         The processes that train them.
-    due
-        Whether the step in progress is to be measured.
+    cadence
+        Tells whether the step in progress is to be measured.
     time
         Where the time of looking at gradients, inside the backward pass, is counted.
 
@@ -46,11 +46,11 @@ class GradientNoise:
         self,
         table: TensorTable,
         processes: Processes,
-        due: Callable[[], bool],
+        cadence: Cadence,
         time: RecordingTime | None = None,
     ) -> None:
         self._count = processes.count
-        self._due = due
+        self._cadence = cadence
         self._time = time or RecordingTime()
         self.twice: set[int] = set()
         self._arrived: dict[int, torch.Tensor] = {}
@@ -127,7 +127,7 @@ class GradientNoise:
             self._error = self._error or error
 
     def _note(self, number: int, gradient: torch.Tensor) -> None:
-        if not self._due():
+        if not self._cadence.due_now:
             return
         self._time.begin_step()
         with self._time.running():

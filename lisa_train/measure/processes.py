@@ -14,14 +14,12 @@ import torch
 import torch.distributed as dist
 
 from lisa_train.measure.buffers import Piece
+from lisa_train.measure.quantities import REGISTRY
 from lisa_train.model.norms import local, wide
 from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, shards
 from lisa_train.model.tensor_table import TensorTable
 
 T = TypeVar("T")
-
-# Replicated on every process whatever holds the tensor.
-_COPIED = frozenset({"opt_steps"})
 
 
 class Processes:
@@ -128,7 +126,7 @@ class Processes:
         return tuple(int(value) for value in joined.tolist())
 
     def _weights(self, piece: Piece) -> torch.Tensor | float:
-        if piece.column in _COPIED:
+        if REGISTRY[piece.column].column.adds == "copies":  # whatever holds the tensor
             return 1 / self.count
         shares = np.array([self._shares[int(i)] for i in piece.ids])
         if (shares == shares[0]).all():

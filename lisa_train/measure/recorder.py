@@ -22,6 +22,7 @@ from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, sugges
 from lisa_analysis.contract.schema import SCALARS_TABLE
 from lisa_train.measure import adapter_start, faults
 from lisa_train.measure.buffers import MetricBuffer, to_host
+from lisa_train.measure.cadence import Cadence
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk.outcome import outcome
@@ -31,7 +32,6 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.session import RunSession
 from lisa_train.measure.step_measure import StepMeasure
-from lisa_train.measure.tensor_steps import TensorSteps
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
 from lisa_train.measure.unmeasured import unmeasured_products
 from lisa_train.model.layer_map import LayerMap, find_layers
@@ -166,6 +166,7 @@ class NormRecorder:
         self.session = session or self._opened(writer, model, layer_map, manifest)
         self.writer = self.session.writer
         self._buffer = MetricBuffer()
+        self._cadence = Cadence(config.every, step)
         self._measure = StepMeasure(
             model,
             self._optimizer,
@@ -173,8 +174,8 @@ class NormRecorder:
             self.table,
             self._buffer,
             self._processes,
-            due=lambda: self.due(self._step + 1),
-            time=self._time,
+            self._cadence,
+            self._time,
         )
         self._skips: dict[int, bool | torch.Tensor] = {}
         self._lines: list[dict[str, Any]] = []
@@ -182,14 +183,11 @@ class NormRecorder:
         self._latest: dict[str, Any] = {}
         self.aggregates: dict[str, float] = {}
         self._groups = tensor_groups(self.table, len(layer_map))
-        self._step = step
         self._census_step: int | None = None
         self._said: set[str] = set()
         self._flushed_at = time.monotonic()
-        self._tensor_steps: TensorSteps | None = None
         self._stepping = step_in_backward
         if step_in_backward is not None:
-            self._tensor_steps = TensorSteps(self._measure, self.table)
             step_in_backward.watchers.append(self)
         self._say_what_sharding_forbids()
         resumed = bool(self.writer.segment and step)
@@ -261,6 +259,11 @@ class NormRecorder:
         return self._time.total
 
     @property
+    def _step(self) -> int:
+        """Completed optimizer steps."""
+        return self._cadence.completed
+
+    @property
     def census_step(self) -> int | None:
         """Step of the newest census."""
         return self._census_step
@@ -269,7 +272,7 @@ class NormRecorder:
 
     def due(self, step: int) -> bool:
         """Whether the norms of optimizer step `step` are recorded: the first and every n-th."""
-        return step == 1 or step % self.config.every == 0
+        return self._cadence.due(step)
 
     @_measured
     def micro_batch(self, step: int) -> None:
@@ -312,17 +315,15 @@ class NormRecorder:
     @_measured
     def before_tensor(self, parameter: torch.Tensor) -> None:
         """Measure a gradient inside backward (`TensorWatcher`)."""
-        assert self._tensor_steps is not None
         self._time.begin_step()
-        if self.due(self._step + 1):
-            self._tensor_steps.before(self._step + 1, parameter)
+        if self._cadence.due_now:
+            self._measure.before_tensor(self._step + 1, parameter)
 
     @_measured
     def after_tensor(self, parameter: torch.Tensor) -> None:
         """Measure the step of one tensor inside backward (`TensorWatcher`)."""
-        assert self._tensor_steps is not None
-        if self.due(self._step + 1):
-            self._tensor_steps.after(self._step + 1)
+        if self._cadence.due_now:
+            self._measure.after_tensor(self._step + 1)
 
     def after_step(
         self,
@@ -367,7 +368,7 @@ class NormRecorder:
     def _after_step(
         self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any], called: float
     ) -> None:
-        self._step = step
+        self._cadence.completed = step
         line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
         due = self.due(step)
         if due:
@@ -375,8 +376,6 @@ class NormRecorder:
                 self._skips[step] = skipped  # what is measured now is left out when it is known
             if torch.is_tensor(skipped) or not skipped:
                 self._measure.update(step, line["clip_coef"])
-            if self._tensor_steps is not None:
-                self._measure.active += self._tensor_steps.take()
             self._measure.state(step)
             self._measure.forget()
         line["skipped"] = skipped if torch.is_tensor(skipped) else bool(skipped)

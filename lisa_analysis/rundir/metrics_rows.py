@@ -25,7 +25,6 @@ Result = TypeVar("Result")
 # A shard up to this size is held whole while its keys are looked through; of a larger one the
 # keys are read first, and then the rows.
 WHOLE_ROWS = 2**21
-# The one column that can be below zero; the others are norms, a variance and a count.
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class MetricBuffer:
 
     def __init__(self) -> None:
         self._pieces: dict[int, list[Piece]] = {}
+        self._skipped: dict[int, torch.Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -52,6 +53,10 @@ class MetricBuffer:
         """Add one column's sums of some tensors at one step, all of shape (n,)."""
         if len(ids):
             self._pieces.setdefault(step, []).append(Piece(column, ids, values, missing))
+
+    def leave_out_update(self, step: int, skipped: torch.Tensor) -> None:
+        """Leave out what is measured of a step's update if `skipped` turns out to be true."""
+        self._skipped[step] = skipped
 
     def unmerged(self) -> list[Piece]:
         """Pieces that hold this process's part only."""
@@ -75,6 +80,7 @@ class MetricBuffer:
         pieces = [piece for step in steps for piece in self._pieces[step]]
         if not pieces:
             return
+        flags = to_host([{str(step): self._skipped.pop(step, False) for step in steps}])[0]
         home = common_device([piece.values for piece in pieces])
         parts = [x for p in pieces for x in (p.values, p.missing) if x is not None]
         joined = torch.cat([part.to(home) for part in parts]).cpu().numpy()
@@ -89,7 +95,10 @@ class MetricBuffer:
                     start += len(ids)
                     ids, values = ids[known], values[known]
                 columns.setdefault(piece.column, []).append((ids, values))
-            yield _rows(step, columns)
+            rows = _rows(step, columns)
+            for name in _of_updates(rows) if flags[str(step)] else ():
+                rows[name] = np.ma.array(rows[name].data, mask=True)
+            yield rows
 
 
 def _rows(
@@ -107,6 +116,12 @@ def _rows(
             missing[where] = False
         rows[name] = np.ma.array(_recorded(name, values), mask=missing)
     return rows
+
+
+def _of_updates(rows: Mapping[str, np.ndarray]) -> list[str]:
+    """Columns of what the optimizer did; a count of its steps stays true where it did nothing."""
+    found = [REGISTRY[name] for name in rows if name in REGISTRY]
+    return [q.name for q in found if q.when == "update" and q.column.adds != "copies"]
 
 
 def _recorded(name: str, sums: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ census of the same step completes them, and what is flushed is never rewritten.
 """
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,15 +13,13 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
-from lisa_analysis.contract.schema import SCALARS_TABLE
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.measure import adapter_start, faults
-from lisa_train.measure.buffers import MetricBuffer, to_host
-from lisa_train.measure.cadence import Cadence
+from lisa_train.measure.buffers import MetricBuffer
+from lisa_train.measure.cadence import Cadence, FlushTimer
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk.outcome import outcome
@@ -30,14 +27,14 @@ from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
+from lisa_train.measure.scalar_lines import ScalarLines, check_names
 from lisa_train.measure.session import RunSession
 from lisa_train.measure.step_measure import StepMeasure
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
-from lisa_train.measure.unmeasured import unmeasured_products
+from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_sharded
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.parallel import refuse_wrappers
 from lisa_train.model.run_entries import joined
-from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.frozen_state import as_one, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
@@ -45,8 +42,6 @@ from lisa_train.private_names import check
 
 # Rows that may lie on the device before they are written, however long the flush window is.
 MAX_BUFFERED_ROWS = 100_000
-
-_SCALARS = tuple(name for name in SCALARS_TABLE.names if name not in ("step", "segment"))
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -158,7 +153,7 @@ class NormRecorder:
         self._optimizer = as_one(optimizers_of(optimizer))
         layer_map = layer_map or find_layers(model, config.layers)
         self.table = table or TensorTable(model, layer_map, config.select)
-        self._devices = {p.device for _, p in self.table.tensors}
+        devices = list({p.device: None for _, p in self.table.tensors})
         self._processes = Processes(self.table)
         check("model", "recorder", *_needed(model, config, self._processes))
         self.stopped = False
@@ -177,19 +172,17 @@ class NormRecorder:
             self._cadence,
             self._time,
         )
-        self._skips: dict[int, bool | torch.Tensor] = {}
-        self._lines: list[dict[str, Any]] = []
-        self._local_lines: list[dict[str, Any]] = []
-        self._latest: dict[str, Any] = {}
+        self._lines = ScalarLines(self._optimizer, devices)
         self.aggregates: dict[str, float] = {}
         self._groups = tensor_groups(self.table, len(layer_map))
         self._census_step: int | None = None
         self._said: set[str] = set()
-        self._flushed_at = time.monotonic()
+        self._flush_timer = FlushTimer(config.flush_seconds)
         self._stepping = step_in_backward
         if step_in_backward is not None:
             step_in_backward.watchers.append(self)
-        self._say_what_sharding_forbids()
+        for text in unmeasured_when_sharded(config, self.table, self._processes):
+            self._say(text)
         resumed = bool(self.writer.segment and step)
         self._find_start_of_adapters(model, resumed)
         if resumed:
@@ -198,19 +191,6 @@ class NormRecorder:
             self.census(step)
             self.flush(everything=True)
         self._time.opened()
-
-    def _say_what_sharding_forbids(self) -> None:
-        """Null without a word is no measurement."""
-        if self.config.grad_noise and self._processes.sharded:
-            self._say(
-                "grad_noise is not measured with sharded weights (FSDP2): they are averaged over "
-                "the processes before any gradient of a micro-batch can be seen."
-            )
-        if any(local_slices(p) is None for _, p in self.table.tensors):
-            self._say(
-                "weights are sharded in two ways at once (FSDP and tensor parallelism): of those "
-                "‖W − W₀‖ and the products of LoRA are not measured."
-            )
 
     def _find_start_of_adapters(self, model: nn.Module, resumed: bool) -> None:
         """Let changes be measured from where the run began, and say where they cannot be."""
@@ -360,54 +340,38 @@ class NormRecorder:
             When a scalar has a name that the table does not know, whatever `on_record_error` is.
         """
         called = time.perf_counter()
-        _check_names(scalars)
-        line = {"step": step, "clip_coef": clip_coef, "labels": labels, **scalars}
-        self._after_step(step, skipped, line, called)
+        check_names(scalars)
+        scalars = {"clip_coef": clip_coef, "labels": labels, **scalars}
+        self._after_step(step, skipped, scalars, called)
 
     @_measured
     def _after_step(
-        self, step: int, skipped: bool | torch.Tensor, line: dict[str, Any], called: float
+        self, step: int, skipped: bool | torch.Tensor, scalars: dict[str, Any], called: float
     ) -> None:
         self._cadence.completed = step
-        line = {k: v.detach() if torch.is_tensor(v) else v for k, v in line.items()}
         due = self.due(step)
+        line = self._lines.begin(step, scalars, skipped)
         if due:
             if torch.is_tensor(skipped):
-                self._skips[step] = skipped  # what is measured now is left out when it is known
+                self._buffer.leave_out_update(step, skipped)
             if torch.is_tensor(skipped) or not skipped:
                 self._measure.update(step, line["clip_coef"])
             self._measure.state(step)
             self._measure.forget()
-        line["skipped"] = skipped if torch.is_tensor(skipped) else bool(skipped)
-        self._local_lines.append(line)
         if due or self._processes.count == 1:
             self._merge()
-        if due and line.get("grad_norm") is None and self.config.select is None:
-            square = self._buffer.values(step, "grad_norm")
-            line["grad_norm"] = square.sum().sqrt() if square is not None else None
-        self._complete(line)
+        whole = due and self.config.select is None
+        self._lines.complete(line, self._buffer.values(step, "grad_norm") if whole else None)
         self._time.finish_step(line, called)
-
-    def _complete(self, line: dict[str, Any]) -> None:
-        """Fill in what the loop did not say and can be seen from here."""
-        if line.get("learning_rate") is None:
-            rate = self._optimizer.param_groups[0]["lr"]
-            line["learning_rate"] = rate.detach().clone() if torch.is_tensor(rate) else rate
-        line["peak_memory_bytes"] = environment.peak_memory_bytes(*self._devices)
 
     def amend(self, **scalars: Any) -> None:
         """Add what became known late to the newest line of the scalars."""
-        _check_names(scalars)
-        for lines in (self._local_lines, self._lines):
-            if lines:
-                lines[-1].update(scalars)
-                return
+        self._lines.amend(scalars)
 
     def _merge(self) -> None:
         """Put the processes' parts together; one collective, at the same steps on all."""
-        self._processes.merge(self._buffer.unmerged(), self._local_lines)
-        self._lines += self._local_lines
-        self._local_lines = []
+        self._processes.merge(self._buffer.unmerged(), self._lines.unmerged)
+        self._lines.merged()
 
     # ------------------------------------------------------------------ now and then
 
@@ -502,28 +466,21 @@ class NormRecorder:
         self._write(everything)
 
     def _write(self, everything: bool) -> None:
-        skips = to_host([{str(step): flag for step, flag in self._skips.items()}])[0]
         for rows in self._buffer.take(None if everything else self._step):
-            self._skips.pop(step := int(rows["step"][0]), None)
-            if skips.get(str(step)):
-                _leave_out_update(rows)
             self.aggregates = aggregates(rows, self._groups) or self.aggregates
             self.writer.write_metrics(rows)
         if everything:
             self._written = self._step
         self._time.settle()
-        if not self._local_lines:
+        if not self._lines.unmerged:
             self._time.written()
-        for line in to_host(self._lines):
-            self._latest = _measured_alone(line)
-            self.writer.scalars(_tidy(line))
-        self._lines = []
-        self._flushed_at = time.monotonic()
+        for line in self._lines.take():
+            self.writer.scalars(line)
+        self._flush_timer.flushed()
         self.writer.flush()
 
     def _flush_if_old(self) -> None:
-        age = time.monotonic() - self._flushed_at
-        if age < self.config.flush_seconds and self._buffer.rows < MAX_BUFFERED_ROWS:
+        if not self._flush_timer.due and self._buffer.rows < MAX_BUFFERED_ROWS:
             return
         try:
             self.flush()
@@ -532,9 +489,7 @@ class NormRecorder:
 
     def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:
         """Return the newest scalars: those that the host has, or with `wait` the last step's."""
-        if self._lines and (wait or all(device.type == "cpu" for device in self._devices)):
-            return _measured_alone(to_host(self._lines[-1:])[0])
-        return dict(self._latest)
+        return self._lines.newest(wait=wait)
 
     def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
         """Take the last census, write everything and say in run.json how the run ended.
@@ -567,9 +522,7 @@ class NormRecorder:
         if status == "finished" or self._processes.count == 1:
             self.census(self._step)
             return
-        # The others may be gone: what they had to add stays unknown.
-        self._lines += [{**line, "loss": None, "tokens": None} for line in self._local_lines]
-        self._local_lines = []
+        self._lines.merged(known=False)  # the others may be gone
 
     def __enter__(self) -> Self:
         return self
@@ -624,39 +577,3 @@ def _needed(model: nn.Module, config: RecordConfig, processes: Processes) -> lis
         and bool({"delta_norm", "merged_norm"} & set(config.quantities)),
     }
     return [area for area, needed in areas.items() if needed]
-
-
-def _check_names(scalars: Mapping[str, Any]) -> None:
-    """Refuse a misspelt scalar where it is passed: the table is written much later."""
-    for name in scalars:
-        if name not in _SCALARS:
-            raise ConfigError(
-                f"{name!r} is no scalar that a run records, expected one of "
-                f"{', '.join(_SCALARS)}.{suggest(name, _SCALARS)}"
-            )
-
-
-def _leave_out_update(rows: dict[str, np.ndarray]) -> None:
-    """Make null what there is no update to measure of."""
-    for name in ("update_norm", "descent"):
-        if name in rows:
-            rows[name] = np.ma.array(rows[name].data, mask=True)
-
-
-def _measured_alone(line: dict[str, Any]) -> dict[str, Any]:
-    """Take the number of labels out of a line, and the loss where there was none."""
-    labels = line.pop("labels", None)
-    if labels == 0:
-        line["loss"] = None
-    return line
-
-
-def _tidy(line: dict[str, Any]) -> dict[str, Any]:
-    """Whole numbers as such, durations to the microsecond."""
-    for name in ("tokens", "peak_memory_bytes"):
-        value = line.get(name)
-        if value is not None and math.isfinite(value):
-            line[name] = int(value)
-    for name in ("step_seconds", "recorder_seconds"):
-        line[name] = round(float(line[name]), 6)
-    return line

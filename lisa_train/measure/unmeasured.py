@@ -1,4 +1,4 @@
-"""Which adapters have no `delta_norm` or `merged_norm`, in words: null is never silent."""
+"""What cannot be measured of a model, in words: null is never silent."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,10 +9,29 @@ from lisa_analysis.contract.layers import module_of, role_of
 from lisa_train.measure.adapter_search import adapter_types, no_product, stacked_tuners
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.lora_products import LoraPair
+from lisa_train.measure.processes import Processes
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
 
 _BOTH = "delta_norm and merged_norm"
+
+
+def unmeasured_when_sharded(
+    config: RecordConfig, table: TensorTable, processes: Processes
+) -> list[str]:
+    """Sentences on what the way in which the weights are sharded forbids to measure."""
+    said = []
+    if config.grad_noise and processes.sharded:
+        said.append(
+            "grad_noise is not measured with sharded weights (FSDP2): they are averaged over "
+            "the processes before any gradient of a micro-batch can be seen."
+        )
+    if any(local_slices(p) is None for _, p in table.tensors):
+        said.append(
+            "weights are sharded in two ways at once (FSDP and tensor parallelism): of those "
+            "‖W − W₀‖ and the products of LoRA are not measured."
+        )
+    return said
 
 
 def unmeasured_products(

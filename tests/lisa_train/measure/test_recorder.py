@@ -204,7 +204,7 @@ def test_what_lies_in_memory_is_bounded_by_the_flush(tmp_path, monkeypatch):
             optimizer.step()
             recorder.after_step(step)
             most = max(most, recorder._buffer.rows)
-            assert len(recorder._lines) < 20
+            assert len(recorder._lines.waiting) < 20
     assert most <= 200 + 30
     assert load(tmp_path).metrics()["step"].nunique() == 60
 
@@ -217,7 +217,7 @@ def test_the_loss_of_a_step_does_not_keep_its_graph(tmp_path):
         assert loss.grad_fn is not None
         recorder.before_step(1)
         recorder.after_step(1, loss=loss)
-        assert recorder._lines[-1]["loss"].grad_fn is None
+        assert recorder._lines.waiting[-1]["loss"].grad_fn is None
 
 
 def test_a_loop_continues_its_run(tmp_path):

@@ -5,19 +5,21 @@ shards it averages itself; for plain tensors see `lisa_train.measure.averaged_gr
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from lisa_train.measure import faults
 from lisa_train.measure.averaged_gradients import Averaging
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.stand_ins import stand_ins
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.sharding import fsdp_modules, is_sharded, reshard
 from lisa_train.model.tensor_table import TensorTable
+from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.private_names import check
 
 
@@ -103,6 +105,69 @@ class Probe:
             raise
         if averaging is not None:
             averaging.finish()
+
+
+class GuardedPasses:
+    """Measuring passes until one fails: they are not the training's own, which goes on.
+
+    Parameters
+    ----------
+    measure
+        Makes one pass: takes a step, the backward pass and the factor on its loss.
+    stepping
+        What steps the optimizer inside the backward pass, if anything: it rests meanwhile.
+    on_record_error
+        See `RecordConfig`.
+    sharded
+        Whether weights are sharded: then a failure is raised, since it leaves FSDP between two
+        collectives.
+
+    Attributes
+    ----------
+    failed : bool
+        Whether a pass has failed; no other is made.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[int, Callable[[], object], Any], None],
+        stepping: StepInBackward | None,
+        on_record_error: Literal["warn", "raise"],
+        *,
+        sharded: bool,
+    ) -> None:
+        self.failed = False
+        self._measure = measure
+        self._stepping = stepping
+        self._on_record_error = on_record_error
+        self._sharded = sharded
+
+    def run(
+        self, step: int, backward: Callable[[], object], scale: Any
+    ) -> tuple[str, str | None] | None:
+        """Make one pass; return what there is to say of its failure, and the traceback."""
+        of_the_pass: list[Exception] = []
+
+        def watched() -> None:
+            try:
+                backward()
+            except Exception as error:
+                of_the_pass.append(error)
+                raise
+
+        try:
+            with self._stepping.paused() if self._stepping is not None else nullcontext():
+                self._measure(step, watched, scale)
+        except Exception as error:
+            foreign = error in of_the_pass
+            stops = faults.stops_training(error, self._on_record_error, foreign=foreign)
+            if stops or self._sharded:
+                raise
+            self.failed = True
+            why = faults.reason(error, foreign=foreign)
+            text = f"probe_every: nothing is probed any more: {why}"
+            return text, faults.full_traceback(error, foreign=foreign)
+        return None
 
 
 def _hook(

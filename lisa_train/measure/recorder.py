@@ -9,7 +9,6 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -25,6 +24,7 @@ from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk.outcome import outcome
 from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.measuring_pass import GuardedPasses
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.scalar_lines import ScalarLines, check_names
@@ -146,7 +146,6 @@ class NormRecorder:
         began = time.perf_counter() if began is None else began
         refuse_wrappers(model, "the recorder")
         self.config = config
-        self._probe_failed = False
         self._written = -1  # the last step whose rows are complete on the disk
         self._time = RecordingTime(began)
         self._inside = False
@@ -179,6 +178,12 @@ class NormRecorder:
         self._said: set[str] = set()
         self._flush_timer = FlushTimer(config.flush_seconds)
         self._stepping = step_in_backward
+        self._passes = GuardedPasses(
+            self._measure.probe,
+            step_in_backward,
+            config.on_record_error,
+            sharded=self._processes.sharded,
+        )
         if step_in_backward is not None:
             step_in_backward.watchers.append(self)
         for text in unmeasured_when_sharded(config, self.table, self._processes):
@@ -412,7 +417,7 @@ class NormRecorder:
         ends the probing on all. With sharded weights (FSDP2) it stops training: what FSDP began
         cannot be taken back, and the others wait for the one that failed, as in training.
         """
-        if self._probe_failed:
+        if self._passes.failed:
             return
         if step <= self._written:
             self._say(
@@ -420,33 +425,9 @@ class NormRecorder:
                 "call probe before checkpoint. Such passes are left out."
             )
             return
-        of_the_pass: list[Exception] = []
-
-        def watched() -> None:
-            try:
-                backward()
-            except Exception as error:
-                of_the_pass.append(error)
-                raise
-
-        try:
-            with self._stepping.paused() if self._stepping is not None else nullcontext():
-                self._measure.probe(step, watched, gradient_scale)
-        except Exception as error:
-            # The pass is not the training's own: what is measured of that goes on. Not where it
-            # leaves FSDP between two collectives.
-            foreign = error in of_the_pass
-            if (
-                faults.stops_training(error, self.config.on_record_error, foreign=foreign)
-                or self._processes.sharded
-            ):
-                raise
-            self._probe_failed = True
-            why = faults.reason(error, foreign=foreign)
-            self._say(
-                f"probe_every: nothing is probed any more: {why}",
-                faults.full_traceback(error, foreign=foreign),
-            )
+        said = self._passes.run(step, backward, gradient_scale)
+        if said is not None:
+            self._say(*said)
         self._merge()
 
     @_measured

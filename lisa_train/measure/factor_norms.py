@@ -1,0 +1,122 @@
+"""Norms of what LoRA's factors make of a weight, without the product or the sum being formed."""
+
+import torch
+
+from lisa_train.model.norms import CHUNK, DEVICE_CHUNK, wide
+
+# Where ‖W + sBA‖² is this small a part of ‖W‖² + ‖sBA‖², fp32 sums no longer carry it.
+_CANCELLED = 1e-2
+
+
+def gram_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """‖BA‖² from the r×r Gram matrices: Σ (BᵀB)∘(AAᵀ); the product is never formed.
+
+    Parameters
+    ----------
+    a, b
+        Factors of shape (r, n) and (m, r).
+    """
+    kind = wide(a.device)
+    a, b = a.detach().to(kind), b.detach().to(kind)
+    return ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
+
+
+@torch.no_grad()
+def merged_square(
+    weight: torch.Tensor,
+    weight_square: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """‖W + sBA‖² = ‖W‖² + 2s⟨BᵀW, A⟩ + s²‖BA‖², with nothing larger than r×n formed.
+
+    Parameters
+    ----------
+    weight
+        W, shape (m, n), any floating precision.
+    weight_square
+        ‖W‖², which does not change while W is frozen.
+    a, b, scale
+        Factors of shape (r, n) and (m, r), and s.
+    """
+    kind = wide(weight.device)
+    product_kind = torch.float32 if _multiplies_fp32_exactly(weight.device) else kind
+    rows = max(1, DEVICE_CHUNK // max(1, weight.shape[1]))
+    mixed = torch.zeros((), dtype=kind, device=weight.device)
+    small = b.detach().to(product_kind)
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].detach().to(product_kind)
+        mixed = mixed + ((small[start : start + rows].T @ part).to(kind) * a.detach()).sum()
+    known = weight_square.to(kind) + scale**2 * gram_square(a, b)
+    total = known + 2 * scale * mixed
+    if weight.device.type == "cpu" and total < _CANCELLED * known:
+        # The adapter takes away what the weight holds: take the differences themselves. Not on
+        # accelerators, where the question alone would wait for the device.
+        return _walk_rows(weight, a, b, scale)
+    return total.clamp_min(0)
+
+
+def _multiplies_fp32_exactly(device: torch.device) -> bool:
+    """Whether products of fp32 matrices keep fp32's digits on a device.
+
+    They do not where TF32 (ten bits) or bf16 (seven, on CPUs) is allowed. That is the user's
+    setting to make, for all threads at once: it is read, never changed.
+    """
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    if device.type not in backends:
+        return False
+    setting = getattr(backends[device.type].matmul, "fp32_precision", None)  # type: ignore[attr-defined]
+    if setting is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return setting in ("none", "ieee")
+
+
+def _walk_rows(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """‖W + sBA‖² from blocks of rows of the sum, in double precision."""
+    rows = max(1, 4 * CHUNK // max(1, weight.shape[1]))
+    blocks = (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
+    wide_a, wide_b = a.detach().double(), b.detach().double() * scale
+    return torch.stack(
+        [(weight[block].double() + wide_b[block] @ wide_a).square().sum() for block in blocks]
+    ).sum()
+
+
+# Norms that the rows of a weight are given, and the factors (A, B) of what is added to it first.
+Rescaling = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
+
+
+@torch.no_grad()
+def rescaled_squares(
+    weight: torch.Tensor, now: Rescaling, before: Rescaling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖W′ − W′₀‖² and ‖W′‖² of W′ = m(W + BA)/‖W + BA‖, row by row (DoRA).
+
+    From blocks of rows of the sums, in double precision: the change is a small part of what the
+    row norms alone could tell.
+    """
+    kind = wide(weight.device)
+    size = 4 * CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK // 2
+    rows = max(1, size // max(1, weight.shape[1]))
+    moved, whole = [], []
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        part = weight[block].detach().to(kind)
+        after = _rescaled(part, block, *now)
+        moved.append((after - _rescaled(part, block, *before)).square().sum())
+        whole.append(after.square().sum())
+    return torch.stack(moved).sum(), torch.stack(whole).sum()
+
+
+def _rescaled(
+    part: torch.Tensor,
+    block: slice,
+    magnitude: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    if factors is not None:
+        a, b = factors
+        part = part + b[block].to(part) @ a.to(part)
+    return part * (magnitude[block].to(part) / part.norm(dim=1)).unsqueeze(1)

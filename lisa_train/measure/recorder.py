@@ -363,6 +363,7 @@ class NormRecorder:
                 self._measure.update(step, line["clip_coef"])
             self._measure.state(step)
             self._measure.forget()
+        self._lines.add(line)
         if due or self._processes.count == 1:
             self._merge()
         whole = due and self.config.select is None

@@ -52,12 +52,15 @@ class ScalarLines:
     def begin(
         self, step: int, scalars: Mapping[str, Any], skipped: bool | torch.Tensor
     ) -> dict[str, Any]:
-        """Add the line of a step with what the loop says of it."""
+        """Return the line of a step with what the loop says of it; `add` it once it is measured."""
         line = {k: v.detach() if torch.is_tensor(v) else v for k, v in scalars.items()}
         line = {"step": step, **line}
         line["skipped"] = skipped if torch.is_tensor(skipped) else bool(skipped)
-        self.unmerged.append(line)
         return line
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a step's line."""
+        self.unmerged.append(line)
 
     def complete(self, line: dict[str, Any], squares: torch.Tensor | None) -> None:
         """Fill in what the loop did not say and can be seen from here.

@@ -3,12 +3,19 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE, Table
+from lisa_analysis.contract.schema import (
+    METRICS_TABLE,
+    PARAMETERS_TABLE,
+    SCHEMA_VERSION,
+    Table,
+)
 from lisa_analysis.rundir.shards import arrow_schema
+from lisa_train.measure.disk.storage import replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +58,38 @@ def fact_table(rows: list[dict[str, np.ndarray]], table: Table = METRICS_TABLE) 
         )
     joined_rows = pa.table(arrays, schema=schema)
     return joined_rows.sort_by([("step", "ascending"), ("param_id", "ascending")])
+
+
+def write_parquet(path: Path, table: "pa.Table") -> None:
+    """Write a table as one file, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    others = [name for name in table.schema.names if name not in floats]
+    table = table.replace_schema_metadata(None)
+
+    def write(temporary: Path) -> None:
+        # Arrow opens no path that is not UTF-8; Python does.
+        with (
+            temporary.open("wb") as sink,
+            pq.ParquetWriter(
+                sink,
+                table.schema,
+                compression="zstd",
+                compression_level=9,
+                use_dictionary=others,
+                # Exponents compress well once they lie side by side.
+                use_byte_stream_split=floats,
+                # The types are Parquet's own; the Arrow schema would be half of a small shard.
+                store_schema=False,
+                write_statistics=[name for name in ("step", "param_id") if name in others],
+            ) as file,
+        ):
+            file.write_table(table)
+            file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
+
+    replace_file(path, write)
 
 
 def round_bits(values: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ from lisa_train.measure.disk.encoding import (
     fact_table,
     parameter_table,
     plain,
+    write_parquet,
 )
 from lisa_train.measure.disk.outcome import one_sentence
 from lisa_train.measure.disk.storage import (
@@ -141,7 +142,7 @@ class RunWriter:
         table = parameter_table(parameters)
         if resume:
             self.manifest, _ = read_manifest(self.path / MANIFEST)
-            self._check_same_tensors(table)
+            _check_same_tensors(self.path, table)
             for field in ("error", "result"):  # of how the earlier segment ended
                 self.manifest.pop(field, None)
             self.manifest["segment"] = int(self.manifest.get("segment", 0)) + 1
@@ -155,7 +156,7 @@ class RunWriter:
                 "segment": 0,
                 **manifest,
             }
-            self._write_parquet(self.path / PARAMETERS, table)
+            write_parquet(self.path / PARAMETERS, table)
             if config_yaml is not None:
                 text = as_utf8(config_yaml)
                 replace_file(self.path / CONFIG, lambda path: path.write_text(text, "utf-8"))
@@ -166,18 +167,6 @@ class RunWriter:
         self._scalars = LineFile(self.path / SCALARS)
         self._events = LineFile(self.path / EVENTS)
         self._save_manifest(status="running")
-
-    def _check_same_tensors(self, table: "pa.Table") -> None:
-        known = read_parameters(self.path / PARAMETERS, 2**15, [])
-        before = list(zip(known["param_id"], known["name"], known["shape"], strict=True))
-        now = list(zip(*(table[c].to_pylist() for c in ("param_id", "name", "shape")), strict=True))
-        if before != now:
-            changed = next((n for b, n in zip(before, now, strict=False) if b != n), None)
-            detail = f"; the first that differs is {changed[1]!r}" if changed else ""
-            raise RunDirectoryError(
-                f"{self.path} was recorded from another model ({len(before)} tensors, this one "
-                f"has {len(now)}{detail}): choose another run directory."
-            )
 
     def begin_segment(
         self, step: int, checkpoint: str | None = None, *, parts: Mapping[str, Any] | None = None
@@ -238,7 +227,7 @@ class RunWriter:
         folder = self.path / PROBES_DIR
         try:
             folder.mkdir(exist_ok=True)
-            self._write_parquet(folder / shard_name(self.segment, step), ordered)
+            write_parquet(folder / shard_name(self.segment, step), ordered)
         except OSError as error:
             raise describe_os_error(self.path, error) from error
 
@@ -293,7 +282,7 @@ class RunWriter:
         if path.exists():
             raise FileExistsError(17, f"{path.name} exists: a step was flushed twice")
         ordered = table.sort_by([("param_id", "ascending"), ("step", "ascending")])
-        self._write_parquet(path, ordered)
+        write_parquet(path, ordered)
         self._rows.clear()
 
     def _flush_lines(self) -> None:
@@ -308,36 +297,6 @@ class RunWriter:
             rows = len(self._rows.pop(0)["step"])
             excess -= rows
             self.lost_rows += rows
-
-    def _write_parquet(self, path: Path, table: "pa.Table") -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
-        others = [name for name in table.schema.names if name not in floats]
-        table = table.replace_schema_metadata(None)
-
-        def write(temporary: Path) -> None:
-            # Arrow opens no path that is not UTF-8; Python does.
-            with (
-                temporary.open("wb") as sink,
-                pq.ParquetWriter(
-                    sink,
-                    table.schema,
-                    compression="zstd",
-                    compression_level=9,
-                    use_dictionary=others,
-                    # Exponents compress well once they lie side by side.
-                    use_byte_stream_split=floats,
-                    # The types are Parquet's own; the Arrow schema would be half of a small shard.
-                    store_schema=False,
-                    write_statistics=[name for name in ("step", "param_id") if name in others],
-                ) as file,
-            ):
-                file.write_table(table)
-                file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
-
-        replace_file(path, write)
 
     def update_manifest(self, **fields: Any) -> None:
         """Change entries of run.json and rewrite it in one move."""
@@ -371,6 +330,20 @@ class RunWriter:
             self._lock.release()
         if problem is not None:
             raise problem
+
+
+def _check_same_tensors(folder: Path, table: "pa.Table") -> None:
+    """Refuse to continue the run of another model."""
+    known = read_parameters(folder / PARAMETERS, 2**15, [])
+    before = list(zip(known["param_id"], known["name"], known["shape"], strict=True))
+    now = list(zip(*(table[c].to_pylist() for c in ("param_id", "name", "shape")), strict=True))
+    if before != now:
+        changed = next((n for b, n in zip(before, now, strict=False) if b != n), None)
+        detail = f"; the first that differs is {changed[1]!r}" if changed else ""
+        raise RunDirectoryError(
+            f"{folder} was recorded from another model ({len(before)} tensors, this one "
+            f"has {len(now)}{detail}): choose another run directory."
+        )
 
 
 def new_run_id() -> str:

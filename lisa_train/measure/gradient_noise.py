@@ -56,7 +56,7 @@ class GradientNoise:
         self._arrived: dict[int, torch.Tensor] = {}
         self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
         self._error: Exception | None = None
-        self._handles = [self._listen(i, p) for i, p in table.tensors]
+        self._handles = [self._hook(i, p) for i, p in table.tensors]
 
     def micro_batch(self) -> None:
         """Take note of a micro-batch that is done; what failed inside its backward pass is raised.
@@ -100,7 +100,7 @@ class GradientNoise:
         self.twice, self._arrived, self._batches = set(), {}, []
 
     def close(self) -> None:
-        """Look at gradients no more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -113,7 +113,7 @@ class GradientNoise:
         flags = [float(i in self.twice) for i in numbers.tolist()]
         return torch.stack([torch.full_like(values[0], flag) for flag in flags])
 
-    def _listen(self, number: int, parameter: nn.Parameter) -> Any:
+    def _hook(self, number: int, parameter: nn.Parameter) -> Any:
         flag = parameter.requires_grad
         parameter.requires_grad_(True)  # torch takes hooks of such tensors only
         handle = parameter.register_hook(lambda gradient: self._arrive(number, gradient))

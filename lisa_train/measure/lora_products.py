@@ -106,7 +106,7 @@ class LoraPair:
 
     @property
     def scale(self) -> float | torch.Tensor:
-        """S: α/r, or α/√r with rank-stabilised LoRA; AdaLoRA divides by the rank of the moment."""
+        """The scaling s: α/r, α/√r (rank-stabilised LoRA), or α over the current rank (AdaLoRA)."""
         scale = float(self.module.scaling[self.adapter])
         ranks = getattr(self.module, "ranknum", {})
         if self.adapter not in ranks:

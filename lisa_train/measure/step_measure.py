@@ -180,7 +180,7 @@ class StepMeasure:
         self._buffer.add(step, "probe_grad_norm", ids, square / beside(scale, square) ** 2)
 
     def close(self) -> None:
-        """Listen to gradients no more, and let go of all copies."""
+        """Remove the hooks and free all copies."""
         self.forget()
         self._snapshots = {}
         for part in self._parts:

@@ -129,7 +129,7 @@ class Gradients(Part):
             self._noise.forget()
 
     def close(self) -> None:
-        """Listen to gradients no more."""
+        """Remove the hooks of the gradient noise."""
         if self._noise is not None:
             self._noise.close()
 

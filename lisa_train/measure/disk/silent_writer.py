@@ -36,5 +36,5 @@ class SilentWriter:
         """Do nothing."""
 
     def close(self, status: str = "finished", **fields: Any) -> None:
-        """Be closed."""
+        """Mark the writer as closed."""
         self.closed = True

@@ -71,7 +71,7 @@ redirect(
         "buffers": "measure.buffers",
         "checkpoint_recipes": "measure.checkpoint_conversions",
         "cli": "command.cli",
-        "conditional_poisson": "methods.lisa.conditional_poisson",
+        "conditional_poisson": "methods.lisa.samplers.conditional_poisson",
         "data": "command.tasks.data",
         "demo": "command.demo",
         "eight_bit": "optim.eight_bit",

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
-from lisa_train.methods.lisa.conditional_poisson import fit_log_weights, log_elementary
 from lisa_train.methods.lisa.inclusion import CERTAIN, SUM_TOLERANCE, check_probabilities
 from lisa_train.methods.lisa.inclusion import resolve as resolve
+from lisa_train.methods.lisa.samplers.conditional_poisson import fit_log_weights, log_elementary
 
 # Second word of every generator key, so that no other part of a program draws the same stream.
 _STREAM = 0x115A

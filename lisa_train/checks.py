@@ -1,6 +1,7 @@
 """Values of single settings: of the right type and among those allowed, or one sentence."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
@@ -34,3 +35,10 @@ def one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
             f"{option} is {value!r}, but must be one of {', '.join(allowed)}."
             f"{suggest(str(value), allowed)}"
         )
+
+
+def refuse_built_in(what: str, name: str, known: Mapping[str, type]) -> None:
+    """`ConfigError` when `name` belongs to a class of this package in a registry."""
+    before = known.get(name)
+    if before is not None and before.__module__.startswith("lisa_train."):
+        raise ConfigError(f"{what} {name!r} is built in: give yours another name.")

@@ -4,15 +4,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.methods.lisa.inclusion import CERTAIN
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.optim.frozen_state import tensors_of
@@ -139,11 +136,12 @@ def check_units(
     units: Mapping[int | str, Sequence[torch.Tensor]],
     layer_map: LayerMap,
     config: LisaConfig,
-    pi: NDArray[np.float64],
+    *,
+    may_draw_nothing: bool,
 ) -> None:
     """`ConfigError` for what would leave an interval, or a layer, with nothing to train.
 
-    `pi` holds the inclusion probabilities of the layers, shape (L,).
+    `may_draw_nothing` says whether a draw may take no layer at all.
     """
     for i, name in enumerate(layer_map.names):
         if not units[i]:
@@ -157,12 +155,11 @@ def check_units(
             "embedding matrix (tied): set embed_probability instead."
         )
     certain = [*config.always_active, *(g for g, p in config.group_probabilities.items() if p == 1)]
-    some_layer = config.sampling != "bernoulli" or bool((pi >= CERTAIN).any())
-    if not some_layer and not any(units[group] for group in certain):
+    if may_draw_nothing and not any(units[group] for group in certain):
         raise ConfigError(
-            f"sampling='bernoulli' draws no layer at all in some intervals, and always_active = "
-            f"{list(config.always_active)} trains nothing in this model; keep a group active or "
-            "use sampling='uniform'."
+            f"sampling={config.sampling!r} draws no layer at all in some intervals, and "
+            f"always_active = {list(config.always_active)} trains nothing in this model; keep a "
+            "group active or use sampling='uniform'."
         )
 
 

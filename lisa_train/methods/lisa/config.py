@@ -15,6 +15,8 @@ Sampling = Literal[
 ]
 ActivePrecision = Literal["model", "fp32_active"]
 Recompute = Literal["all", "frozen"]
+# Σπ may miss k by the rounding of a file that keeps six decimals.
+SUM_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class LisaConfig:
         likely), ``bernoulli`` (every layer on its own, the paper's first version), ``cyclic``
         (shuffled sweeps), and three exact schemes for unequal probabilities: ``systematic``,
         ``conditional_poisson`` and ``balanced`` (no layer waits long). ``uniform`` with unequal
-        `probabilities` draws by the systematic scheme, of which it is the equal-weight case.
+        `probabilities` draws by the systematic scheme, of which it is the equal-weight case. In
+        Python, also the name of a sampler of your own, see `lisa_train.methods.lisa.samplers`.
     probabilities
         Path of a `probabilities.json` file, or a sequence of inclusion probabilities π, one per
         layer, Σπ = k. None means equal probabilities k/L.
@@ -95,7 +98,12 @@ class LisaConfig:
                 f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "
                 "'model.layers', or None to find it."
             )
-        one_of("lisa.sampling", self.sampling, get_args(Sampling))
+        built_in = get_args(Sampling)
+        if self.sampling not in built_in:
+            from lisa_train.methods.lisa.samplers import SAMPLERS  # loads numpy
+
+            added = (name for name in SAMPLERS if name not in built_in)
+            one_of("lisa.sampling", self.sampling, (*built_in, *added))
         one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
         one_of("lisa.precision", self.precision, get_args(ActivePrecision))
         one_of("lisa.recompute", self.recompute, get_args(Recompute))
@@ -157,8 +165,7 @@ class LisaConfig:
                     f"lisa.probabilities[{i}] is {value:g}, but every inclusion probability must "
                     "be above 0 and at most 1."
                 )
-        # The same tolerance as the samplers': the rounding of a file with six decimals.
-        if abs(sum(values) - self.activated_layers) > 1e-5:
+        if abs(sum(values) - self.activated_layers) > SUM_TOLERANCE:
             raise ConfigError(
                 f"lisa.probabilities sum to {sum(values):.6g}, but activated_layers is "
                 f"{self.activated_layers}: they must be equal; scale the probabilities or set "

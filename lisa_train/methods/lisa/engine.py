@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 from torch.optim import Optimizer
 
@@ -181,7 +181,7 @@ class Lisa:
 
     @property
     def inclusion_probabilities(self) -> NDArray[np.float64]:
-        """π of every layer, shape (L,)."""
+        """π of every layer by which the present draw was taken, shape (L,)."""
         return self._schedule.inclusion_probabilities
 
     @property
@@ -225,6 +225,20 @@ class Lisa:
         )  # fmt: skip
         if self._on_draw is not None:
             self._on_draw(draw)
+
+    def learn(self, step: int, layer_scores: ArrayLike) -> None:
+        """Hand the sampler what was measured of the layers, for the draws to come.
+
+        Samplers that learn nothing ignore it. All processes call it with the same numbers.
+
+        Parameters
+        ----------
+        step
+            Completed optimizer steps.
+        layer_scores
+            One number per layer, shape (L,); NaN where none was measured.
+        """
+        self._schedule.learn(step, layer_scores)
 
     def close(self) -> None:
         """Restore every `requires_grad` flag and leave the optimizer as a plain one."""

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
+from lisa_train.methods.lisa.config import SUM_TOLERANCE
 
-# Σπ may miss k by the rounding of a file that keeps six decimals.
-SUM_TOLERANCE = 1e-5
 # Above this a layer is certain: in every draw.
 CERTAIN = 1.0 - 1e-12
 

@@ -20,7 +20,6 @@ from lisa_train.methods.lisa.checks import (
     refuse_adapters_and_quantization,
 )
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.methods.lisa.inclusion import CERTAIN
 from lisa_train.methods.lisa.schedule import Schedule, Unit
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.parallel import refuse_unproved, refuse_wrappers
@@ -62,7 +61,7 @@ class Plan:
         empty = [group for group, names in layer_map.groups.items() if not names]
         schedule = Schedule(config, layer_map.names, probabilities, seed, empty_groups=empty)
         units = units_of(model, layer_map)
-        check_units(units, layer_map, config, schedule.inclusion_probabilities)
+        check_units(units, layer_map, config, may_draw_nothing=schedule.may_draw_nothing)
         chosen: list[Unit] = [*range(len(layer_map)), *config.always_active]
         chosen += list(config.group_probabilities)
         wanted = {p for unit in chosen for p in units[unit]}
@@ -108,10 +107,7 @@ class Plan:
 
     def rotates(self, model: nn.Module) -> bool:
         """Whether any tensor with gradients ever rests."""
-        certain: list[Unit] = [
-            i for i, pi in enumerate(self.schedule.inclusion_probabilities) if pi >= CERTAIN
-        ]
-        certain += self.config.always_active
+        certain: list[Unit] = [*self.schedule.always_drawn, *self.config.always_active]
         certain += [g for g, p in self.config.group_probabilities.items() if p == 1]
         always = {p for unit in certain for p in self.units[unit]}
         return any(p.requires_grad and p not in always for p in model.parameters())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
@@ -40,7 +40,7 @@ class Draw:
 
 
 class Schedule:
-    """Draws at steps 0, K, 2K and so on; every draw is a function of seed and index alone.
+    """Draws at steps 0, K, 2K and so on, and where in that a run stands.
 
     Parameters
     ----------
@@ -81,8 +81,28 @@ class Schedule:
 
     @property
     def inclusion_probabilities(self) -> NDArray[np.float64]:
-        """π of every layer, shape (L,)."""
-        return self._sampler.inclusion_probabilities
+        """π of every layer in the present draw, or before it in the first, shape (L,)."""
+        return self._sampler.probabilities(self.index or 0)
+
+    @property
+    def always_drawn(self) -> tuple[int, ...]:
+        """Layers that are certain to be in every draw to come."""
+        return self._sampler.always_drawn()
+
+    @property
+    def may_draw_nothing(self) -> bool:
+        """Whether a draw may take no layer at all."""
+        return self._sampler.may_draw_nothing and not self.always_drawn
+
+    def learn(self, step: int, layer_scores: ArrayLike) -> None:
+        """Hand the sampler what was measured of every layer, for the draws to come."""
+        scores = np.array(layer_scores, dtype=np.float64)
+        if scores.shape != self.visits.shape:
+            raise ConfigError(
+                f"layer_scores have shape {scores.shape}, but the model has {self.visits.size} "
+                "layers; give one number per layer, NaN for what was not measured."
+            )
+        self._sampler.learn(step, scores)
 
     def with_config(self, config: LisaConfig) -> "Schedule":
         """Return a schedule of the same layers that has not begun, with other settings."""
@@ -106,6 +126,7 @@ class Schedule:
         if index == self.index:
             return None
         self.index = index
+        pi = tuple(self._sampler.probabilities(index).tolist())
         self.layers = self._sampler.draw(index)
         self.groups = self._draw_groups(index)
         drawn: tuple[Unit, ...] = (*self.layers, *self.groups)
@@ -115,7 +136,7 @@ class Schedule:
             step,
             index,
             self.layers,
-            tuple(self.inclusion_probabilities.tolist()),
+            pi,
             tuple(self.visits.tolist()),
             self.groups,
         )
@@ -125,7 +146,7 @@ class Schedule:
         return {unit: self.step - at for unit, at in self._activated_at.items()}
 
     def never_drawn(self, total_steps: int) -> tuple[int, ...]:
-        """Layers that no draw of the first `total_steps` steps takes."""
+        """Layers that no draw of the first `total_steps` steps takes, as far as that is settled."""
         return never_drawn(self._sampler, -(-total_steps // self._config.interval_steps))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,10 +1,55 @@
-"""Which layers train next: exact sampling schemes (numpy)."""
+"""Which layers train next: what a sampler is, and the exact schemes that are built in (numpy)."""
 
-from lisa_train.methods.lisa.samplers.schemes import SAMPLERS as SAMPLERS
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lisa_train.methods.lisa.config import SUM_TOLERANCE
+from lisa_train.methods.lisa.inclusion import resolve as resolve
+from lisa_train.methods.lisa.samplers.conditional_poisson import (
+    ConditionalPoissonSampler as ConditionalPoissonSampler,
+)
+from lisa_train.methods.lisa.samplers.sampler import SAMPLERS as SAMPLERS
+from lisa_train.methods.lisa.samplers.sampler import PureSampler as PureSampler
+from lisa_train.methods.lisa.samplers.sampler import Sampler as Sampler
+from lisa_train.methods.lisa.samplers.sampler import register as register
+from lisa_train.methods.lisa.samplers.sampler import seed_word as seed_word
 from lisa_train.methods.lisa.samplers.schemes import BalancedSampler as BalancedSampler
-from lisa_train.methods.lisa.samplers.schemes import Sampler as Sampler
+from lisa_train.methods.lisa.samplers.schemes import BernoulliSampler as BernoulliSampler
+from lisa_train.methods.lisa.samplers.schemes import CyclicSampler as CyclicSampler
 from lisa_train.methods.lisa.samplers.schemes import SystematicSampler as SystematicSampler
-from lisa_train.methods.lisa.samplers.schemes import make_sampler as make_sampler
-from lisa_train.methods.lisa.samplers.schemes import never_drawn as never_drawn
-from lisa_train.methods.lisa.samplers.schemes import resolve as resolve
-from lisa_train.methods.lisa.samplers.schemes import seed_word as seed_word
+from lisa_train.methods.lisa.samplers.schemes import UniformSampler as UniformSampler
+
+
+def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
+    """Build the sampler called `sampling`.
+
+    Parameters
+    ----------
+    sampling
+        One of `SAMPLERS`. ``uniform`` with unequal probabilities becomes ``systematic``, whose
+        draws are the same to the bit when the probabilities are equal.
+    pi
+        Inclusion probabilities, shape (L,), Σπ = k.
+    k
+        Layers per draw.
+    seed
+        Seed of the schedule.
+    """
+    if sampling == "uniform" and np.ptp(np.asarray(pi, dtype=np.float64)) > SUM_TOLERANCE:
+        sampling = "systematic"
+    return SAMPLERS[sampling](pi, k, seed)
+
+
+def never_drawn(sampler: Sampler, draws: int) -> tuple[int, ...]:
+    """Layers that none of the first `draws` draws of the schedule takes.
+
+    None are known of a sampler that learns: what it will draw is not settled.
+    """
+    if sampler.learns:
+        return ()
+    missing = set(range(sampler.inclusion_probabilities.size))
+    for index in range(draws):
+        missing.difference_update(sampler.draw(index))
+        if not missing:
+            break
+    return tuple(sorted(missing))

@@ -1,9 +1,42 @@
-"""Conditional Poisson designs: elementary symmetric polynomials in logarithms, and their fit."""
+"""Conditional Poisson designs: elementary symmetric polynomials in logarithms, fit and draw."""
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_train.methods.lisa.samplers.sampler import PureSampler, register
+
+
+@register
+class ConditionalPoissonSampler(PureSampler):
+    """Maximum-entropy design of fixed size: independent draws conditioned on their number.
+
+    The weights w are fitted so that the inclusion probabilities are π (Tillé, *Sampling
+    Algorithms*, 2006, §5.2); all sums of products are elementary symmetric polynomials, kept as
+    logarithms, so that 80 layers neither overflow nor cancel.
+    """
+
+    scheme = "conditional_poisson"
+
+    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+        super().__init__(pi, k, seed)
+        self._log_w = fit_log_weights(self.inclusion_probabilities[self._open], self._open_k)
+        self._log_e = log_elementary(self._log_w, self._open_k)
+
+    def _choose(self, index: int) -> NDArray[np.intp]:
+        uniforms = self._rng(index).random(self._open.size)
+        left = self._open_k
+        chosen = []
+        # From the last unit down: P(take i | `left` of the first i+1 units are taken) is
+        # w_i e_{left-1}(first i units) / e_left(first i+1 units).
+        for i in range(self._open.size - 1, -1, -1):
+            if left == 0:
+                break
+            log_p = self._log_w[i] + self._log_e[i, left - 1] - self._log_e[i + 1, left]
+            if uniforms[i] < np.exp(log_p):
+                chosen.append(i)
+                left -= 1
+        return np.array(chosen, dtype=np.intp)
 
 
 def log_elementary(log_w: NDArray[np.float64], k: int) -> NDArray[np.float64]:

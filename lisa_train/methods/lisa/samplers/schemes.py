@@ -1,4 +1,4 @@
-"""Which layers train next: exact sampling schemes, each a pure function of seed and draw (numpy).
+"""Exact sampling schemes, each a pure function of seed and draw (numpy).
 
 Every scheme meets its inclusion probabilities π (Σπ = k) exactly, which weighted choice without
 replacement (`numpy.random.Generator.choice(replace=False, p=…)`) does not. A draw depends on the
@@ -6,93 +6,16 @@ seed and its own index alone, so that every rank and every resumed run draws the
 no global random stream is read or advanced.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
-from lisa_train.methods.lisa.inclusion import CERTAIN, SUM_TOLERANCE, check_probabilities
-from lisa_train.methods.lisa.inclusion import resolve as resolve
-from lisa_train.methods.lisa.samplers.conditional_poisson import fit_log_weights, log_elementary
-
-# Second word of every generator key, so that no other part of a program draws the same stream.
-_STREAM = 0x115A
+from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_train.methods.lisa.config import SUM_TOLERANCE
+from lisa_train.methods.lisa.samplers.sampler import STREAM, PureSampler, register, seed_word
 
 
-class Sampler(ABC):
-    """Draws layers; draw `index` is the same whenever and wherever it is asked for.
-
-    Parameters
-    ----------
-    pi
-        Inclusion probabilities, shape (L,).
-    k
-        Layers per draw (expected number for `BernoulliSampler`).
-    seed
-        Seed of the schedule.
-    """
-
-    scheme: str
-
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
-        self.inclusion_probabilities = check_probabilities(pi, k)
-        self.inclusion_probabilities.flags.writeable = False
-        self.k = k
-        self.seed = int(seed)
-        # Certain layers are in every draw; the scheme decides about the others only.
-        self._certain = np.flatnonzero(self.inclusion_probabilities >= CERTAIN)
-        self._open = np.flatnonzero(self.inclusion_probabilities < CERTAIN)
-        self._open_k = k - self._certain.size
-        self._drawn = 0
-
-    def draw(self, index: int) -> tuple[int, ...]:
-        """Layer indices of draw `index` (0, 1, …), sorted."""
-        if index < 0:
-            raise ConfigError(f"draws are numbered from 0, got index {index}.")
-        self._drawn = max(self._drawn, index + 1)
-        chosen = self._open[self._choose(index)] if self._open.size else self._open
-        return tuple(int(i) for i in np.sort(np.concatenate([self._certain, chosen])))
-
-    @abstractmethod
-    def _choose(self, index: int) -> NDArray[np.intp]:
-        """Positions in `self._open` that draw `index` takes."""
-
-    def _rng(self, index: int) -> np.random.Generator:
-        """Return a fresh generator of its own for draw `index`."""
-        return np.random.default_rng([_STREAM, seed_word(self.seed), index])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the schedule, as plain JSON values."""
-        return {
-            "scheme": self.scheme,
-            "seed": self.seed,
-            "activated_layers": self.k,
-            "inclusion_probabilities": self.inclusion_probabilities.tolist(),
-            "drawn": self._drawn,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a saved schedule; a schedule of other settings is a `ConfigError`."""
-        mine = self.state_dict()
-        for key in ("scheme", "seed", "activated_layers"):
-            if state[key] != mine[key]:
-                raise ConfigError(
-                    f"the saved layer schedule has {key} = {state[key]!r}, this run has "
-                    f"{mine[key]!r}; resume with the setting that it was saved with."
-                )
-        saved = state["inclusion_probabilities"]
-        if saved != mine["inclusion_probabilities"]:
-            raise ConfigError(
-                f"the saved layer schedule has other inclusion probabilities ({len(saved)} layers) "
-                f"than this run ({len(mine['inclusion_probabilities'])} layers); resume with the "
-                "probabilities that it was saved with."
-            )
-        self._drawn = int(state["drawn"])
-
-
-class SystematicSampler(Sampler):
+@register
+class SystematicSampler(PureSampler):
     """Systematic sampling with probability proportional to size, on a fresh random order (Madow).
 
     Lay the layers end to end as intervals of length π in random order and take those that
@@ -110,23 +33,27 @@ class SystematicSampler(Sampler):
         return order[np.searchsorted(edges, points, side="right")]
 
 
+@register
 class UniformSampler(SystematicSampler):
     """k of L layers, all sets equally likely: the systematic scheme with equal weights."""
 
     scheme = "uniform"
 
 
-class BernoulliSampler(Sampler):
+@register
+class BernoulliSampler(PureSampler):
     """Every layer on its own with probability π: the first published version; sizes vary."""
 
     scheme = "bernoulli"
+    may_draw_nothing = True
 
     def _choose(self, index: int) -> NDArray[np.intp]:
         uniforms = self._rng(index).random(self._open.size)
         return np.flatnonzero(uniforms < self.inclusion_probabilities[self._open])
 
 
-class CyclicSampler(Sampler):
+@register
+class CyclicSampler(PureSampler):
     """Shuffled sweeps: every layer once before any layer twice; equal probabilities only.
 
     A draw that reaches over the end of a sweep takes the rest of it and goes on in the next
@@ -165,38 +92,8 @@ class CyclicSampler(Sampler):
         self._order += order
 
 
-class ConditionalPoissonSampler(Sampler):
-    """Maximum-entropy design of fixed size: independent draws conditioned on their number.
-
-    The weights w are fitted so that the inclusion probabilities are π (Tillé, *Sampling
-    Algorithms*, 2006, §5.2); all sums of products are elementary symmetric polynomials, kept as
-    logarithms, so that 80 layers neither overflow nor cancel.
-    """
-
-    scheme = "conditional_poisson"
-
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
-        super().__init__(pi, k, seed)
-        self._log_w = fit_log_weights(self.inclusion_probabilities[self._open], self._open_k)
-        self._log_e = log_elementary(self._log_w, self._open_k)
-
-    def _choose(self, index: int) -> NDArray[np.intp]:
-        uniforms = self._rng(index).random(self._open.size)
-        left = self._open_k
-        chosen = []
-        # From the last unit down: P(take i | `left` of the first i+1 units are taken) is
-        # w_i e_{left-1}(first i units) / e_left(first i+1 units).
-        for i in range(self._open.size - 1, -1, -1):
-            if left == 0:
-                break
-            log_p = self._log_w[i] + self._log_e[i, left - 1] - self._log_e[i + 1, left]
-            if uniforms[i] < np.exp(log_p):
-                chosen.append(i)
-                left -= 1
-        return np.array(chosen, dtype=np.intp)
-
-
-class BalancedSampler(Sampler):
+@register
+class BalancedSampler(PureSampler):
     """Error diffusion: the layers that are furthest behind their share train next.
 
     Every draw adds π to each layer's credit, takes the k largest and charges them 1. The share
@@ -224,7 +121,7 @@ class BalancedSampler(Sampler):
 
     def _restart(self) -> None:
         # The last word tells this stream from draw 0's: numpy ignores zeros at a key's end.
-        rng = np.random.default_rng([_STREAM, seed_word(self.seed), 0, 1])
+        rng = np.random.default_rng([STREAM, seed_word(self.seed), 0, 1])
         self._credit = _uniform_with_sum_zero(rng, self._open.size)
         for jitter in rng.random((self._BURN_IN, self._open.size)):
             self._advance(jitter)
@@ -253,51 +150,3 @@ def _uniform_with_sum_zero(rng: np.random.Generator, size: int) -> NDArray[np.fl
         largest_first = np.argsort(-values)
         values[largest_first[: round(values.sum())]] -= 1.0
     return values
-
-
-SAMPLERS: dict[str, type[Sampler]] = {
-    cls.scheme: cls
-    for cls in (
-        UniformSampler,
-        BernoulliSampler,
-        CyclicSampler,
-        SystematicSampler,
-        ConditionalPoissonSampler,
-        BalancedSampler,
-    )
-}
-
-
-def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
-    """Build the sampler called `sampling`.
-
-    Parameters
-    ----------
-    sampling
-        One of `SAMPLERS`. ``uniform`` with unequal probabilities becomes ``systematic``, whose
-        draws are the same to the bit when the probabilities are equal.
-    pi
-        Inclusion probabilities, shape (L,), Σπ = k.
-    k
-        Layers per draw.
-    seed
-        Seed of the schedule.
-    """
-    if sampling == "uniform" and np.ptp(np.asarray(pi, dtype=np.float64)) > SUM_TOLERANCE:
-        sampling = "systematic"
-    return SAMPLERS[sampling](pi, k, seed)
-
-
-def never_drawn(sampler: Sampler, draws: int) -> tuple[int, ...]:
-    """Layers that none of the first `draws` draws of the schedule takes."""
-    missing = set(range(sampler.inclusion_probabilities.size))
-    for index in range(draws):
-        missing.difference_update(sampler.draw(index))
-        if not missing:
-            break
-    return tuple(sorted(missing))
-
-
-def seed_word(seed: int) -> int:
-    """Map any integer seed to the non-negative integers that numpy accepts, one to one."""
-    return 2 * seed if seed >= 0 else -2 * seed - 1

@@ -12,7 +12,8 @@ from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import ACTIVATIONS
 from lisa_train.methods.lisa.checks import given_probabilities
 from lisa_train.methods.lisa.plan import units_of as tensors_by_unit
-from lisa_train.methods.lisa.schedule import Draw, Schedule, Unit
+from lisa_train.methods.lisa.schedule import Draw, Schedule
+from lisa_train.model.layer_map import Unit
 
 # Draws over which the mean of a schedule is taken.
 _DRAWS = 256

@@ -17,7 +17,7 @@ from lisa_train.methods import METHODS
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.source import read_config
-from lisa_train.optim.eight_bit import _parameters_of
+from lisa_train.optim.eight_bit import eight_bit_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,7 +83,7 @@ class Stage:
         if setting.eight_bit_states is None:  # transformers: the embeddings
             modules = self.model.modules()
             return frozenset(id(m.weight) for m in modules if isinstance(m, nn.Embedding))
-        small = _parameters_of(self.base, self.layer_map, setting.eight_bit_states)
+        small = eight_bit_parameters(self.base, self.layer_map, setting.eight_bit_states)
         return frozenset(id(p) for p in self.model.parameters() if p not in small)
 
     def batch(self, setting: Setting) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.checkpoint_conversions import Recipe, recipes
 from lisa_train.measure.faults import come_through, reason
-from lisa_train.model.layer_map import unwrap
+from lisa_train.model.module_tree import unwrap
 from lisa_train.model.norms import changes
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable

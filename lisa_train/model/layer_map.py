@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -22,10 +23,13 @@ from lisa_train.model.module_tree import (
     resting_tower,
     shared_depth,
     stacks,
+    unwrap,
 )
-from lisa_train.model.module_tree import unwrap as unwrap
 
 GROUPS = ("embed", "head", "norm", "other")
+
+# A unit is what trains or rests as a whole: a layer by its index, or a group by its name.
+Unit = int | str
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,31 @@ class LayerMap:
     sizes: Mapping[str, int] = field(repr=False)
     repeats: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        places = {name: i for i, names in enumerate(self.layers) for name in names}
-        object.__setattr__(self, "_layer_of", places)
-        groups = {name: group for group, names in self.groups.items() for name in names}
-        object.__setattr__(self, "_group_of", groups)
-
     def __len__(self) -> int:
         return len(self.names)
 
     def layer_of(self, name: str) -> int | None:
         """Index of the layer that holds parameter `name`, or None outside the layers."""
-        return self._layer_of.get(self.tied.get(name, name))  # type: ignore[attr-defined]
+        return self._layers_by_name.get(self.tied.get(name, name))
 
     def group_of(self, name: str) -> str:
         """``layer``, ``embed``, ``head``, ``norm``, ``prompt``, ``other``; else `KeyError`."""
         name = self.tied.get(name, name)
-        if name in self._layer_of:  # type: ignore[attr-defined]
-            return "layer"
-        return self._group_of[name]  # type: ignore[attr-defined]
+        return "layer" if name in self._layers_by_name else self._groups_by_name[name]
+
+    def units(self, model: nn.Module) -> dict[Unit, tuple[nn.Parameter, ...]]:
+        """Parameters of every layer, by its index, and of every group, by its name.
+
+        A matrix that is embedding and head at once belongs to both groups here.
+        """
+        tied_heads = (
+            owner for name, owner in self.tied.items() if kind_of(name, layer_path=None) == "head"
+        )
+        names: dict[Unit, tuple[str, ...]] = dict(enumerate(self.layers))
+        names.update(self.groups)
+        names["head"] = tuple(dict.fromkeys((*self.groups["head"], *tied_heads)))
+        parameters = dict(model.named_parameters())
+        return {unit: tuple(parameters[name] for name in found) for unit, found in names.items()}
 
     def parameters(self, model: nn.Module, layer: int) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of layer `layer` of `model`."""
@@ -115,6 +125,14 @@ class LayerMap:
             if not any(below(canonical_name(name), place) for place in again)
         ]
         return "\n".join(lines)
+
+    @cached_property
+    def _layers_by_name(self) -> dict[str, int]:
+        return {name: i for i, names in enumerate(self.layers) for name in names}
+
+    @cached_property
+    def _groups_by_name(self) -> dict[str, str]:
+        return {name: group for group, names in self.groups.items() for name in names}
 
     def _count(self, names: Iterable[str]) -> int:
         return sum(self.sizes[name] for name in names)

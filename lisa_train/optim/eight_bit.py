@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.contract.layers import kind_of
-from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.private_names import check
 
@@ -65,7 +64,7 @@ def set_eight_bit_states(
     # would hand these settings on to the next one, by position.
     manager = GlobalOptimManager.__new__(GlobalOptimManager)
     manager.initialize()
-    small = _parameters_of(model, layer_map, groups)
+    small = eight_bit_parameters(model, layer_map, groups)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             manager.override_config(parameter, "optim_bits", 8 if parameter in small else 32)
@@ -78,14 +77,12 @@ def set_eight_bit_states(
     ]
 
 
-def _parameters_of(
+def eight_bit_parameters(
     model: nn.Module, layer_map: LayerMap, groups: Collection[str]
 ) -> set[nn.Parameter]:
-    names = [name for group in groups if group != "layers" for name in layer_map.groups[group]]
+    """Return the parameters whose state has 8 bits; `groups` as in `set_eight_bit_states`."""
+    units = layer_map.units(model)
+    chosen: list[Unit] = [group for group in groups if group != "layers"]
     if "layers" in groups:
-        names += [name for layer in layer_map.layers for name in layer]
-    if "head" in groups:
-        heads = (n for n in layer_map.tied if kind_of(n, layer_path=None) == "head")
-        names += [layer_map.tied[name] for name in heads]
-    parameters = dict(model.named_parameters())
-    return {parameters[name] for name in names}
+        chosen += range(len(layer_map))
+    return {parameter for unit in chosen for parameter in units[unit]}

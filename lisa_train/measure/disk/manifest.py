@@ -13,7 +13,8 @@ from torch import nn
 
 from lisa_analysis.contract.layers import role_of
 from lisa_train.measure.config import RecordConfig
-from lisa_train.model.layer_map import LayerMap, unwrap
+from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.module_tree import unwrap
 from lisa_train.model.run_entries import method_entries
 from lisa_train.model.tensor_table import TensorTable
 

@@ -23,8 +23,7 @@ from lisa_train.methods.lisa.plan import open_engines
 from lisa_train.methods.lisa.precision import ActivePrecision
 from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
-from lisa_train.methods.lisa.schedule import Unit
-from lisa_train.model.layer_map import LayerMap
+from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, is_first
 from lisa_train.model.run_entries import announce, lisa_entries
 from lisa_train.optim.frozen_state import (

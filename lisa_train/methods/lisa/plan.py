@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.contract.layers import kind_of
 from lisa_train.methods.lisa.checks import (
     check_optimizers,
     check_units,
@@ -20,8 +18,8 @@ from lisa_train.methods.lisa.checks import (
     refuse_adapters_and_quantization,
 )
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.methods.lisa.schedule import Schedule, Unit
-from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.methods.lisa.schedule import Schedule
+from lisa_train.model.layer_map import LayerMap, Unit, find_layers
 from lisa_train.model.parallel import refuse_unproved, refuse_wrappers
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.paged_state import check_paged_state
@@ -114,24 +112,11 @@ class Plan:
 
 
 def units_of(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Parameter, ...]]:
-    """Return the tensors with gradients of every layer and group.
-
-    A matrix that is embedding and head at once belongs to both: it trains when either does.
-    """
-    parameters = dict(model.named_parameters())
-
-    def pick(names: Iterable[str]) -> tuple[nn.Parameter, ...]:
-        return tuple(parameters[n] for n in names if parameters[n].requires_grad)
-
-    units: dict[Unit, tuple[nn.Parameter, ...]] = {
-        **{i: pick(names) for i, names in enumerate(layer_map.layers)},
-        **{group: pick(names) for group, names in layer_map.groups.items()},
+    """Return the tensors with gradients of every layer and group, see `LayerMap.units`."""
+    return {
+        unit: tuple(p for p in tensors if p.requires_grad)
+        for unit, tensors in layer_map.units(model).items()
     }
-    shared = [
-        owner for name, owner in layer_map.tied.items() if kind_of(name, layer_path=None) == "head"
-    ]
-    units["head"] = tuple(dict.fromkeys((*units["head"], *pick(shared))))
-    return units
 
 
 # Every engine that is not closed yet; see `_refuse_second_engine`.

@@ -11,9 +11,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.inclusion import resolve
 from lisa_train.methods.lisa.samplers import make_sampler, never_drawn, seed_word
-
-# A unit is what is drawn as a whole: a layer by its index, or a group by its name.
-Unit = int | str
+from lisa_train.model.layer_map import Unit as Unit
 
 # First word of the key of a group's draws; the layers' stream is another.
 _STREAM = 0x115B

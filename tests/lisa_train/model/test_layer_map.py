@@ -325,3 +325,16 @@ def test_a_model_may_have_neither_embeddings_nor_a_head(make_llama):
     model.get_input_embeddings = none
     model.get_output_embeddings = lambda: None
     assert len(find_layers(model)) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_units_hold_every_parameter_and_a_tied_head_twice(make_llama, tied):
+    model = make_llama(layers=3, tie_word_embeddings=tied)
+    units = find_layers(model).units(model)
+    for i, layer in enumerate(model.model.layers):
+        assert [id(p) for p in units[i]] == [id(p) for p in layer.parameters()]
+    assert [id(p) for p in units["head"]] == [id(model.lm_head.weight)]
+    assert [id(p) for p in units["embed"]] == [id(model.model.embed_tokens.weight)]
+    counted = [id(p) for tensors in units.values() for p in tensors]
+    assert set(counted) == {id(p) for p in model.parameters()}
+    assert len(counted) == len(set(counted)) + tied

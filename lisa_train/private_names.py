@@ -198,7 +198,7 @@ def _models() -> list[PrivateName]:
         *(
             PrivateName(
                 "schedulefree", "schedulefree.adamw_schedulefree", name,
-                ("optimizer_state", "preconditions", "step_in_backward"),
+                ("optim/schedule_free",),
                 "layers that start late move about thirty times too far in their first step",
                 in_source=True,
             )

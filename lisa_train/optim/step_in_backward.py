@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import processes
 from lisa_train.optim.frozen_state import optimizers_of
+from lisa_train.optim.schedule_free import is_schedule_free
 from lisa_train.private_names import check
 
 
@@ -196,7 +197,7 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ConfigError(
             f"{kind} already steps inside the backward pass by itself; turn step_in_backward off."
         )
-    if isinstance(optimizer, LBFGS) or "weight_sum" in optimizer.param_groups[0]:
+    if isinstance(optimizer, LBFGS) or is_schedule_free(optimizer):
         raise ConfigError(
             f"{kind} makes its step for all tensors together and cannot step them one by one; "
             "turn step_in_backward off or choose another optimizer."

@@ -13,6 +13,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.optim.frozen_state import tensors_of
+from lisa_train.optim.schedule_free import is_schedule_free
 from lisa_train.optim.settings import OptimizerState
 
 
@@ -161,11 +162,6 @@ def check_units(
             f"always_active = {list(config.always_active)} trains nothing in this model; keep a "
             "group active or use sampling='uniform'."
         )
-
-
-def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the weights are an average that the optimizer computes (package schedulefree)."""
-    return "weight_sum" in optimizer.param_groups[0]
 
 
 def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig) -> None:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa import notices
-from lisa_train.methods.lisa.checks import is_schedule_free
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_reach import GradientReach
 from lisa_train.methods.lisa.input_gradients import InputGradients
@@ -26,11 +25,8 @@ from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, is_first
 from lisa_train.model.run_entries import announce, lisa_entries
-from lisa_train.optim.frozen_state import (
-    FrozenState,
-    on_load,
-    start_schedule_free,
-)
+from lisa_train.optim.frozen_state import FrozenState, on_load
+from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
 from lisa_train.private_names import check
 
@@ -118,8 +114,7 @@ class Lisa:
     ) -> None:
         check("model", "engine")
         plan, optimizers, seeds = _agreed_plan(model, optimizer, config, layer_map, seed)
-        if any(type(o).__module__.startswith("schedulefree") for o in optimizers):
-            check("schedulefree")
+        self._schedule_free = {o for o in optimizers if is_schedule_free(o)}
         self._optimizers = optimizers
         self.config = plan.config
         self.layer_map = plan.layer_map
@@ -149,7 +144,6 @@ class Lisa:
         self._state = FrozenState(optimizers, config.optimizer_state)
         owners = self._state.owners
         self._own = {o: [p for p in self._trainable if owners.get(p) is o] for o in optimizers}
-        self._schedule_free = {o for o in optimizers if is_schedule_free(o)}
         self._warmup = Warmup(config.warmup_steps)
         self._input_gradients = InputGradients(
             model, embeddings_train="embed" in config.always_active

@@ -218,18 +218,20 @@ def _recorder() -> list[PrivateName]:
         ("torch:Tensor", "_version", "adapters", "merged_norm stays that of an earlier weight"),
         ("torch:Tensor", "_make_subclass", "stand_ins", "no measuring pass can be made"),
         ("torch.nn.modules.module", "_parameters", "stand_ins", "no measuring pass can be made"),
-        ("torch.nn.parallel:DistributedDataParallel", "_active_ddp_module", "probe",
+        ("torch.nn.parallel:DistributedDataParallel", "_active_ddp_module", "model/sharding",
          "a measuring pass through DDP waits for gradients that never come"),
     ]  # fmt: skip
     fsdp = "torch.distributed.fsdp._fully_shard"
     sharded = [
-        ("sharded", f"{fsdp}:FSDPModule", "_get_fsdp_state", "shards",
+        ("sharded", f"{fsdp}:FSDPModule", "_get_fsdp_state", "model/sharding",
          "weights that FSDP2 has gathered are taken for plain ones"),
-        ("sharded probe", f"{fsdp}._fsdp_state", "_fsdp_param_groups", "probe",
+        ("sharded probe", f"{fsdp}._fsdp_state", "_fsdp_param_groups", "model/sharding",
          "a measuring pass leaves out what rests, or waits for ever"),
-        ("sharded probe", f"{fsdp}._fsdp_param_group:FSDPParamGroup", "_init_mp_dtypes", "probe",
+        ("sharded probe", f"{fsdp}._fsdp_param_group:FSDPParamGroup", "_init_mp_dtypes",
+         "model/sharding",
          "a measuring pass leaves out what rests"),
-        ("sharded probe", f"{fsdp}._fsdp_param_group", "reduce_scatter_unused_params", "probe",
+        ("sharded probe", f"{fsdp}._fsdp_param_group", "reduce_scatter_unused_params",
+         "model/sharding",
          "processes that reach other tensors wait for each other for ever"),
     ]  # fmt: skip
     in_source = {

@@ -4,8 +4,8 @@ With several processes the norms are those of the gradient averaged over all of 
 shards it averages itself; for plain tensors see `lisa_train.measure.averaged_gradients`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +17,9 @@ from lisa_train.measure.averaged_gradients import Averaging
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.stand_ins import stand_ins
 from lisa_train.model.norms import squares, stacked
-from lisa_train.model.sharding import fsdp_modules, is_sharded, reshard
+from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.step_in_backward import StepInBackward
-from lisa_train.private_names import check
 
 
 class Probe:
@@ -67,8 +66,8 @@ class Probe:
         reshard(self._model)
         with ExitStack() as stack:
             plain = stack.enter_context(stand_ins(self._model, set(numbers)))
-            sharded = stack.enter_context(_requiring_gradients(self._model, set(numbers)))
-            stack.enter_context(_unsynchronised(self._model))
+            sharded = stack.enter_context(requiring_gradients(self._model, set(numbers)))
+            stack.enter_context(unsynchronised(self._model))
             averaging = None
             measured = {numbers[key]: p for key, p in plain.items() if key in numbers}
             if self._processes.count > 1 and measured:
@@ -174,65 +173,3 @@ def _hook(
     take: Callable[[torch.Tensor, Any], None], number: int | None
 ) -> Callable[[torch.Tensor], None]:
     return lambda tensor: take(tensor, number)
-
-
-@contextmanager
-def _requiring_gradients(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
-    """Let the `wanted` sharded tensors (by id) require gradients; yield all sharded ones by id."""
-    tensors = {id(p): p for p in model.parameters() if is_sharded(p)}
-    if not tensors:
-        yield {}
-        return
-    before = [(p, p.requires_grad, p.grad) for p in tensors.values()]
-    unused: list[tuple[Any, bool]] = []
-    try:
-        for key, p in tensors.items():
-            p.grad = None
-            if key in wanted and p.is_floating_point():
-                p.requires_grad_(True)
-        for group in _groups(model):
-            # Settled for good by the first forward pass, for the tensors that trained then.
-            group._init_mp_dtypes()
-            # A tensor that one process alone reaches must not hold up the others.
-            unused.append((group, group.reduce_scatter_unused_params))
-            group.reduce_scatter_unused_params = True
-        yield tensors
-    finally:
-        for group, flag in unused:
-            group.reduce_scatter_unused_params = flag
-        for p, flag, gradient in before:
-            p.requires_grad_(flag)
-            p.grad = gradient
-        reshard(model)
-
-
-def _groups(model: nn.Module) -> list[Any]:
-    """FSDP's groups of tensors; `ConfigError` where this torch keeps them in another way."""
-    check("sharded probe")
-    return [
-        group
-        for module in fsdp_modules(model)
-        for group in module._get_fsdp_state()._fsdp_param_groups
-    ]
-
-
-@contextmanager
-def _unsynchronised(model: nn.Module) -> Iterator[None]:
-    """Keep DDP from waiting for gradients of its tensors if the pass goes through its wrapper."""
-    kind = nn.parallel.DistributedDataParallel
-    silenced: list[Any] = []
-
-    def silence(*_: Any) -> None:
-        wrapper: Any = kind._active_ddp_module
-        if wrapper is not None and wrapper.require_backward_grad_sync:
-            wrapper.require_backward_grad_sync = False  # as `no_sync` does
-            silenced.append(wrapper)
-
-    inner = model.module if isinstance(model, kind) else model
-    handle = inner.register_forward_pre_hook(silence)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for wrapper in silenced:
-            wrapper.require_backward_grad_sync = True

@@ -1,10 +1,14 @@
-"""Tensors that are split over processes (`DTensor`, FSDP2): how often, and which part is here."""
+"""Tensors that are split over processes (`DTensor`, FSDP2), and backward passes beside training."""
 
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from lisa_train.private_names import check
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -49,6 +53,16 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of tensors; `ConfigError` where this torch keeps them in another way."""
+    check("sharded probe")
+    return [
+        group
+        for module in fsdp_modules(model)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+
+
 def is_first_copy(tensor: torch.Tensor) -> bool:
     """Whether no earlier process holds the same part: with replicas (HSDP) one of them speaks."""
     mesh: Any = getattr(tensor, "device_mesh", None)
@@ -60,6 +74,60 @@ def is_first_copy(tensor: torch.Tensor) -> bool:
         place == 0 or placement.is_shard()
         for place, placement in zip(coordinate, placements, strict=True)
     )
+
+
+@contextmanager
+def requiring_gradients(
+    model: nn.Module, wanted: Collection[int]
+) -> Iterator[dict[int, nn.Parameter]]:
+    """Let the `wanted` sharded tensors (by id) require gradients; yield all sharded ones by id."""
+    tensors = {id(p): p for p in model.parameters() if is_sharded(p)}
+    if not tensors:
+        yield {}
+        return
+    before = [(p, p.requires_grad, p.grad) for p in tensors.values()]
+    unused: list[tuple[Any, bool]] = []
+    try:
+        for key, p in tensors.items():
+            p.grad = None
+            if key in wanted and p.is_floating_point():
+                p.requires_grad_(True)
+        for group in fsdp_groups(model):
+            # Settled for good by the first forward pass, for the tensors that trained then.
+            group._init_mp_dtypes()
+            # A tensor that one process alone reaches must not hold up the others.
+            unused.append((group, group.reduce_scatter_unused_params))
+            group.reduce_scatter_unused_params = True
+        yield tensors
+    finally:
+        for group, flag in unused:
+            group.reduce_scatter_unused_params = flag
+        for p, flag, gradient in before:
+            p.requires_grad_(flag)
+            p.grad = gradient
+        reshard(model)
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep DDP from waiting for gradients of its tensors if the pass goes through its wrapper."""
+    kind = nn.parallel.DistributedDataParallel
+    silenced: list[Any] = []
+
+    def silence(*_: Any) -> None:
+        wrapper: Any = kind._active_ddp_module
+        if wrapper is not None and wrapper.require_backward_grad_sync:
+            wrapper.require_backward_grad_sync = False  # as `no_sync` does
+            silenced.append(wrapper)
+
+    inner = model.module if isinstance(model, kind) else model
+    handle = inner.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for wrapper in silenced:
+            wrapper.require_backward_grad_sync = True
 
 
 def _splits(tensor: torch.Tensor) -> list[tuple[int, int, int]]:

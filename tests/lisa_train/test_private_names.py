@@ -123,9 +123,9 @@ def estimated_head():
 
 
 def sharded_pass():
-    from lisa_train.measure.measuring_pass import _groups
+    from lisa_train.model.sharding import fsdp_groups
 
-    _groups(llama())
+    fsdp_groups(llama())
 
 
 def demo(monkeypatch):

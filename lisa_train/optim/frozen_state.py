@@ -132,6 +132,7 @@ class FrozenState:
         self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
         self._optimizers = tuple(optimizers)
         self._policy = policy
+        self._unsorted: set[Optimizer] = set()
         self._aside: dict[torch.Tensor, dict[str, Any]] = {}
         self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
         paged = {optimizer: paged_state(optimizer) for optimizer in optimizers}
@@ -196,11 +197,22 @@ class FrozenState:
                 if parameter not in active:
                     self.freeze(parameter)
 
-    def loaded(self, optimizer: Optimizer) -> None:
-        """Take note that a checkpoint has brought other state of one optimizer."""
+    def loaded(self, optimizer: Optimizer, *_: Any) -> None:
+        """Take note that a checkpoint has brought other state of one optimizer.
+
+        Which of it is of frozen tensors may be known only later: see `sort_loaded`.
+        """
         self.forget(optimizer)
+        self._unsorted.add(optimizer)
         if (paged := self._paged.get(optimizer)) is not None:
             paged.take_in()
+
+    def sort_loaded(self, optimizer: Optimizer, frozen: Iterable[torch.Tensor]) -> None:
+        """Take the state of frozen tensors out of what a checkpoint brought, if one did."""
+        if optimizer in self._unsorted:
+            self._unsorted.discard(optimizer)
+            for parameter in frozen:
+                self.freeze(parameter)
 
     def forget(self, optimizer: Optimizer) -> None:
         """Drop what is set aside for one optimizer: another checkpoint is about to replace it."""

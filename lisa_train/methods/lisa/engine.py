@@ -1,9 +1,7 @@
 """The LISA engine: which tensors train now, and what becomes of the others. Knows no Trainer."""
 
-import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -17,20 +15,19 @@ from lisa_train.methods.lisa import notices
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_reach import GradientReach
 from lisa_train.methods.lisa.input_gradients import InputGradients
+from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
-from lisa_train.methods.lisa.plan import open_engines
-from lisa_train.methods.lisa.precision import ActivePrecision
+from lisa_train.methods.lisa.plan import agreed_plan, open_engines
+from lisa_train.methods.lisa.precision import MasterWeights, exact_tensors, load_exact_tensors
 from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
-from lisa_train.model.parallel import agree_on_start, is_first
 from lisa_train.model.run_entries import announce, lisa_entries
 from lisa_train.optim.frozen_state import FrozenState, on_load
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
+from lisa_train.optim.write_check import WriteCheck
 from lisa_train.private_names import check
-
-logger = logging.getLogger(__name__)
 
 
 class Lisa:
@@ -113,7 +110,7 @@ class Lisa:
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
         check("model", "engine")
-        plan, optimizers, seeds = _agreed_plan(model, optimizer, config, layer_map, seed)
+        plan, optimizers, seeds = agreed_plan(model, optimizer, config, layer_map, seed)
         self._schedule_free = {o for o in optimizers if is_schedule_free(o)}
         self._optimizers = optimizers
         self.config = plan.config
@@ -121,20 +118,21 @@ class Lisa:
         self._schedule = plan.schedule
         self._units = plan.units
         self._on_draw = on_draw
-        self._on_notice = on_notice
+        self._notices = Notices(on_notice)
         self.rotates = plan.rotates(model)
-        self._announce(model, total_steps, seeds)
+        missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
+        self._notices.at_start(
+            model, self.layer_map, self.config, self._units, missing, total_steps, seeds
+        )
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._active: set[nn.Parameter] = set()
         self._size = sum(p.numel() for p, _ in self._flags)
-        self._loaded: set[Optimizer] = set()  # they hold a checkpoint's state, not yet sorted
         self._reach = GradientReach(self._units)
-        # Frozen tensors of optimizers that have not stepped since the draw, as torch counts writes.
-        self._versions: dict[Optimizer, list[tuple[nn.Parameter, int]] | None] = {}
-        self._precision = (
-            ActivePrecision(model, self._trainable, self._schedule.seed)
+        self._write_check = WriteCheck()
+        self._master_weights = (
+            MasterWeights(model, self._trainable, self._schedule.seed)
             if config.precision == "fp32_active"
             else None
         )
@@ -148,15 +146,14 @@ class Lisa:
         self._input_gradients = InputGradients(
             model, embeddings_train="embed" in config.always_active
         )
-        self._hooks: list[Any] = []
-        self._end_load_hooks = []
+        self._unhook: list[Callable[[], None]] = []
         for held in optimizers:
-            self._hooks += [
-                held.register_step_pre_hook(self._before_optimizer_step),
-                held.register_step_post_hook(self._after_optimizer_step),
+            self._unhook += [
+                held.register_step_pre_hook(self._before_optimizer_step).remove,
+                held.register_step_post_hook(self._after_optimizer_step).remove,
+                on_load(held, self._state.loaded),
             ]
-            self._end_load_hooks.append(on_load(held, self._after_optimizer_load))
-        self._closed = self._unreached_said = False
+        self._closed = False
         open_engines.add(self)
         announce(self)
 
@@ -202,7 +199,7 @@ class Lisa:
         draw = self._schedule.advance(step)
         if draw is None:
             return
-        self._say_unreached()
+        self._notices.unreached(self._reach.found())
         self._reach.start(step)
         self._apply()
         draw = replace(
@@ -210,12 +207,7 @@ class Lisa:
             trainable_share=sum(p.numel() for p in self._active) / self._size,
             state_bytes=self._state.bytes(),
         )
-        logger.info(
-            "step %d: training layers %s: %.1f %% of the parameters, %.1f MB of optimizer state "
-            "held; %d of %d layers visited so far",
-            step, ", ".join(map(str, draw.layers)) or "none", 100 * (draw.trainable_share or 0),
-            (draw.state_bytes or 0) / 1e6, int((self.visits > 0).sum()), len(self.layer_map),
-        )  # fmt: skip
+        notices.log_draw(draw)
         if self._on_draw is not None:
             self._on_draw(draw)
 
@@ -239,15 +231,13 @@ class Lisa:
             return
         self._closed = True
         self._reach.end_step(self._schedule.layers)
-        self._say_unreached()
+        self._notices.unreached(self._reach.found())
         open_engines.discard(self)
-        for hook in self._hooks:
-            hook.remove()
-        for end in self._end_load_hooks:
-            end()
+        for unhook in self._unhook:
+            unhook()
         self._state.close()
-        if self._precision is not None:
-            self._precision.close(self._schedule.index or 0)
+        if self._master_weights is not None:
+            self._master_weights.close(self._schedule.index or 0)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._input_gradients.restore()
@@ -257,12 +247,7 @@ class Lisa:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,16 +271,11 @@ class Lisa:
         Save it beside the others with ``precision="fp32_active"``, and hand it to `load_tensors`
         after everything else is loaded.
         """
-        weights = [p.detach() if p in self._active else None for p in self._trainable]
-        return {"weights": weights, "optimizer": self._state.states()}
+        return exact_tensors(self._trainable, self._active, self._state)
 
-    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Take up what `tensors` returned, to the bit; call it after `load_state_dict`."""
-        for parameter, weight in zip(self._trainable, tensors["weights"], strict=True):
-            if weight is not None:
-                parameter.copy_(weight)
-        self._state.replace(tensors["optimizer"], self._active)
+        load_exact_tensors(tensors, self._trainable, self._active, self._state)
 
     def rules(self, tensors: Set[torch.Tensor]) -> bool:
         """Whether this engine is open and decides about any of `tensors`."""
@@ -317,15 +297,15 @@ class Lisa:
             else:
                 self._freeze(parameter)
         self._active = wanted
-        self._versions = dict.fromkeys(self._optimizers)
+        self._write_check.start(self._optimizers)
         if self._recomputation is not None:
             self._recomputation.spare(self._schedule.layers)
 
     def _activate(self, parameter: nn.Parameter) -> None:
         if parameter not in self._active:
             self._state.thaw(parameter)
-        if self._precision is not None:
-            self._precision.raise_(parameter)
+        if self._master_weights is not None:
+            self._master_weights.upcast(parameter)
         parameter.requires_grad_(True)
 
     def _freeze(self, parameter: nn.Parameter) -> None:
@@ -334,8 +314,8 @@ class Lisa:
         # tensor by momentum and weight decay.
         parameter.grad = None
         self._state.freeze(parameter)
-        if self._precision is not None:
-            self._precision.lower(parameter, self._schedule.index or 0)
+        if self._master_weights is not None:
+            self._master_weights.downcast(parameter, self._schedule.index or 0)
 
     def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Drop gradients that somebody gave to frozen tensors; note where a warm-up starts."""
@@ -344,16 +324,16 @@ class Lisa:
                 "the optimizer steps before LISA has drawn any layer; call begin_step(step) before "
                 "the forward pass of every optimizer step."
             )
-        self._sort_loaded_state(optimizer)
-        for parameter in self._own[optimizer]:
-            if parameter not in self._active:
-                parameter.grad = None
-            elif optimizer in self._schedule_free:
-                start_schedule_free(optimizer, parameter)
+        frozen = [p for p in self._own[optimizer] if p not in self._active]
+        self._state.sort_loaded(optimizer, frozen)
+        for parameter in frozen:
+            parameter.grad = None
+        if optimizer in self._schedule_free:
+            for parameter in self._own[optimizer]:
+                if parameter in self._active:
+                    start_schedule_free(optimizer, parameter)
         self._reach.look(self._schedule.layers)
-        if optimizer in self._versions:
-            resting = (p for p in self._own[optimizer] if p not in self._active)
-            self._versions[optimizer] = [(p, p._version) for p in resting]
+        self._write_check.before_step(optimizer, frozen)
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
             (p, age)
@@ -363,76 +343,6 @@ class Lisa:
         )
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Shorten the update of tensors in their warm-up; once a draw, see what rests rest."""
+        """Shorten the update of tensors in their warm-up; after a draw, check the frozen ones."""
         self._warmup.after_step()
-        before = self._versions.pop(optimizer, None) or ()
-        moved = [p for p, version in before if p._version != version]
-        if moved:
-            raise ConfigError(
-                f"{type(optimizer).__name__} wrote to {len(moved)} tensors that rest (first: of "
-                f"shape {tuple(moved[0].shape)}), although they have no gradient; choose an "
-                "optimizer that leaves such tensors alone, as torch's do."
-            )
-
-    def _after_optimizer_load(self, optimizer: Optimizer, *_: Any) -> None:
-        """Note that a checkpoint brought state.
-
-        Which of it is active is known when the engine's own state is loaded, perhaps after this.
-        """
-        self._state.loaded(optimizer)
-        self._loaded.add(optimizer)
-
-    def _sort_loaded_state(self, optimizer: Optimizer) -> None:
-        """Take the state of frozen tensors out of what a checkpoint brought."""
-        if optimizer in self._loaded:
-            self._loaded.discard(optimizer)
-            for parameter in self._own[optimizer]:
-                if parameter not in self._active:
-                    self._state.freeze(parameter)
-
-    def _announce(self, model: nn.Module, total_steps: int | None, seeds: list[int]) -> None:
-        """Say what trains beside the layers, and what a schedule of so many steps never reaches."""
-        missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
-        for text in notices.at_start(
-            model, self.layer_map, self.config, self._units, missing, total_steps
-        ):
-            self._say(text)
-        if len(set(seeds)) > 1:
-            self._say(
-                f"the processes start with different seeds ({', '.join(map(str, seeds))}): all "
-                f"draw their layers by that of process 0 ({seeds[0]})"
-            )
-
-    def _say_unreached(self) -> None:
-        """Name the drawn layers that steps of the interval did not reach; on the screen once."""
-        if (found := self._reach.found()) is not None:
-            self._say(str(found), logging.INFO if self._unreached_said else logging.WARNING)
-            self._unreached_said = True
-
-    def _say(self, text: str, level: int = logging.WARNING) -> None:
-        if is_first():
-            logger.log(level, text)
-        if self._on_notice is not None:
-            self._on_notice(text)
-
-
-def _agreed_plan(
-    model: nn.Module, optimizer: Any, config: LisaConfig, layer_map: LayerMap | None, seed: int
-) -> tuple[Plan, tuple[Optimizer, ...], list[int]]:
-    """Return the plan, the optimizers, and the seeds that all processes came with."""
-    plan: Plan | None = None
-    optimizers: tuple[Optimizer, ...] = ()
-    problem: Exception | None = None
-    try:
-        plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
-        optimizers = plan.check_optimizer(optimizer)
-    except Exception as error:
-        problem = error  # said to the other processes before it is raised
-    agreed, seeds = agree_on_start(plan.settings() if plan is not None else None, problem)
-    if problem is not None:
-        raise problem
-    assert plan is not None
-    assert agreed is not None
-    if agreed["seed"] != plan.schedule.seed:
-        plan = plan.with_seed(agreed["seed"])
-    return plan, optimizers, seeds
+        self._write_check.after_step(optimizer)

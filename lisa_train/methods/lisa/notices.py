@@ -1,6 +1,7 @@
-"""What LISA says when it starts: what trains beside the layers, and what is not as it seems."""
+"""What LISA says: what trains beside the layers, what is not as it seems, what was not reached."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +9,72 @@ from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.gradient_reach import Unreached
+from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
+from lisa_train.model.parallel import is_first
 
 # Lines of names in one announcement; what has more is put together by module.
 _MOST = 8
+
+
+logger = logging.getLogger(__name__)
+
+
+class Notices:
+    """Says sentences in the log of the first process, and to a listener in every one.
+
+    Parameters
+    ----------
+    listener
+        Called with every sentence.
+    """
+
+    def __init__(self, listener: Callable[[str], None] | None) -> None:
+        self._listener = listener
+        self._unreached_said = False
+
+    def at_start(
+        self,
+        model: nn.Module,
+        layer_map: LayerMap,
+        config: LisaConfig,
+        units: Mapping[int | str, Sequence[torch.Tensor]],
+        missing: Sequence[int],
+        total_steps: int | None,
+        seeds: Sequence[int],
+    ) -> None:
+        """Say what `at_start` finds, and that `seeds` of the processes differ."""
+        for text in at_start(model, layer_map, config, units, missing, total_steps):
+            self._say(text)
+        if len(set(seeds)) > 1:
+            self._say(
+                f"the processes start with different seeds ({', '.join(map(str, seeds))}): all "
+                f"draw their layers by that of process 0 ({seeds[0]})"
+            )
+
+    def unreached(self, found: Unreached | None) -> None:
+        """Name the drawn layers that steps of the interval did not reach; on the screen once."""
+        if found is not None:
+            self._say(str(found), logging.INFO if self._unreached_said else logging.WARNING)
+            self._unreached_said = True
+
+    def _say(self, text: str, level: int = logging.WARNING) -> None:
+        if is_first():
+            logger.log(level, text)
+        if self._listener is not None:
+            self._listener(text)
+
+
+def log_draw(draw: Draw) -> None:
+    """Log what trains from now on."""
+    logger.info(
+        "step %d: training layers %s: %.1f %% of the parameters, %.1f MB of optimizer state "
+        "held; %d of %d layers visited so far",
+        draw.step, ", ".join(map(str, draw.layers)) or "none", 100 * (draw.trainable_share or 0),
+        (draw.state_bytes or 0) / 1e6, sum(n > 0 for n in draw.visits), len(draw.visits),
+    )  # fmt: skip
 
 
 def at_start(

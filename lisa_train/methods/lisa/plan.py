@@ -20,7 +20,7 @@ from lisa_train.methods.lisa.checks import (
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.schedule import Schedule
 from lisa_train.model.layer_map import LayerMap, Unit, find_layers
-from lisa_train.model.parallel import refuse_unproved, refuse_wrappers
+from lisa_train.model.parallel import agree_on_start, refuse_unproved, refuse_wrappers
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.paged_state import check_paged_state
 
@@ -117,6 +117,28 @@ def units_of(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Param
         unit: tuple(p for p in tensors if p.requires_grad)
         for unit, tensors in layer_map.units(model).items()
     }
+
+
+def agreed_plan(
+    model: nn.Module, optimizer: Any, config: LisaConfig, layer_map: LayerMap | None, seed: int
+) -> tuple[Plan, tuple[Optimizer, ...], list[int]]:
+    """Return the plan, the optimizers, and the seeds that all processes came with."""
+    plan: Plan | None = None
+    optimizers: tuple[Optimizer, ...] = ()
+    problem: Exception | None = None
+    try:
+        plan = Plan.make(model, config, layer_map=layer_map, seed=seed)
+        optimizers = plan.check_optimizer(optimizer)
+    except Exception as error:
+        problem = error  # said to the other processes before it is raised
+    agreed, seeds = agree_on_start(plan.settings() if plan is not None else None, problem)
+    if problem is not None:
+        raise problem
+    assert plan is not None
+    assert agreed is not None
+    if agreed["seed"] != plan.schedule.seed:
+        plan = plan.with_seed(agreed["seed"])
+    return plan, optimizers, seeds
 
 
 # Every engine that is not closed yet; see `_refuse_second_engine`.

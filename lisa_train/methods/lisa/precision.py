@@ -1,12 +1,13 @@
-"""Active tensors in fp32 while the model rests in bf16: small updates are not rounded away."""
+"""fp32 master weights of the active tensors of a bf16 model: small updates are not rounded away."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.optim.frozen_state import FrozenState
 
 # First word of the seed of every rounding, so that no other stream is the same.
 _STREAM = 0x115D
@@ -33,15 +34,17 @@ def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 
-class ActivePrecision:
-    """Holds active bf16 tensors in fp32 and rounds them back when they are frozen.
+class MasterWeights:
+    """Holds the weights of active bf16 tensors in fp32 and rounds them back on freezing.
 
     The forward pass runs under bf16 autocast, so that layers of both precisions meet.
 
     Parameters
     ----------
     model
-        The model; its bf16 tensors are concerned, fp32 ones are left as they are.
+        The model.
+    parameters
+        Its tensors that may train; those in bf16 are concerned, fp32 ones are left as they are.
     seed
         Seed of the rounding; no global random stream is touched.
     """
@@ -66,13 +69,13 @@ class ActivePrecision:
             ),
         ]
 
-    def raise_(self, parameter: nn.Parameter) -> None:
+    def upcast(self, parameter: nn.Parameter) -> None:
         """Hold an activated tensor in fp32; exact."""
         if parameter in self._numbers and parameter.dtype == torch.bfloat16:
             parameter.grad = None
             parameter.data = parameter.data.float()
 
-    def lower(self, parameter: nn.Parameter, draw: int) -> None:
+    def downcast(self, parameter: nn.Parameter, draw: int) -> None:
         """Round a tensor that is being frozen to bf16; `draw` keys the random bits."""
         if parameter in self._numbers and parameter.dtype == torch.float32:
             generator = torch.Generator(parameter.device)
@@ -84,7 +87,7 @@ class ActivePrecision:
     def close(self, draw: int) -> None:
         """Round what is still in fp32, and end autocast."""
         for parameter in self._numbers:
-            self.lower(parameter, draw)
+            self.downcast(parameter, draw)
         for handle in self._handles:
             handle.remove()
 
@@ -96,6 +99,38 @@ class ActivePrecision:
     def _leave(self, *_: Any) -> None:
         if self._autocasts:
             self._autocasts.pop().__exit__(None, None, None)
+
+
+def exact_tensors(
+    trainable: Sequence[nn.Parameter], active: Collection[nn.Parameter], state: FrozenState
+) -> dict[str, Any]:
+    """Return the weights of the active tensors and all optimizer state, uncast.
+
+    Parameters
+    ----------
+    trainable
+        All tensors that may train, in their order.
+    active
+        Those that train now.
+    state
+        Their optimizer state.
+    """
+    weights = [p.detach() if p in active else None for p in trainable]
+    return {"weights": weights, "optimizer": state.states()}
+
+
+@torch.no_grad()
+def load_exact_tensors(
+    tensors: Mapping[str, Any],
+    trainable: Sequence[nn.Parameter],
+    active: Set[torch.Tensor],
+    state: FrozenState,
+) -> None:
+    """Take up what `exact_tensors` returned, to the bit."""
+    for parameter, weight in zip(trainable, tensors["weights"], strict=True):
+        if weight is not None:
+            parameter.copy_(weight)
+    state.replace(tensors["optimizer"], active)
 
 
 def _match_a_resting_norm(norm: nn.Module, arguments: Any) -> Any:

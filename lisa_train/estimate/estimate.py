@@ -27,6 +27,7 @@ from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.optim.policies import POLICIES
 from lisa_train.private_names import check
 
 if TYPE_CHECKING:
@@ -276,29 +277,31 @@ class _Estimator:
             self._known[key] = self.kind.state(*key)
         return self._known[key]
 
+    @property
+    def _resting_state(self) -> str:
+        """Where the optimizer state of a frozen tensor lies: nowhere, device or host."""
+        return POLICIES[self.setting.lisa.optimizer_state].place
+
     def _held(self, name: str) -> int:
         """Bytes that a tensor adds when it trains: gradient, state that comes and goes, fp32."""
         parameter = self.parameters[name]
         half = parameter.dtype == torch.bfloat16
         raised = half and self.setting.lisa.precision == "fp32_active"
         plain = parameter.numel() * parameter.element_size()
-        state = (
-            0 if self.setting.lisa.optimizer_state == "keep" else self._state(name, raised).device
-        )
+        state = 0 if self._resting_state == "device" else self._state(name, raised).device
         return (2 * plain + plain if raised else plain) + state
 
     def _with_state(self, pattern: Pattern) -> tuple[dict[str, StateBytes], dict[str, StateBytes]]:
         """State of the tensors that have it on the device, and of those offloaded to the host."""
         active = {name: self._state(name, name in pattern.raised) for name in pattern.trainable}
-        rotation = self.setting.rotation
-        if rotation is None or rotation.optimizer_state == "reset":
+        if self.setting.rotation is None or self._resting_state == "nowhere":
             return active, {}
         raised = bool(pattern.raised)
         resting = {
             name: self._state(name, raised)
             for name in may_train(self.stage, self.setting) - pattern.trainable
         }
-        if rotation.optimizer_state == "keep":
+        if self._resting_state == "device":
             return active | resting, {}
         return active, resting
 
@@ -309,7 +312,7 @@ class _Estimator:
         """
         setting = self.setting
         rotation = setting.rotation
-        if rotation is None or rotation.optimizer_state != "reset":
+        if rotation is None or self._resting_state != "nowhere":
             return sum(state.paged for state in states.values())
         count = len(self.stage.layer_map)
         k = count if rotation.sampling == "bernoulli" else rotation.activated_layers

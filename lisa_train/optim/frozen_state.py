@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from lisa_train.optim.paged_state import paged_state
+from lisa_train.optim.policies import POLICIES, SetAside
 from lisa_train.optim.settings import OptimizerState
 
 
@@ -119,8 +120,7 @@ class FrozenState:
     optimizers
         The optimizers, each of tensors of its own; often just one.
     policy
-        ``reset`` frees the state, ``keep`` holds it where it is, ``offload`` in host memory.
-        Paged state of bitsandbytes cannot be freed; its memory serves the next layers drawn.
+        Name of one of the `lisa_train.optim.policies.POLICIES`.
 
     Attributes
     ----------
@@ -131,10 +131,9 @@ class FrozenState:
     def __init__(self, optimizers: Sequence[Optimizer], policy: OptimizerState) -> None:
         self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
         self._optimizers = tuple(optimizers)
-        self._policy = policy
+        self._policy = POLICIES[policy]()
         self._unsorted: set[Optimizer] = set()
-        self._aside: dict[torch.Tensor, dict[str, Any]] = {}
-        self._devices: dict[torch.Tensor, dict[str, torch.device]] = {}
+        self._aside: dict[torch.Tensor, SetAside] = {}
         paged = {optimizer: paged_state(optimizer) for optimizer in optimizers}
         self._paged = {held: state for held, state in paged.items() if state is not None}
         self._handles = [
@@ -146,23 +145,14 @@ class FrozenState:
         """Take the state of `parameter` out of its optimizer."""
         optimizer = self.owners.get(parameter)
         state = optimizer.state.pop(parameter, None) if optimizer is not None else None
-        if not state or self._policy == "reset":
-            return
-        if self._policy == "offload":
-            self._devices[parameter] = {
-                key: value.device for key, value in state.items() if torch.is_tensor(value)
-            }
-            state = {k: v.to("cpu") if torch.is_tensor(v) else v for k, v in state.items()}
-        self._aside[parameter] = dict(state)
+        if state and (aside := self._policy.put_aside(state)) is not None:
+            self._aside[parameter] = aside
 
     def thaw(self, parameter: torch.Tensor) -> None:
         """Give its optimizer back what was set aside for `parameter`, if anything was."""
-        state = self._aside.pop(parameter, None)
-        if state is None:
-            return
-        for key, device in self._devices.pop(parameter, {}).items():
-            state[key] = state[key].to(device)
-        self.owners[parameter].state[parameter] = state
+        aside = self._aside.pop(parameter, None)
+        if aside is not None:
+            self.owners[parameter].state[parameter] = self._policy.bring_back(aside)
 
     def bytes(self) -> int:
         """Bytes of state, set aside or not, that lie where their tensors are.
@@ -170,7 +160,7 @@ class FrozenState:
         What is offloaded to a host does not count, unless the host is where the training runs.
         """
         held = [item for optimizer in self._optimizers for item in optimizer.state.items()]
-        return held_bytes((*held, *self._aside.items()))
+        return held_bytes((*held, *((p, aside.state) for p, aside in self._aside.items())))
 
     def states(self) -> Any:
         """States by position, as `state_dict` numbers them; of several optimizers, a list."""
@@ -218,20 +208,15 @@ class FrozenState:
         """Drop what is set aside for one optimizer: another checkpoint is about to replace it."""
         for parameter in [p for p in self._aside if self.owners[p] is optimizer]:
             del self._aside[parameter]
-            self._devices.pop(parameter, None)
 
     def close(self) -> None:
-        """Leave the optimizers as plain ones; state kept on the device goes back into them.
-
-        Offloaded state is dropped: bringing all of it back at once is what offloading avoids.
-        """
+        """Leave the optimizers as plain ones; state kept on the device goes back into them."""
         for handle in self._handles:
             handle.remove()
-        if self._policy == "keep":
+        if self._policy.place == "device":
             for parameter in list(self._aside):
                 self.thaw(parameter)
         self._aside.clear()
-        self._devices.clear()
         for paged in self._paged.values():
             paged.close()
         self._paged = {}
@@ -242,5 +227,5 @@ class FrozenState:
         packed = {key: value for key, value in state_dict["state"].items() if value}
         for position, parameter in enumerate(tensors_of(optimizer)):
             if parameter in self._aside:
-                packed[position] = dict(self._aside[parameter])
+                packed[position] = dict(self._aside[parameter].state)
         state_dict["state"] = packed

@@ -13,6 +13,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.optim.frozen_state import tensors_of
+from lisa_train.optim.policies import POLICIES
 from lisa_train.optim.schedule_free import is_schedule_free
 from lisa_train.optim.settings import OptimizerState
 
@@ -105,18 +106,18 @@ def _refuse_unfollowable(optimizer: Any, policy: OptimizerState) -> None:
             f"{kind} estimates one step size from how far all its tensors have come together, "
             "which layers that rest falsify; choose an optimizer with a learning rate of its own."
         )
-    if policy != "reset":
+    if POLICIES[policy].place != "nowhere":
         return
     if isinstance(optimizer, torch.optim.ASGD):
         raise ConfigError(
-            f"{kind} holds the averaged weights in its state, which optimizer_state='reset' "
+            f"{kind} holds the averaged weights in its state, which optimizer_state={policy!r} "
             "throws away whenever a layer is frozen; set optimizer_state to 'keep' or 'offload'."
         )
     if any(g.get("relative_step") and g.get("warmup_init") for g in optimizer.param_groups):
         raise ConfigError(
             f"{kind} with warmup_init starts every tensor at a learning rate near zero, and "
-            "optimizer_state='reset' would start it anew at every activation; set warmup_init to "
-            "False or optimizer_state to 'keep' or 'offload'."
+            f"optimizer_state={policy!r} would start it anew at every activation; set warmup_init "
+            "to False or optimizer_state to 'keep' or 'offload'."
         )
 
 

@@ -46,7 +46,8 @@ class LisaConfig:
         tower); what is frozen before LISA starts stays frozen.
     optimizer_state
         What happens to the optimizer state of a layer that is frozen again: ``reset`` frees it,
-        ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns.
+        ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns. In Python,
+        also the name of a policy of your own, see `lisa_train.optim.policies`.
     seed
         Seed of the layer schedule; None takes the training seed.
     warmup_steps
@@ -98,13 +99,7 @@ class LisaConfig:
                 f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "
                 "'model.layers', or None to find it."
             )
-        built_in = get_args(Sampling)
-        if self.sampling not in built_in:
-            from lisa_train.methods.lisa.samplers import SAMPLERS  # loads numpy
-
-            added = (name for name in SAMPLERS if name not in built_in)
-            one_of("lisa.sampling", self.sampling, (*built_in, *added))
-        one_of("lisa.optimizer_state", self.optimizer_state, get_args(OptimizerState))
+        self._check_registered_names()
         one_of("lisa.precision", self.precision, get_args(ActivePrecision))
         one_of("lisa.recompute", self.recompute, get_args(Recompute))
         if isinstance(self.always_active, str):
@@ -141,6 +136,24 @@ class LisaConfig:
         """Groups that are drawn like layers, with their probability."""
         given = {"embed": self.embed_probability, "head": self.head_probability}
         return {group: p for group, p in given.items() if p is not None}
+
+    def _check_registered_names(self) -> None:
+        """`ConfigError` unless sampler and policy are built in or registered.
+
+        The registries load numpy and torch, and are asked only for other names than the built-in.
+        """
+        built_in = get_args(Sampling)
+        if self.sampling not in built_in:
+            from lisa_train.methods.lisa.samplers import SAMPLERS
+
+            added = (name for name in SAMPLERS if name not in built_in)
+            one_of("lisa.sampling", self.sampling, (*built_in, *added))
+        built_in = get_args(OptimizerState)
+        if self.optimizer_state not in built_in:
+            from lisa_train.optim.policies import POLICIES
+
+            added = (name for name in POLICIES if name not in built_in)
+            one_of("lisa.optimizer_state", self.optimizer_state, (*built_in, *added))
 
     def _check_probabilities(self) -> None:
         if self.probabilities is None or isinstance(self.probabilities, str | PathLike):

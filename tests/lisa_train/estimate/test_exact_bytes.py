@@ -147,8 +147,8 @@ def test_state_of_refrozen_layers(policy):
         on_device = small.state_bytes(optimizer)
         aside = small.stored(
             value
-            for state in engine._state._aside.values()
-            for key, value in state.items()
+            for held in engine._state._aside.values()
+            for key, value in held.state.items()
             if torch.is_tensor(value)
         )
     found = lt.estimate_memory(config, "lisa", sequence_length=8, lisa=lisa)

@@ -235,7 +235,7 @@ def twice(folder, rank, world):
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     with (
         warnings.catch_warnings(),
-        recorder(folder, model, optimizer, rank, grad_noise=True) as record,
+        recorder(folder, model, optimizer, grad_noise=True) as record,
     ):
         warnings.simplefilter("ignore")
         for i, ids in enumerate(batches(1)[:2]):
@@ -280,7 +280,7 @@ def adapters_resumed(folder, rank, world):
     """Whole and sharded adapters of a run that is begun, left and taken up by other processes."""
     for name, wrap in (("whole", lambda model: model), ("sharded", shard)):
         model = wrap(with_adapters(small()))
-        recorder(folder / name, model, torch.optim.SGD(model.parameters()), rank).close()
+        recorder(folder / name, model, torch.optim.SGD(model.parameters())).close()
         model = wrap(moved(with_adapters(small())))
         table = TensorTable(model, find_layers(model), None)
         writer = SilentWriter(1)

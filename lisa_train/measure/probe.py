@@ -27,7 +27,7 @@ from lisa_train.measure.tokens import count_tokens
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
-from lisa_train.model.tensor_table import TensorTable
+from lisa_train.model.tensor_table import TensorTable, tensor_table
 
 SignalSource = Literal["auto", "exact", "sketch"]
 # Share of the free memory that the sums of the gradients may take.
@@ -106,7 +106,7 @@ def probe(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # which would exchange gradients of its own
     layer_map = find_layers(model, config.layers)
-    table = TensorTable(model, layer_map, config.select)
+    table = tensor_table(model, layer_map, config.select)
     if any(is_sharded(p) for _, p in table.tensors):
         raise ConfigError(
             "the model's weights are sharded (FSDP2): a probe takes whole gradients; probe before "

@@ -35,7 +35,7 @@ from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_s
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.parallel import refuse_wrappers
 from lisa_train.model.run_entries import joined
-from lisa_train.model.tensor_table import TensorTable
+from lisa_train.model.tensor_table import TensorTable, tensor_table
 from lisa_train.optim.frozen_state import as_one, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.private_names import check
@@ -151,7 +151,7 @@ class NormRecorder:
         self._inside = False
         self._optimizer = as_one(optimizers_of(optimizer))
         layer_map = layer_map or find_layers(model, config.layers)
-        self.table = table or TensorTable(model, layer_map, config.select)
+        self.table = table or tensor_table(model, layer_map, config.select)
         devices = list({p.device: None for _, p in self.table.tensors})
         self._processes = Processes(self.table)
         check("model", "recorder", *_needed(model, config, self._processes))

@@ -16,6 +16,7 @@ class TensorTable:
     """Numbers the tensors of a model in the order of `named_parameters()`.
 
     A second name of a shared tensor has a row (`tied_to`) but no number of its own to measure.
+    Of a model under FSDP2 it takes the tensors that the modules hold: see `tensor_table`.
 
     Attributes
     ----------
@@ -31,7 +32,6 @@ class TensorTable:
     def __init__(
         self, model: nn.Module, layer_map: LayerMap, select: Sequence[str | int] | None
     ) -> None:
-        reshard(model)
         self.rows: list[dict[str, Any]] = []
         self.ids: dict[str, int] = {}
         owners: dict[int, int] = {}
@@ -75,6 +75,17 @@ class TensorTable:
                 )
             chosen |= found
         return chosen
+
+
+def tensor_table(
+    model: nn.Module, layer_map: LayerMap, select: Sequence[str | int] | None
+) -> TensorTable:
+    """Return the table of the tensors that stay: FSDP2's shards are put back in their places first.
+
+    An evaluation leaves tensors gathered, which the next step throws away.
+    """
+    reshard(model)
+    return TensorTable(model, layer_map, select)
 
 
 def _kind(name: str, layer_path: str | None, layer_map: LayerMap) -> str:

@@ -18,7 +18,7 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.engine import Draw
-from lisa_train.model.tensor_table import TensorTable
+from lisa_train.model.tensor_table import tensor_table
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
@@ -141,7 +141,7 @@ class RecordCallback(Listener, TrainerCallback):
             warn_of_losses(self._trainer, state, None)
         path = (lisa and lisa.layers) or self.config.layers
         layer_map = self._layers.of(self._trainer.model, path)
-        table = TensorTable(self._trainer.model, layer_map, self.config.select)
+        table = tensor_table(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
         # Not of a training that has ended, but of an attempt with a larger batch.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lisa_train.measure.recorder import NormRecorder as NormRecorder
     from lisa_train.methods import METHODS as METHODS
     from lisa_train.methods.lisa.engine import Lisa as Lisa
+    from lisa_train.methods.lisa.samplers import Sampler as Sampler
+    from lisa_train.methods.lisa.schedule import Draw as Draw
     from lisa_train.model.layer_map import LayerMap as LayerMap
     from lisa_train.model.layer_map import find_layers as find_layers
     from lisa_train.optim.step_in_backward import StepInBackward as StepInBackward

@@ -12,7 +12,6 @@ import torch
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from lisa_train.model.layer_map import unwrap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.trainer.events import patch
 

@@ -175,24 +175,25 @@ def _models() -> list[PrivateName]:
     checkpointing = "backward runs down to the embeddings under gradient checkpointing, which costs"
     return [
         PrivateName(
-            "model", "torch._dynamo.eval_frame:OptimizedModule", "_orig_mod", ("module_tree",),
-            "the model below torch.compile is not found", in_source=True, if_loaded=True,
+            "model", "torch._dynamo.eval_frame:OptimizedModule", "_orig_mod",
+            ("model/module_tree",), "the model below torch.compile is not found",
+            in_source=True, if_loaded=True,
         ),
         PrivateName(
-            "engine", "transformers.modeling_utils", "_require_grads_hooks", ("input_gradients",),
-            f"{checkpointing} the time that LISA saves there",
+            "engine", "transformers.modeling_utils", "_require_grads_hooks",
+            ("methods/lisa/input_gradients",), f"{checkpointing} the time that LISA saves there",
             refused=False, in_source=True, if_loaded=True,
         ),
         PrivateName(
             "engine", "transformers.modeling_utils", "_gradient_checkpointing_func",
-            ("input_gradients",),
+            ("methods/lisa/input_gradients",),
             "the reentrant kind of gradient checkpointing is not told from the other and may "
             "train nothing",
             in_source=True, if_loaded=True,
         ),
         PrivateName(
-            "model", "transformers.configuration_utils", "_name_or_path", ("environment",),
-            "run.json names the model by its class alone",
+            "model", "transformers.configuration_utils", "_name_or_path",
+            ("measure/disk/manifest",), "run.json names the model by its class alone",
             refused=False, in_source=True, if_loaded=True,
         ),
         *(
@@ -206,7 +207,8 @@ def _models() -> list[PrivateName]:
         ),
         PrivateName(
             "step in backward", "transformers.trainer_pt_utils", "optimizer_dict",
-            ("step_in_backward",), "optimizers that step inside backward themselves are not seen",
+            ("optim/step_in_backward",),
+            "optimizers that step inside backward themselves are not seen",
             refused=False, in_source=True, if_loaded=True,
         ),
     ]  # fmt: skip
@@ -214,10 +216,13 @@ def _models() -> list[PrivateName]:
 
 def _recorder() -> list[PrivateName]:
     recorder = [
-        ("torch", "_foreach_norm", "norms", "norms cannot be taken"),
-        ("torch:Tensor", "_version", "adapters", "merged_norm stays that of an earlier weight"),
-        ("torch:Tensor", "_make_subclass", "stand_ins", "no measuring pass can be made"),
-        ("torch.nn.modules.module", "_parameters", "stand_ins", "no measuring pass can be made"),
+        ("torch", "_foreach_norm", "model/norms", "norms cannot be taken"),
+        ("torch", "_foreach_copy_", "model/norms", "norms of small tensors cannot be taken"),
+        ("torch:Tensor", "_version", "measure/lora_products",
+         "merged_norm stays that of an earlier weight"),
+        ("torch:Tensor", "_make_subclass", "measure/stand_ins", "no measuring pass can be made"),
+        ("torch.nn.modules.module", "_parameters", "measure/stand_ins",
+         "no measuring pass can be made"),
         ("torch.nn.parallel:DistributedDataParallel", "_active_ddp_module", "model/sharding",
          "a measuring pass through DDP waits for gradients that never come"),
     ]  # fmt: skip
@@ -251,7 +256,12 @@ def _recorder() -> list[PrivateName]:
         ),
         *(
             PrivateName(
-                "adapters", "peft.tuners.lora.layer", name, ("adapters",), lora, in_source=True
+                "adapters",
+                "peft.tuners.lora.layer",
+                name,
+                ("measure/adapter_search",),
+                lora,
+                in_source=True,
             )
             for name in names
         ),
@@ -265,22 +275,22 @@ def _base_weights() -> list[PrivateName]:
     files = "base_delta asks the hub for files that are not in the cache"
     return [
         *(
-            PrivateName("base_delta", loading, name, ("checkpoint_recipes",), without)
+            PrivateName("base_delta", loading, name, ("measure/checkpoint_conversions",), without)
             for name in (
                 "WeightConverter", "WeightRenaming", "dot_natural_key", "rename_source_key",
             )
         ),
         PrivateName(
-            "base_delta", loading, "_weight_conversions", ("checkpoint_recipes",), without,
-            in_source=True,
+            "base_delta", loading, "_weight_conversions", ("measure/checkpoint_conversions",),
+            without, in_source=True,
         ),
         PrivateName(
             "base_delta", "transformers.conversion_mapping", "get_model_conversion_mapping",
-            ("checkpoint_recipes",), without,
+            ("measure/checkpoint_conversions",), without,
         ),
         *(
             PrivateName(
-                "base_delta", "transformers.utils.hub", name, ("base_weights",), files,
+                "base_delta", "transformers.utils.hub", name, ("measure/base_weights",), files,
                 in_source=True,
             )
             for name in (
@@ -294,17 +304,19 @@ def _eight_bit() -> list[PrivateName]:
     optimizer = "bitsandbytes.optim.optimizer"
     without = "the precision of the optimizer's state cannot be chosen by group"
     return [
-        PrivateName("eight bit", optimizer, "Optimizer8bit", ("eight_bit",), without),
+        PrivateName("eight bit", optimizer, "Optimizer8bit", ("optim/eight_bit",), without),
         *(
-            PrivateName("eight bit", f"{optimizer}:GlobalOptimManager", n, ("eight_bit",), without)
+            PrivateName(
+                "eight bit", f"{optimizer}:GlobalOptimManager", n, ("optim/eight_bit",), without
+            )
             for n in ("initialize", "override_config")
         ),
-        PrivateName("eight bit", optimizer, "mng", ("eight_bit",), without, in_source=True),
+        PrivateName("eight bit", optimizer, "mng", ("optim/eight_bit",), without, in_source=True),
         PrivateName(
             "bitsandbytes",
             f"{optimizer}:Optimizer8bit",
             "check_overrides",
-            ("step_in_backward",),
+            ("optim/step_in_backward",),
             "settings of single tensors are lost where the optimizer steps inside backward",
         ),
     ]
@@ -312,21 +324,21 @@ def _eight_bit() -> list[PrivateName]:
 
 def _estimate() -> list[PrivateName]:
     names = [
-        ("trl.kernels.chunked_logprob", "_forward_tile", "memory/kernels"),
-        ("trl.kernels.chunked_logprob", "_backward_tile", "memory/kernels"),
-        ("trl.kernels.chunked_logprob", "_addmm_fp32", "memory/kernels"),
-        ("trl.trainer.utils", "add_fused_lm_head", "memory/stage"),
-        ("transformers.masking_utils", "find_packed_sequence_indices", "memory/kernels"),
-        ("transformers.modeling_utils:PreTrainedModel", "_from_config", "memory/stage"),
-        ("torch._C", "_current_graph_task_id", "memory/step"),
-        ("torch._subclasses.fake_tensor", "FakeTensorMode", "memory/stage"),
-        ("torch._subclasses.fake_tensor", "DataDependentOutputException", "memory/step"),
-        ("torch._subclasses.fake_tensor", "DynamicOutputShapeException", "memory/step"),
-        ("torch._subclasses.fake_tensor", "UnsupportedOperatorException", "memory/step"),
-        ("torch.utils._python_dispatch", "TorchDispatchMode", "memory/trace"),
-        ("torch.utils._pytree", "tree_leaves", "memory/trace"),
-        ("torch:UntypedStorage", "_cdata", "memory/trace"),
-        ("torch.nn.modules.module", "_buffers", "memory/stage"),
+        ("trl.kernels.chunked_logprob", "_forward_tile", "estimate/kernels"),
+        ("trl.kernels.chunked_logprob", "_backward_tile", "estimate/kernels"),
+        ("trl.kernels.chunked_logprob", "_addmm_fp32", "estimate/kernels"),
+        ("trl.trainer.utils", "add_fused_lm_head", "estimate/stage"),
+        ("transformers.masking_utils", "find_packed_sequence_indices", "estimate/kernels"),
+        ("transformers.modeling_utils:PreTrainedModel", "_from_config", "estimate/stage"),
+        ("torch._C", "_current_graph_task_id", "estimate/step"),
+        ("torch._subclasses.fake_tensor", "FakeTensorMode", "estimate/stage"),
+        ("torch._subclasses.fake_tensor", "DataDependentOutputException", "estimate/step"),
+        ("torch._subclasses.fake_tensor", "DynamicOutputShapeException", "estimate/step"),
+        ("torch._subclasses.fake_tensor", "UnsupportedOperatorException", "estimate/step"),
+        ("torch.utils._python_dispatch", "TorchDispatchMode", "estimate/trace"),
+        ("torch.utils._pytree", "tree_leaves", "estimate/trace"),
+        ("torch:UntypedStorage", "_cdata", "estimate/trace"),
+        ("torch.nn.modules.module", "_buffers", "estimate/stage"),
     ]
     return [
         PrivateName(
@@ -340,7 +352,7 @@ def _estimate() -> list[PrivateName]:
 def _demo() -> list[PrivateName]:
     return [
         PrivateName(
-            "demo", "torch.cpu", "_is_avx512_bf16_supported", ("demo/__main__",),
+            "demo", "torch.cpu", "_is_avx512_bf16_supported", ("command/demo/__main__",),
             "the demo does not know whether this processor computes in bf16",
         )
     ]  # fmt: skip

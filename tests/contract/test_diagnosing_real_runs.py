@@ -245,7 +245,8 @@ def test_a_recorder_that_takes_too_long(tmp_path, monkeypatch, training, measuri
     def train(step, model):
         clock.now += 1.0
 
-    monkeypatch.setattr("lisa_train.measure.recorder.time", clock)
+    for module in ("cadence", "recorder", "recording_time", "scalar_lines"):
+        monkeypatch.setattr(f"lisa_train.measure.{module}.time", clock, raising=False)
     monkeypatch.setattr(StepMeasure, "gradients", slow)
     finding = found(training(tmp_path / "run", steps=6, on_gradients=train).run(), "recorder_cost")
     assert finding.state == state

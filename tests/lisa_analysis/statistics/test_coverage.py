@@ -7,6 +7,7 @@ import pytest
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles import verdict as judgement
+from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.statistics.estimate import fit_series
 
 LAYERS = 32
@@ -58,7 +59,7 @@ def coverage(truth, rho, n, repetitions, lisa=None):
         for name, figure in FIGURES.items():
             interval, value = getattr(found, name), float(figure(weights))
             held[name].append(interval.low - 1e-9 <= value <= interval.high + 1e-9)
-        shape = judgement.shape(fit, 0.95, found)
+        shape = judgement.shape(fit, 0.95, found, THRESHOLDS)
         curvature = st.quadratic_fit(truth, X)[2]
         held["curvature"].append(shape.curvature.low <= curvature <= shape.curvature.high)
         verdicts[shape.verdict] += 1

@@ -22,8 +22,8 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts the profiles by run and level, whoever asks for them."""
     counts: Counter = Counter()
 
-    def counting(run, metric="grad_rms", **options):
-        counts[run.path.name, str(metric), options.get("by", "layer")] += 1
+    def counting(run, metric=None, **options):
+        counts[run.path.name, metric or "grad_rms", options.get("by", "layer")] += 1
         return importance(run, metric, **options)
 
     for name, module in list(sys.modules.items()):

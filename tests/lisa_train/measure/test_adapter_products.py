@@ -14,6 +14,7 @@ from transformers import Trainer
 
 import lisa_analysis as la
 import lisa_train as lt
+from lisa_analysis.contract.layers import canonical_name
 from lisa_analysis.rundir.run import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
@@ -179,7 +180,7 @@ def test_what_the_initialiser_did_to_the_base_weights(tmp_path):
     for row in run.parameters.itertuples():
         if "base_layer" in row.name:
             left = model.get_parameter(row.name).double()
-            taken = float((left - before[la.layers.canonical_name(row.name)]).norm())
+            taken = float((left - before[canonical_name(row.name)]).norm())
             assert taken > 1
             assert rows[row.param_id] == pytest.approx(taken, rel=1e-5)
     scores = la.importance(run, metric="delta_rel").to_frame()["score"]

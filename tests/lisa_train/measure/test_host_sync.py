@@ -18,10 +18,14 @@ import lisa_train as lt
 from lisa_analysis.rundir.run import load
 from lisa_train.measure.step_measure import StepMeasure
 
+# What a run may read of the device: at flushes, and at its begin what adapters start with.
+READS = ("buffers.py", "adapter_start.py")
 
-def same_numbers(run, expected):
+
+def same_numbers(run, expected, apart=()):
     for ours, theirs in zip(measured(run), measured(expected), strict=True):
-        assert ours.equals(theirs)
+        drop = [name for name in apart if name in ours]
+        assert ours.drop(columns=drop).equals(theirs.drop(columns=drop))
 
 
 @pytest.mark.parametrize(
@@ -42,17 +46,17 @@ def test_a_plain_loop(tmp_path, monkeypatch, name, optimizer):
         run = train(case, model, tmp_path / "meta", optimizer)
     same_numbers(run, expected)
     assert watch.waits  # the flushes at begin and end
-    assert all("buffers.py" in wait for wait in watch.waits)
+    assert all(any(name in wait for name in READS) for wait in watch.waits)
 
 
 def test_only_offloaded_state_makes_the_engine_wait(tmp_path, monkeypatch):
     """That is what offloading is; the recorder beside it waits no more than ever."""
     case = Case(method="lisa", lisa={"optimizer_state": "offload"})
     model = build(case, DEVICE)
-    with watched(monkeypatch, spared="frozen_state.py") as watch:
+    with watched(monkeypatch, spared="policies.py") as watch:
         train(case, model, tmp_path, "fused", steps=10)
     waits = {wait.split("/")[-1].split(":")[0] for wait in watch.waits}
-    assert waits == {"buffers.py", "frozen_state.py"}
+    assert waits == {"buffers.py", "policies.py"}
 
 
 def index(x):
@@ -149,11 +153,15 @@ def test_a_trainer(tmp_path, monkeypatch, method):
     expected = train_with_trainer(monkeypatch, method, torch.device("cpu"), tmp_path / "cpu")
     with watched(monkeypatch, everyone=False) as watch:
         run = train_with_trainer(monkeypatch, method, DEVICE, tmp_path / "meta")
-    same_numbers(run, expected)
-    assert run.events.drop(columns="time").equals(expected.events.drop(columns="time"))
+    # Whether a step was skipped is read at the flush, as true like every number of the device.
+    apart = ("update_norm", "descent") if method == "loss scale" else ()
+    same_numbers(run, expected, apart)
+    # What lies beside its tensor: on a device the host's step counts do not.
+    apart = ["time", "state_bytes"] if method == "LISA" else ["time"]
+    assert run.events.drop(columns=apart).equals(expected.events.drop(columns=apart))
     assert any("trainer.py" in wait for wait in watch.waits)
     ours = [wait for wait in watch.waits if "lisa_train/" in wait and "tests/" not in wait]
-    assert all("buffers.py" in wait for wait in ours)
+    assert all(any(name in wait for name in READS) for wait in ours)
     assert run.scalars["tokens"].notna().all()
     # Nothing was flushed before the end, and still run.json knows the last step's numbers.
     assert run.manifest["result"].keys() == expected.manifest["result"].keys()

@@ -168,6 +168,7 @@ def test_adapters_of_other_kinds_are_named(tmp_path):
 
     model = get_peft_model(llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path / "run"))):
+    config = lt.RecordConfig(str(tmp_path / "run"))
+    with pytest.warns(RuntimeWarning, match="IA3"), lt.NormRecorder(model, optimizer, config):
         pass
     assert re.fullmatch("ia3", load(tmp_path / "run").method)

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, get_args
 
 from lisa_analysis.contract.errors import LisaError
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 MANIFEST = "run.json"
 CONFIG = "config.yaml"

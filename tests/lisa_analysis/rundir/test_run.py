@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.contract.schema import METRICS_TABLE, PARAMETERS_TABLE, SCALARS_TABLE, shard_name
+from lisa_analysis.contract.schema import (
+    METRICS_TABLE,
+    PARAMETERS_TABLE,
+    SCALARS_TABLE,
+    SCHEMA_VERSION,
+    shard_name,
+)
 from lisa_analysis.rundir.run import load
 from lisa_analysis.rundir.shards import Shard, arrow_schema, last_valid_steps
 
@@ -213,13 +219,13 @@ def test_the_draw_that_a_resume_repeats_counts_once(directory):
 
 def test_another_major_version_is_an_error_that_names_both(tmp_path):
     path = write_run(tmp_path / "run", version="2.0")
-    with pytest.raises(RunDirectoryError, match=r"version 2\.0, .* reads 1\.0: install"):
+    with pytest.raises(RunDirectoryError, match=r"version 2\.0, .* reads 1\.1: install"):
         load(path)
 
 
 def test_another_major_version_of_a_shard_is_an_error(directory):
     write_table(directory / "metrics" / shard_name(0, 50), metrics_frame([50]), version="3.1")
-    with pytest.raises(RunDirectoryError, match=r"version 3\.1, .* reads 1\.0"):
+    with pytest.raises(RunDirectoryError, match=r"version 3\.1, .* reads 1\.1"):
         load(directory).metrics()
 
 
@@ -229,7 +235,7 @@ def test_a_newer_minor_version_is_read_with_a_warning(tmp_path):
     frame["brand_new"] = 1.0
     write_table(path / "metrics" / shard_name(0, 50), frame, version="1.7")
     run = load(path)
-    assert "newer than 1.0" in run.warnings[0]
+    assert f"newer than {SCHEMA_VERSION}" in run.warnings[0]
     assert tuple(run.metrics(steps=[50])) == METRICS_TABLE.names
     assert len(run.warnings) == 2
 

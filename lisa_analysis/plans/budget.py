@@ -6,19 +6,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.errors import ProbabilitiesError, suggest
 
 Array = NDArray[np.float64]
-Control = Literal["permuted", "reversed", "uniform"]
+Control = Literal["none", "permuted", "reversed", "uniform"]
 
-CONTROLS = ("permuted", "reversed", "uniform")
+CONTROLS = ("none", "permuted", "reversed", "uniform")
 
 
 def safe_scores(low: Array, high: Array) -> Array:
     """Scores inside their intervals that make the sampling safest against being wrong.
 
-    c_i = clip(m, low_i, high_i) with m = ‖c‖²/‖c‖₁: never worse than uniform sampling for any
-    truth inside the intervals (Stich, Raj & Jaggi, NeurIPS 2017). A missing bound is 0 or ∞.
+    c_i = clip(m, low_i, high_i) with m = ‖c‖²/‖c‖₁: sampling in proportion to them has never more
+    variance than uniform sampling, for any truth inside all the intervals at once (Stich, Raj &
+    Jaggi, NeurIPS 2017). A missing bound is 0 or ∞.
     """
     low = np.maximum(np.where(np.isnan(low), 0.0, low), 0.0)
     high = np.maximum(np.where(np.isnan(high), np.inf, high), low)
@@ -102,6 +103,7 @@ def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
     n = len(weights)
     if not (weights >= 0).all() or not np.isfinite(weights).all():
         raise ProbabilitiesError("weights of layers must be finite and not negative.")
+    upper = min(upper, max(total, lower))  # no share exceeds what all of them sum to
     positive = weights > 0
     if not positive.any() or upper - lower < 1e-15:
         shares = np.full(n, total / n)
@@ -161,15 +163,42 @@ def in_units(scores: Array) -> Array:
     return np.ldexp(scores, -math.frexp(float(scores.max()))[1])
 
 
-def apply_control(shares: Array, control: str | None, seed: int) -> Array:
-    """Give the same shares to other layers, see `CONTROLS`; None leaves them."""
+def apply_control(
+    shares: Array, control: str | None, seed: int, scores: Array | None = None
+) -> Array:
+    """Give the same shares to other layers, see `CONTROLS`; None leaves them, as ``none`` does.
+
+    Parameters
+    ----------
+    shares
+        Shape (L,).
+    control
+        ``permuted`` at random, ``reversed`` in rank, or ``uniform``.
+    seed
+        Of the permutation.
+    scores
+        Shape (L,); settle the rank of layers with equal shares, the unknown (NaN) in the middle.
+
+    Raises
+    ------
+    ProbabilitiesError
+        For an unknown control.
+    """
+    if control not in (None, *CONTROLS):
+        raise ProbabilitiesError(
+            f"control is {control!r}: expected one of {', '.join(CONTROLS)}."
+            + suggest(str(control), CONTROLS)
+        )
     if control == "uniform":
         return np.full(len(shares), shares.sum() / len(shares))
     if control == "permuted":
         return np.random.default_rng(seed).permutation(shares)
     if control == "reversed":
+        rank = np.zeros(len(shares)) if scores is None else scores
+        known = np.isfinite(rank)
+        rank = np.where(known, rank, np.median(rank[known]) if known.any() else 0.0)
+        order = np.lexsort((rank, shares))
         result = np.empty_like(shares)
-        order = np.argsort(shares, kind="stable")
         result[order] = shares[order[::-1]]
         return result
     return shares

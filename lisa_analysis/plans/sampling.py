@@ -217,6 +217,7 @@ def sampling_probabilities(
             f"sampling probabilities need a profile by layer, got one by {profile.by}."
         )
     _check_settings(n, activated_layers, gamma, mix, floor, cap, control)
+    control = None if control == "none" else control
     frame = profile.layers
     score, low, high = (
         frame[c].to_numpy(dtype=np.float64, copy=True) for c in ("score", "low", "high")
@@ -334,9 +335,7 @@ def _check_settings(
                 f"{name} is {value!r}: expected a number from {least:g} to {most:g}."
             )
     if control is not None and control not in CONTROLS:
-        raise ProbabilitiesError(
-            f"control is {control!r}: expected one of {', '.join(CONTROLS)}, or None."
-        )
+        raise ProbabilitiesError(f"control is {control!r}: expected one of {', '.join(CONTROLS)}.")
 
 
 def _neutral(score: Array) -> float:

@@ -1,0 +1,289 @@
+"""Scores -> shares, in stages: the one engine of files, exports and the learner (numpy only).
+
+score with interval → safe score → power → mixed with the prior → floor and cap with an exact sum.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.plans.budget import allocate, apply_control, in_units, safe_scores
+from lisa_analysis.plans.strength import Strength
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """Everything between scores and shares, each of shape (L,); NaN where a layer is unknown.
+
+    Attributes
+    ----------
+    score, low, high
+        What was given; a layer that is exactly 0 has the bounds 0.
+    safe
+        Score inside its interval that makes sampling safest, see `safe_scores`.
+    power
+        Safe score over its mean, to the power; of a pool 1 inside and 0 outside.
+    mixed
+        In proportion to it, none above 1, with the prior mixed in; a part of what the known
+        layers get together.
+    pi
+        The shares: inclusion probabilities, or multiples of the uniform share.
+    known
+        Which layers are known: the others have the prior's share.
+    strength
+        The settings that were in force.
+    """
+
+    score: Array
+    low: Array
+    high: Array
+    safe: Array
+    power: Array
+    mixed: Array
+    pi: Array
+    known: NDArray[np.bool_]
+    strength: Strength
+
+
+def probabilities_from_scores(
+    scores: ArrayLike,
+    low: ArrayLike | None = None,
+    high: ArrayLike | None = None,
+    *,
+    k: int,
+    strength: float | str | Strength = 1.0,
+    mix: float = 0.25,
+    floor: float = 0.25,
+    cap: float = 4.0,
+    prior: ArrayLike | None = None,
+    control: str | None = None,
+    seed: int = 0,
+) -> Stages:
+    """Turn scores into inclusion probabilities π with Σπ = k.
+
+    A layer of a higher score never gets a smaller π than one of a lower score, where both are
+    known. An unknown layer (without a score, or without an interval beside others that have one)
+    gets the prior: its uniform share k/L, whatever the others get.
+
+    Parameters
+    ----------
+    scores
+        Shape (L,); NaN is unknown, 0 is exactly zero, below zero counts as zero.
+    low, high
+        Intervals of the scores, shape (L,); both None take the scores as certain. One missing
+        bound (NaN or infinite) is open; both missing make a layer unknown.
+    k
+        Layers in each draw, 1 … L.
+    strength
+        Power on the scores, ``"pool"`` or ``"pool=6"``, see `Strength`; or a `Strength`.
+    mix, floor, cap
+        Share of the prior that is mixed in, and bounds of π in units of k/L, at strengths up to 1.
+    prior
+        Inclusion probabilities of layers of which nothing is known, shape (L,), Σ = k; None is
+        k/L for all.
+    control
+        ``permuted``, ``reversed`` or ``uniform``: the same π given to other layers; None or
+        ``none`` leaves them.
+    seed
+        Of the permutation.
+
+    Returns
+    -------
+    Stages
+        `pi` sums to k up to rounding, which is checked.
+
+    Raises
+    ------
+    ProbabilitiesError
+        For an infinite score, settings out of range, bounds that no Σπ = k can meet, a layer that
+        would never be drawn without a pool, or a pool of fewer than k layers.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    n = len(scores)
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
+        raise ProbabilitiesError(
+            f"activated_layers is {k!r}: expected a whole number from 1 to {n}, the number of "
+            "layers."
+        )
+    if not isinstance(strength, Strength):
+        strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
+    result = _stages(scores, low, high, float(k), 1.0, strength, prior)
+    if strength.pool is None and not (result.pi > 0).all():
+        raise ProbabilitiesError(
+            f"layer {int(np.argmin(result.pi))} would never be drawn: use a floor or a mix above "
+            "0, or strength='pool' to leave layers out."
+        )
+    return _controlled(result, control, seed)
+
+
+def multiples_from_scores(
+    scores: ArrayLike,
+    low: ArrayLike | None = None,
+    high: ArrayLike | None = None,
+    *,
+    strength: float | str | Strength = 1.0,
+    mix: float = 0.25,
+    floor: float = 0.25,
+    cap: float = 4.0,
+    control: str | None = None,
+    seed: int = 0,
+) -> Stages:
+    """Turn scores into multiples of a uniform share, of mean 1: for ranks, rates and the like.
+
+    The stages are those of `probabilities_from_scores`, except that a share may exceed 1; an
+    unknown layer gets 1.
+
+    Returns
+    -------
+    Stages
+        `pi` holds the multiples; they sum to L up to rounding.
+
+    Raises
+    ------
+    ProbabilitiesError
+        As there.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if not isinstance(strength, Strength):
+        strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
+    result = _stages(scores, low, high, float(len(scores)), math.inf, strength, None)
+    return _controlled(result, control, seed)
+
+
+def _stages(
+    scores: Array,
+    low: ArrayLike | None,
+    high: ArrayLike | None,
+    total: float,
+    most: float,
+    strength: Strength,
+    prior: ArrayLike | None,
+) -> Stages:
+    """Every stage for shares that sum to `total`, none of them above `most`."""
+    n = len(scores)
+    uniform = total / n
+    shares = _prior(prior, n, total, most)
+    score, bottom, top, known = _known(scores, low, high)
+    safe, power, mixed = (np.full(n, np.nan) for _ in range(3))
+    if known.any():
+        safe[known] = safe_scores(*_in_order(score[known], bottom[known], top[known]))
+    if strength.pool is not None:
+        chosen = _pool(score, bottom, known, strength.pool, round(total) if most == 1 else 1)
+        power[known] = chosen[known]
+        mixed[known] = power[known] / chosen.sum()
+        shares = np.where(chosen, total / chosen.sum(), 0.0)
+    elif known.any():
+        size = in_units(safe[known])
+        power[known] = (size / size.mean()) ** strength.power if size.any() else 1.0
+        left, expected = total - math.fsum(shares[~known]), shares[known]
+        # What is certain to be drawn leaves the rest to the others before anything is mixed in:
+        # else the mix takes over wherever a few scores stand far above all others.
+        part = allocate(power[known], left, 0.0, min(most, left))
+        mixed[known] = (1 - strength.mix) * part / left + strength.mix * expected / expected.sum()
+        bounds = min(most, strength.floor * uniform), min(most, strength.cap * uniform)
+        shares[known] = allocate(mixed[known], left, *bounds)
+    off = math.fsum(shares) - total
+    if not abs(off) <= 1e-12 * max(1.0, total):
+        raise ProbabilitiesError(
+            f"shares of {n} layers miss their sum {total:g} by {off:.3g}: choose other bounds."
+        )
+    return Stages(score, bottom, top, safe, power, mixed, shares, known, strength)
+
+
+def _prior(prior: ArrayLike | None, n: int, total: float, most: float) -> Array:
+    if prior is None:
+        return np.full(n, total / n)
+    shares = np.array(prior, dtype=np.float64)
+    inside = shares.shape == (n,) and bool(((shares > 0) & (shares <= most)).all())
+    if not inside or abs(math.fsum(shares) - total) > 1e-9 * max(1.0, total):
+        raise ProbabilitiesError(
+            f"the prior has the shape {shares.shape} and the sum {shares.sum():.6g}: expected "
+            f"{n} numbers above 0 and at most {most:g} that sum to {total:g}."
+        )
+    return shares
+
+
+def _known(
+    scores: Array, low: ArrayLike | None, high: ArrayLike | None
+) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+    """Scores and bounds (NaN where open), and which layers are known."""
+    if scores.ndim != 1 or not len(scores):
+        raise ProbabilitiesError(
+            f"scores have the shape {scores.shape}: expected one number per layer."
+        )
+    if np.isinf(scores).any():
+        raise ProbabilitiesError(
+            f"layer {int(np.argmax(np.isinf(scores)))} has an infinite score: expected finite ones."
+        )
+    bounds = []
+    for name, given in (("low", low), ("high", high)):
+        missing = scores if low is None and high is None else np.full(len(scores), np.nan)
+        bound = np.array(missing if given is None else given, dtype=np.float64)
+        if bound.shape != scores.shape:
+            raise ProbabilitiesError(
+                f"{name} has the shape {bound.shape} for {len(scores)} scores: expected one each."
+            )
+        bounds.append(np.where(np.isfinite(bound), bound, np.nan))
+    bottom, top = bounds
+    nothing = np.isnan(bottom) & np.isnan(top)
+    zero = nothing & (scores == 0)
+    bottom[zero] = top[zero] = 0.0
+    return scores, bottom, top, np.isfinite(scores) & (~nothing | zero)
+
+
+def _in_order(score: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """Intervals of what is true and in the order of the scores: no bound against that order.
+
+    Every order-keeping truth inside the given intervals is inside these, and what is safest
+    inside these keeps the order.
+    """
+    low = np.fmin(np.where(np.isnan(low), -np.inf, low), score)
+    high = np.fmax(np.where(np.isnan(high), np.inf, high), score)
+    below = score[None, :] <= score[:, None]
+    return (
+        np.where(below, low[None, :], -np.inf).max(axis=1),
+        np.where(below.T, high[None, :], np.inf).min(axis=1),
+    )
+
+
+def _pool(
+    score: Array, low: Array, known: NDArray[np.bool_], size: int, least: int
+) -> NDArray[np.bool_]:
+    """Which layers share equally: `size` of the best, or those whose interval is above the mean."""
+    n = len(score)
+    chosen = np.zeros(n, dtype=bool)
+    if size:
+        best = np.argsort(np.where(known, -score, np.inf), kind="stable")[:size]
+        chosen[best[known[best]]] = True
+        found, name = int(chosen.sum()), f"pool={size}"
+        if found < size:
+            raise ProbabilitiesError(
+                f"strength is {name!r}, but {int(known.sum())} of {n} layers are known: expected a "
+                "pool of at most as many; make it smaller, or take scores without intervals as "
+                "certain (--ignore-intervals, use_intervals=False)."
+            )
+    else:
+        with np.errstate(invalid="ignore"):
+            chosen[known] = (low > score[known].mean())[known] if known.any() else False
+        found, name = int(chosen.sum()), "pool"
+    if found < least:
+        which = "" if size else " that stand above the mean with their whole interval"
+        raise ProbabilitiesError(
+            f"strength is {name!r}: a pool of {found} of {n} layers{which}, but activated_layers "
+            f"is {least}, and every draw takes that many; lower activated_layers, or give a pool "
+            f"of at least that size, as 'pool={max(least, 2 * least)}'."
+        )
+    return chosen
+
+
+def _controlled(result: Stages, control: str | None, seed: int) -> Stages:
+    pi = apply_control(result.pi, control, seed, result.score)
+    return Stages(
+        result.score, result.low, result.high, result.safe, result.power, result.mixed, pi,
+        result.known, result.strength,
+    )  # fmt: skip

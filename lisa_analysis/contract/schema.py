@@ -16,13 +16,15 @@ from typing import ClassVar, Literal, get_args
 
 from lisa_analysis.contract.errors import LisaError
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 MANIFEST = "run.json"
 CONFIG = "config.yaml"
 PARAMETERS = "parameters.parquet"
 METRICS_DIR = "metrics"
 PROBES_DIR = "probes"
+ABLATION = "ablation.parquet"
+ABLATION_UNFINISHED = "ablation.unfinished.jsonl"
 SCALARS = "scalars.jsonl"
 EVENTS = "events.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
@@ -302,6 +304,48 @@ PROBES_TABLE = Table(
     ),
 )
 
+ABLATION_TABLE = Table(
+    "ablation",
+    ABLATION,
+    "one row per example, unit and mode: the loss of one example with what one unit learned taken "
+    "out of the trained model, or put into the base alone; every unit of a `data` has the same "
+    "examples",
+    (
+        Column(
+            "unit",
+            "string",
+            True,
+            "layer index (`3`), `embed`, `head`, `norm`, `other`, or layers `4-7`, both ends "
+            "included; null = the whole model (modes trained and base)",
+        ),
+        Column("kind", "string", True, "kind of tensor in the unit, as attn.q; null = all of it"),
+        Column(
+            "mode",
+            "string",
+            False,
+            "trained, base; reset = the trained model with the unit's learned change taken out; "
+            "keep = the base with the unit's learned change alone",
+        ),
+        Column("data", "string", False, "held_out, or general: text that was not trained for"),
+        Column("example", "int32", False, "number of the example in its data, from 0"),
+        Column("loss", "float64", False, "loss of the example in nats, summed over its labels"),
+        Column("tokens", "int32", False, "labels that the loss is a sum over; at least 1"),
+    ),
+)
+
+# Metadata `ablation` of the file: JSON with these entries.
+ABLATION_FIELDS: dict[str, str] = {
+    "model": "what was measured: the folder below the run directory, or words",
+    "base": "the base model, as it was named",
+    "dtype": "precision of weights and arithmetic",
+    "device": "cpu, cuda, …",
+    "data": "per data: name, examples measured, how many there are (available), tokens, digest of "
+    "what was measured",
+    "unmeasured": "tensors that the base does not have; they stay as trained in every mode",
+    "passes": "passes over the examples that it took, as parts of whole passes of the model",
+    "seconds": "time that it took",
+}
+
 SCALARS_TABLE = Table(
     "scalars",
     SCALARS,
@@ -386,6 +430,7 @@ TABLES: tuple[Table, ...] = (
     PARAMETERS_TABLE,
     METRICS_TABLE,
     PROBES_TABLE,
+    ABLATION_TABLE,
     SCALARS_TABLE,
     EVENTS_TABLE,
 )
@@ -456,6 +501,7 @@ def layout_to_markdown() -> str:
         (PARAMETERS, PARAMETERS_TABLE.meaning),
         (f"{METRICS_DIR}/{shard_name(0, 1)}", METRICS_TABLE.meaning + "; never rewritten"),
         (f"{PROBES_DIR}/{shard_name(0, 0)}", PROBES_TABLE.meaning),
+        (ABLATION, f"written by `lisa-ablate`: {ABLATION_TABLE.meaning}"),
         (SCALARS, SCALARS_TABLE.meaning),
         (EVENTS, f"{EVENTS_TABLE.meaning}: {events}"),
         (

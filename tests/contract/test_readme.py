@@ -15,6 +15,7 @@ TABLES = {
     "layout": schema.layout_to_markdown(),
     "metrics": schema.to_markdown(schema.METRICS_TABLE),
     "probes": schema.to_markdown(schema.PROBES_TABLE),
+    "ablation": schema.to_markdown(schema.ABLATION_TABLE),
     "scalars": schema.to_markdown(schema.SCALARS_TABLE),
 }
 

@@ -60,8 +60,8 @@ def fact_table(rows: list[dict[str, np.ndarray]], table: Table = METRICS_TABLE) 
     return joined_rows.sort_by([("step", "ascending"), ("param_id", "ascending")])
 
 
-def write_parquet(path: Path, table: "pa.Table") -> None:
-    """Write a table as one file, whole or not at all."""
+def write_parquet(path: Path, table: "pa.Table", metadata: Mapping[str, str] | None = None) -> None:
+    """Write a table as one file, whole or not at all; `metadata` beside the schema's version."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +87,7 @@ def write_parquet(path: Path, table: "pa.Table") -> None:
             ) as file,
         ):
             file.write_table(table)
-            file.add_key_value_metadata({"schema_version": SCHEMA_VERSION})
+            file.add_key_value_metadata({"schema_version": SCHEMA_VERSION, **(metadata or {})})
 
     replace_file(path, write)
 

@@ -219,13 +219,17 @@ def test_the_draw_that_a_resume_repeats_counts_once(directory):
 
 def test_another_major_version_is_an_error_that_names_both(tmp_path):
     path = write_run(tmp_path / "run", version="2.0")
-    with pytest.raises(RunDirectoryError, match=r"version 2\.0, .* reads 1\.1: install"):
+    with pytest.raises(
+        RunDirectoryError, match=rf"version 2\.0, .* reads {re.escape(SCHEMA_VERSION)}: install"
+    ):
         load(path)
 
 
 def test_another_major_version_of_a_shard_is_an_error(directory):
     write_table(directory / "metrics" / shard_name(0, 50), metrics_frame([50]), version="3.1")
-    with pytest.raises(RunDirectoryError, match=r"version 3\.1, .* reads 1\.1"):
+    with pytest.raises(
+        RunDirectoryError, match=rf"version 3\.1, .* reads {re.escape(SCHEMA_VERSION)}"
+    ):
         load(directory).metrics()
 
 

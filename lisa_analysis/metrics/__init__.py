@@ -1,6 +1,6 @@
 """What was measured per step and layer, and each question that can be put to it."""
 
-from lisa_analysis.metrics import changes, gradients, probed, two_runs, updates
+from lisa_analysis.metrics import ablation, changes, gradients, probed, two_runs, updates
 from lisa_analysis.metrics.gradients import GradSnr
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import (
@@ -18,6 +18,7 @@ __all__ = [
     "GradSnr",
     "Measurements",
     "Metric",
+    "ablation",
     "changes",
     "find_metric",
     "gradients",

@@ -17,6 +17,7 @@ _HOW = {
     "delta_norm": "for weights, record.base_delta",
     PROBE: "record.probe_every",
     "probes": "lisa-train --config probe, or lisa_train.probe",
+    "ablation": "lisa-ablate RUN_DIR, or lisa_train.ablate",
 }
 
 
@@ -59,6 +60,8 @@ class Measurements:
         """Whether the run recorded a column."""
         if column == "probes":
             return not self.run.probes.empty
+        if column == "ablation":
+            return not self.run.ablation.empty
         if column == PROBE:
             return len(self.table.probe_steps) > 0
         if column == "delta_norm":

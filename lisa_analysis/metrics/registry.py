@@ -14,8 +14,9 @@ from lisa_analysis.metrics.log import Measurements
 Array = NDArray[np.float64]
 # log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
 Scale = Literal["log", "linear", "total"]
-# The recorded optimizer steps, the measuring passes, or the independent batches of a probe.
-Rows = Literal["steps", "probes", "batches"]
+# The recorded optimizer steps, the measuring passes, the independent batches of a probe, or the
+# independent examples of an ablation.
+Rows = Literal["steps", "probes", "batches", "examples"]
 Need = str | tuple[str, ...]
 Subject = TypeVar("Subject", bound=Callable[..., Any])
 
@@ -57,7 +58,8 @@ class Metric:
     at_start
         Its score at step 0, or None where it has none (nothing has changed at step 0).
     rows
-        What its rows are: ``steps``, ``probes`` or ``batches`` (independent repetitions).
+        What its rows are: ``steps``, ``probes``, or independent repetitions, ``batches`` of a
+        probe or ``examples`` of an ablation.
     compares
         Whether it compares the run with another one.
     below_zero
@@ -84,6 +86,11 @@ class Metric:
                     f"importance metric {self.id!r} has {name} {value!r}: expected one of "
                     f"{', '.join(get_args(known))}."
                 )
+
+    @property
+    def independent(self) -> bool:
+        """Whether its rows are independent repetitions, not a course over time."""
+        return self.rows in ("batches", "examples")
 
     @property
     def of_gradients(self) -> bool:

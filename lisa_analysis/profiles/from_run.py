@@ -1,6 +1,7 @@
 """importance(run, metric) -> ImportanceProfile: scores, intervals, verdict, and step 0."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import Grouping
+from lisa_analysis.profiles import ablated
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, statement
@@ -103,6 +105,9 @@ def importance(
         has_depth=by == "layer" and stacks <= 1,
     )  # fmt: skip
     groups = data.table.groups
+    if chosen.rows == "examples":
+        split = ablated.split_half(np.asarray(values[:, : groups.inside], np.float64))
+        judged = replace(judged, reliability=replace(judged.reliability, split_half=split))
     special = remarks(chosen, by, groups.names, fit)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
@@ -110,6 +115,13 @@ def importance(
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
     if chosen.rows != "steps":
         trained = np.zeros_like(trained)
+    said = (
+        ablated.statement(
+            chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
+        )
+        if chosen.rows == "examples"
+        else statement(chosen.id, by, fit, judged, start, thresholds, special, trained, stacks)
+    )
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,
@@ -121,9 +133,7 @@ def importance(
         layers=_frame(groups, slice(0, groups.inside), [fit], visits, initial),
         outside=_frame(groups, slice(groups.inside, None), outside, visits, initial),
         verdict=judged.shape.verdict,
-        statement=statement(
-            chosen.id, by, fit, judged, start, thresholds, special, trained, stacks
-        ),
+        statement=said,
         concentration=judged.concentration,
         shape=judged.shape,
         initialisation=start,
@@ -150,7 +160,7 @@ def _evaluate(chosen: Metric, data: Measurements) -> NDArray[np.floating]:
             f"{error.args[0]}; choose another metric or record the column."
         ) from None
     expected = (data.table.trained.shape, data.table.probe.shape)
-    if chosen.rows != "batches" and values.shape not in expected:
+    if not chosen.independent and values.shape not in expected:
         raise LisaError(
             f"importance metric {chosen.id!r} returned an array of shape {values.shape}: expected "
             f"(recorded steps, groups) = {data.table.trained.shape}."
@@ -172,12 +182,9 @@ def _fits(
     seed: int,
 ) -> tuple[Fit, list[Fit], NDArray[np.int64], NDArray[np.int64] | None, np.random.Generator]:
     """Fit of the layers, of each group outside, the steps behind them, and the generator."""
-    batches = chosen.rows == "batches"
-    steps = {
-        "steps": data.table.steps,
-        "probes": data.table.probe_steps,
-        "batches": np.arange(len(values)),
-    }[chosen.rows]
+    steps = {"steps": data.table.steps, "probes": data.table.probe_steps}.get(
+        chosen.rows, np.arange(len(values))
+    )
     interval = data.interval if chosen.rows == "steps" else None
     rng = np.random.default_rng(seed)
     log = chosen.scale == "log"
@@ -191,7 +198,7 @@ def _fits(
             values[:, columns], log=log, clusters=None if total else clusters,
             confidence=confidence, rng=rng, remove_common=log,
             min_effective=limits.min_effective, min_visits=limits.min_visits,
-            independent=batches,
+            independent=chosen.independent,
         )  # fmt: skip
 
     inside = data.table.groups.inside

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import RunDirectoryError, suggest
 from lisa_analysis.contract.schema import (
+    ABLATION,
     EVENTS,
     EVENTS_TABLE,
     LOCK,
@@ -19,6 +20,7 @@ from lisa_analysis.contract.schema import (
     SCALARS,
     SCALARS_TABLE,
 )
+from lisa_analysis.rundir.ablation import read_ablation
 from lisa_analysis.rundir.events import usable_events
 from lisa_analysis.rundir.jsonl import lines_frame, read_lines
 from lisa_analysis.rundir.manifest import read_manifest, writer_lives
@@ -122,6 +124,11 @@ class Run:
         return read_probes(
             self.path / PROBES_DIR, self.parameters["param_id"].to_numpy(), self.warnings
         )
+
+    @cached_property
+    def ablation(self) -> "pd.DataFrame":
+        """What the layers' changes were worth, `lisa_analysis.contract.schema.ABLATION_TABLE`."""
+        return read_ablation(self.path / ABLATION, self.n_layers, self.warnings)
 
     @cached_property
     def scalars(self) -> "pd.DataFrame":

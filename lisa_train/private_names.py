@@ -218,10 +218,11 @@ def _recorder() -> list[PrivateName]:
     recorder = [
         ("torch", "_foreach_norm", "model/norms", "norms cannot be taken"),
         ("torch", "_foreach_copy_", "model/norms", "norms of small tensors cannot be taken"),
-        ("torch:Tensor", "_version", "measure/lora_products",
+        ("torch:Tensor", "_version", "measure/adapters/lora_products",
          "merged_norm stays that of an earlier weight"),
-        ("torch:Tensor", "_make_subclass", "measure/stand_ins", "no measuring pass can be made"),
-        ("torch.nn.modules.module", "_parameters", "measure/stand_ins",
+        ("torch:Tensor", "_make_subclass", "measure/probe/stand_ins",
+         "no measuring pass can be made"),
+        ("torch.nn.modules.module", "_parameters", "measure/probe/stand_ins",
          "no measuring pass can be made"),
         ("torch.nn.parallel:DistributedDataParallel", "_active_ddp_module", "model/sharding",
          "a measuring pass through DDP waits for gradients that never come"),
@@ -259,7 +260,7 @@ def _recorder() -> list[PrivateName]:
                 "adapters",
                 "peft.tuners.lora.layer",
                 name,
-                ("measure/adapter_search",),
+                ("measure/adapters/search",),
                 lora,
                 in_source=True,
             )
@@ -275,22 +276,24 @@ def _base_weights() -> list[PrivateName]:
     files = "base_delta asks the hub for files that are not in the cache"
     return [
         *(
-            PrivateName("base_delta", loading, name, ("measure/checkpoint_conversions",), without)
+            PrivateName(
+                "base_delta", loading, name, ("measure/step/checkpoint_conversions",), without,
+            )
             for name in (
                 "WeightConverter", "WeightRenaming", "dot_natural_key", "rename_source_key",
             )
         ),
         PrivateName(
-            "base_delta", loading, "_weight_conversions", ("measure/checkpoint_conversions",),
+            "base_delta", loading, "_weight_conversions", ("measure/step/checkpoint_conversions",),
             without, in_source=True,
         ),
         PrivateName(
             "base_delta", "transformers.conversion_mapping", "get_model_conversion_mapping",
-            ("measure/checkpoint_conversions",), without,
+            ("measure/step/checkpoint_conversions",), without,
         ),
         *(
             PrivateName(
-                "base_delta", "transformers.utils.hub", name, ("measure/base_weights",), files,
+                "base_delta", "transformers.utils.hub", name, ("measure/step/base_weights",), files,
                 in_source=True,
             )
             for name in (

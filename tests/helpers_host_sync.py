@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lisa_train
-from lisa_train.measure import adapter_start
+from lisa_train.measure.adapters import start as adapter_start
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.trainer.record_callback import RecordCallback
 

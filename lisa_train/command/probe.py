@@ -89,7 +89,7 @@ class Probe(Method):
 
     def run(self, prepared: "PreparedRun") -> None:
         """Measure the first batches of an epoch, in the order that the seed gives."""
-        from lisa_train.measure.probe import probe
+        from lisa_train.measure.probe.probing import probe
         from lisa_train.model.run_entries import joined
         from lisa_train.trainer.trl_head import sliced_head_gradient
 

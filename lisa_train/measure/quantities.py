@@ -37,7 +37,7 @@ class Quantity:
         this process holds) that returns a tensor of one element: of the gradient, of the weights
         before and after the update, or of the weights. It returns what adds up: for a norm
         (``adds="squares"``) the sum of squares, of which the root is recorded. Built-in ones are
-        measured several at once, by the parts of `lisa_train.measure.step_measure`.
+        measured several at once, by the parts of `lisa_train.measure.step.step_measure`.
     option
         Field of `RecordConfig` that turns it on; None: it is named in `RecordConfig.quantities`.
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
-from lisa_train.measure import adapter_start, faults
+from lisa_train.measure import faults
+from lisa_train.measure.adapters import start as adapter_start
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence, FlushTimer
 from lisa_train.measure.config import RecordConfig
@@ -24,12 +25,12 @@ from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk.outcome import outcome
 from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.writer import RunWriter
-from lisa_train.measure.measuring_pass import GuardedPasses
+from lisa_train.measure.probe.measuring_pass import GuardedPasses
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.scalar_lines import ScalarLines, check_names
 from lisa_train.measure.session import RunSession
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.step.step_measure import StepMeasure
 from lisa_train.measure.tracker_numbers import aggregates, tensor_groups
 from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_sharded
 from lisa_train.model.layer_map import LayerMap, find_layers

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.layers import module_of, role_of
-from lisa_train.measure.adapter_search import adapter_types, no_product, stacked_tuners
+from lisa_train.measure.adapters.lora_products import LoraPair
+from lisa_train.measure.adapters.search import adapter_types, no_product, stacked_tuners
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.lora_products import LoraPair
 from lisa_train.measure.processes import Processes
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable

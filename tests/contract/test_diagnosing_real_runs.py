@@ -14,7 +14,7 @@ import lisa_analysis as la
 from lisa_analysis.plans.sampling import inclusion_probabilities
 from lisa_train.config import LisaConfig, RecordConfig
 from lisa_train.measure.recorder import NormRecorder
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.step.step_measure import StepMeasure
 from lisa_train.methods.lisa.engine import Lisa
 
 LAYERS = 4

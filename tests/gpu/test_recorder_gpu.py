@@ -82,7 +82,7 @@ def test_every_loop(tmp_path, monkeypatch, name, optimizer):
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_does_not_reach_merged_norms(monkeypatch, allowed):
     """Products of fp32 matrices have ten bits where TF32 is allowed: 1e-3 off, not 1e-5."""
-    from lisa_train.measure.factor_norms import merged_square
+    from lisa_train.measure.adapters.factor_norms import merged_square
     from lisa_train.model.norms import squares
 
     torch.manual_seed(0)

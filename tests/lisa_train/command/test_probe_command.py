@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_training_loss(
     """Against autograd in float64 on the batches that were measured."""
     from transformers import AutoModelForCausalLM
 
-    from lisa_train.measure import probe as module
+    from lisa_train.measure.probe import probing as module
 
     seen: list[dict[str, torch.Tensor]] = []
     one = module._one

@@ -228,7 +228,7 @@ def test_lora_on_transposed_weights(tmp_path):
 def test_lora_on_convolutions():
     from torch import nn
 
-    from lisa_train.measure.adapter_search import find_lora_pairs
+    from lisa_train.measure.adapters.search import find_lora_pairs
 
     torch.manual_seed(0)
     base = nn.Sequential(

@@ -12,9 +12,9 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.run import load
 from lisa_train.measure import faults
-from lisa_train.measure.checkpoint_conversions import Recipe
 from lisa_train.measure.disk.storage import UnwritableError
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.step.checkpoint_conversions import Recipe
+from lisa_train.measure.step.step_measure import StepMeasure
 
 FAULTS = [
     TypeError("one argument too many"), AttributeError("no such thing"), KeyError("layer"),
@@ -150,7 +150,7 @@ def test_what_fails_inside_the_backward_pass_ends_no_training(
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("lisa_train.measure.gradient_noise.squares", fail)
+    monkeypatch.setattr("lisa_train.measure.step.gradient_noise.squares", fail)
     with pytest.warns(RuntimeWarning, match="training goes on"):
         assert looped(tmp_path, grad_noise=True) == 5
     run = load(tmp_path / "run")
@@ -162,7 +162,7 @@ def test_what_fails_inside_the_backward_pass_comes_through_in_tests(tmp_path, mo
     def fail(*args):
         raise KeyError("layer")
 
-    monkeypatch.setattr("lisa_train.measure.gradient_noise.squares", fail)
+    monkeypatch.setattr("lisa_train.measure.step.gradient_noise.squares", fail)
     with pytest.raises(KeyError):
         looped(tmp_path, grad_noise=True)
 
@@ -268,7 +268,7 @@ def test_a_fault_at_the_end(tmp_path, monkeypatch, mode, where):
         raise AttributeError("no such thing")
 
     if where == "census":
-        monkeypatch.setattr("lisa_train.measure.step_measure.StepMeasure.census", fail)
+        monkeypatch.setattr("lisa_train.measure.step.step_measure.StepMeasure.census", fail)
     else:
         monkeypatch.setattr("lisa_train.measure.disk.writer.fact_table", fail)
     if mode == "strict":
@@ -294,7 +294,7 @@ def test_the_trainings_own_error_matters_more_than_a_fault_at_the_end(tmp_path, 
 
     recorder = lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path)))
     recorder.after_step(1, loss=1.0)
-    monkeypatch.setattr("lisa_train.measure.step_measure.StepMeasure.census", fail)
+    monkeypatch.setattr("lisa_train.measure.step.step_measure.StepMeasure.census", fail)
     with pytest.warns(RuntimeWarning, match=faults.PLEASE_REPORT):
         recorder.close("failed", "MemoryError")
     assert load(tmp_path).manifest["error"] == "MemoryError"
@@ -323,7 +323,7 @@ def test_a_fault_of_the_probe_itself(tmp_path, monkeypatch, mode):
     def fail(*args):
         raise TypeError("one argument too many")
 
-    monkeypatch.setattr("lisa_train.measure.measuring_pass.stacked", fail)
+    monkeypatch.setattr("lisa_train.measure.probe.measuring_pass.stacked", fail)
     batch = {key: value[None] for key, value in examples(1)[0].items()}
     with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1)) as recorder:
         recorder.after_step(1, loss=1.0)
@@ -344,7 +344,7 @@ def test_a_fault_in_reading_the_base_weights(tmp_path, monkeypatch, where):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     if where == "lines":  # a line of the toolkit's own: the recipe's first source is None
         monkeypatch.setattr(
-            "lisa_train.measure.base_weights.recipes",
+            "lisa_train.measure.step.base_weights.recipes",
             lambda *args: [Recipe("model.norm.weight", sources=[])],
         )
     else:

@@ -16,10 +16,10 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.rundir.run import load
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.step.step_measure import StepMeasure
 
 # What a run may read of the device: at flushes, and at its begin what adapters start with.
-READS = ("buffers.py", "adapter_start.py")
+READS = ("buffers.py", "adapters/start.py")
 
 
 def same_numbers(run, expected, apart=()):

@@ -14,11 +14,11 @@ from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_analysis.contract.schema import METRICS_TABLE, Column, FactTable
 from lisa_analysis.metrics.registry import METRICS, metric
 from lisa_analysis.metrics.step_table import step_table
-from lisa_train.measure import step_measure
 from lisa_train.measure.buffers import MetricBuffer, Piece
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.quantities import REGISTRY
+from lisa_train.measure.step import step_measure
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
 

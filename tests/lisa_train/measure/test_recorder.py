@@ -382,7 +382,7 @@ def test_a_recording_whose_end_fails_is_not_finished(tmp_path, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recorder = lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path)))
     recorder.after_step(1, loss=1.0)
-    monkeypatch.setattr("lisa_train.measure.step_measure.StepMeasure.census", fail)
+    monkeypatch.setattr("lisa_train.measure.step.step_measure.StepMeasure.census", fail)
     with pytest.warns(RuntimeWarning, match="RuntimeError: no census"):
         recorder.close()
     run = load(tmp_path)

@@ -11,7 +11,7 @@ import lisa_train as lt
 from lisa_analysis.rundir.run import load
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.recording_time import RecordingTime
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.step.step_measure import StepMeasure
 from lisa_train.model.norms import squares
 
 PAUSE = 0.05
@@ -106,7 +106,7 @@ def test_gradients_that_are_looked_at_inside_backward_are_counted(tmp_path, monk
         time.sleep(0.002)
         return squares(tensors)
 
-    monkeypatch.setattr("lisa_train.measure.gradient_noise.squares", counted)
+    monkeypatch.setattr("lisa_train.measure.step.gradient_noise.squares", counted)
     run, _, wall = trainer_run(
         tmp_path, record={"grad_noise": True}, gradient_accumulation_steps=2, max_steps=2
     )

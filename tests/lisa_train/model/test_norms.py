@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lisa_train.measure.factor_norms import gram_square, merged_square, rescaled_squares
+from lisa_train.measure.adapters.factor_norms import gram_square, merged_square, rescaled_squares
 from lisa_train.model.norms import CHUNK, changes, squares, squares_and_magnitudes
 
 SHAPES = [(), (1,), (7,), (3, 5), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5, CHUNK), (0, 33)]

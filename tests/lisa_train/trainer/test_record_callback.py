@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.run import load
-from lisa_train.measure import measuring_pass
 from lisa_train.measure.disk.writer import RunWriter
-from lisa_train.measure.step_measure import StepMeasure
+from lisa_train.measure.probe import measuring_pass
+from lisa_train.measure.step.step_measure import StepMeasure
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -528,7 +528,7 @@ def test_an_error_in_the_recorder_itself_stops_the_recording_only(tmp_path, monk
             raise RuntimeError("not thought of")
         return original(self, step, clip_coef)
 
-    monkeypatch.setattr("lisa_train.measure.step_measure.StepMeasure.update", update)
+    monkeypatch.setattr("lisa_train.measure.step.step_measure.StepMeasure.update", update)
     with pytest.warns(RuntimeWarning, match="Recording stopped, training goes on: RuntimeError"):
         trainer.train()
     run = load(tmp_path / "run")
@@ -651,7 +651,7 @@ def test_a_probe_sees_what_lisa_froze(tmp_path):
 
 def test_a_probe_never_holds_two_gradients():
     from lisa_train.measure.buffers import MetricBuffer
-    from lisa_train.measure.step_measure import StepMeasure
+    from lisa_train.measure.step.step_measure import StepMeasure
     from lisa_train.model.layer_map import find_layers
     from lisa_train.model.tensor_table import TensorTable
 
@@ -773,7 +773,7 @@ def test_a_probe_without_a_loss_is_switched_off(tmp_path, choice):
 
 def test_a_probe_leaves_out_what_it_reaches_twice():
     from lisa_train.measure.buffers import MetricBuffer
-    from lisa_train.measure.step_measure import StepMeasure
+    from lisa_train.measure.step.step_measure import StepMeasure
     from lisa_train.model.layer_map import find_layers
     from lisa_train.model.tensor_table import TensorTable
 

@@ -3,12 +3,12 @@
 import numpy as np
 from torch import nn
 
-from lisa_train.measure.adapter_search import find_lora_pairs
-from lisa_train.measure.base_weights import BaseWeights
+from lisa_train.measure.adapters.lora_products import LoraPair, product_squares
+from lisa_train.measure.adapters.search import find_lora_pairs
 from lisa_train.measure.buffers import MetricBuffer
-from lisa_train.measure.lora_products import LoraPair, product_squares
 from lisa_train.measure.processes import Processes
-from lisa_train.measure.step_parts import Numbered, Part
+from lisa_train.measure.step.base_weights import BaseWeights
+from lisa_train.measure.step.parts import Numbered, Part
 from lisa_train.model.norms import stacked
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable

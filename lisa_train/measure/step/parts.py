@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lisa_train.measure.buffers import MetricBuffer
-from lisa_train.measure.gradient_noise import GradientNoise
+from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.model.norms import changes, squares, squares_and_magnitudes, wide
 from lisa_train.model.tensor_table import TensorTable
 

@@ -1,7 +1,7 @@
 """A measuring pass: one backward pass with all tensors, of which only the norms are kept.
 
 With several processes the norms are those of the gradient averaged over all of them. What FSDP2
-shards it averages itself; for plain tensors see `lisa_train.measure.averaged_gradients`.
+shards it averages itself; for plain tensors see `lisa_train.measure.probe.averaged_gradients`.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lisa_train.measure import faults
-from lisa_train.measure.averaged_gradients import Averaging
+from lisa_train.measure.probe.averaged_gradients import Averaging
+from lisa_train.measure.probe.stand_ins import stand_ins
 from lisa_train.measure.processes import Processes
-from lisa_train.measure.stand_ins import stand_ins
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
 from lisa_train.model.tensor_table import TensorTable

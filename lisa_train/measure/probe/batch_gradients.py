@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_train.measure.sketch import BUCKETS, Sketch
+from lisa_train.measure.probe.sketch import BUCKETS, Sketch
 from lisa_train.model.norms import inner_products, squares, squares_and_magnitudes, stacked
 
 _COLUMNS = ("square", "magnitude", "taylor")

@@ -18,8 +18,8 @@ from torch import nn
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError
-from lisa_train.measure.batch_gradients import BatchGradients, agreement
-from lisa_train.measure.sketch import BUCKETS, Sketch
+from lisa_train.measure.probe.batch_gradients import BatchGradients, agreement
+from lisa_train.measure.probe.sketch import BUCKETS, Sketch
 
 
 def float64_gradients(model, data, dtype=torch.float64):
@@ -317,7 +317,7 @@ def test_two_processes_take_the_batches_of_one(two, tmp_path, signal):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    tests = Path(__file__).parents[2]
+    tests = Path(__file__).parents[3]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_train.measure.factor_norms import gram_square, merged_square, rescaled_squares
+from lisa_train.measure.adapters.factor_norms import gram_square, merged_square, rescaled_squares
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import local, squares, stacked, wide
 from lisa_train.model.sharding import is_sharded, local_slices, shards

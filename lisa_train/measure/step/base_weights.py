@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name, role_of
-from lisa_train.measure.checkpoint_conversions import Recipe, recipes
 from lisa_train.measure.faults import come_through, reason
+from lisa_train.measure.step.checkpoint_conversions import Recipe, recipes
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.norms import changes
 from lisa_train.model.sharding import local_slices

@@ -12,7 +12,7 @@ def kill(folder, runs, seed):
     here = Path(__file__).parent
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{here.parents[2]}{os.pathsep}{here.parents[1]}",
+        "PYTHONPATH": f"{here.parents[3]}{os.pathsep}{here.parents[2]}",
         "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, LisaError
-from lisa_train.measure.batch_gradients import BatchGradients
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as entries
 from lisa_train.measure.disk.writer import RunWriter
-from lisa_train.measure.probe_result import ProbeResult, Together
-from lisa_train.measure.sketch import BUCKETS, RELATIVE_ERROR
-from lisa_train.measure.stand_ins import stand_ins
+from lisa_train.measure.probe.batch_gradients import BatchGradients
+from lisa_train.measure.probe.result import ProbeResult, Together
+from lisa_train.measure.probe.sketch import BUCKETS, RELATIVE_ERROR
+from lisa_train.measure.probe.stand_ins import stand_ins
 from lisa_train.measure.tokens import count_tokens
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined
@@ -78,8 +78,8 @@ def probe(
         the scale of gradients (0.1 is ± 10 %). None takes all batches.
     signal
         ``exact`` sums the gradients themselves, ``sketch`` sketches of them
-        (`lisa_train.measure.sketch`), ``auto`` is exact where the sums take at most half of the
-        free memory.
+        (`lisa_train.measure.probe.sketch`), ``auto`` is exact where the sums take at most half of
+        the free memory.
     seed
         Of the sketches.
     manifest, config_yaml

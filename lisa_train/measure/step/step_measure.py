@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_train.measure.adapters.lora_products import LoraPair
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence
-from lisa_train.measure.change_parts import AdapterProducts, BaseDeltas
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.gradient_noise import GradientNoise
-from lisa_train.measure.lora_products import LoraPair
-from lisa_train.measure.measuring_pass import Probe
-from lisa_train.measure.own_quantities import OwnQuantities
+from lisa_train.measure.probe.measuring_pass import Probe
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
-from lisa_train.measure.step_parts import (
+from lisa_train.measure.step.change_parts import AdapterProducts, BaseDeltas
+from lisa_train.measure.step.gradient_noise import GradientNoise
+from lisa_train.measure.step.own_quantities import OwnQuantities
+from lisa_train.measure.step.parts import (
     Gradients,
     Numbered,
     OptimizerSteps,

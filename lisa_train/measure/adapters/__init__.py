@@ -1,0 +1,1 @@
+"""Adapters: which there are, what they started with, and the norms of their products."""

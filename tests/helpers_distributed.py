@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.probe import averaged_gradients as averaging
 from lisa_train.measure.probe import measuring_pass
 from lisa_train.model.layer_map import find_layers

@@ -23,7 +23,7 @@ from typing import Literal
 import lisa_analysis
 import lisa_train
 from lisa_analysis.contract.errors import LisaError
-from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.disk.storage import UnwritableError
 
 STRICT = "LISA_TOOLKIT_STRICT"

@@ -22,9 +22,8 @@ from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence, FlushTimer
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as environment
-from lisa_train.measure.disk.outcome import outcome
-from lisa_train.measure.disk.silent_writer import SilentWriter
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.run_file import outcome
+from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.probe.measuring_pass import GuardedPasses
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime

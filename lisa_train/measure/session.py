@@ -14,9 +14,8 @@ from torch import nn
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import UnwritableError
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.processes import Processes
 from lisa_train.model.run_entries import joined, method_entries
 

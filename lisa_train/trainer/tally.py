@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from lisa_train.measure.tokens import count_tokens
+from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
 
 

@@ -12,10 +12,9 @@ from lisa_analysis.contract.schema import MANIFEST
 from lisa_analysis.rundir.run import load
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import manifest as describe
-from lisa_train.measure.disk.outcome import one_sentence
-from lisa_train.measure.disk.silent_writer import SilentWriter
+from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.disk.storage import HeldError
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.config import LisaConfig

@@ -220,6 +220,8 @@ def test_public_names_exist() -> None:
         ("lisa_train.memory", "lisa_train.estimate"),
         ("lisa_train.memory.estimate", "lisa_train.estimate.estimate"),
         ("lisa_train.samplers", "lisa_train.methods.lisa.samplers"),
+        ("lisa_train.measure.step_measure", "lisa_train.measure.step.step_measure"),
+        ("lisa_train.measure.disk.outcome", "lisa_train.measure.disk.run_file"),
         ("lisa_analysis.schema", "lisa_analysis.contract.schema"),
         ("lisa_analysis.plots", "lisa_analysis.views.plots"),
         ("lisa_analysis.outcomes", "lisa_analysis.runs.losses"),

@@ -15,10 +15,9 @@ from lisa_analysis.contract.schema import ADAPTER_START
 from lisa_analysis.rundir.run import load
 from lisa_train.measure.adapters.lora_products import Factors, LoraPair, whole_factors
 from lisa_train.measure.buffers import to_host
-from lisa_train.measure.disk.outcome import one_sentence
-from lisa_train.measure.disk.silent_writer import SilentWriter
+from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.disk.storage import replace_file
-from lisa_train.measure.disk.writer import RunWriter
+from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.processes import Processes
 
 # The entry of run.json's `recording`, and what it says when no adapter has a file to start from.

@@ -1,42 +1,33 @@
 """RunWriter: writes a run directory so that a kill at any moment leaves it readable."""
 
-import datetime
 import json
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lisa_analysis.contract.errors import RunDirectoryError, suggest
+from lisa_analysis.contract.errors import suggest
 from lisa_analysis.contract.schema import (
-    CONFIG,
     EVENT_FIELDS,
     EVENTS,
     LOCK,
     MANIFEST,
     METRICS_DIR,
     METRICS_TABLE,
-    PARAMETERS,
     PROBES_DIR,
     PROBES_TABLE,
     SCALARS,
     SCALARS_TABLE,
-    SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.rundir.manifest import read_manifest
-from lisa_analysis.rundir.shards import read_parameters
 from lisa_train.measure.disk.encoding import (
-    as_utf8,
     fact_table,
-    parameter_table,
     plain,
     write_parquet,
 )
-from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.disk.run_file import begun, continued, now, one_sentence, segments
 from lisa_train.measure.disk.storage import (
     LineFile,
     RunLock,
@@ -44,9 +35,6 @@ from lisa_train.measure.disk.storage import (
     describe_os_error,
     replace_file,
 )
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Rows that wait for a disk that refuses them; beyond it the oldest are given up.
 MAX_WAITING_ROWS = 1_000_000
@@ -131,35 +119,10 @@ class RunWriter:
         resume: bool,
         begins: tuple[int, Mapping[str, Any] | None],
     ) -> None:
-        exists = (self.path / MANIFEST).exists()
-        if exists and not resume:
-            raise RunDirectoryError(
-                f"{self.path} already holds a run: choose another run directory, or resume "
-                "that run from its checkpoint."
-            )
-        if resume and not exists:
-            raise RunDirectoryError(f"{self.path} holds no run to resume: give its directory.")
-        table = parameter_table(parameters)
         if resume:
-            self.manifest, _ = read_manifest(self.path / MANIFEST)
-            _check_same_tensors(self.path, table)
-            for field in ("error", "result"):  # of how the earlier segment ended
-                self.manifest.pop(field, None)
-            self.manifest["segment"] = int(self.manifest.get("segment", 0)) + 1
-            # Of where it goes on now; `segments` keeps what was.
-            self.manifest |= {k: manifest[k] for k in ("hardware", "versions") if k in manifest}
+            self.manifest = continued(self.path, manifest, parameters)
         else:
-            self.manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "run_id": new_run_id(),
-                "created": _now(),
-                "segment": 0,
-                **manifest,
-            }
-            write_parquet(self.path / PARAMETERS, table)
-            if config_yaml is not None:
-                text = as_utf8(config_yaml)
-                replace_file(self.path / CONFIG, lambda path: path.write_text(text, "utf-8"))
+            self.manifest = begun(self.path, manifest, parameters, config_yaml)
         self.segment: int = self.manifest["segment"]
         self._add_segment(*begins)
         for leftover in (self.path / METRICS_DIR).glob("*.tmp"):
@@ -187,9 +150,7 @@ class RunWriter:
 
     def _add_segment(self, step: int, parts: Mapping[str, Any] | None) -> None:
         """Say in run.json how the steps of the segment that begins are put together."""
-        known = self.manifest.get("segments")
-        entry = {"segment": self.segment, "step": step, "started": _now(), **(parts or {})}
-        self.manifest["segments"] = [*(known if isinstance(known, list) else []), entry]
+        self.manifest["segments"] = segments(self.manifest, self.segment, step, parts)
 
     def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
         """Add rows to the metrics.
@@ -307,7 +268,7 @@ class RunWriter:
 
     def _save_manifest(self, **fields: Any) -> None:
         self.manifest.update(fields)
-        self.manifest["updated"] = _now()
+        self.manifest["updated"] = now()
         text = json.dumps(plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n", "utf-8"))
 
@@ -332,25 +293,35 @@ class RunWriter:
             raise problem
 
 
-def _check_same_tensors(folder: Path, table: "pa.Table") -> None:
-    """Refuse to continue the run of another model."""
-    known = read_parameters(folder / PARAMETERS, 2**15, [])
-    before = list(zip(known["param_id"], known["name"], known["shape"], strict=True))
-    now = list(zip(*(table[c].to_pylist() for c in ("param_id", "name", "shape")), strict=True))
-    if before != now:
-        changed = next((n for b, n in zip(before, now, strict=False) if b != n), None)
-        detail = f"; the first that differs is {changed[1]!r}" if changed else ""
-        raise RunDirectoryError(
-            f"{folder} was recorded from another model ({len(before)} tensors, this one "
-            f"has {len(now)}{detail}): choose another run directory."
-        )
+class SilentWriter:
+    """Takes what a `RunWriter` takes and writes nothing: of every process but the first."""
 
+    def __init__(self, segment: int = 0) -> None:
+        self.segment = segment
+        self.closed = False
+        self.lost_rows = 0
 
-def new_run_id() -> str:
-    """Return a name for a run: its start (UTC) and six random hexadecimal digits."""
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-{secrets.token_hex(3)}"
+    def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Take rows."""
 
+    def scalars(self, line: Mapping[str, Any]) -> None:
+        """Take a line."""
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Take an event."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def begin_segment(
+        self, step: int, checkpoint: str | None = None, *, parts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Count a segment."""
+        self.segment += 1
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Do nothing."""
+
+    def close(self, status: str = "finished", **fields: Any) -> None:
+        """Mark the writer as closed."""
+        self.closed = True

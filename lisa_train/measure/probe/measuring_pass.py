@@ -4,8 +4,8 @@ With several processes the norms are those of the gradient averaged over all of 
 shards it averages itself; for plain tensors see `lisa_train.measure.probe.averaged_gradients`.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +14,9 @@ from torch import nn
 
 from lisa_train.measure import faults
 from lisa_train.measure.probe.averaged_gradients import Averaging
-from lisa_train.measure.probe.stand_ins import stand_ins
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import squares, stacked
-from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
+from lisa_train.model.sharding import is_sharded, requiring_gradients, reshard, unsynchronised
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.step_in_backward import StepInBackward
 
@@ -167,6 +166,52 @@ class GuardedPasses:
             text = f"probe_every: nothing is probed any more: {why}"
             return text, faults.full_traceback(error, foreign=foreign)
         return None
+
+
+@contextmanager
+def stand_ins(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
+    """Put tensors of the same memory into the modules; yield them by the id of the real ones.
+
+    Parameters
+    ----------
+    model
+        The model. Sharded tensors and packed integers stay.
+    wanted
+        Ids of the tensors whose stand-ins require gradients; the others' do if they do.
+
+    Notes
+    -----
+    Hooks, flags and gradients of the real tensors do not take part in a pass, so that there is
+    nothing to put back: DDP counts which tensors a pass reached even outside its own forward.
+    """
+    found = {
+        id(p): _stand_in(p, p.requires_grad or id(p) in wanted)
+        for p in model.parameters()
+        if p.is_floating_point() and not is_sharded(p)
+    }
+    places = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and id(p) in found
+    ]
+    try:
+        for module, name, p in places:
+            setattr(module, name, found[id(p)])
+        yield found
+    finally:
+        for module, name, p in places:
+            setattr(module, name, p)
+
+
+def _stand_in(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:
+    kind = type(parameter)
+    if kind is not nn.Parameter and issubclass(kind, nn.Parameter):  # with an attribute or two
+        result = torch.Tensor._make_subclass(kind, parameter.detach(), requires_grad)
+    else:
+        result = nn.Parameter(parameter.detach(), requires_grad)
+    vars(result).update(vars(parameter))
+    return result
 
 
 def _hook(

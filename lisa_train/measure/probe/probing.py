@@ -20,10 +20,10 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as entries
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe.batch_gradients import BatchGradients
+from lisa_train.measure.probe.measuring_pass import stand_ins
 from lisa_train.measure.probe.result import ProbeResult, Together
 from lisa_train.measure.probe.sketch import BUCKETS, RELATIVE_ERROR
-from lisa_train.measure.probe.stand_ins import stand_ins
-from lisa_train.measure.tokens import count_tokens
+from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.statistics.signal import MIN_BATCHES, signal_and_noise
-from lisa_train.measure.disk.outcome import outcome
+from lisa_train.measure.disk.run_file import outcome
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe.batch_gradients import BatchGradients, agreement
 from lisa_train.model.norms import squares

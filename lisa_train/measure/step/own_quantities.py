@@ -8,7 +8,7 @@ import torch
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.buffers import MetricBuffer
-from lisa_train.measure.disk.outcome import one_sentence
+from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.quantities import REGISTRY, Quantity
 from lisa_train.measure.step.parts import Numbered, Part, StepTensors, numbers
 from lisa_train.model.norms import local, stacked, wide

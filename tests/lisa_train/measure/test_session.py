@@ -7,8 +7,8 @@ import pytest
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_train.measure.disk.silent_writer import SilentWriter
 from lisa_train.measure.disk.storage import UnwritableError
+from lisa_train.measure.disk.writer import SilentWriter
 from lisa_train.measure.session import RunSession
 
 

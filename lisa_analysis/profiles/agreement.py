@@ -133,3 +133,12 @@ def concordance(profiles: Sequence[ImportanceProfile]) -> float:
     scores = np.stack([profile.scores for profile in profiles])
     known = np.isfinite(scores).all(axis=0)
     return st.kendall_w(scores[:, known]) if known.sum() > 2 else _NAN
+
+
+def agreement_square(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Turn one row per pair (``run_a``, ``run_b``, ``kendall``) into a symmetric table."""
+    names = list(dict.fromkeys([*pairs["run_a"], *pairs["run_b"]]))
+    square = pd.DataFrame(np.eye(len(names)), index=names, columns=names)
+    for a, b, value in zip(pairs["run_a"], pairs["run_b"], pairs["kendall"], strict=True):
+        square.loc[a, b] = square.loc[b, a] = value
+    return square

@@ -18,9 +18,9 @@ from lisa_analysis.metrics.registry import METRICS, find_metric
 from lisa_analysis.profiles.agreement import Agreement, agree, concordance, shares
 from lisa_analysis.profiles.from_run import DEFAULT_METRIC, importance
 from lisa_analysis.profiles.profile import ImportanceProfile, to_plain
+from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
-from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.losses import RunSummary
 from lisa_analysis.runs.losses import table as table_of
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lisa_analysis.rundir.configurations import Settings, name_configurations, settings
 from lisa_analysis.rundir.events import held_out_losses
-from lisa_analysis.runs.configurations import Settings, name_configurations, settings
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",

@@ -12,10 +12,10 @@ from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
 from lisa_analysis.profiles.from_run import default_metric, importance
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.events import draws
 from lisa_analysis.rundir.run import Run, load
 from lisa_analysis.runs.compare import Comparison, compare
-from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
 

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.relative import relative_scores
-from lisa_analysis.runs.agreement import agreement_square
 from lisa_analysis.views.plots import style
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis import plots
+from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.relative import relative_scores
-from lisa_analysis.runs.agreement import agreement_square
 from lisa_analysis.runs.compare import Comparison
 from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.plots import style

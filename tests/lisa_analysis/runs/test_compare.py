@@ -8,7 +8,8 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.runs import configurations, losses
+from lisa_analysis.rundir import configurations
+from lisa_analysis.runs import losses
 
 X = np.linspace(-1, 1, 12)
 

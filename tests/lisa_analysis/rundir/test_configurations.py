@@ -8,7 +8,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.schema import CONFIG, EVENTS, MANIFEST
-from lisa_analysis.runs.configurations import name_configurations, settings
+from lisa_analysis.rundir.configurations import name_configurations, settings
 
 STUDY = Path(__file__).parents[3] / "reports" / "2026-11-24-learned-sampling" / "runs"
 ARMS = ("uniform", "learned", "permuted")

@@ -10,7 +10,7 @@ from typing import Any
 
 from lisa_analysis.contract.schema import CONFIG
 from lisa_analysis.rundir.jsonl import read_bytes
-from lisa_analysis.runs.sampled import Sampled, read_sampled
+from lisa_analysis.rundir.sampled import Sampled, read_sampled
 
 # What may differ between repetitions of one configuration.
 _REPEATED = re.compile(r"[\w.]*(seed|output_dir|run_dir|run_name|run_id)")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lisa_analysis.profiles.profile import ImportanceProfile as ImportanceProfile
     from lisa_analysis.rundir.run import Run as Run
     from lisa_analysis.rundir.run import load as load
-    from lisa_analysis.runs.compare import Comparison as Comparison
     from lisa_analysis.runs.compare import compare as compare
+    from lisa_analysis.runs.comparison import Comparison as Comparison
     from lisa_analysis.runs.diagnostics import Diagnostics as Diagnostics
     from lisa_analysis.runs.diagnostics import Finding as Finding
     from lisa_analysis.runs.diagnostics import diagnose as diagnose
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lisa_analysis.views.report import report as report
 
 _HOME = {
-    "Comparison": "runs.compare",
+    "Comparison": "runs.comparison",
     "compare": "runs.compare",
     "Diagnostics": "runs.diagnostics",
     "Finding": "runs.diagnostics",

@@ -1,6 +1,5 @@
-"""Which runs are repetitions of one configuration, and what runs are called."""
+"""Which runs are repetitions of one another, on what model and data, and what runs are called."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from lisa_analysis.contract.schema import CONFIG
 from lisa_analysis.rundir.jsonl import read_bytes
+from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.sampled import Sampled, read_sampled
 
 # What may differ between repetitions of one configuration.
@@ -19,6 +19,8 @@ _SETTING = re.compile(r"(\s*)([\w.]+)\s*:(.*)")
 _OFF = ("false", "null", "[]", "{}")
 
 
+MODEL_KEYS = ("model_name_or_path", "model/name")
+_DATA = ("dataset_name", "dataset/name")
 # The text of its path says nothing: what was sampled is compared by content.
 _PROBABILITIES = ("lisa/probabilities", "lisa.probabilities")
 
@@ -39,22 +41,19 @@ class Settings:
     sampled: Sampled
 
     def agrees(self, other: "Settings") -> bool:
-        """Whether a key in both has one value, one that is missing is off, and the sampling."""
+        """Whether all settings have one value in both, and both sampled alike."""
+        keys = self.values.keys() | other.values.keys()
+        return self.sampled.agrees(other.sampled) and all(self.agrees_on(other, k) for k in keys)
+
+    def agrees_on(self, other: "Settings", key: str) -> bool:
+        """Whether a setting has one value in both; one that is missing is off."""
         a, b = self.values, other.values
-        return self.sampled.agrees(other.sampled) and all(
-            a[key] == b[key] if key in a and key in b else a.get(key, b.get(key)) in _OFF
-            for key in a.keys() | b.keys()
-        )
-
-    @property
-    def name(self) -> str:
-        """Method, kind of sampling and a fingerprint."""
-        text = json.dumps([self.values, self.sampled.fingerprint], sort_keys=True)
-        words = [self.values["method"], self.sampled.word]
-        return "-".join([*filter(None, words), hashlib.sha256(text.encode()).hexdigest()[:8]])
+        if key in a and key in b:
+            return a[key] == b[key]
+        return a.get(key, b.get(key)) in (*_OFF, None)
 
 
-def settings(run: Any) -> Settings:
+def settings(run: Run) -> Settings:
     """Read what makes `run` a repetition of others."""
     path = run.path / CONFIG
     found = dict(_written(path) if path.exists() else _declared(run))
@@ -64,6 +63,10 @@ def settings(run: Any) -> Settings:
         for key, value in found.items()
         if key and not _REPEATED.fullmatch(key.rsplit("/", 1)[-1])
     }
+    # Settings that were written by hand may lack what the manifest knows.
+    for keys, name in ((MODEL_KEYS, model_of(run)), (_DATA, data_of(run))):
+        if name and not values.keys() & {*keys}:
+            values[keys[0]] = name
     given = next((text for text in named if text is not None), "null")
     return Settings({"method": str(run.method)} | values, read_sampled(run, given))
 
@@ -85,7 +88,7 @@ def _written(path: Path) -> dict[str, str]:
     return found
 
 
-def _declared(run: Any) -> Iterator[tuple[str, str]]:
+def _declared(run: Run) -> Iterator[tuple[str, str]]:
     """Settings that the manifest of a run without `config.yaml` has."""
     for key in ("model", "lisa", "lora", "dataset", "recording"):
         yield from _flat(key, run.manifest.get(key))
@@ -99,29 +102,45 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, json.dumps(value, sort_keys=True, default=str)
 
 
-def name_configurations(runs: list[Settings]) -> list[str]:
-    """Short name of the configuration of every run; equal for repetitions of one setting.
+def grouped(runs: Sequence[Settings]) -> list[list[int]]:
+    """Positions of the runs of every arm, in the order of first appearance.
 
-    A run joins the first configuration with all of whose runs it agrees. The name is that of the
-    first run's settings.
+    A run joins the first arm with all of whose runs it agrees.
     """
-    members: dict[str, list[Settings]] = {}
-    names = []
-    for run in runs:
-        name = next(
-            (n for n, group in members.items() if all(run.agrees(other) for other in group)), None
-        )
-        if name is None:
-            name = run.name
-            # What no fingerprint tells apart is told apart by a number.
-            while name in members:
-                name = f"{run.name} ({len(members) + 1})"
-        members.setdefault(name, []).append(run)
-        names.append(name)
-    return names
+    arms: list[list[int]] = []
+    for position, run in enumerate(runs):
+        for arm in arms:
+            if all(run.agrees(runs[other]) for other in arm):
+                arm.append(position)
+                break
+        else:
+            arms.append([position])
+    return arms
 
 
-def labels(runs: Sequence[Any]) -> list[str]:
+def model_of(run: Run) -> str:
+    """Name of the model that a run trained, without the way to its folder; empty when unknown."""
+    return _last_part(run.manifest.get("model"))
+
+
+def data_of(run: Run) -> str:
+    """Name of the data that a run trained on; empty when unknown."""
+    return _last_part(run.manifest.get("dataset"))
+
+
+def seeds_of(run: Run) -> dict[str, Any]:
+    """Seeds of a run by what they are of; those that are not known are left out."""
+    found = run.manifest.get("seeds")
+    entries = found.items() if isinstance(found, dict) else ()
+    return {str(name): seed for name, seed in entries if seed is not None}
+
+
+def _last_part(entry: Any) -> str:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    return Path(str(name)).name if name else ""
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
     """Name every run by its directory, which its owner chose; by its id where that is no name."""
     names = [Path(run.path).resolve().name for run in runs]
     if len(set(names)) < len(names):

@@ -10,6 +10,7 @@ import numpy as np
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.probabilities_file import read_record
 from lisa_analysis.rundir.events import draw_events
+from lisa_analysis.rundir.run import Run
 
 # A probabilities file of thousands of layers is far smaller.
 _LARGEST = 1 << 24
@@ -35,11 +36,14 @@ class Sampled:
     options
         Metric and settings that the probabilities were made with, as JSON; None when the file is
         gone.
+    draws
+        Whether the run draws layers at all.
     """
 
     pi: tuple[float, ...] | None
     control: str | None = None
     options: str | None = None
+    draws: bool = True
 
     def agrees(self, other: "Sampled") -> bool:
         """Whether two runs sampled by one choice: seeds of a permuted control differ in order.
@@ -59,22 +63,16 @@ class Sampled:
         return bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE))
 
     @property
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Equal for what is known to agree."""
-        if self.pi is None:
-            return ("unknown",)
-        pi = sorted(self.pi) if self.control == "permuted" else self.pi
-        return (self.control, self.options, [round(float(p), 5) for p in pi])
-
-    @property
     def word(self) -> str:
-        """What to call it beside other arms; empty for equal probabilities."""
+        """What to call it beside other arms; empty where nothing is drawn."""
+        if not self.draws:
+            return ""
         if self.pi is None:
-            return "sampling-unknown"
-        return self.control or "learned" if self.pi else ""
+            return "unknown sampling"
+        return self.control or "learned" if self.pi else "uniform"
 
 
-def read_sampled(run: Any, given: str) -> Sampled:
+def read_sampled(run: Run, given: str) -> Sampled:
     """Find out what `run` sampled.
 
     Parameters
@@ -85,7 +83,7 @@ def read_sampled(run: Any, given: str) -> Sampled:
         The setting of its probabilities, as written: ``null``, a path, or numbers.
     """
     if given.strip() in ("", "null", "~", "[]"):
-        return Sampled(())
+        return Sampled((), draws=bool(run.manifest.get("lisa") or draw_events(run)))
     drawn = next((tuple(map(float, pi)) for _, _, pi in draw_events(run) if pi is not None), None)
     numbers = _numbers(given)
     record = None if numbers is not None else _record(run.path, given)

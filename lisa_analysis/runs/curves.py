@@ -1,7 +1,6 @@
 """Quantities of training over the steps: of one run, and of runs that differ in their seed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +8,7 @@ import pandas as pd
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
 from lisa_analysis.rundir.events import held_out_losses
+from lisa_analysis.rundir.run import Run
 
 QUANTITIES = {
     "loss": "loss",
@@ -19,7 +19,7 @@ QUANTITIES = {
 }
 
 
-def curve_frame(run: Any, quantity: str) -> pd.DataFrame:
+def curve_frame(run: Run, quantity: str) -> pd.DataFrame:
     """Return ``step`` and ``value`` of a quantity that `curves` draws, and ``clip_coef``."""
     if quantity not in QUANTITIES:
         raise LisaError(
@@ -43,21 +43,21 @@ def curve_frame(run: Any, quantity: str) -> pd.DataFrame:
     return pd.DataFrame({"step": column("step"), "value": value, "clip_coef": column("clip_coef")})
 
 
-def held_out_frame(run: Any) -> pd.DataFrame:
+def held_out_frame(run: Run) -> pd.DataFrame:
     """Return ``step`` and ``value`` of the run's held-out losses."""
     return held_out_losses(run)
 
 
-def by_method(runs: Sequence[Any]) -> dict[str, list[Any]]:
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs by their method, in the order in which the methods first appear."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(str(run.method), []).append(run)
     return groups
 
 
 def group_series(
-    runs: Sequence[Any], quantity: str, *, held_out: bool = False, most: int = MAX_POINTS
+    runs: Sequence[Run], quantity: str, *, held_out: bool = False, most: int = MAX_POINTS
 ) -> Series:
     """Mean and range over runs at the steps that all of them logged, thinned."""
     columns = []

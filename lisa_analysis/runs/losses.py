@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.rundir.configurations import Settings, name_configurations, settings
 from lisa_analysis.rundir.events import held_out_losses
+from lisa_analysis.rundir.run import Run
 
 COSTS = ("step", "tokens", "seconds")
 _EQUAL = {"step": "loss_at_equal_steps", "tokens": "loss_at_equal_tokens",
@@ -24,16 +24,13 @@ class RunSummary:
         The columns of the comparison that need no other run.
     curve
         Every evaluation: run, step, tokens, seconds, held_out_loss.
-    settings
-        What makes runs repetitions of each other, see `settings`.
     """
 
     row: dict[str, Any]
     curve: pd.DataFrame
-    settings: Settings
 
     @classmethod
-    def of(cls, run: Any, label: str) -> "RunSummary":
+    def of(cls, run: Run, label: str) -> "RunSummary":
         """Read the streams of `run`."""
         scalars, result = run.scalars, run.manifest.get("result") or {}
         curve = evaluations(run, label)
@@ -51,14 +48,12 @@ class RunSummary:
             ),
             "held_out_loss": float(losses.iloc[-1]) if len(losses) else float("nan"),
         }
-        return cls(row, curve, settings(run))
+        return cls(row, curve)
 
 
 def table(summaries: list[RunSummary]) -> pd.DataFrame:
     """One row per run, with the held-out loss at the largest cost that all runs reached."""
     frame = pd.DataFrame([summary.row for summary in summaries])
-    names = name_configurations([summary.settings for summary in summaries])
-    frame.insert(list(frame.columns).index("status") + 1, "configuration", names)
     for cost, column in _EQUAL.items():
         reached = [summary.curve.dropna(subset=[cost, "held_out_loss"]) for summary in summaries]
         evaluated = [curve for curve in reached if len(curve)]
@@ -77,7 +72,7 @@ def loss_at(curve: pd.DataFrame, cost: str, value: float) -> float:
     return float(np.interp(value, x, curve["held_out_loss"].to_numpy(dtype=np.float64)))
 
 
-def evaluations(run: Any, label: str) -> pd.DataFrame:
+def evaluations(run: Run, label: str) -> pd.DataFrame:
     """Held-out losses with the steps, tokens and training seconds that they cost."""
     scalars = run.scalars
     frame = held_out_losses(run).rename(columns={"value": "held_out_loss"})

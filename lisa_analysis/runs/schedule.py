@@ -1,22 +1,21 @@
 """LISA's schedule as a table and as a picture's grid: which layers were drawn, and how often."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.rundir.events import chosen, draw_events, draws
+from lisa_analysis.rundir.run import Run
 
 
-def schedule_grid(run: Any) -> LayerGrid:
+def schedule_grid(run: Run) -> LayerGrid:
     """Layers × draws, 1 where a draw holds a layer; the steps are those of the draws."""
     active = chosen(run).T.astype(np.float64)
     steps = np.array([step for step, _ in draws(run)], dtype=np.int64)
     return LayerGrid("active", steps, active, np.zeros_like(active, dtype=bool))
 
 
-def visit_counts(run: Any) -> pd.DataFrame:
+def visit_counts(run: Run) -> pd.DataFrame:
     """Return layer, draws that chose it, and the draws that its probabilities add up to.
 
     ``expected`` is NaN when a draw did not log its inclusion probabilities.

@@ -15,7 +15,8 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.events import draws
 from lisa_analysis.rundir.run import Run, load
-from lisa_analysis.runs.compare import Comparison, compare
+from lisa_analysis.runs.compare import compare
+from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
 

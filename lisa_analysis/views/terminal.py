@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.views.states import STATES
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lisa_analysis.plans.sampling import SamplingProbabilities
     from lisa_analysis.profiles.from_run import ImportanceProfile
     from lisa_analysis.rundir.run import Run
-    from lisa_analysis.runs.compare import Comparison
+    from lisa_analysis.runs.comparison import Comparison
     from lisa_analysis.runs.diagnostics import Diagnostics
     from lisa_analysis.views.analysis import Analysis
 
@@ -105,10 +107,10 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
 
 
 def run_table(comparison: "Comparison") -> str:
-    """Runs side by side: held-out loss, time, peak memory."""
-    frame = comparison.to_frame()
+    """Runs side by side: held-out loss, time, peak memory; then the arms and their differences."""
     columns: list[tuple[str, str, Any]] = [
         ("run", "run", str),
+        ("arm", "arm", str),
         ("method", "method", str),
         ("status", "status", str),
         ("steps", "steps", _whole),
@@ -116,20 +118,39 @@ def run_table(comparison: "Comparison") -> str:
         ("seconds", "seconds", _decimals(1)),
         ("peak_memory_bytes", "peak memory", _bytes),
     ]
-    columns = [column for column in columns if column[0] in frame.columns]
+    repeated = len(comparison.arms) < len(comparison.table)
+    if not repeated:
+        columns = [column for column in columns if column[0] != "arm"]
+    parts = [_table(comparison.to_frame(), columns)]
+    if repeated:
+        bounds = [("low", "low", _decimals(4)), ("high", "high", _decimals(4))]
+        mean = ("mean", "held-out loss at equal steps", _decimals(4))
+        counts = [("runs", "runs", _whole), ("seeds", "seeds", _whole)]
+        parts.append(_table(comparison.arms, [("arm", "arm", str), *counts, mean, *bounds]))
+    if comparison.differences["low"].notna().any():
+        signs = [(name, title, _signed) for name, title in
+                 (("mean", "a − b"), ("low", "low"), ("high", "high"))]  # fmt: skip
+        pairs = ("pairs", "pairs of one seed", _whole)
+        parts.append(
+            _table(comparison.differences, [("a", "a", str), ("b", "b", str), *signs, pairs])
+        )
+    if comparison.statement:
+        parts.append(textwrap.fill(comparison.statement, min(100, width())))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(frame: "pd.DataFrame", columns: list[tuple[str, str, Any]]) -> str:
+    """Rows under their titles; words to the left, numbers to the right."""
     rows = [[title for _, title, _ in columns]]
     rows += [[show(row[name]) for name, _, show in columns] for _, row in frame.iterrows()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    left = {"run", "method", "status"}
-    lines = [
+    return "\n".join(
         "  ".join(
-            f"{cell:<{w}}" if name in left else f"{cell:>{w}}"
-            for cell, w, (name, _, _) in zip(row, widths, columns, strict=True)
+            f"{cell:<{w}}" if show is str else f"{cell:>{w}}"
+            for cell, w, (_, _, show) in zip(row, widths, columns, strict=True)
         ).rstrip()
         for row in rows
-    ]
-    said = textwrap.fill(comparison.statement, min(100, width()))
-    return "\n".join([*lines, "", said] if said else lines) + "\n"
+    )
 
 
 def written(files: list[tuple[str, Path]]) -> str:
@@ -152,6 +173,10 @@ def _whole(value: Any) -> str:
 
 def _decimals(places: int) -> Any:
     return lambda value: "–" if _missing(value) else f"{float(value):.{places}f}"
+
+
+def _signed(value: Any) -> str:
+    return "–" if _missing(value) else f"{float(value):+.4f}"
 
 
 def _bytes(value: Any) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report import figures
-from lisa_analysis.views.report.comparing import comparison_figures, seeds_table
+from lisa_analysis.views.report.comparing import arms_table, comparison_figures, differences_table
 from lisa_analysis.views.report.content import (
     METHODS,
     STATES,
@@ -44,7 +44,8 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "probabilities": learned,
         "comparison": comparison,
         "comparison_figures": comparison_figures(contents, comparison, budget),
-        "seeds": seeds_table(comparison),
+        "arms": arms_table(comparison),
+        "differences": differences_table(comparison),
         "definitions": _definitions(contents),
         "limits": _limits(contents),
         "reproduction": [(content, reproduction(content.run)) for content in contents],

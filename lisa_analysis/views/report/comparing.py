@@ -10,7 +10,7 @@ from lisa_analysis import plots
 from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.relative import relative_scores
-from lisa_analysis.runs.compare import Comparison
+from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.report import svg
@@ -23,7 +23,7 @@ from lisa_analysis.views.report.figures import (
     short_label,
     thinned,
 )
-from lisa_analysis.views.report.format import correlation, count, loss
+from lisa_analysis.views.report.format import correlation, count, loss, signed
 from lisa_analysis.views.report.tables import Table, frame_table, series_table
 
 
@@ -47,36 +47,52 @@ def comparison_figures(
 
 
 def groups(comparison: Comparison) -> dict[str, list[int]]:
-    """Positions of the runs of each configuration, under a name that people recognise.
+    """Positions of the runs of each arm, under a name that people recognise.
 
-    A configuration that was repeated is called by its method, or by its first run where a method
-    has several; one that was not, by its run. The order is that of ``Comparison.seeds``.
+    An arm that was repeated is called as in ``Comparison.arms``, one that was not by its run. The
+    order is that of ``Comparison.arms``.
     """
     table = comparison.table.reset_index(drop=True)
-    shared = table.groupby("method")["configuration"].nunique()
     found = {}
-    for _, rows in table.groupby("configuration", sort=False):
-        method, first = rows["method"].iloc[0], rows["run"].iloc[0]
-        repeated = len(rows) > 1 and shared[method] == 1
-        name = METHODS.get(method, method) if repeated else first
+    for arm, rows in table.groupby("arm", sort=False):
+        name = METHODS.get(str(arm), str(arm)) if len(rows) > 1 else rows["run"].iloc[0]
         found[str(name)] = rows.index.tolist()
     return found
 
 
-def seeds_table(comparison: Comparison | None) -> Table | None:
-    """Repetitions of one configuration together; None when nothing was repeated."""
-    if comparison is None or comparison.seeds["runs"].max() < 2:
+def arms_table(comparison: Comparison | None) -> Table | None:
+    """Repetitions of one arm together; None when nothing was repeated."""
+    if comparison is None or comparison.arms["runs"].max() < 2:
         return None
     return frame_table(
-        "Repetitions of one configuration, with an interval over seeds from three runs on",
-        comparison.seeds.assign(configuration=list(groups(comparison))),
+        "Arms: runs that differ in nothing but the seed, with an interval over seeds from three on",
+        comparison.arms.assign(arm=list(groups(comparison))),
         [
-            ("configuration", "configuration"),
+            ("arm", "arm"),
             ("runs", "runs", count),
-            ("held_out_loss", "held-out loss", loss),
+            ("seeds", "seeds", count),
+            ("mean", "held-out loss at equal steps", loss),
             ("low", "low", loss),
             ("high", "high", loss),
             ("kendall", "agreement of rankings (τ)", correlation),
+        ],
+    )
+
+
+def differences_table(comparison: Comparison | None) -> Table | None:
+    """Differences between arms; None where no pair of arms has an interval."""
+    if comparison is None or not comparison.differences["low"].notna().any():
+        return None
+    return frame_table(
+        "Differences in held-out loss between arms, a less b; paired where seeds are the same",
+        comparison.differences,
+        [
+            ("a", "a"),
+            ("b", "b"),
+            ("mean", "a − b", signed),
+            ("low", "low", signed),
+            ("high", "high", signed),
+            ("pairs", "pairs of one seed", count),
         ],
     )
 
@@ -104,7 +120,7 @@ def comparison_figure(
         plots.comparison(groups, quantity, held_out=held_out, ax=ax, most=budget.points)
         short_label(ax)
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(named)} groups of runs.")
-    caption = "One line per configuration: mean over its runs; the band is the range of its seeds."
+    caption = "One line per arm: mean over its runs; the band is the range of its seeds."
     caption += thinned(max(series.group for _, series in named), "point")
     return ReportFigure(slug, title, caption, image, series_table(title, named))
 
@@ -112,7 +128,7 @@ def comparison_figure(
 def _grouped_profiles(
     contents: Sequence[RunContent], comparison: Comparison
 ) -> dict[str, dict[str, ImportanceProfile]]:
-    """Profiles of each configuration by run; one of another depth than its group's goes alone."""
+    """Profiles of each arm by run; one of another depth than its group's goes alone."""
     found: dict[str, dict[str, ImportanceProfile]] = {}
     for name, at in groups(comparison).items():
         depth = None
@@ -147,7 +163,7 @@ def profiles_figure(
     frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
     caption = (
         f"{metrics[:1].upper()}{metrics[1:]} over the mean of the layers (dashed). One line per "
-        "configuration: mean over its runs; the band is the range of its seeds."
+        "arm: mean over its runs; the band is the range of its seeds."
     )
     table = frame_table(title, frame, [(str(c), str(c)) for c in frame], layer="layer")
     return ReportFigure(slug, title, caption, image, table)

@@ -82,6 +82,18 @@ def correlation(value: Any) -> str:
     return f"{value:.2f}".replace("-", _MINUS)
 
 
+def signed(value: Any) -> str:
+    """Format a difference of losses with its sign and four decimals.
+
+    >>> signed(0.01274), signed(-0.0043), signed(float("nan"))
+    ('+0.0127', '−0.0043', '–')
+    """
+    value = _float(value)
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{value:+.4f}".replace("-", _MINUS)
+
+
 def count(value: Any) -> str:
     """Format a whole number with separators.
 
@@ -214,7 +226,7 @@ def formula(text: Any) -> Markup:
     >>> print(formula("‖θ_{t+1} − θ_t‖ of lora_B <b>"))
     ‖θ<sub>t+1</sub> − θ<sub>t</sub>‖ of lora_B &lt;b&gt;
     """
-    return Markup(_SUBSCRIPT.sub(r"\1<sub>\2\3</sub>", str(escape(text))))
+    return Markup(_SUBSCRIPT.sub(r"\1<sub>\2\3</sub>", str(escape(clean(str(text))))))
 
 
 def _float(value: Any) -> float | None:

@@ -93,7 +93,7 @@ class TestInput:
     def test_other_things_are_refused_in_words(self, make_run):
         run = make_run(steps=20)
         for wrong in (run, str(run.path), {"a": run}, None, 3):
-            with pytest.raises(LisaError, match="compare takes a list of runs"):
+            with pytest.raises(LisaError, match="compare takes a list of runs, or a mapping"):
                 la.compare(wrong)
         with pytest.raises(LisaError, match="compare takes a run directory"):
             la.compare([la.importance(run)])
@@ -175,21 +175,10 @@ class TestSeeds:
         golden = Path(__file__).parents[2] / "data" / "golden-run"
         assert la.compare([la.load(golden)]).table["seed"].tolist() == [42]
 
-    def test_seeds_of_one_configuration_are_grouped(self, make_run):
-        losses = (2.1, 2.2, 2.0, 2.3)
-        runs = [
-            make_run(steps=30, seed=seed, edit_events=evaluations((0, 4.0), (30, loss)))
-            for seed, loss in enumerate(losses)
-        ]
-        other = make_run(steps=30, method="lisa")
-        seeds = la.compare([*runs, other]).seeds
-        assert seeds["runs"].tolist() == [4, 1]
-        row = seeds.iloc[0]
-        assert row["held_out_loss"] == pytest.approx(np.mean(losses))
-        # t(3) = 3.182
-        half = 3.182 * np.std(losses, ddof=1) / 2
-        assert row["high"] - row["held_out_loss"] == pytest.approx(half, rel=0.01)
-        assert np.isnan(seeds.iloc[1]["low"])
+    def test_the_older_name_of_the_arms(self, make_run):
+        comparison = la.compare([make_run(steps=30, seed=seed) for seed in range(3)])
+        assert comparison.seeds["held_out_loss"].tolist() == comparison.arms["mean"].tolist()
+        assert comparison.seeds["configuration"].tolist() == ["full"]
 
     def test_configuration_ignores_seeds_and_folders_only(self, make_run):
         runs = [make_run(steps=5) for _ in range(6)]
@@ -203,7 +192,7 @@ class TestSeeds:
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
-        names = configurations.name_configurations([configurations.settings(run) for run in runs])
+        names = la.compare(runs).table["arm"].tolist()
         assert names[0] == names[1]
         assert names[0] != names[2]
         assert names[0] != names[3]  # a section that the other lacks
@@ -222,7 +211,7 @@ class TestSeeds:
         ]
         for run, text in zip(runs, texts, strict=True):
             (run.path / "config.yaml").write_text(text)
-        names = la.compare(runs).table["configuration"].tolist()
+        names = la.compare(runs).table["arm"].tolist()
         assert names[0] != names[1]
         assert names[2] == names[0]
         assert names[3] not in names[:3]
@@ -263,11 +252,13 @@ class TestObject:
         assert "τ" in text
 
     @pytest.mark.parametrize(
-        ("gap", "words"), [(0.5, "lies below all others"), (0.02, "overlaps with others")]
+        ("gap", "words"),
+        [
+            (0.5, "full − lisa: +0.5000 (+0.5000 … +0.5000, in 3 pairs of one seed), higher"),
+            (0.0, "no difference shown"),
+        ],
     )
-    def test_statement_speaks_of_configurations_where_seeds_give_intervals(
-        self, make_run, gap, words
-    ):
+    def test_statement_speaks_of_arms_where_seeds_give_intervals(self, make_run, gap, words):
         runs = [
             make_run(
                 steps=30, seed=seed, method=method,
@@ -277,16 +268,15 @@ class TestObject:
             for seed in range(3)
         ]  # fmt: skip
         comparison = la.compare(runs)
-        text, seeds = comparison.statement, comparison.seeds.set_index("method")
+        text = comparison.statement
         assert not any(f"{run.path.name} has" in text for run in runs)
-        lisa = seeds.loc["lisa"]
         # t(2) = 4.303 and a standard deviation of 0.05 over three seeds.
         low = 2.05 - 4.303 * 0.05 / np.sqrt(3)
-        assert f"interval: {lisa['configuration']} 2.0500 ({low:.4f} … " in text
+        assert f" lisa 2.0500 ({low:.4f} … " in text
         assert words in text
-        assert "three seeds" not in text
+        assert "repeat with three seeds" not in text
         lone = make_run(steps=30, method="lora")
-        assert "1 more configuration without an interval" in la.compare([*runs, lone]).statement
+        assert "1 more arm without an interval" in la.compare([*runs, lone]).statement
 
     def test_a_single_run(self, make_run):
         comparison = la.compare([make_run(steps=30)])

@@ -1,0 +1,122 @@
+"""What a comparison says, in sentences."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lisa_analysis.rundir.configurations import data_of, model_of
+from lisa_analysis.rundir.run import Run
+from lisa_analysis.runs.arms import Arm, comparable
+
+_MOST = 6
+
+
+def comparison_words(
+    runs: Sequence[Run],
+    arms: Sequence[Arm],
+    table: pd.DataFrame,
+    means: pd.DataFrame,
+    differences: pd.DataFrame,
+    pairs: pd.DataFrame,
+) -> str:
+    """Say what a person should take away; what makes a comparison void comes first."""
+    parts = [_others(runs)]
+    parts += [
+        f"The runs of arm {arm.name} differ in more than their seed ({', '.join(arm.mixes[:3])}"
+        f"{' …' if len(arm.mixes) > 3 else ''}): its interval is over both."
+        for arm in arms
+        if arm.mixes
+    ]
+    if comparable(runs):
+        parts.append(_losses(table, means, differences))
+    parts.append(_rankings(pairs))
+    return " ".join(filter(None, parts))
+
+
+def _others(runs: Sequence[Run]) -> str:
+    """Say that runs are of different models, or of different data."""
+    void = []
+    for what, of in (("models", model_of), ("data", data_of)):
+        found = [name for name in dict.fromkeys(map(of, runs)) if name]
+        if len(found) > 1:
+            listed = ", ".join(found[:_MOST]) + (" …" if len(found) > _MOST else "")
+            void.append(f"of different {what} ({listed})")
+    if not void:
+        return ""
+    return f"The runs are {' and '.join(void)}: their losses do not compare."
+
+
+def _losses(table: pd.DataFrame, means: pd.DataFrame, differences: pd.DataFrame) -> str:
+    equal = table["loss_at_equal_steps"].notna()
+    if not equal.any() or (len(means) == 1 and len(table) == 1):
+        return ""
+    if not means["low"].notna().any():
+        return _single(table[equal], means)
+    known = means.dropna(subset=["low"]).sort_values("mean", ignore_index=True)
+    listed = ", ".join(
+        f"{row['arm']} {row['mean']:.4f} ({row['low']:.4f} … {row['high']:.4f}, "
+        f"{row['seeds']} seeds)"
+        for _, row in known.iterrows()
+    )
+    text = f"Mean held-out loss at equal steps, with its interval over seeds: {listed}."
+    told = differences.dropna(subset=["low"])
+    if len(told):
+        text += " " + " ".join(_difference(row) for _, row in told.head(_MOST).iterrows())
+    if len(told) > 1:
+        text += " Each interval holds for itself: of twenty such, one is wrong on average."
+    single = len(means) - len(known)
+    if single:
+        text += (
+            f" {single} more arm{'s' * (single > 1)} without an interval: repeat with three seeds "
+            "or more."
+        )
+    return text
+
+
+def _difference(row: pd.Series) -> str:
+    how = (
+        f"in {row['pairs']} pairs of one seed"
+        if row["pairs"]
+        else "not paired, the arms share too few seeds"
+    )
+    bounds = f"{row['mean']:+.4f} ({row['low']:+.4f} … {row['high']:+.4f}, {how})"
+    names = f"{row['a']} − {row['b']}"
+    if row["low"] > 0 or row["high"] < 0:
+        return f"{names}: {bounds}, {'lower' if row['high'] < 0 else 'higher'}."
+    return f"{names}: {bounds}, no difference shown: seeds may explain it."
+
+
+def _single(losses: pd.DataFrame, means: pd.DataFrame) -> str:
+    """Without any interval: the lowest run, and that one seed says little."""
+    if len(losses) < 2:
+        return ""
+    best = losses.iloc[int(losses["loss_at_equal_steps"].argmin())]
+    text = (
+        f"At equal steps {best['run']} has the lowest held-out loss "
+        f"({best['loss_at_equal_steps']:.4f})."
+    )
+    few = (
+        "One run is one sample of the seed"
+        if (means["seeds"] == 1).all()
+        else "Two seeds give no interval"
+    )
+    return f"{text} {few}: repeat with three seeds or more."
+
+
+def _rankings(pairs: pd.DataFrame) -> str:
+    known = pairs.dropna(subset=["kendall"])
+    if len(known) == 1:
+        row = known.iloc[0]
+        bounds = (
+            "insufficient data for an interval"
+            if np.isnan(row["kendall_low"])
+            else f"{row['kendall_low']:.2f} … {row['kendall_high']:.2f}"
+        )
+        return f"Their rankings of layers agree with τ = {row['kendall']:.2f} ({bounds})."
+    if len(known):
+        return (
+            f"Rankings of the layers agree with τ from {known['kendall'].min():.2f} to "
+            f"{known['kendall'].max():.2f}."
+        )
+    return ""

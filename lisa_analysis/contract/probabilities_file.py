@@ -47,7 +47,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_vector(path: Path, names: list[Any], pi: list[Any], k: int) -> None:
-    """Σπ = k and 0 < π ≤ 1, one per layer."""
+    """Σπ = k and 0 ≤ π ≤ 1, one per layer; a layer of π = 0 is never drawn."""
     if len(names) != len(pi):
         raise ProbabilitiesError(
             f"{path} has {len(names)} layer names and {len(pi)} inclusion probabilities: expected "
@@ -57,10 +57,10 @@ def check_vector(path: Path, names: list[Any], pi: list[Any], k: int) -> None:
         raise ProbabilitiesError(f"{path} has layer names that are not distinct texts.")
     for layer, value in enumerate(pi):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 < value <= 1):
+        if not (number and 0 <= value <= 1):
             raise ProbabilitiesError(
                 f"{path} has inclusion probability {value!r} for layer {layer}: expected a number "
-                "above 0 and at most 1."
+                "from 0 (never drawn) to 1."
             )
     total = math.fsum(pi)
     if abs(total - k) > 1e-9:

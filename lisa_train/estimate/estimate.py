@@ -14,6 +14,7 @@ from lisa_train.estimate.optimizers import OptimizerKind, StateBytes, optimizer_
 from lisa_train.estimate.patterns import (
     check_layers,
     draw_costs,
+    drawable,
     lisa_pattern,
     may_train,
     plain_pattern,
@@ -192,7 +193,7 @@ class _Estimator:
         draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
         costs = draw_costs(stage, setting, self._held)
         every = rotation.sampling == "bernoulli"
-        k = len(stage.layer_map) if every else rotation.activated_layers
+        k = len(drawable(stage, setting)) if every else rotation.activated_layers
         groups = tuple(rotation.group_probabilities)
         candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
         if setting.gradient_checkpointing:
@@ -251,7 +252,7 @@ class _Estimator:
 
     def _regions(self, k: int) -> list[list[int]]:
         """Sets of layers within which the worst draw is looked for: a device may get all of it."""
-        layers = list(range(len(self.stage.layer_map)))
+        layers = list(drawable(self.stage, self.setting))
         if self.setting.devices == 1 or self.setting.spread == "fsdp":
             return [layers]
         regions = [
@@ -314,12 +315,11 @@ class _Estimator:
         rotation = setting.rotation
         if rotation is None or self._resting_state != "nowhere":
             return sum(state.paged for state in states.values())
-        count = len(self.stage.layer_map)
-        k = count if rotation.sampling == "bernoulli" else rotation.activated_layers
+        layers = drawable(self.stage, self.setting)
+        k = len(layers) if rotation.sampling == "bernoulli" else rotation.activated_layers
         if setting.active_layers is not None:
             k = len(setting.active_layers)
         units = units_of(self.stage)
-        layers = range(count)
         rotating = {name for i in layers for name in units[i]}
         found = sum(state.paged for name, state in states.items() if name not in rotating)
         in_layers: defaultdict[int, list[int]] = defaultdict(list)

@@ -40,9 +40,17 @@ def lisa_pattern(stage: Stage, setting: Setting, layers: Iterable[int]) -> Patte
     return Pattern(active, active if setting.lisa.precision == "fp32_active" else frozenset())
 
 
+def drawable(stage: Stage, setting: Setting) -> tuple[int, ...]:
+    """Layers that a draw may take: all but those with a probability of 0."""
+    pi = given_probabilities(setting.lisa, stage.layer_map)
+    count = len(stage.layer_map)
+    # Another number of probabilities is refused where the draws are made.
+    return tuple(i for i in range(count) if pi is None or len(pi) != count or pi[i] > 0)
+
+
 def may_train(stage: Stage, setting: Setting) -> frozenset[str]:
     """Every tensor that LISA ever trains."""
-    return lisa_pattern(stage, setting, range(len(stage.layer_map))).trainable
+    return lisa_pattern(stage, setting, drawable(stage, setting)).trainable
 
 
 def check_layers(stage: Stage, layers: Sequence[int]) -> None:

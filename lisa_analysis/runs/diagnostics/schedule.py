@@ -83,7 +83,8 @@ class Coverage(_ScheduleRule):
     id: ClassVar[str] = "coverage"
     title: ClassVar[str] = "Layers never sampled"
     meaning: ClassVar[str] = (
-        "A layer that was never drawn has not trained, and nothing is known about its importance."
+        "A layer that was never drawn has not trained, and nothing is known about its importance. "
+        "Layers that the run's probabilities leave out (π = 0) are not counted."
     )
     advice: ClassVar[str] = (
         "Use a balanced or cyclic sampler, shorter intervals, more layers per interval, or more "
@@ -93,23 +94,36 @@ class Coverage(_ScheduleRule):
     @property
     def threshold(self) -> str:
         """When the rule fires."""
-        return "any layer without a draw"
+        return "any layer without a draw whose π is above 0"
 
     def check(self, evidence: Evidence) -> Outcome:
         """Count draws per layer."""
         draws = self.draws(evidence)
         visits = chosen(evidence.run).sum(axis=0)
-        unseen = np.flatnonzero(visits == 0)
+        out = _left_out(draws, evidence.n_layers)
+        but = f" ({name_layers(np.flatnonzero(out))} left out by π = 0)" if out.any() else ""
+        unseen = np.flatnonzero((visits == 0) & ~out)
         if not len(unseen):
-            return Outcome("ok", f"Every layer was drawn, the least {int(visits.min())} times.")
-        k = np.mean([len(layers) for _, layers, _ in draws])
-        expected = evidence.n_layers * (1 - k / evidence.n_layers) ** len(draws)
+            least = int(visits[~out].min())
+            return Outcome("ok", f"Every layer was drawn{but}, the least {least} times.")
+        k, n = np.mean([len(layers) for _, layers, _ in draws]), int((~out).sum())
+        expected = n * (1 - k / n) ** len(draws)
         return Outcome(
             "warn",
-            f"{len(unseen)} of {evidence.n_layers} layers were never drawn in {len(draws)} draws "
-            f"({name_layers(unseen)}); independent uniform draws would leave {expected:.1f}.",
+            f"{len(unseen)} of {n} layers were never drawn in {len(draws)} draws "
+            f"({name_layers(unseen)}){but}; independent uniform draws would leave {expected:.1f}.",
             tuple(unseen.tolist()),
         )
+
+
+def _left_out(
+    draws: list[tuple[int, tuple[int, ...], NDArray | None]], n_layers: int
+) -> NDArray[np.bool_]:
+    """Layers with π = 0 in every draw, as far as π was logged."""
+    pis = [pi for _, _, pi in draws if pi is not None and len(pi) == n_layers]
+    if len(pis) < len(draws):
+        return np.zeros(n_layers, dtype=bool)
+    return np.asarray(np.max(pis, axis=0) == 0)
 
 
 @dataclass(frozen=True)

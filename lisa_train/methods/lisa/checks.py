@@ -138,18 +138,20 @@ def check_units(
     units: Mapping[int | str, Sequence[torch.Tensor]],
     layer_map: LayerMap,
     config: LisaConfig,
+    drawn: Sequence[int],
     *,
     may_draw_nothing: bool,
 ) -> None:
     """`ConfigError` for what would leave an interval, or a layer, with nothing to train.
 
-    `may_draw_nothing` says whether a draw may take no layer at all.
+    `drawn` are the layers that draws may take; `may_draw_nothing` says whether one may take none.
     """
-    for i, name in enumerate(layer_map.names):
+    for i in drawn:
         if not units[i]:
             raise ConfigError(
-                f"layer {name} has no parameter that requires gradients, so drawing it would train "
-                "nothing; unfreeze the model (requires_grad_(True)) before LISA starts."
+                f"layer {layer_map.names[i]} has no parameter that requires gradients, so drawing "
+                "it would train nothing; unfreeze the model (requires_grad_(True)) before LISA "
+                "starts."
             )
     if config.head_probability is not None and not layer_map.groups["head"]:
         raise ConfigError(

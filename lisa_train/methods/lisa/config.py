@@ -39,7 +39,8 @@ class LisaConfig:
         Python, also the name of a sampler of your own, see `lisa_train.methods.lisa.samplers`.
     probabilities
         Path of a `probabilities.json` file, or a sequence of inclusion probabilities π, one per
-        layer, Σπ = k. None means equal probabilities k/L.
+        layer, Σπ = k. None means equal probabilities k/L. A layer with π = 0 is never drawn: it
+        has no gradient and no optimizer state.
     always_active
         Groups that train in every interval: any of ``embed``, ``head``, ``norm``, and ``other``,
         which is all else outside the layers (a head of an unknown name, a projection, a vision
@@ -168,15 +169,14 @@ class LisaConfig:
                 "probabilities.json file or a list of one number per layer."
             ) from None
         values = tuple(
-            real(f"lisa.probabilities[{i}]", p, "a number above 0 and at most 1")
-            for i, p in enumerate(given)
+            real(f"lisa.probabilities[{i}]", p, "a number from 0 to 1") for i, p in enumerate(given)
         )
         object.__setattr__(self, "probabilities", values)
         for i, value in enumerate(values):
-            if not 0.0 < value <= 1.0:
+            if not 0.0 <= value <= 1.0:
                 raise ConfigError(
                     f"lisa.probabilities[{i}] is {value:g}, but every inclusion probability must "
-                    "be above 0 and at most 1."
+                    "lie between 0 (never drawn) and 1."
                 )
         if abs(sum(values) - self.activated_layers) > SUM_TOLERANCE:
             raise ConfigError(

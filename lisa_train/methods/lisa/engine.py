@@ -122,8 +122,9 @@ class Lisa:
         self.rotates = plan.rotates(model)
         missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
         self._notices.at_start(
-            model, self.layer_map, self.config, self._units, missing, total_steps, seeds
-        )
+            model, self.layer_map, self.config, self._units, self._schedule.excluded, missing,
+            total_steps, seeds,
+        )  # fmt: skip
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]

@@ -18,20 +18,21 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
     Parameters
     ----------
     pi
-        Inclusion probabilities, shape (L,), 0 < π ≤ 1, Σπ = k up to `SUM_TOLERANCE`.
+        Inclusion probabilities, shape (L,), 0 ≤ π ≤ 1, Σπ = k up to `SUM_TOLERANCE`; a layer with
+        π = 0 is never drawn.
     activated_layers
         k, the number of layers of a draw.
 
     Returns
     -------
     numpy.ndarray
-        float64 of shape (L,): probabilities of 1 stay 1 (certain layers), the others are scaled
-        so that the sum is k to the last bit that floating point offers.
+        float64 of shape (L,): probabilities of 1 stay 1 (certain layers) and those of 0 stay 0, the
+        others are scaled so that the sum is k to the last bit that floating point offers.
 
     Raises
     ------
     ProbabilitiesError
-        When the vector is not one-dimensional, holds a value outside (0, 1], or does not sum to k.
+        When the vector is not one-dimensional, holds a value outside [0, 1], or does not sum to k.
     """
     values = np.array(pi, dtype=np.float64)
     if values.ndim != 1 or values.size == 0:
@@ -39,11 +40,11 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
             f"inclusion probabilities must be a non-empty vector, got shape {values.shape}; give "
             "one number per layer."
         )
-    bad = np.flatnonzero(~((values > 0.0) & (values <= 1.0)))
+    bad = np.flatnonzero(~((values >= 0.0) & (values <= 1.0)))
     if bad.size:
         raise ProbabilitiesError(
-            f"inclusion probability of layer {bad[0]} is {values[bad[0]]:g}, but every one must be "
-            "above 0 (or the layer never trains) and at most 1; correct it or lower the cap."
+            f"inclusion probability of layer {bad[0]} is {values[bad[0]]:g}, but every one must "
+            "lie between 0 (the layer never trains) and 1; correct it or lower the cap."
         )
     total = float(values.sum())
     if abs(total - activated_layers) > SUM_TOLERANCE:
@@ -55,12 +56,14 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
     certain = values >= CERTAIN
     values[certain] = 1.0
     rest = activated_layers - int(certain.sum())
-    if rest == 0 and not certain.all():
+    open_ = ~certain & (values > 0.0)
+    if rest == 0 and open_.any():
         raise ProbabilitiesError(
-            f"inclusion probabilities of 1 already fill all {activated_layers} places, so the "
-            f"other {int((~certain).sum())} layers never train; lower some of them."
+            f"inclusion probabilities of 1 already fill all {activated_layers} places, so "
+            f"{int(open_.sum())} layers with probabilities above 0 never train; lower some of the "
+            "former, or set the latter to 0."
         )
-    values[~certain] *= rest / values[~certain].sum() if rest else 1.0
+    values[open_] *= rest / values[open_].sum() if rest else 1.0
     return np.minimum(values, 1.0)
 
 

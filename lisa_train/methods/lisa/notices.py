@@ -41,12 +41,13 @@ class Notices:
         layer_map: LayerMap,
         config: LisaConfig,
         units: Mapping[int | str, Sequence[torch.Tensor]],
+        excluded: Sequence[int],
         missing: Sequence[int],
         total_steps: int | None,
         seeds: Sequence[int],
     ) -> None:
         """Say what `at_start` finds, and that `seeds` of the processes differ."""
-        for text in at_start(model, layer_map, config, units, missing, total_steps):
+        for text in at_start(model, layer_map, config, units, excluded, missing, total_steps):
             self._say(text)
         if len(set(seeds)) > 1:
             self._say(
@@ -82,6 +83,7 @@ def at_start(
     layer_map: LayerMap,
     config: LisaConfig,
     units: Mapping[int | str, Sequence[torch.Tensor]],
+    excluded: Sequence[int],
     missing: Sequence[int],
     total_steps: int | None,
 ) -> list[str]:
@@ -93,8 +95,10 @@ def at_start(
         The model, its layers, the settings.
     units
         Tensors with gradients of every layer and group.
+    excluded
+        Layers with a probability of 0.
     missing
-        Layers that the schedule of `total_steps` never reaches.
+        Other layers that the schedule of `total_steps` never reaches.
     total_steps
         Optimizer steps to come, if known.
     """
@@ -102,6 +106,7 @@ def at_start(
         unclassified(model, units["other"], active="other" in config.always_active),
         every_layer(model, layer_map, config),
         layer_drop(model),
+        never(layer_map, excluded),
     ]
     if missing:
         found.append(
@@ -166,6 +171,17 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
             "every layer trains in every interval, as in full fine-tuning"
         )
     return f"the model has {layers}{shared}" if shared else None
+
+
+def never(layer_map: LayerMap, excluded: Sequence[int]) -> str | None:
+    """Name the layers that the probabilities leave out."""
+    if not excluded:
+        return None
+    return (
+        f"{len(excluded)} of {len(layer_map)} layers ({', '.join(map(str, excluded))}) have "
+        "probability 0 and are never drawn: they keep their weights, and have neither gradients "
+        "nor optimizer state"
+    )
 
 
 def layer_drop(model: nn.Module) -> str | None:

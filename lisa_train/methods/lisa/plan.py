@@ -59,8 +59,9 @@ class Plan:
         empty = [group for group, names in layer_map.groups.items() if not names]
         schedule = Schedule(config, layer_map.names, probabilities, seed, empty_groups=empty)
         units = units_of(model, layer_map)
-        check_units(units, layer_map, config, may_draw_nothing=schedule.may_draw_nothing)
-        chosen: list[Unit] = [*range(len(layer_map)), *config.always_active]
+        drawn = [i for i in range(len(layer_map)) if i not in schedule.excluded]
+        check_units(units, layer_map, config, drawn, may_draw_nothing=schedule.may_draw_nothing)
+        chosen: list[Unit] = [*drawn, *config.always_active]
         chosen += list(config.group_probabilities)
         wanted = {p for unit in chosen for p in units[unit]}
         may_train = {name: p for name, p in model.named_parameters() if p in wanted}

@@ -88,6 +88,11 @@ class Schedule:
         return self._sampler.always_drawn()
 
     @property
+    def excluded(self) -> tuple[int, ...]:
+        """Layers with π = 0, which no draw ever takes."""
+        return self._sampler.excluded()
+
+    @property
     def may_draw_nothing(self) -> bool:
         """Whether a draw may take no layer at all."""
         return self._sampler.may_draw_nothing and not self.always_drawn
@@ -144,7 +149,10 @@ class Schedule:
         return {unit: self.step - at for unit, at in self._activated_at.items()}
 
     def never_drawn(self, total_steps: int) -> tuple[int, ...]:
-        """Layers that no draw of the first `total_steps` steps takes, as far as that is settled."""
+        """Layers that no draw of the first `total_steps` steps takes although it could.
+
+        As far as that is settled, and besides those that are `excluded`.
+        """
         return never_drawn(self._sampler, -(-total_steps // self._config.interval_steps))
 
     def state_dict(self) -> dict[str, Any]:

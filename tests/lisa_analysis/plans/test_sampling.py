@@ -381,7 +381,7 @@ class TestFile:
             ({"inclusion_probabilities": [1.0] * 11}, "12 layer names and 11"),
             ({"inclusion_probabilities": [float("nan")] * 12}, "nan for layer 0"),
             ({"inclusion_probabilities": [1.5, *[0.5 / 11] * 11]}, "1.5 for layer 0"),
-            ({"inclusion_probabilities": [0.0, *[2 / 11] * 11]}, "0.0 for layer 0"),
+            ({"inclusion_probabilities": [-0.1, *[2.1 / 11] * 11]}, "-0.1 for layer 0"),
             ({"inclusion_probabilities": ["a"] * 12}, "'a' for layer 0"),
             ({"inclusion_probabilities": [True, *[1 / 11] * 11]}, "True for layer 0"),
             ({"inclusion_probabilities": 3}, "no list inclusion_probabilities"),

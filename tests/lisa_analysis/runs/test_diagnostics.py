@@ -232,6 +232,22 @@ class TestSchedule:
         finding = fired(run, "coverage")
         assert (finding.state, finding.layers) == ("warn", (0, 7))
 
+    def test_layers_left_out_by_the_probabilities_are_not_missed(self, make_run):
+        def declare(events):
+            for event in events:
+                if event["event"] == "lisa_draw":
+                    event["inclusion_probabilities"] = [0, 0.5, 0.5, 0.5, 0.5, 0, 0, 0]
+            return events
+
+        draws = [[1, 2], [3, 4], [1, 3], [2, 4]]
+        options = {"method": "lisa", "steps": 40, "edit_events": declare}
+        finding = fired(make_run(draws=draws, **options), "coverage")
+        assert finding.state == "ok"
+        assert "layers 0, 5, 6, 7 left out by π = 0" in finding.evidence
+        finding = fired(make_run(draws=[[1, 2]] * 4, **options), "coverage")
+        assert (finding.state, finding.layers) == ("warn", (3, 4))
+        assert "2 of 4 layers were never drawn" in finding.evidence
+
     def test_visits_of_a_naive_sampler(self, make_run):
         """π declares layer 0 at .9; it is drawn like all others."""
 

@@ -41,13 +41,13 @@ def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
 
 
 def never_drawn(sampler: Sampler, draws: int) -> tuple[int, ...]:
-    """Layers that none of the first `draws` draws of the schedule takes.
+    """Layers that none of the first `draws` draws takes although it could have.
 
     None are known of a sampler that learns: what it will draw is not settled.
     """
     if sampler.learns:
         return ()
-    missing = set(range(sampler.inclusion_probabilities.size))
+    missing = set(range(sampler.inclusion_probabilities.size)) - set(sampler.excluded())
     for index in range(draws):
         missing.difference_update(sampler.draw(index))
         if not missing:

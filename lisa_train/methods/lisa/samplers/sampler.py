@@ -91,6 +91,10 @@ class Sampler(ABC):
         layers = self.inclusion_probabilities.size
         return tuple(range(layers)) if self.k == layers else ()
 
+    def excluded(self) -> tuple[int, ...]:
+        """Layers that no draw ever takes; of a sampler with π of its own none are known."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain JSON values."""
         return {"scheme": self.scheme, "seed": self.seed, "activated_layers": self.k}
@@ -114,9 +118,10 @@ class PureSampler(Sampler):
 
     def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
         super().__init__(pi, k, seed)
-        # Certain layers are in every draw; the scheme decides about the others only.
-        self._certain = np.flatnonzero(self.inclusion_probabilities >= CERTAIN)
-        self._open = np.flatnonzero(self.inclusion_probabilities < CERTAIN)
+        # Certain layers are in every draw, excluded ones in none; the scheme decides the others.
+        pi = self.inclusion_probabilities
+        self._certain = np.flatnonzero(pi >= CERTAIN)
+        self._open = np.flatnonzero((pi > 0.0) & (pi < CERTAIN))
         self._open_k = k - self._certain.size
         self._drawn = 0
 
@@ -131,6 +136,10 @@ class PureSampler(Sampler):
     def always_drawn(self) -> tuple[int, ...]:
         """Layers with π = 1."""
         return tuple(self._certain.tolist())
+
+    def excluded(self) -> tuple[int, ...]:
+        """Layers with π = 0."""
+        return tuple(np.flatnonzero(self.inclusion_probabilities == 0.0).tolist())
 
     @abstractmethod
     def _choose(self, index: int) -> NDArray[np.intp]:

@@ -58,16 +58,17 @@ class CyclicSampler(PureSampler):
 
     A draw that reaches over the end of a sweep takes the rest of it and goes on in the next
     one, whose first layers are then chosen among the others, so that the draw holds no layer
-    twice. The rule treats all layers alike, hence π = k/L for every draw.
+    twice. The rule treats all layers alike, hence π = k/L for every draw of the L layers that are
+    not excluded (by π = 0).
     """
 
     scheme = "cyclic"
 
     def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
         super().__init__(pi, k, seed)
-        spread = np.ptp(self.inclusion_probabilities)
-        if spread > SUM_TOLERANCE:
-            low, high = self.inclusion_probabilities.min(), self.inclusion_probabilities.max()
+        drawn = self.inclusion_probabilities[self.inclusion_probabilities > 0.0]
+        low, high = drawn.min(), drawn.max()
+        if high - low > SUM_TOLERANCE:
             raise ProbabilitiesError(
                 f"cyclic sampling visits all layers equally often, but the probabilities run from "
                 f"{low:.4g} to {high:.4g}; use sampling='balanced' for unequal ones."

@@ -24,13 +24,14 @@ from lisa_train.config import LisaConfig
         ({"always_active": "embed"}, ("'embed'", "[embed]")),
         ({"probabilities": (0.5, 0.5, 0.5)}, ("sum to 1.5", "activated_layers is 2")),
         ({"probabilities": (1.5, 0.5)}, ("probabilities[0] is 1.5",)),
-        ({"probabilities": (1.0, 1.0, 0.0)}, ("probabilities[2] is 0",)),
+        ({"probabilities": (1.0, 1.1, -0.1)}, ("probabilities[1] is 1.1", "between 0")),
+        ({"probabilities": (1.0, 1.0, -0.1)}, ("probabilities[2] is -0.1",)),
         ({"probabilities": (1.0, float("nan"))}, ("probabilities[1] is nan",)),
         ({"embed_probability": 0.0, "always_active": ()}, ("embed_probability is 0",)),
         ({"embed_probability": 0.5}, ("embed_probability is 0.5", "also in always_active")),
         ({"head_probability": 1.5, "always_active": ()}, ("head_probability is 1.5",)),
-        ({"probabilities": ["a", "b"]}, ("probabilities[0] is 'a'", "a number above 0")),
-        ({"probabilities": [0.5, None]}, ("probabilities[1] is None", "a number above 0")),
+        ({"probabilities": ["a", "b"]}, ("probabilities[0] is 'a'", "a number from 0 to 1")),
+        ({"probabilities": [0.5, None]}, ("probabilities[1] is None", "a number from 0 to 1")),
         ({"probabilities": [True, True]}, ("probabilities[0] is True",)),
         ({"probabilities": 0.5}, ("probabilities is 0.5", "path", "one number per layer")),
         ({"probabilities": 3}, ("probabilities is 3", "path", "one number per layer")),
@@ -59,6 +60,10 @@ def test_lists_from_yaml_become_tuples_and_paths_text():
     assert config.probabilities == (0.5, 0.5, 1.0)
     assert LisaConfig(probabilities=Path("a") / "b.json").probabilities == str(Path("a/b.json"))
     assert hash(config) == hash(LisaConfig(always_active=("norm",), probabilities=(0.5, 0.5, 1.0)))
+
+
+def test_a_layer_may_be_left_out_by_a_probability_of_zero():
+    assert LisaConfig(probabilities=[1.0, 1.0, 0.0]).probabilities == (1.0, 1.0, 0.0)
 
 
 def test_numbers_of_numpy_are_numbers():

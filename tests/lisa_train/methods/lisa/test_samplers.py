@@ -22,6 +22,7 @@ from lisa_train.methods.lisa.samplers import (
 # importance.md's example: naive weighted choice gives the first layer .681 instead of .8.
 SKEWED = np.array([0.8, 0.4, 0.3, 0.2, 0.2, 0.1])
 WITH_CERTAIN = np.array([0.3, 1.0, 0.5, 0.2, 1.0, 0.6, 0.4])
+WITH_NEVER = np.array([0.0, 0.6, 0.3, 0.0, 1.0, 0.5, 0.6, 0.0])
 INDEPENDENT = ["bernoulli", "systematic", "conditional_poisson"]
 FIXED_SIZE = ["systematic", "conditional_poisson", "balanced"]
 DRAWS = 10_000
@@ -41,7 +42,11 @@ def worst_z(observed, pi, draws=DRAWS):
     return float(np.max(np.where(error > 0, deviation / np.maximum(error, 1e-300), deviation)))
 
 
-@pytest.mark.parametrize("pi", [SKEWED, WITH_CERTAIN], ids=["skewed", "with certain layers"])
+@pytest.mark.parametrize(
+    "pi",
+    [SKEWED, WITH_CERTAIN, WITH_NEVER],
+    ids=["skewed", "with certain layers", "with layers that are never drawn"],
+)
 @pytest.mark.parametrize("scheme", INDEPENDENT)
 def test_inclusion_probabilities_are_met_within_four_standard_errors(scheme, pi):
     sampler = make_sampler(scheme, pi, round(pi.sum()), seed=3)
@@ -265,12 +270,37 @@ def test_layers_that_a_schedule_never_visits_are_found():
     assert never_drawn(make_sampler("cyclic", np.full(80, 2 / 80), 2, 0), 40) == ()
 
 
+@pytest.mark.parametrize("scheme", SAMPLERS)
+def test_layers_with_probability_zero_are_never_drawn(scheme):
+    pool = np.array([0.5, 0, 0.5, 0.5, 0, 0.5])
+    sampler = make_sampler(scheme, pool, 2, seed=5)
+    assert sampler.excluded() == (1, 4)
+    drawn = {layer for index in range(500) for layer in sampler.draw(index)}
+    assert drawn == {0, 2, 3, 5}
+    assert never_drawn(sampler, 500) == ()
+    np.testing.assert_array_equal(sampler.inclusion_probabilities, pool)
+    # The others are drawn as they would be alone.
+    alone = make_sampler(scheme, np.full(4, 0.5), 2, seed=5)
+    kept = np.array([0, 2, 3, 5])
+    for index in range(20):
+        assert sampler.draw(index) == tuple(kept[list(alone.draw(index))])
+
+
+def test_probabilities_of_one_and_zero_alone_are_a_fixed_choice():
+    pi = check_probabilities([1.0, 0.0, 1.0, 0.0], 2)
+    assert pi.tolist() == [1.0, 0.0, 1.0, 0.0]
+    for scheme in SAMPLERS:
+        sampler = make_sampler(scheme, pi, 2, 0)
+        assert {sampler.draw(index) for index in range(20)} == {(0, 2)}
+        assert sampler.excluded() == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("pi", "k", "numbers"),
     [
         ([0.5, 0.5, 0.5], 2, ("1.5", "2")),
         ([1.2, 0.4, 0.4], 2, ("layer 0", "1.2")),
-        ([0.0, 1.0, 1.0], 2, ("layer 0", "0")),
+        ([0.0, 1.0, 0.9], 2, ("1.9", "2")),
         ([float("nan"), 1.0, 1.0], 2, ("layer 0", "nan")),
         ([-0.5, 1.0, 0.5], 1, ("layer 0", "-0.5")),
         ([1.0, 1.0, 1e-9], 2, ("2 places", "1 layers")),

@@ -14,6 +14,7 @@ from lisa_analysis.contract.moved import redirect
 from lisa_train.config import LisaConfig as LisaConfig
 from lisa_train.config import ProbeConfig as ProbeConfig
 from lisa_train.config import RecordConfig as RecordConfig
+from lisa_train.config import SelectConfig as SelectConfig
 from lisa_train.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [  # noqa: PLE0604
     "LisaError",
     "ProbeConfig",
     "RecordConfig",
+    "SelectConfig",
     "TrainConfig",
     *sorted(_HOME),
 ]

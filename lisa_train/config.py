@@ -8,6 +8,7 @@ from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES, RecordConfig
 from lisa_train.methods import Method
 from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig
+from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import OptimizerState, check_eight_bit_states
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizerState",
     "ProbeConfig",
     "RecordConfig",
+    "SelectConfig",
     "TrainConfig",
     "check_eight_bit_states",
 ]

@@ -446,7 +446,7 @@ MANIFEST_FIELDS: dict[str, str] = {
     "versions": "packages and Python",
     "hardware": "device, its name and memory, processor count, host; of the newest segment",
     "model": "name, architecture, parameter count, dtype",
-    "method": "full, lora, lisa, probe, or what an outside trainer was doing",
+    "method": "full, lora, lisa, peft, select, probe, or what an outside trainer was doing",
     "seeds": "training, data and layer-sampling seed (seed, data_seed, lisa_seed)",
     "command": "the command line that started the run",
     "layers": "one entry per layer: index, name, stack",
@@ -454,6 +454,8 @@ MANIFEST_FIELDS: dict[str, str] = {
     "probe": "batches, and how their signal was taken, when the method is probe",
     "lisa": "the LISA configuration, when the method is lisa",
     "lora": "rank, alpha, targets and initialisation, when the method is lora",
+    "peft": "PEFT's configuration, with its peft_type, when the method is peft",
+    "select": "what was asked for and what it came to in this model, when the method is select",
     "dataset": "name, columns read and not read, number of examples trained on, held out, dropped",
     "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; with LISA "
     "layer_visits (draws of every layer) and layers_never_drawn",

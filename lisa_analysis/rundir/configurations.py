@@ -90,7 +90,7 @@ def _written(path: Path) -> dict[str, str]:
 
 def _declared(run: Run) -> Iterator[tuple[str, str]]:
     """Settings that the manifest of a run without `config.yaml` has."""
-    for key in ("model", "lisa", "lora", "dataset", "recording"):
+    for key in ("model", "lisa", "lora", "peft", "select", "dataset", "recording"):
         yield from _flat(key, run.manifest.get(key))
 
 

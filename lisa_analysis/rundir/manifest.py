@@ -10,8 +10,8 @@ from lisa_analysis.contract.schema import SCHEMA_VERSION, STATUSES, parse_versio
 from lisa_analysis.rundir.jsonl import parse_object, read_bytes, short
 
 # Entries of run.json that hold named values, where they are there at all.
-_OBJECTS = ("model", "lisa", "lora", "result", "recording", "seeds", "hardware", "versions",
-            "dataset")  # fmt: skip
+_OBJECTS = ("model", "lisa", "lora", "peft", "select", "result", "recording", "seeds", "hardware",
+            "versions", "dataset")  # fmt: skip
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:

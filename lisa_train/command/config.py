@@ -8,6 +8,7 @@ from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import check_eight_bit_states, check_step_settings
 
 
@@ -24,8 +25,9 @@ class TrainConfig:
         `text`; or `prompt` and `completion`; or `messages`, with `tools` and
         `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
     method
-        ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time;
-        ``probe`` trains nothing and measures gradients. `lisa_train.METHODS` holds them all.
+        ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time,
+        ``peft`` another adapter or a prompt of PEFT, ``select`` the layers or tensors that are
+        named; ``probe`` trains nothing and measures gradients. `lisa_train.METHODS` holds them all.
     output_dir
         The run directory. None makes a new one, `runs/<method>-<date>-<time>`.
     model_revision
@@ -121,6 +123,11 @@ class TrainConfig:
     lora
         Fields of PEFT's `LoraConfig`, for `method: lora`; with `method: probe` they put adapters
         on, to be measured beside the weights of the model.
+    peft
+        `peft_type` (``ia3``, ``prefix_tuning``, ``oft``, …) and the fields of that type's
+        configuration class in PEFT, for `method: peft`.
+    select
+        Settings of `method: select`: what trains.
     probe
         Settings of `method: probe`.
     record
@@ -176,6 +183,8 @@ class TrainConfig:
     trainer_args: dict[str, Any] = field(default_factory=dict)
     lisa: LisaConfig = field(default_factory=LisaConfig)
     lora: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] = field(default_factory=dict)
+    select: SelectConfig = field(default_factory=SelectConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
 

@@ -32,6 +32,8 @@ def setting_of(config: TrainConfig) -> Setting:
         step_in_backward=config.step_in_backward,
         lisa=config.lisa,
         lora=config.lora,
+        peft=config.peft,
+        select=config.select,
     )
 
 

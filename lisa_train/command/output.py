@@ -19,6 +19,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
+INPUT_PROFILE = "select_profile.json"
 _STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
@@ -47,6 +48,9 @@ def expand_home(config: TrainConfig) -> TrainConfig:
     if isinstance(config.lisa.probabilities, str):
         path = at_home(config.lisa.probabilities)
         changed["lisa"] = dataclasses.replace(config.lisa, probabilities=path)
+    if config.select.profile is not None:
+        path = at_home(config.select.profile)
+        changed["select"] = dataclasses.replace(config.select, profile=path)
     return dataclasses.replace(config, **changed)
 
 
@@ -99,7 +103,8 @@ def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
 def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
     """Return the configuration that repeats the run from anywhere; keep what it needs.
 
-    Local paths are made absolute, and the probabilities file is copied into the run directory.
+    Local paths are made absolute; a file of probabilities or scores is copied into the run
+    directory.
     """
     config = dataclasses.replace(
         config,
@@ -108,14 +113,24 @@ def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainCon
         dataset_name=_absolute(config.dataset_name),
     )
     if isinstance(config.lisa.probabilities, str):
-        kept = run_dir / INPUT_PROBABILITIES
-        if not resume:
-            kept.write_bytes(Path(config.lisa.probabilities).read_bytes())
-        lisa = dataclasses.replace(config.lisa, probabilities=str(kept.resolve()))
+        path = _keep(config.lisa.probabilities, run_dir / INPUT_PROBABILITIES, resume=resume)
+        lisa = dataclasses.replace(config.lisa, probabilities=path)
         config = dataclasses.replace(config, lisa=lisa)
+    if config.select.profile is not None:
+        path = _keep(config.select.profile, run_dir / INPUT_PROFILE, resume=resume)
+        config = dataclasses.replace(
+            config, select=dataclasses.replace(config.select, profile=path)
+        )
     if resume:
         _check_same(config, run_dir / schema.CONFIG)
     return config
+
+
+def _keep(source: str, kept: Path, *, resume: bool) -> str:
+    """Copy a file that the settings name into the run directory; return where it is then."""
+    if not resume:
+        kept.write_bytes(Path(source).read_bytes())
+    return str(kept.resolve())
 
 
 def _absolute(name: str) -> str:
@@ -154,9 +169,10 @@ def to_yaml(config: TrainConfig) -> str:
     import yaml
 
     settings = dataclasses.asdict(config)
-    if "probe" not in METHODS[config.method].sections:
-        # Runs of an earlier version have no such lines, and are to be told from these by nothing.
-        del settings["probe"]
+    for section in ("probe", "peft", "select"):
+        if section not in METHODS[config.method].sections:
+            # Runs of an earlier version have no such lines, and are told from these by nothing.
+            del settings[section]
     return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
 
 

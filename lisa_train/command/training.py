@@ -60,11 +60,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     config = expand_home(config)
     method = METHODS[config.method]
     _check_inputs(config)
-    if resume and not method.resumable:
-        raise ConfigError(
-            f"method {config.method} has no checkpoint to go on from; start it anew, in another "
-            "output_dir."
-        )
+    if resume:
+        method.check_resume(config)
     run_dir = find_run_dir(config, resume=resume)
     checkpoint = last_checkpoint(run_dir) if resume else None
     with no_trace_of_a_refused_run(run_dir):
@@ -131,8 +128,11 @@ class PreparedRun:
 
     def _attach(self) -> "Attachment":
         from lisa_train.trainer import attach
+        from lisa_train.trainer.optimizer_callbacks import AllocationCallback
 
         config = self.config
+        if AllocationCallback.is_needed(self.trainer.model):
+            self.trainer.add_callback(AllocationCallback())
         attached = attach(
             self.trainer,
             record=dataclasses.replace(config.record, run_dir=str(self.run_dir)),
@@ -155,15 +155,16 @@ def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> Pre
     peft_config = method.peft_config(config, "CAUSAL_LM")
     model, tokenizer = load_model(config)
     method.check_model(model, config)
-    method.prepare(model)
+    method.prepare(model, config)
     from lisa_train.command.tasks.prepared import check_prepared
 
     data = load_data(config)
-    manifest = _manifest(config, data)
+    manifest = _manifest(config, data, model)
+    remarks = method.remarks(model, config)  # before adapters are put around the model
     trainer = build_trainer(arguments, model, tokenizer, data, peft_config, config)
     found, said = check_prepared(trainer, config)
     complete(manifest["dataset"], found)
-    _tell(trainer, [*about(manifest["dataset"]), *said])
+    _tell(trainer, [*about(manifest["dataset"]), *said, *remarks])
     kept = keep_inputs(config, run_dir, resume=checkpoint is not None)
     return PreparedRun(config, trainer, run_dir, manifest, to_yaml(kept), checkpoint)
 
@@ -235,10 +236,10 @@ def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> 
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 
-def _manifest(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+def _manifest(config: TrainConfig, data: TrainingData, model: Any) -> dict[str, Any]:
     """Collect the entries of run.json that only this module knows."""
     entries: dict[str, Any] = {
-        **METHODS[config.method].run_entries(config),
+        **METHODS[config.method].run_entries(config, model),
         "model": {"name": config.model_name_or_path},
         "dataset": data.describe(config.dataset_name),
     }

@@ -28,6 +28,7 @@ from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.policies import POLICIES
 from lisa_train.private_names import check
 
@@ -52,6 +53,8 @@ def estimate_memory(
     step_in_backward: bool = False,
     lisa: LisaConfig | None = None,
     lora: Mapping[str, Any] | None = None,
+    peft: Mapping[str, Any] | None = None,
+    select: SelectConfig | None = None,
     autocast_adapter_dtype: bool = True,
     active_layers: tuple[int, ...] | None = None,
     devices: int = 1,
@@ -78,7 +81,7 @@ def estimate_memory(
         A module, a transformers configuration, or a folder or hub id (only its config.json is
         read). The class is that of `architectures`, else the one for causal language modelling.
     method
-        ``full``, ``lora`` or ``lisa``, or another of `lisa_train.METHODS`.
+        ``full``, ``lora``, ``lisa``, ``peft``, ``select``, or another of `lisa_train.METHODS`.
     batch_size, sequence_length
         Sequences per device and forward pass, and their tokens.
     dtype
@@ -104,6 +107,10 @@ def estimate_memory(
         embeddings and head, `optimizer_state`, `precision`.
     lora
         Fields of PEFT's `LoraConfig`, over the defaults of `lisa-train`.
+    peft
+        With ``peft``: `peft_type` and the fields of that type's configuration.
+    select
+        With ``select``: a `SelectConfig`, what trains.
     autocast_adapter_dtype
         As PEFT's: adapters of a half-precision model are held in fp32.
     active_layers
@@ -146,6 +153,8 @@ def estimate_memory(
         step_in_backward=step_in_backward,
         lisa=lisa or LisaConfig(),
         lora=lora or {},
+        peft=peft or {},
+        select=select or SelectConfig(),
         autocast_adapter_dtype=autocast_adapter_dtype,
         active_layers=active_layers,
         devices=devices,

@@ -8,6 +8,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import check_eight_bit_states
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,6 +35,8 @@ class Setting:
     step_in_backward: bool = False
     lisa: LisaConfig = field(default_factory=LisaConfig)
     lora: Mapping[str, Any] = field(default_factory=dict)
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    select: SelectConfig = field(default_factory=SelectConfig)
     autocast_adapter_dtype: bool = True
     active_layers: tuple[int, ...] | None = None
     devices: int = 1

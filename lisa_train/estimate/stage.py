@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import role_of
 from lisa_train.estimate.setting import Setting
 from lisa_train.methods import METHODS
 from lisa_train.model.layer_map import find_layers
-from lisa_train.model.module_tree import unwrap
+from lisa_train.model.module_tree import task_type_of, unwrap
 from lisa_train.model.source import read_config
 from lisa_train.optim.eight_bit import eight_bit_parameters
 
@@ -51,9 +53,9 @@ class Stage:
         else:
             model = _build(source, setting)
         method = METHODS[setting.method]
-        method.prepare(model)
+        method.prepare(model, setting)
         with quiet():
-            peft_config = method.peft_config(setting)
+            peft_config = method.peft_config(setting, task_type_of(model))
         if peft_config is not None:
             model = _with_adapters(model, peft_config, setting)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -62,6 +64,7 @@ class Stage:
         self.base: Any = unwrap(self.model)
         self.layer_map = find_layers(self.base, setting.lisa.layers)
         self.blocks = tuple(self.base.get_submodule(name) for name in self.layer_map.names)
+        self._labels = self._label_tensors()
         self.model.train()
         if setting.gradient_checkpointing:
             _checkpoint(self.base)
@@ -70,13 +73,25 @@ class Stage:
 
     def label(self, name: str) -> int:
         """Place of a parameter: its layer's index, -1 before the layers, their number after."""
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        for i, path in enumerate(self.layer_map.names):
-            if name.startswith(path + "."):
-                return i
-        plain = self.layer_map.tied.get(name, name)
-        in_embed = plain in self.layer_map.groups["embed"] or ".lora_embedding" in name
-        return -1 if in_embed else len(self.layer_map)
+        return self._labels.get(name, len(self.layer_map))
+
+    def _label_tensors(self) -> dict[str, int]:
+        """Labels of what lies in a layer (adapters too) or before them, by name in `model`."""
+        places = {
+            id(tensor): i
+            for i, block in enumerate(self.blocks)
+            for tensor in (*block.parameters(), *block.buffers())
+        }
+        embed = set(self.layer_map.groups["embed"])
+        places.update({id(p): -1 for n, p in self.base.named_parameters() if n in embed})
+        every = (self.model.named_parameters(remove_duplicate=False), self.model.named_buffers())
+        labels = {}
+        for name, tensor in itertools.chain(*every):
+            if id(tensor) in places:
+                labels[name] = places[id(tensor)]
+            elif ".lora_embedding" in name or role_of(name) == "prompt":
+                labels[name] = -1
+        return labels
 
     def wide_states(self, setting: Setting) -> frozenset[int]:
         """Identities of the parameters whose state an 8-bit optimizer holds in 32 bits."""
@@ -149,6 +164,7 @@ def _copy_onto(module: nn.Module, device: str) -> nn.Module:
     replaced: dict[int, Any] = {}
     for part in module.modules():
         own = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
+        own += [v for d in own if isinstance(d, dict) for v in d.values()]  # prompts of PEFT
         for tensor in own:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in replaced:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -178,7 +194,7 @@ def _with_adapters(base: Any, peft_config: Any, setting: Setting) -> nn.Module:
             )
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"PEFT refuses the lora settings: {reason[:300]}") from error
+        raise ConfigError(f"PEFT refuses the {setting.method} settings: {reason[:300]}") from error
 
 
 def _checkpoint(base: Any) -> None:

@@ -91,10 +91,14 @@ def _loss(stage: Stage, setting: Setting, batch: dict[str, torch.Tensor]) -> tor
         DynamicOutputShapeException,
         UnsupportedOperatorException,
     ) as error:
+        what = type(stage.base).__name__
+        advice = "for experts set experts_implementation='grouped_mm' in the configuration"
+        if setting.method == "peft":
+            what += f" with {setting.peft['peft_type']}"
+            advice = "estimate another adapter of that size"
         raise ConfigError(
-            f"{type(stage.base).__name__} chooses its path by the values of its inputs "
-            f"({type(error).__name__}: {error}), so that shapes alone do not tell its memory; "
-            "for experts set experts_implementation='grouped_mm' in the configuration."
+            f"{what} chooses its path by the values of its inputs ({type(error).__name__}: "
+            f"{error}), so that shapes alone do not tell its memory; {advice}."
         ) from error
 
 

@@ -10,6 +10,7 @@ from lisa_train.estimate.result import CONTEXT_BYTES, FRAGMENTATION, PARTS, Memo
 from lisa_train.estimate.setting import Setting
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.select.config import SelectConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +120,13 @@ def methods(base: Setting, layers: int) -> dict[str, Setting]:
     Rows of LISA that need more layers than the model has are left out.
     """
     plain = replace(
-        base, method="full", lisa=LisaConfig(layers=base.lisa.layers), lora={}, active_layers=None
+        base,
+        method="full",
+        lisa=LisaConfig(layers=base.lisa.layers),
+        lora={},
+        peft={},
+        select=SelectConfig(),
+        active_layers=None,
     )
     rows = {
         "full": plain,

@@ -19,7 +19,7 @@ class Method:
     """A way of training. Everything but `name` and `help` has a default: plain training.
 
     Where a method is asked about settings they are a `TrainConfig` or, for an estimate of memory,
-    a `lisa_train.estimate.setting.Setting`; both have `method`, `lisa` and `lora`.
+    a `lisa_train.estimate.setting.Setting`; both have `method` and the sections of the methods.
 
     Attributes
     ----------
@@ -66,7 +66,15 @@ class Method:
     def check_estimate(self, setting: Any) -> None:
         """Refuse to estimate memory where the estimate would not hold."""
 
-    def prepare(self, model: "nn.Module") -> None:
+    def check_resume(self, config: Any) -> None:
+        """Refuse to go on from a checkpoint where that is not the uninterrupted run."""
+        if not self.resumable:
+            raise ConfigError(
+                f"method {self.name} has no checkpoint to go on from; start it anew, in another "
+                "output_dir."
+            )
+
+    def prepare(self, model: "nn.Module", config: Any) -> None:
         """Set which tensors of the loaded model train (`requires_grad`)."""
 
     def peft_config(self, config: Any, task_type: str | None = None) -> Any:
@@ -81,9 +89,13 @@ class Method:
         """Return the settings by which layers take turns; None where the same tensors train."""
         return None
 
-    def run_entries(self, config: Any) -> dict[str, Any]:
+    def run_entries(self, config: Any, model: "nn.Module | None" = None) -> dict[str, Any]:
         """Return entries of run.json, over those that the model itself shows."""
         return {"method": self.name}
+
+    def remarks(self, model: "nn.Module", config: Any) -> list[str]:
+        """Return what a person should know before training, each without its full stop."""
+        return []
 
     def run(self, prepared: Any) -> None:
         """Do what was asked for, with a `lisa_train.command.training.PreparedRun`."""
@@ -120,7 +132,7 @@ def register(kind: _Kind) -> _Kind:
     ...     name = "norms"
     ...     help = "trains the norms alone"
     ...
-    ...     def prepare(self, model):
+    ...     def prepare(self, model, config):
     ...         for name, tensor in model.named_parameters():
     ...             tensor.requires_grad_("norm" in name)
     >>> METHODS.pop("norms")

@@ -23,6 +23,32 @@ def unwrap(model: nn.Module) -> nn.Module:
             return bare
 
 
+# End of a class name -> PEFT's word for what such a model is for.
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+
+
+def task_type_of(model: nn.Module) -> str | None:
+    """Return PEFT's word for what a transformers model is for; None where it has none.
+
+    It decides which tensors of a head train beside adapters, and how a prompt is put in front.
+    """
+    bare = unwrap(model)
+    name = type(bare).__name__
+    for end, word in _TASK_TYPES.items():
+        if name.endswith(end):
+            return word
+    reads_text = getattr(bare, "main_input_name", None) == "input_ids"
+    if name.endswith("ForConditionalGeneration") and reads_text:
+        both = getattr(getattr(bare, "config", None), "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
+    return None
+
+
 @dataclass(frozen=True)
 class Stack:
     """Repeated blocks: the canonical path of what holds them, and the blocks by their key in it.

@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lisa_analysis.contract.schema import MANIFEST_FIELDS
-
 
 class Engine(Protocol):
     """What decides which tensors of a model train, and can say by which settings."""
@@ -35,7 +33,7 @@ def announce(engine: Engine) -> None:
 
 
 def method_entries(model: nn.Module) -> dict[str, Any]:
-    """Entries `method`, `lisa` or `lora` and `seeds` of run.json, as the model shows them now."""
+    """Entries `method`, `lisa`, `lora` or `peft`, and `seeds` of run.json, as the model shows."""
     tensors = set(model.parameters())
     if any(engine.rules(tensors) for engine in _engines):
         gc.collect()  # an engine and its hooks refer to each other, and may be garbage already
@@ -46,10 +44,9 @@ def method_entries(model: nn.Module) -> dict[str, Any]:
     if adapter is None:
         return {"method": "full"}
     kind = getattr(adapter, "peft_type", "peft")
-    method = str(getattr(kind, "value", kind)).lower()
-    if method not in MANIFEST_FIELDS:  # the file has no entry for such adapters
-        return {"method": method}
-    settings = {k: plain(v) for k, v in adapter.to_dict().items() if _is_plain(v)}
+    method = "lora" if str(getattr(kind, "value", kind)).upper() == "LORA" else "peft"
+    shown = {k: getattr(v, "value", v) for k, v in adapter.to_dict().items()}  # of its enums
+    settings = {k: plain(v) for k, v in shown.items() if _is_plain(v)}
     return {"method": method, method: settings}
 
 

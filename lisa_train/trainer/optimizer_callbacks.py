@@ -1,7 +1,7 @@
 """What is done to the optimizer of a transformers Trainer: when it steps, how much it holds.
 
 `StepCallback` lets it step inside the backward pass, `EightBitCallback` chooses the precision of
-its state by group.
+its state by group, `AllocationCallback` lets adapters share out their ranks.
 """
 
 from collections.abc import Callable, Iterable
@@ -100,6 +100,35 @@ class StepCallback(Listener, TrainerCallback):
         if not norms:
             return torch.tensor(0.0)
         return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+
+
+class AllocationCallback(TrainerCallback):
+    """Lets AdaLoRA and its like share out their ranks behind every step, as PEFT asks for.
+
+    Added before the recorder, which then measures what the step came to.
+    """
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Share out; the gradients are still there."""
+        for module in self._sharing(model):
+            module.update_and_allocate(state.global_step + 1)
+
+    @staticmethod
+    def is_needed(model: nn.Module) -> bool:
+        """Whether the adapters of `model` share out anything."""
+        return bool(AllocationCallback._sharing(model))
+
+    @staticmethod
+    def _sharing(model: nn.Module) -> list[Any]:
+        # Of the class: PEFT's outer module passes every name on to the inner one.
+        return [m for m in model.modules() if hasattr(type(m), "update_and_allocate")]
 
 
 class EightBitCallback(TrainerCallback):

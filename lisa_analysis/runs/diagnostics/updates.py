@@ -140,7 +140,7 @@ class UpdateRatio(Rule):
         "of magnitude. The range is a rule of thumb, not a law."
     )
     advice: ClassVar[str] = "Try learning rates a factor of ten lower or higher."
-    methods: ClassVar[tuple[str, ...] | None] = ("full", "lisa")
+    methods: ClassVar[tuple[str, ...] | None] = ("full", "lisa", "select")
 
     @property
     def threshold(self) -> str:

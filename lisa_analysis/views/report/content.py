@@ -17,7 +17,10 @@ from lisa_analysis.views.report.figures import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
 from lisa_analysis.views.states import STATES as STATES
 
-METHODS = {"lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning"}
+METHODS = {
+    "lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning", "peft": "another method of PEFT",
+    "select": "selected tensors",
+}  # fmt: skip
 
 # What a shape says in words; "score" because a metric may be of gradients or of weights.
 SHAPES: Mapping[str, str] = {
@@ -231,6 +234,11 @@ def _method(run: Any) -> str:
         return f"LISA, {k} layers for {interval} steps at a time"
     if run.method == "lora" and lora:
         return f"LoRA, r = {lora.get('r', '?')}"
+    peft, select = mapping(run.manifest, "peft"), mapping(run.manifest, "select")
+    if run.method == "peft" and peft.get("peft_type"):
+        return f"{peft['peft_type']} of PEFT"
+    if run.method == "select" and select.get("chosen_tensors"):
+        return f"{select['chosen_tensors']} selected tensors"
     return str(METHODS.get(run.method, run.method))
 
 

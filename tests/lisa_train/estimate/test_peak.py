@@ -233,7 +233,7 @@ def test_the_signature_is_that_of_a_setting():
     """The same names with the same defaults; None stands for what a dataclass makes anew."""
     taken = inspect.signature(lt.estimate_memory).parameters
     given = {n: p.default for n, p in taken.items() if p.default is not p.empty}
-    made = {"lisa": lt.LisaConfig(), "lora": {}}
+    made = {"lisa": lt.LisaConfig(), "lora": {}, "peft": {}, "select": lt.SelectConfig()}
     assert given | made == {f.name: getattr(Setting(), f.name) for f in fields(Setting)}
 
 

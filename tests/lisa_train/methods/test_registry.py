@@ -29,11 +29,11 @@ class BitFit(Method):
         if not any(name.endswith("bias") for name, _ in model.named_parameters()):
             raise ConfigError(f"{type(model).__name__} has no biases to train; use method full.")
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, config: Any) -> None:
         for name, tensor in model.named_parameters():
             tensor.requires_grad_(name.endswith("bias"))
 
-    def run_entries(self, config: Any) -> dict[str, Any]:
+    def run_entries(self, config: Any, model: Any = None) -> dict[str, Any]:
         return {"method": "bitfit", "bitfit": {"tensors": "biases"}}
 
     def outcome(self, result: Any) -> str:
@@ -151,5 +151,5 @@ def test_names_are_taken_once() -> None:
 
 
 def test_the_methods_of_the_package() -> None:
-    assert {"full", "lora", "lisa", "probe"} <= set(lt.METHODS)
+    assert {"full", "lora", "lisa", "peft", "select", "probe"} <= set(lt.METHODS)
     assert all(name == method.name and method.help for name, method in lt.METHODS.items())

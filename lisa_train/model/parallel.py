@@ -73,11 +73,12 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
             f"parallelism), as {canonical_name(split)} is; train with DDP, or without LISA."
         )
     replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if precision == "fp32_active" and (replicas or processes() > 1):
+    if precision == "fp32_active" and replicas:
         raise ConfigError(
-            "lisa.precision is 'fp32_active' with several processes, whose copies of the model it "
-            "would let part: DDP goes on exchanging the bf16 gradients it was built for; train "
-            "with one process, or set lisa.precision to 'model'."
+            "lisa.precision is 'fp32_active' under DistributedDataParallel, whose copies of the "
+            "model would part, as it goes on exchanging the bf16 gradients that it was built for; "
+            "leave the model unwrapped (LISA averages gradients itself), or set lisa.precision to "
+            "'model'."
         )
     if rotates:
         for replica in replicas:
@@ -87,6 +88,7 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
 def _check_ddp(replica: Any) -> None:
     """`ConfigError` for settings of DDP that stop, or go wrong, when layers rest."""
     if not replica.find_unused_parameters or replica.static_graph:
+        static = ", ddp_static_graph=False" if replica.static_graph else ""
         wrong, right = (
             ("static_graph is on", "leave it off")
             if replica.static_graph
@@ -94,8 +96,8 @@ def _check_ddp(replica: Any) -> None:
         )
         raise ConfigError(
             f"{wrong} in DistributedDataParallel, which then waits for the gradients of layers "
-            f"that LISA lets rest; {right} (in Trainer: ddp_find_unused_parameters=True"
-            f"{', ddp_static_graph=False' if replica.static_graph else ''})."
+            f"that LISA lets rest; {right} (in Trainer: ddp_find_unused_parameters=True{static}), "
+            "or leave the model unwrapped: LISA averages gradients itself."
         )
 
 

@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from lisa_train.trainer.events import TrainerEvents
 from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
-from lisa_train.trainer.parallel_checks import check_lisa_processes
+from lisa_train.trainer.parallel_checks import check_lisa_processes, without_wrapper
 from lisa_train.trainer.trl_head import sliced_head_gradient
 
 if TYPE_CHECKING:
@@ -159,9 +159,11 @@ def attach(
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
     # A compiler would have to trace through the slices.
-    head = nullcontext if trainer.args.torch_compile else sliced_head_gradient
+    around: list[Any] = [] if trainer.args.torch_compile else [sliced_head_gradient]
+    if lisa is not None:
+        around.append(functools.partial(without_wrapper, trainer))
     TrainerEvents.of(trainer).around_train(
-        functools.partial(_training, attachment, continuation, head=head)
+        functools.partial(_training, attachment, continuation, around=around)
     )
     return attachment
 
@@ -170,7 +172,7 @@ def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | N
     """Make the engine's checks that need not wait for training to begin; keep what they found."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
-    check_lisa_processes(trainer, config.precision)
+    check_lisa_processes(trainer)
     if trainer.model is None:
         return None  # with `model_init`, which builds it when training begins
     plan = Plan.make(trainer.model, config, seed=trainer.args.seed)
@@ -182,7 +184,11 @@ def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | N
 
 @contextmanager
 def _training(
-    attachment: Attachment, continuation: Continuation, resume_from_checkpoint: Any, *, head: Any
+    attachment: Attachment,
+    continuation: Continuation,
+    resume_from_checkpoint: Any,
+    *,
+    around: Sequence[Callable[[], AbstractContextManager[object]]],
 ) -> Iterator[None]:
     """What `trainer.train` runs inside; callbacks hear not of resuming, nor of all exceptions."""
     engine, stepping = attachment.engine_callback, attachment.step_callback
@@ -190,7 +196,9 @@ def _training(
         engine.checkpoint = Path(resume_from_checkpoint)
     continuation.begin(resume_from_checkpoint)
     try:
-        with head():
+        with ExitStack() as entered:
+            for context in around:
+                entered.enter_context(context())
             yield
     except BaseException as error:
         attachment.close(error)

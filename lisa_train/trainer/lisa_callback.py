@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
@@ -113,7 +114,7 @@ class LisaCallback(Listener, TrainerCallback):
         self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
         trainer = self._trainer or calling_trainer(self)
         if trainer is not None:
-            check_lisa_processes(trainer, self.config.precision)
+            check_lisa_processes(trainer)
         self._starts = True
         layer_map = self._layers.known(model, self.config.layers)
         planned, loaded = self._planned or (None, self.config)
@@ -126,6 +127,7 @@ class LisaCallback(Listener, TrainerCallback):
             total_steps=state.max_steps,
             on_draw=self._tell,
             on_notice=self._pass_on,
+            averages=trainer is None or not _has_ddp(trainer.model_wrapped),
         )
         self._starts = False
         self._layers.keep(self.config.layers, self.engine.layer_map)
@@ -147,6 +149,11 @@ class LisaCallback(Listener, TrainerCallback):
         """Draw, when an interval begins; never between micro-batches."""
         assert self.engine is not None
         self.engine.begin_step(state.global_step)
+
+    def micro_batch(self, step: int, loss: torch.Tensor, items: Any, *, last: bool) -> None:
+        """Average the gradients of all processes, before anybody looks at them or clips."""
+        if last and self.engine is not None:
+            self.engine.average_gradients()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -201,6 +208,10 @@ class LisaCallback(Listener, TrainerCallback):
             logger.warning(
                 "%s is missing: the active layers go on from weights rounded to bf16", file
             )
+
+
+def _has_ddp(model: nn.Module) -> bool:
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
 
 
 def draw_fields(draw: Draw) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Ways in which Trainer spreads training over devices that are refused until they are proved."""
+"""Trainer on several devices: what is refused until it is proved, and LISA without DDP."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer
@@ -7,6 +9,7 @@ from transformers.training_args import ParallelMode
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import ONE_PROCESS_EACH
+from lisa_train.trainer.events import patch
 
 _PROVED = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED, ParallelMode.DISTRIBUTED)
 
@@ -48,12 +51,29 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
         )
 
 
-def check_lisa_processes(trainer: Trainer, precision: str) -> None:
+def check_lisa_processes(trainer: Trainer) -> None:
     """`ConfigError` where the copies of a model under LISA would part, or Trainer would stop."""
     check_parallel(trainer, "LISA", sharded=False)
-    processes = trainer.args.world_size
-    if precision == "fp32_active" and processes > 1:
-        raise ConfigError(
-            f"lisa.precision is 'fp32_active' with {processes} processes, whose copies of the "
-            "model it would let part; train with one process, or set lisa.precision to 'model'."
-        )
+
+
+@contextmanager
+def without_wrapper(trainer: Trainer) -> Iterator[None]:
+    """Train with several processes without `DistributedDataParallel`: LISA averages gradients.
+
+    Everything else that accelerate prepares (device, autocast, compilation) stays; transformers
+    itself prepares models so that average their own gradients.
+    """
+    if trainer.args.parallel_mode != ParallelMode.DISTRIBUTED:
+        yield
+        return
+
+    def prepared(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model is trainer.model:
+            kwargs["evaluation_mode"] = True
+        return original(model, *args, **kwargs)
+
+    take_off = patch(trainer.accelerator, "prepare_model", prepared)
+    try:
+        yield
+    finally:
+        take_off()

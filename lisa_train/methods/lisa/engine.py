@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa import notices
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.gradient_average import GradientAverage
 from lisa_train.methods.lisa.gradient_reach import GradientReach
 from lisa_train.methods.lisa.input_gradients import InputGradients
 from lisa_train.methods.lisa.notices import Notices
@@ -42,8 +43,10 @@ class Lisa:
     `torch._dynamo.config.recompile_limit`, and beyond 256 `accumulated_recompile_limit` as well,
     above the number of draws to come.
 
-    In several processes (DDP) every one makes an engine, at the same time, and all draw by the
-    seed of the first.
+    In several processes every one makes an engine of its own copy of the model, at the same time,
+    and all draw by the seed of the first, begin with its weights and average the gradients of what
+    trains (`average_gradients`). A model that is wrapped in `DistributedDataParallel` is averaged
+    by that, which needs ``find_unused_parameters=True``.
 
     Parameters
     ----------
@@ -67,6 +70,8 @@ class Lisa:
     on_notice
         Called with every sentence that this says, at the start and later; they are logged too,
         by the first process.
+    averages
+        False where `DistributedDataParallel` is around `model`, and averages gradients.
 
     Attributes
     ----------
@@ -108,6 +113,7 @@ class Lisa:
         total_steps: int | None = None,
         on_draw: Callable[[Draw], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
+        averages: bool = True,
     ) -> None:
         check("model", "engine")
         plan, optimizers, seeds = agreed_plan(model, optimizer, config, layer_map, seed)
@@ -126,6 +132,7 @@ class Lisa:
             total_steps, seeds,
         )  # fmt: skip
         # From here on the model and the optimizer change; nothing above leaves a trace.
+        self._average = GradientAverage(model, wanted=averages)
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._active: set[nn.Parameter] = set()
@@ -196,6 +203,7 @@ class Lisa:
         """
         if self._closed:
             raise ConfigError("this LISA engine is closed; make a new one to train on.")
+        self._average.begin_step()
         self._reach.end_step(self._schedule.layers)
         draw = self._schedule.advance(step)
         if draw is None:
@@ -225,6 +233,15 @@ class Lisa:
             One number per layer, shape (L,); NaN where none was measured.
         """
         self._schedule.learn(step, layer_scores)
+
+    def average_gradients(self) -> None:
+        """Give the active tensors the mean of all processes' gradients, once per optimizer step.
+
+        The optimizer's step does it too: call it before, after the last backward pass, where
+        gradients are looked at or clipped. All processes do, together. In one process, and where
+        `DistributedDataParallel` has done it, nothing happens.
+        """
+        self._average.average([p for p in self._trainable if p in self._active])
 
     def close(self) -> None:
         """Restore every `requires_grad` flag and leave the optimizer as a plain one."""
@@ -325,6 +342,7 @@ class Lisa:
                 "the optimizer steps before LISA has drawn any layer; call begin_step(step) before "
                 "the forward pass of every optimizer step."
             )
+        self.average_gradients()
         frozen = [p for p in self._own[optimizer] if p not in self._active]
         self._state.sort_loaded(optimizer, frozen)
         for parameter in frozen:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers_recording import arguments, examples, llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +12,7 @@ from transformers.training_args import ParallelMode
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.trainer.parallel_checks import without_wrapper
 
 
 @pytest.fixture
@@ -64,11 +66,24 @@ def test_other_kinds_of_processes(trainer, tmp_path, monkeypatch):
         assert "is not proved with tpu processes" in refused(trainer, asked)
 
 
-def test_ddp_under_lisa(trainer, monkeypatch):
-    monkeypatch.setattr(type(trainer.args), "world_size", 2)
-    text = refused(trainer, {"lisa": lt.LisaConfig(1, precision="fp32_active")})
-    assert "lisa.precision is 'fp32_active' with 2 processes" in text
-    lt.attach(trainer, lisa=lt.LisaConfig(1))
+def test_several_processes_train_without_a_wrapper(trainer, monkeypatch):
+    """LISA averages gradients itself; what else accelerate prepares stays."""
+    seen = []
+
+    def prepare_model(model, device_placement=None, evaluation_mode=False):
+        seen.append((model is trainer.model, device_placement, evaluation_mode))
+        return model
+
+    monkeypatch.setattr(trainer.accelerator, "prepare_model", prepare_model)
+    with without_wrapper(trainer):  # one process
+        assert trainer.accelerator.prepare_model is prepare_model
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.DISTRIBUTED)
+    with without_wrapper(trainer):
+        trainer.accelerator.prepare_model(trainer.model, device_placement=True)
+        trainer.accelerator.prepare_model(torch.nn.Linear(1, 1))
+    assert seen == [(True, True, True), (False, None, False)]
+    assert trainer.accelerator.prepare_model is prepare_model
+    lt.attach(trainer, lisa=lt.LisaConfig(1, precision="fp32_active"))
 
 
 def test_a_callback_that_was_added_by_hand_is_checked_when_training_begins(trainer):

@@ -187,7 +187,10 @@ def test_a_rank_that_cannot_start_stops_the_others_with_its_sentence(starts):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fp32", "'fp32_active' with several processes, whose copies of the model it would let"),
+        (
+            "fp32",
+            "'fp32_active' under DistributedDataParallel, whose copies of the model would part",
+        ),
         ("unused", "find_unused_parameters is off in DistributedDataParallel"),
         ("static", "static_graph is on in DistributedDataParallel"),
         ("step", "stepping inside backward with 2 processes would use gradients before"),

@@ -91,15 +91,21 @@ def _speaks() -> bool:
 
 def _quiet() -> None:
     """Leave the terminal to this command: one progress bar, no notes between libraries."""
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Trainer has DDP look for tensors without gradients, and DDP warns where there are none.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # What it could not fetch for 4-bit weights on a CPU, in every process.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     disable_datasets_bars()
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import schema
-from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
+from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.output import (
     check_unfinished,
@@ -71,6 +71,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         try:
             method.run(prepared)
         except Exception as error:
+            from lisa_train.model.parallel import lost_a_process
+
+            if lost_a_process(error):
+                raise LisaError(
+                    f"another process ended, and this one cannot go on alone ({error}); what was "
+                    f"recorded in {run_dir} is kept."
+                ) from error
             if not is_storage_error(error):
                 raise
             raise RunDirectoryError(

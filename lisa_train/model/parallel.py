@@ -28,6 +28,23 @@ def is_first() -> bool:
     return processes() == 1 or dist.get_rank() == 0
 
 
+def lost_a_process(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that another process has ended or hangs.
+
+    What was to come from it did not. NCCL's errors have a class of their own; gloo's are plain
+    `RuntimeError` with the place in gloo that gave up.
+    """
+    if processes() == 1:
+        return False
+    while error is not None:
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def refuse_wrappers(model: nn.Module, who: str) -> None:
     """`ConfigError` for wrappers under which a tensor of the model is not what it seems.
 

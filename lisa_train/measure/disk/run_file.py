@@ -17,6 +17,7 @@ from lisa_analysis.rundir.manifest import read_manifest
 from lisa_analysis.rundir.shards import read_parameters
 from lisa_train.measure.disk.encoding import as_utf8, parameter_table, write_parquet
 from lisa_train.measure.disk.storage import replace_file
+from lisa_train.model.parallel import lost_a_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,6 +119,8 @@ def outcome(error: BaseException | None) -> tuple[str, str | None]:
         return "finished", None
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return "interrupted", None
+    if lost_a_process(error):
+        return "interrupted", f"another process ended: {one_sentence(error)}"
     return "failed", one_sentence(error)
 
 

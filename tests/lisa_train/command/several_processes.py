@@ -4,11 +4,30 @@ One launch for all of them, since what takes time is to import everything in eve
 """
 
 import json
+import os
+import signal
 import sys
 
 from lisa_train.command.cli import main
 
+
+def die_at(step: int) -> None:
+    """Let the second process vanish, as one does that the kernel has killed."""
+    from lisa_train.trainer.lisa_callback import LisaCallback
+
+    goes_on = LisaCallback.on_step_end
+
+    def on_step_end(self, args, state, *rest, **kwargs):
+        if state.global_step == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return goes_on(self, args, state, *rest, **kwargs)
+
+    LisaCallback.on_step_end = on_step_end
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        die_at(int(sys.argv[2]))
     for arguments in json.loads(sys.argv[1]):
         code = main(arguments)
         if code:

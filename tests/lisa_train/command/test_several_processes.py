@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,26 @@ def test_a_bad_setting_is_one_sentence_and_no_process_waits(data, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("lisa.activated_layers") + done.stderr.count("activated_layers") >= 1
     assert not (tmp_path / "run" / "metrics").exists()
+
+
+@pytest.mark.parametrize(("name", "count"), [("1-gpu", 1), ("2-gpus", 2), ("8-gpus", 8)])
+def test_the_files_for_accelerate_are_read_by_it(name, count):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = resources.files("lisa_train.command") / "recipes" / "accelerate"
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert config.num_processes == count
+    assert config.distributed_type == ("MULTI_GPU" if count > 1 else "NO")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_readably(data, tmp_path):
+    words = arguments("lisa", tmp_path, data, 2)
+    script = Path(__file__).with_name("several_processes.py")
+    done = launched([str(script), json.dumps([words]), "3"])
+    assert done.returncode != 0
+    run = la.load(tmp_path / "lisa")
+    assert run.status == "interrupted"
+    assert 2 <= len(run.scalars) <= 3
+    assert run.metrics()["step"].max() >= 2
+    assert (tmp_path / "lisa" / "checkpoints" / "checkpoint-2").is_dir()

@@ -48,7 +48,8 @@ def importance(
     Parameters
     ----------
     run
-        A run directory opened with `load`, or its path.
+        A run directory opened with `load`, or its path; or a list of them that differ in nothing
+        but the seed, whose profile is over seeds (`ImportanceProfile.seeds` shows each).
     metric
         Id of a metric in `lisa_analysis.METRICS`, or a callable that takes `Measurements` and
         returns values of shape (recorded steps, groups), NaN where a group was not observed. Its
@@ -78,7 +79,8 @@ def importance(
     Raises
     ------
     LisaError
-        When the metric is unknown, or the run did not record what it needs.
+        When the metric is unknown, the run did not record what it needs, or several runs are not
+        seeds of one arm.
 
     Notes
     -----
@@ -89,6 +91,13 @@ def importance(
     zero: single steps at which a layer was exactly zero are left out, and the statement says so.
     """
     check_confidence(confidence)
+    if isinstance(run, list | tuple):
+        from lisa_analysis.profiles.over_seeds import importance_over_seeds
+
+        return importance_over_seeds(
+            run, metric, by=by, confidence=confidence, reference=reference, seed=seed,
+            thresholds=thresholds,
+        )  # fmt: skip
     run = opened(run, "importance")
     other = None if reference is None else opened(reference, "reference")
     chosen = find_metric(default_metric(run) if metric is None else metric, other)

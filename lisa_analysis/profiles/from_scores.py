@@ -1,6 +1,7 @@
 """A profile of scores that were given, not measured by a run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.from_run import check_confidence
+from lisa_analysis.profiles.over_seeds import over_seeds
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, shape_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS
@@ -19,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 def profile_of(
-    scores: Sequence[float],
+    scores: Sequence[float] | Sequence[Sequence[float]],
     names: Sequence[str] | None,
     low: Sequence[float] | None,
     high: Sequence[float] | None,
@@ -35,6 +37,11 @@ def profile_of(
     check_confidence(confidence)
     if isinstance(sources, str):
         sources = (sources,)
+    if _several(scores):
+        return _of_seeds(
+            scores, names, low, high, metric=metric, definition=definition, sources=sources,
+            model=model, by=by, confidence=confidence,
+        )  # fmt: skip
     score = _vector("scores", scores, None)
     if np.isinf(score).any():
         raise LisaError(
@@ -82,7 +89,44 @@ def profile_of(
     )
 
 
-def _vector(name: str, given: Sequence[float], length: int | None) -> Array:
+def _several(scores: Any) -> bool:
+    """Whether scores of several seeds were given: a list of two lists or more."""
+    if isinstance(scores, str) or not isinstance(scores, Sequence | np.ndarray):
+        return False
+    return len(scores) > 1 and all(
+        isinstance(row, Sequence | np.ndarray) and not isinstance(row, str) and np.ndim(row) == 1
+        for row in scores
+    )
+
+
+def _of_seeds(
+    scores: Any, names: Any, low: Any, high: Any, *, sources: Sequence[str], **options: Any
+) -> ImportanceProfile:
+    """One profile of the scores of several seeds."""
+    if low is not None or high is not None:
+        raise LisaError(
+            "low and high were given beside the scores of several seeds: leave them out, bounds "
+            "come from the spread between seeds."
+        )
+    count, layers = len(scores), len(scores[0])
+    if sources and len(sources) != count:
+        raise LisaError(
+            f"sources are {len(sources)} for the scores of {count} seeds: give one of each."
+        )
+    for i, row in enumerate(scores):
+        if len(row) != layers:
+            raise LisaError(
+                f"scores[{i}] has {len(row)} layers and scores[0] {layers}: expected the same "
+                "layers of every seed."
+            )
+    profiles = [
+        profile_of(row, names, None, None, sources=sources[i : i + 1], **options)
+        for i, row in enumerate(scores)
+    ]
+    return over_seeds(profiles, [*sources] or [f"seed {i + 1}" for i in range(count)])
+
+
+def _vector(name: str, given: Any, length: int | None) -> Array:
     try:
         values = np.array([np.nan if v is None else v for v in given], dtype=np.float64)
     except (TypeError, ValueError):

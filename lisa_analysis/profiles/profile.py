@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,9 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, ProfileRow, Reliability
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
+
+if TYPE_CHECKING:
+    from lisa_analysis.profiles.over_seeds import Seeds
 
 Array = NDArray[np.float64]
 
@@ -29,7 +32,8 @@ class ImportanceProfile:
     low, high, n_eff, visits, initial, rho, steps, zeros; NaN is unknown, never zero; a layer that
     was exactly zero throughout has the score 0 and no interval. `outside` holds the same for the
     embedding, head and final norm, which are no part of the stack. `sources` are the ids of the
-    runs that it came from; `remarks` say what is special about single layers.
+    runs that it came from; `remarks` say what is special about single layers. `seeds` is what the
+    runs behind a profile over seeds show each, None for a single run; `n_eff` counts seeds there.
     """
 
     metric: str
@@ -50,11 +54,12 @@ class ImportanceProfile:
     samples: Array | None = field(repr=False)
     remarks: tuple[str, ...] = field(default=(), repr=False)
     thresholds: Thresholds = field(default=THRESHOLDS, repr=False)
+    seeds: "Seeds | None" = field(default=None, repr=False)
 
     @classmethod
     def from_scores(
         cls,
-        scores: Sequence[float],
+        scores: Sequence[float] | Sequence[Sequence[float]],
         names: Sequence[str] | None = None,
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
@@ -71,16 +76,18 @@ class ImportanceProfile:
         Parameters
         ----------
         scores
-            One per layer, in the order of the stack; NaN is unknown, 0 is zero.
+            One per layer, in the order of the stack; NaN is unknown, 0 is zero. A list of such
+            lists holds the scores of several seeds: the profile is over seeds then, and bounds
+            come from their spread.
         names
             Names of the layers as the model has them (for probabilities of a run of it);
             None calls them ``layer 0`` and so on.
         low, high
-            Bounds of the scores; NaN where there are none.
+            Bounds of the scores; NaN where there are none. Not for several seeds.
         metric, definition
             What the scores are, as a name and in a sentence.
         sources
-            What they come from, as run ids.
+            What they come from, as run ids; of several seeds one each, or none.
         model, by, confidence
             The model, what a row is, and the coverage of the bounds.
 
@@ -222,6 +229,7 @@ class ImportanceProfile:
         record["reliability"] = asdict(self.reliability)
         record["initialisation"] = self.initialisation and asdict(self.initialisation)
         record["thresholds"] = asdict(self.thresholds)
+        record["seeds"] = self.seeds and self.seeds.to_dict()
         record["layers"] = self.layers.to_dict("records")
         record["outside"] = self.outside.to_dict("records")
         plain: dict[str, Any] = to_plain(record)

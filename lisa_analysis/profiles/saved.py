@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.profiles.over_seeds import Seeds
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.thresholds import Thresholds
@@ -60,6 +61,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         samples=None,
         remarks=tuple(record["remarks"]),
         thresholds=Thresholds(**record["thresholds"]),
+        seeds=Seeds.from_dict(record["seeds"]) if record.get("seeds") else None,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ MODEL_KEYS = ("model_name_or_path", "model/name")
 _DATA = ("dataset_name", "dataset/name")
 # The text of its path says nothing: what was sampled is compared by content.
 _PROBABILITIES = ("lisa/probabilities", "lisa.probabilities")
+
+# Settings that tell arms apart, in this order, then in that of the file.
+_FIRST = (
+    "learning_rate", "r", "lora_alpha", "activated_layers", "interval_steps", "sampling",
+    "optimizer_state", "optim", "max_steps", "per_device_train_batch_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,24 @@ def grouped(runs: Sequence[Settings]) -> list[list[int]]:
         else:
             arms.append([position])
     return arms
+
+
+def differing(members: Sequence[Settings]) -> list[str]:
+    """Settings but the model that are not the same in all, the telling ones first."""
+    keys = dict.fromkeys(key for member in members for key in member.values if key != "method")
+    found = [
+        key
+        for key in keys
+        if not all(a.agrees_on(b, key) for a, b in combinations(members, 2))
+        and key not in MODEL_KEYS
+    ]
+    order = {name: i for i, name in enumerate(_FIRST)}
+    return sorted(found, key=lambda key: order.get(short_name(key), len(order)))
+
+
+def short_name(key: str) -> str:
+    """Name of a setting without the sections that it stands in."""
+    return key.rsplit("/", 1)[-1].rsplit(".", 1)[-1]
 
 
 def model_of(run: Run) -> str:

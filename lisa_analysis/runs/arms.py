@@ -10,24 +10,20 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.rundir.configurations import (
-    MODEL_KEYS,
     Settings,
     data_of,
+    differing,
     distinct,
     grouped,
     model_of,
     seeds_of,
+    short_name,
 )
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.statistics.repetitions import MIN_SEEDS, Mean, mean_difference, mean_over
 
 ARM_COLUMNS = ("arm", "runs", "seeds", "mean", "low", "high", "method", "kendall")
 DIFFERENCE_COLUMNS = ("a", "b", "mean", "low", "high", "pairs", "lower")
-# Settings that tell arms apart are named in this order, then in that of the file.
-_FIRST = (
-    "learning_rate", "r", "lora_alpha", "activated_layers", "interval_steps", "sampling",
-    "optimizer_state", "optim", "max_steps", "per_device_train_batch_size",
-)  # fmt: skip
 _MOST = 3
 _WIDEST = 24
 
@@ -84,7 +80,7 @@ def _mixed(members: Sequence[Settings]) -> tuple[str, ...]:
     if len(grouped(members)) < 2:
         return ()
     sampled = all(members[0].sampled.agrees(other.sampled) for other in members[1:])
-    return (*_differing(members), *(() if sampled else ("probabilities",)))
+    return (*differing(members), *(() if sampled else ("probabilities",)))
 
 
 def _names(runs: Sequence[Run], settings: Sequence[Settings]) -> list[str]:
@@ -113,8 +109,8 @@ def _within(own: Settings, kin: Sequence[Settings]) -> list[str]:
         words += [word, *_options(own, alike)]
     elif len(kin) == 1 and own.sampled.pi and own.sampled.word != "uniform":
         words.append(own.sampled.word)
-    keys = _differing(kin)
-    words += [f"{_short(key)}={_value(own.values.get(key))}" for key in keys[:_MOST]]
+    keys = differing(kin)
+    words += [f"{short_name(key)}={_value(own.values.get(key))}" for key in keys[:_MOST]]
     return [*words, "…"] if len(keys) > _MOST else words
 
 
@@ -124,23 +120,6 @@ def _options(own: Settings, alike: Sequence[Settings]) -> list[str]:
     mine = json.loads(own.sampled.options) if own.sampled.options else {}
     keys = [key for key in mine if len({json.dumps(r.get(key)) for r in read}) > 1]
     return [f"{key}={mine[key]}" for key in keys[:_MOST]]
-
-
-def _differing(members: Sequence[Settings]) -> list[str]:
-    """Keys that are set in several ways, the telling ones first."""
-    keys = dict.fromkeys(key for member in members for key in member.values if key != "method")
-    found = [
-        key
-        for key in keys
-        if not all(a.agrees_on(b, key) for a, b in combinations(members, 2))
-        and key not in MODEL_KEYS
-    ]
-    order = {name: i for i, name in enumerate(_FIRST)}
-    return sorted(found, key=lambda key: order.get(_short(key), len(order)))
-
-
-def _short(key: str) -> str:
-    return key.rsplit("/", 1)[-1].rsplit(".", 1)[-1]
 
 
 def _value(text: str | None) -> str:

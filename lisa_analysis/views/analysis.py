@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids, update_ratio_grid
+from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
 from lisa_analysis.profiles.from_run import default_metric, importance
+from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.events import draws
@@ -78,6 +80,19 @@ class RunAnalysis:
         return self._profiles("layer")[0]
 
     @property
+    def known_profile(self) -> ImportanceProfile:
+        """The profile.
+
+        Raises
+        ------
+        LisaError
+            Where there is none.
+        """
+        if self.profile is None:
+            raise self.why_no_profile or LisaError(f"{self.name} has no profile.")
+        return self.profile
+
+    @property
     def why_no_profile(self) -> LisaError | None:
         """Why there is no profile."""
         return self._profiles("layer")[1]
@@ -112,18 +127,25 @@ class RunAnalysis:
 
     @cached_property
     def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
-        if self.profile is None:
-            return None, None
-        own = (self.run.manifest.get("lisa") or {}).get("activated_layers")
-        try:
-            found = sampling_probabilities(
-                self.profile,
-                activated_layers=self.activated_layers or own or min(2, self.run.n_layers),
-                use_intervals=self.use_intervals,
-            )
-        except LisaError as error:
-            return None, error
-        return found, None
+        return _plan(self.profile, self.run, self.activated_layers, self.use_intervals)
+
+
+def _plan(
+    profile: ImportanceProfile | None, run: Run, activated_layers: int | None, use_intervals: bool
+) -> tuple[SamplingProbabilities | None, LisaError | None]:
+    """Probabilities that a profile gives, or why it gives none."""
+    if profile is None:
+        return None, None
+    own = (run.manifest.get("lisa") or {}).get("activated_layers")
+    try:
+        found = sampling_probabilities(
+            profile,
+            activated_layers=activated_layers or own or min(2, run.n_layers),
+            use_intervals=use_intervals,
+        )
+    except LisaError as error:
+        return None, error
+    return found, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +154,8 @@ class Analysis:
 
     runs: tuple[RunAnalysis, ...]
     metric: Any = None
+    activated_layers: int | None = None
+    use_intervals: bool = True
 
     @classmethod
     def of(cls, runs: Sequence[Run | str | Path], metric: Any = None, **options: Any) -> "Analysis":
@@ -153,12 +177,49 @@ class Analysis:
                 for run, name in zip(opened, labels(opened), strict=True)
             ),
             metric,
+            **options,
         )
 
     @property
     def alone(self) -> bool:
         """Whether there is one run only."""
         return len(self.runs) == 1
+
+    @property
+    def profile(self) -> ImportanceProfile | None:
+        """Which layers mattered, over seeds where there are several; None as `why_not` says."""
+        return self._profile[0]
+
+    @property
+    def probabilities(self) -> SamplingProbabilities | None:
+        """How often to sample each layer next time, over seeds where there are several."""
+        return self.runs[0].probabilities if self.alone else self._probabilities[0]
+
+    @property
+    def why_not(self) -> LisaError | None:
+        """Why there is no profile, or why it gives no probabilities."""
+        if self.alone:
+            return self.runs[0].why_not
+        return self._profile[1] or self._probabilities[1]
+
+    @cached_property
+    def _profile(self) -> tuple[ImportanceProfile | None, LisaError | None]:
+        if self.alone:
+            return self.runs[0].profile, self.runs[0].why_no_profile
+        try:
+            check_seeds([one.run for one in self.runs])
+            chosen = None if self.metric is None else find_metric(self.metric)
+            return over_seeds_of_runs(
+                [one.run for one in self.runs],
+                [one.known_profile for one in self.runs],
+                metric=chosen,
+            ), None
+        except LisaError as error:
+            return None, error
+
+    @cached_property
+    def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
+        return _plan(self._profile[0], self.runs[0].run, self.activated_layers, self.use_intervals)
 
     @cached_property
     def comparison(self) -> Comparison | None:

@@ -22,6 +22,7 @@ exit codes: 0 done; 1 findings at or above --fail-on; 2 bad input
 
 examples:
   lisa-analyze runs/pilot --probabilities probabilities.json
+  lisa-analyze runs/seed-1 runs/seed-2 runs/seed-3 --probabilities probabilities.json
   lisa-analyze runs/uniform runs/learned -o comparison.html
 """
 
@@ -43,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything machine-readable")
     parser.add_argument(
-        "--probabilities", metavar="FILE", help="write sampling probabilities for lisa-train"
+        "--probabilities",
+        metavar="FILE",
+        help="write sampling probabilities for lisa-train; of several runs, which must be seeds of "
+        "one arm, those of the profile over seeds",
     )
     parser.add_argument("--metric", metavar="NAME", help="importance metric (default: grad_rms)")
     parser.add_argument(
@@ -94,11 +98,6 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
         raise LisaError(f"--activated-layers is {arguments.activated_layers}; expected at least 1.")
-    if arguments.probabilities and len(arguments.run_dirs) > 1:
-        raise LisaError(
-            f"--probabilities takes one run to learn from, got {len(arguments.run_dirs)}; "
-            "name the pilot run alone."
-        )
     analysis = Analysis.of(
         [load(path) for path in arguments.run_dirs],
         arguments.metric,
@@ -107,14 +106,17 @@ def _analyze(arguments: argparse.Namespace) -> int:
     )
     for one in analysis.runs:
         _insist(one, arguments)
+    if arguments.probabilities and not analysis.alone and analysis.why_not is not None:
+        raise analysis.why_not
     print(terminal.overview(analysis))
 
     written: list[tuple[str, Path]] = []
-    first = analysis.runs[0]
     if arguments.probabilities:
-        if first.probabilities is None:
-            raise first.why_not or LisaError(f"{first.run.path} gives no probabilities.")
-        _write(Path(arguments.probabilities), first.probabilities.save)
+        if analysis.probabilities is None:
+            raise analysis.why_not or LisaError(
+                f"{analysis.runs[0].run.path} gives no probabilities."
+            )
+        _write(Path(arguments.probabilities), analysis.probabilities.save)
         written.append(("probabilities", Path(arguments.probabilities)))
     if arguments.json:
         from lisa_analysis.views.json_output import to_json
@@ -123,7 +125,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
         _write(Path(arguments.json), lambda path: path.write_text(text, encoding="utf-8"))
         written.append(("json", Path(arguments.json)))
     output = Path(arguments.output) if arguments.output else _default_output(analysis)
-    report = report_of(analysis, probabilities=first.probabilities, title=arguments.title)
+    report = report_of(analysis, probabilities=analysis.probabilities, title=arguments.title)
     _write(output, report.save)
     written.append(("report", output))
     print(terminal.written(written))

@@ -22,14 +22,29 @@ def to_json(analysis: "Analysis") -> str:
     Returns
     -------
     str
-        Strict JSON: unknown and non-finite numbers are null.
+        Strict JSON: unknown and non-finite numbers are null. `runs` holds one entry per run
+        (findings, profile, probabilities), `over_seeds` the profile and the probabilities of runs
+        that are seeds of one arm, `comparison` what `Comparison.to_dict` gives (runs, arms,
+        differences, rank_agreement, …).
     """
     content = {
         "schema_version": SCHEMA_VERSION,
         "runs": [_run(result) for result in analysis.runs],
+        "over_seeds": _over_seeds(analysis),
         "comparison": None if analysis.comparison is None else analysis.comparison.to_dict(),
     }
     return json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _over_seeds(analysis: "Analysis") -> dict[str, Any] | None:
+    """Profile and probabilities of all runs together; null for a run alone, or several arms."""
+    if analysis.alone or analysis.profile is None:
+        return None
+    plan = analysis.probabilities
+    return {
+        "profile": analysis.profile.to_dict(),
+        "probabilities": None if plan is None else asdict(plan),
+    }
 
 
 def _run(result: "RunAnalysis") -> dict[str, Any]:

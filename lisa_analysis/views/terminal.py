@@ -23,7 +23,10 @@ BAR_WIDTH = 24
 
 
 def overview(analysis: "Analysis") -> str:
-    """Findings of every run; of one alone its layers, of several the comparison."""
+    """Findings of every run; of one alone its layers, of several the comparison.
+
+    Runs that are seeds of one arm have a profile over seeds, whose layers follow.
+    """
     parts, side_by_side = [], analysis.comparison
     for one in analysis.runs:
         parts.append(findings(one.run, one.diagnostics))
@@ -33,6 +36,8 @@ def overview(analysis: "Analysis") -> str:
             parts.append(layer_table(one.profile, one.probabilities))
     if side_by_side is not None:
         parts.append(run_table(side_by_side))
+        if analysis.profile is not None:
+            parts.append(layer_table(analysis.profile, analysis.probabilities))
     return "\n".join(parts)
 
 

@@ -9,7 +9,12 @@ import pandas as pd
 from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report import figures
-from lisa_analysis.views.report.comparing import arms_table, comparison_figures, differences_table
+from lisa_analysis.views.report.comparing import (
+    arms_table,
+    comparison_figures,
+    differences_table,
+    seeds_figure,
+)
 from lisa_analysis.views.report.content import (
     METHODS,
     STATES,
@@ -45,6 +50,8 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "comparison": comparison,
         "comparison_figures": comparison_figures(contents, comparison, budget),
         "arms": arms_table(comparison),
+        "over_seeds": None if analysis.alone else analysis.profile,
+        "seeds_figure": None if analysis.alone else seeds_figure(analysis.profile),
         "differences": differences_table(comparison),
         "definitions": _definitions(contents),
         "limits": _limits(contents),

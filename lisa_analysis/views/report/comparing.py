@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from lisa_analysis.views.report.figures import (
     Budget,
     ReportFigure,
     canvas,
+    profile_figure,
     short_label,
     thinned,
 )
@@ -94,6 +96,19 @@ def differences_table(comparison: Comparison | None) -> Table | None:
             ("high", "high", signed),
             ("pairs", "pairs of one seed", count),
         ],
+    )
+
+
+def seeds_figure(profile: ImportanceProfile | None) -> ReportFigure | None:
+    """The profile over seeds with its intervals; None where runs are not seeds of one arm."""
+    if profile is None or profile.seeds is None:
+        return None
+    figure = profile_figure("over-seeds", profile, tuple(profile.layers["name"]))
+    return replace(
+        figure,
+        title=f"Importance of each layer over {len(profile.seeds.runs)} seeds: {profile.metric}",
+        caption=f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals for "
+        "the mean over seeds.",
     )
 
 

@@ -89,6 +89,44 @@ def test_the_metric_is_that_of_the_comparison_too(golden: Path, tmp_path: Path) 
     assert content["comparison"]["metric"] == "update_ratio"
 
 
+SKEW = Path(__file__).resolve().parents[3] / "reports" / "2026-11-23-skew" / "runs"
+
+
+def test_seeds_of_one_arm_give_one_profile_and_its_probabilities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [SKEW / f"full-{seed}" for seed in (1, 2, 3)]
+    paths = {name: tmp_path / name for name in ("r.html", "all.json", "p.json")}
+    words = ["-o", str(paths["r.html"]), "--json", str(paths["all.json"]),
+             "--probabilities", str(paths["p.json"])]  # fmt: skip
+    assert main([*map(str, runs), *words]) == 0
+    profile = la.importance(runs)
+    saved = la.SamplingProbabilities.load(paths["p.json"])
+    plan = la.sampling_probabilities(profile, 2)
+    assert saved.source_runs == tuple(la.load(run).run_id for run in runs) == profile.sources
+    assert saved.inclusion_probabilities == pytest.approx(plan.inclusion_probabilities)
+    content = json.loads(paths["all.json"].read_text("utf-8"))["over_seeds"]
+    assert content["profile"] == json.loads(json.dumps(profile.to_dict()))
+    assert content["probabilities"]["source_runs"] == list(saved.source_runs)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert profile.statement in printed
+    page = paths["r.html"].read_text("utf-8")
+    assert "Over 3 seeds: intervals are for the mean over seeds" in page
+    assert "Importance of each layer over 3 seeds" in page
+
+
+def test_runs_of_several_arms_give_no_probabilities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(SKEW / name) for name in ("full-1", "lora-1")]
+    words = ["--probabilities", str(tmp_path / "p.json"), "-o", str(tmp_path / "r.html")]
+    assert main([*runs, *words]) == 2
+    assert "differ in the method (full, lora)" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
+    assert main([*runs, *words[2:], "--json", str(tmp_path / "all.json")]) == 0
+    assert json.loads((tmp_path / "all.json").read_text("utf-8"))["over_seeds"] is None
+
+
 @pytest.mark.parametrize(("level", "code"), [("never", 0), ("warn", 1), ("fail", 0)])
 def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None:
     states = {finding.state for finding in la.diagnose(la.load(golden)).findings}
@@ -105,7 +143,7 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "--metric", "grad_rsm"], "grad_rms"),
         (["{run}", "--activated-layers", "9"], "9"),
         (["{run}", "--activated-layers", "0"], "expected at least 1"),
-        (["{run}", "{run}", "--probabilities", "p.json"], "name the pilot run alone"),
+        (["{run}", "{run}", "--probabilities", "p.json"], "have the same seed"),
         (["{run}", "-o", "{tmp}/no/such/folder/r.html"], "no/such/folder"),
     ],
 )

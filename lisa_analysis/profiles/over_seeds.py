@@ -1,0 +1,464 @@
+"""importance([run, run, run]) -> one profile over seeds: intervals, spread, agreement of seeds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lisa_analysis import statistics as st
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics.log import Measurements
+from lisa_analysis.metrics.registry import METRICS, Metric, find_metric
+from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.sentences import name_rows, shape_words
+from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
+from lisa_analysis.profiles.verdict import Judgement, judge
+from lisa_analysis.rundir.configurations import (
+    data_of,
+    differing,
+    distinct,
+    labels,
+    model_of,
+    seeds_of,
+    settings,
+)
+from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.run import Run
+from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.over_seeds import SeedMeans, seed_means
+from lisa_analysis.statistics.repetitions import mean_over
+
+Array = NDArray[np.float64]
+
+_NAN = float("nan")
+# From here on what one run states for itself is not what a second seed shows.
+_MORE = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Seeds:
+    """The seeds behind a profile, each for itself.
+
+    Attributes
+    ----------
+    runs
+        What the seeds are called.
+    scores
+        One row per layer: layer, name, and one column per seed with its own score.
+    spread
+        One row per layer: layer, name, seeds that know it, and standard deviations of its score
+        beside the other layers': `total` between seeds as they came out; `within`, what a run
+        states for itself; `between`, what is left of `total` when `within` is taken off. Of
+        logarithms (0.05 is 5 %), or over the layer's size for metrics on a linear scale.
+    ratio
+        Total over within, all layers together: how much more seeds differ than one run says. NaN
+        where no run has intervals.
+    kendall, kendall_low, kendall_high
+        Kendall's τ between the rankings of two seeds: mean, smallest and largest.
+    statement
+        The same in words.
+    """
+
+    runs: tuple[str, ...]
+    scores: pd.DataFrame = field(repr=False)
+    spread: pd.DataFrame = field(repr=False)
+    ratio: float
+    kendall: float
+    kendall_low: float
+    kendall_high: float
+    statement: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; frames as lists of rows."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "scores": self.scores.to_dict("records"),
+            "spread": self.spread.to_dict("records"),
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Seeds":
+        """Read what `to_dict` gave and JSON kept: unknown numbers are None there."""
+        numbers = [
+            _NAN if record[name] is None else float(record[name])
+            for name in ("ratio", "kendall", "kendall_low", "kendall_high")
+        ]
+        frames = [_read_frame(record[name]) for name in ("scores", "spread")]
+        return cls(
+            tuple(record["runs"]), frames[0], frames[1], numbers[0], numbers[1], numbers[2],
+            numbers[3], record["statement"],
+        )  # fmt: skip
+
+
+def _read_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    kinds = {str(c): "float64" for c in frame if c not in ("layer", "name")}
+    kinds["layer"] = "Int64"
+    if "seeds" in frame:
+        kinds["seeds"] = "int64"
+    return frame.astype(kinds)
+
+
+def importance_over_seeds(
+    runs: Sequence[Any],
+    metric: str | Metric | Callable[[Measurements], Array] | None = None,
+    *,
+    by: str = "layer",
+    confidence: float = 0.95,
+    reference: Any = None,
+    seed: int = 0,
+    thresholds: Thresholds = THRESHOLDS,
+) -> ImportanceProfile:
+    """Profile of several seeds of one arm; see `importance`, which calls this for a list.
+
+    Raises
+    ------
+    LisaError
+        Without any run, or when runs differ in more than their seed, or not in their seed.
+    """
+    from lisa_analysis.profiles.from_run import default_metric, importance
+
+    runs = [opened(run, "importance") for run in runs]
+    if not runs:
+        raise LisaError("importance takes a run or a list of seeds, got an empty list.")
+    if metric is None:
+        metric = default_metric(runs[0])
+    check_seeds(runs)
+    profiles = [
+        importance(run, metric, by=by, confidence=confidence, reference=reference, seed=seed,
+                   thresholds=thresholds)
+        for run in runs
+    ]  # fmt: skip
+    if len(profiles) == 1:
+        return profiles[0]
+    return over_seeds_of_runs(
+        runs, profiles, metric=find_metric(metric, reference), seed=seed, thresholds=thresholds
+    )
+
+
+def over_seeds_of_runs(
+    runs: Sequence[Run],
+    profiles: Sequence[ImportanceProfile],
+    *,
+    metric: Metric | None = None,
+    seed: int = 0,
+    thresholds: Thresholds = THRESHOLDS,
+) -> ImportanceProfile:
+    """Put the profiles of runs together that are seeds of one arm (`check_seeds` tells).
+
+    Parameters
+    ----------
+    runs, profiles
+        The runs, and the profile of each.
+    metric
+        What the profiles are by; None looks it up by the name.
+    seed, thresholds
+        See `over_seeds`.
+    """
+    if metric is None and profiles[0].metric in METRICS:
+        metric = METRICS[profiles[0].metric]
+    linear = metric is not None and metric.scale == "linear"
+    stacks = len({layer.get("stack") for layer in runs[0].manifest.get("layers", [])})
+    return over_seeds(
+        profiles, labels(runs), log=False if linear else None, stacks=stacks, seed=seed,
+        thresholds=thresholds,
+    )  # fmt: skip
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    """Refuse runs that are no seeds of one arm, saying what they differ in."""
+    names = labels(runs)
+    first, made = runs[0], [settings(run) for run in runs]
+    for run, name, own in zip(runs[1:], names[1:], made[1:], strict=True):
+        why = None
+        if model_of(run) != model_of(first) or run.layer_names != first.layer_names:
+            why = f"the model ({model_of(first) or 'unknown'}, {model_of(run) or 'unknown'})"
+        elif data_of(run) != data_of(first):
+            why = f"the data ({data_of(first) or 'unknown'}, {data_of(run) or 'unknown'})"
+        elif run.method != first.method:
+            why = f"the method ({first.method}, {run.method})"
+        elif not own.agrees(made[0]):
+            keys = differing([made[0], own]) or ["what they sampled"]
+            why = ", ".join(keys[:3]) + (" …" if len(keys) > 3 else "")
+        if why is not None:
+            raise LisaError(
+                f"{names[0]} and {name} are not seeds of one arm: they differ in {why}; give runs "
+                "that differ in nothing but the seed, or put arms side by side with compare."
+            )
+    seen: dict[Any, str] = {}
+    for run, name in zip(runs, names, strict=True):
+        seeds = tuple(sorted(seeds_of(run).items()))
+        key = seeds or run.path.resolve()
+        if key in seen:
+            raise LisaError(
+                f"{seen[key]} and {name} have the same seed: one seed twice shows nothing of how "
+                "seeds differ; give runs of different seeds."
+            )
+        seen[key] = name
+
+
+def over_seeds(
+    profiles: Sequence[ImportanceProfile],
+    names: Sequence[str],
+    *,
+    log: bool | None = None,
+    stacks: int = 1,
+    seed: int = 0,
+    thresholds: Thresholds = THRESHOLDS,
+) -> ImportanceProfile:
+    """Put profiles of the same rows, one per seed, together.
+
+    Parameters
+    ----------
+    profiles
+        Two or more.
+    names
+        What the seeds are called.
+    log
+        Average logarithms; None does where all scores are positive.
+    stacks
+        Stacks of layers, which have no common depth when there are several.
+    seed
+        Of the resampled means.
+    thresholds
+        Limits of the verdict.
+    """
+    first = profiles[0]
+    names = distinct(list(names))
+    table = np.stack([p.scores for p in profiles])
+    known = np.isfinite(table)
+    zero = known.any(axis=0) & ((table == 0) | ~known).all(axis=0)
+    zeros = ((table == 0) & known).sum(axis=0)
+    if log is None:
+        log = bool((table[known & ~zero] >= 0).all()) and bool((table[known] > 0).any())
+    values = np.where(zero, np.nan, table)
+    if log:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.log(np.where(values > 0, values, np.nan))
+    rng = np.random.default_rng(seed)
+    ordered = first.by == "layer" and stacks <= 1
+    means = seed_means(values, log=log, confidence=first.confidence, rng=rng, ordered=ordered)
+    fit = _fit(means, log, zero, zeros)
+    judged = judge(
+        fit, first.confidence, thresholds, steps=np.zeros(0, np.int64), interval=None, rng=rng,
+        has_depth=ordered,
+    )  # fmt: skip
+    seeds = _seeds(profiles, names, means, log)
+    special = _remarks(first, fit, means)
+    return ImportanceProfile(
+        metric=first.metric,
+        definition=first.definition,
+        sources=tuple(dict.fromkeys(source for p in profiles for source in p.sources)),
+        method=first.method,
+        model=first.model,
+        by=first.by,
+        confidence=first.confidence,
+        layers=_frame([p.layers for p in profiles], fit.score, fit.low, fit.high, means.seeds, log),
+        outside=_outside(profiles, means, values, log),
+        verdict=judged.shape.verdict,
+        statement=_statement(first, fit, means, judged, seeds, special, stacks),
+        concentration=judged.concentration,
+        shape=judged.shape,
+        initialisation=None,
+        reliability=judged.reliability,
+        samples=None if fit.samples is None else np.where(zero, 0.0, fit.scale(fit.samples)),
+        remarks=special,
+        thresholds=thresholds,
+        seeds=seeds,
+    )
+
+
+def _fit(means: SeedMeans, log: bool, zero: NDArray[np.bool_], zeros: NDArray[np.int64]) -> Fit:
+    """Means over seeds in the form that verdicts are made from."""
+    back = np.exp if log else np.asarray
+    seen = np.isfinite(means.effect)
+    complete = bool(seen.any() and np.isfinite(means.error[seen]).all())
+    nothing = np.full(len(seen), np.nan)
+    return Fit(
+        score=np.where(zero, 0.0, back(means.effect)), low=back(means.low), high=back(means.high),
+        effect=means.effect, samples=means.effect + means.noise if complete else None,
+        noise=np.nan_to_num(means.noise), n_eff=means.seeds.astype(np.float64), rho=nothing,
+        observations=means.seeds, within=_rms(means.total),
+        blocks=np.zeros((0, len(seen))), length=1, halves=None, log=log, adjusted="seeds",
+        zero=zero, zeros=np.where(zero, zeros, 0),
+    )  # fmt: skip
+
+
+def _frame(
+    frames: Sequence[pd.DataFrame], score: Array, low: Array, high: Array,
+    seeds: NDArray[np.int64], log: bool,
+) -> pd.DataFrame:  # fmt: skip
+    """Rows of the profile: counts are sums over seeds, `n_eff` is the number of seeds."""
+    first = frames[0]
+    start = np.stack([frame["initial"].to_numpy(dtype=np.float64) for frame in frames])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        initial = np.exp(np.log(start).mean(axis=0)) if log else start.mean(axis=0)
+
+    def total(column: str) -> Any:
+        parts = [frame[column].astype("Int64") for frame in frames]
+        return pd.concat(parts, axis=1).sum(axis=1, min_count=1).astype("Int64")
+
+    return pd.DataFrame(
+        {
+            "layer": first["layer"], "name": first["name"], "score": score, "low": low,
+            "high": high, "n_eff": seeds.astype(np.float64), "visits": total("visits"),
+            "initial": initial, "rho": np.full(len(first), np.nan), "steps": total("steps"),
+            "zeros": total("zeros"),
+        }
+    )  # fmt: skip
+
+
+def _outside(
+    profiles: Sequence[ImportanceProfile], means: SeedMeans, values: Array, log: bool
+) -> pd.DataFrame:
+    """Embedding, head and norm over seeds, each beside the layers of its own seed."""
+    table = np.stack([p.outside["score"].to_numpy(dtype=np.float64) for p in profiles])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if log:
+            shared = _first_known(values - means.relative)
+            relative = np.log(np.where(table > 0, table, np.nan)) - shared[:, None]
+        else:
+            relative = table / _first_known(values / means.relative)[:, None]
+    rows = [mean_over(column, profiles[0].confidence) for column in relative.T]
+    back = np.exp if log else np.asarray
+    score, low, high = (
+        back(np.array([getattr(row, name) for row in rows], dtype=np.float64))
+        for name in ("value", "low", "high")
+    )
+    count = np.array([row.n for row in rows], dtype=np.int64)
+    return _frame([p.outside for p in profiles], score, low, high, count, log)
+
+
+def _first_known(rows: Array) -> Array:
+    """What every row has in all its known places alike."""
+    at = np.isfinite(rows).argmax(axis=1)
+    return np.asarray(rows[np.arange(len(rows)), at])
+
+
+def _seeds(
+    profiles: Sequence[ImportanceProfile], names: Sequence[str], means: SeedMeans, log: bool
+) -> Seeds:
+    """Tell what differs within runs from what differs between them."""
+    places = profiles[0].layers[["layer", "name"]]
+    table = np.stack([p.scores for p in profiles])
+    stated = np.stack([_stated(profile, log) for profile in profiles])
+    size = np.ones(table.shape[1]) if log else np.abs(means.effect)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = np.where(np.isfinite(stated), stated**2, 0.0).sum(axis=0)
+        within = np.sqrt(squares / np.isfinite(stated).sum(axis=0)) / size
+        total = means.total / size
+        between = np.sqrt(np.maximum(total**2 - within**2, 0.0))
+        both = np.isfinite(within) & np.isfinite(total)
+        ratio = _rms(total[both]) / _rms(within[both])
+    taus = []
+    for a, b in combinations(table, 2):
+        known = np.isfinite(a) & np.isfinite(b)
+        taus.append(st.kendall_tau(a[known], b[known]) if known.sum() > 2 else _NAN)
+    agree = [tau for tau in taus if np.isfinite(tau)] or [_NAN]
+    spread = places.assign(seeds=means.seeds, within=within, between=between, total=total)
+    found = Seeds(
+        tuple(names), places.assign(**dict(zip(names, table, strict=True))), spread, ratio,
+        float(np.mean(agree)), min(agree), max(agree), "",
+    )  # fmt: skip
+    return _said(found)
+
+
+def _said(seeds: Seeds) -> Seeds:
+    """Add the words."""
+    within, total = (
+        _rms(seeds.spread[name].to_numpy(dtype=np.float64)) for name in ("within", "total")
+    )
+    words = []
+    if np.isfinite(total):
+        text = f"A layer's score differs between seeds by {total:.1%}"
+        if np.isfinite(seeds.ratio):
+            text += f", where one run states {within:.1%} for itself"
+            if seeds.ratio > _MORE:
+                text += ": the interval of a single run speaks of its own seed only"
+        words.append(text + ".")
+    if np.isfinite(seeds.kendall):
+        reach = f" ({seeds.kendall_low:.2f} … {seeds.kendall_high:.2f})"
+        words.append(
+            f"Rankings of two seeds agree with τ = {seeds.kendall:.2f}"
+            f"{reach if len(seeds.runs) > 2 else ''}."
+        )
+    return replace(seeds, statement=" ".join(words))
+
+
+def _rms(values: Array) -> float:
+    """Root mean square of what is known; NaN without anything."""
+    known = values[np.isfinite(values)]
+    return float(np.sqrt((known**2).mean())) if len(known) else _NAN
+
+
+def _stated(profile: ImportanceProfile, log: bool) -> Array:
+    """Standard error that a profile states for each of its layers, from its interval."""
+    frame = profile.layers
+    low, high, size = (frame[name].to_numpy(dtype=np.float64) for name in ("low", "high", "n_eff"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        width = np.log(high / low) if log else high - low
+    reach = st.t_quantile(0.5 + profile.confidence / 2, np.maximum(np.nan_to_num(size) - 1, 1.0))
+    return np.where(np.isfinite(width), width / (2 * reach), np.nan)
+
+
+def _remarks(first: ImportanceProfile, fit: Fit, means: SeedMeans) -> tuple[str, ...]:
+    """What is special about single layers."""
+    rows = list(first.layers["name"])
+    return tuple(
+        f"{text}: {name_rows(first.by, rows, chosen)}."
+        for chosen, text in (
+            (fit.zero, "Exactly 0 in every seed"),
+            (means.seeds == 1, "Known from one seed only, and so without an interval"),
+            (means.departs, "Other between seeds by more than the rest leads to expect"),
+        )
+        if chosen.any()
+    )
+
+
+def _statement(
+    first: ImportanceProfile, fit: Fit, means: SeedMeans, judged: Judgement, seeds: Seeds,
+    special: Sequence[str], stacks: int,
+) -> str:  # fmt: skip
+    """What a person should take away: estimand, layers that stand out, shape, seeds."""
+    count = len(seeds.runs)
+    sentences = [
+        f"Over {count} seeds: intervals are for the mean over seeds of this arm (Student's t, "
+        f"variances moderated over {first.by}s)."
+    ]
+    unknown = ~(fit.seen | fit.zero)
+    if unknown.all():
+        return f"No {first.by} has a score in any seed: nothing is known about {first.metric}."
+    if unknown.any():
+        sentences.append(
+            f"Unknown in every seed: {name_rows(first.by, list(first.layers['name']), unknown)}."
+        )
+    sentences += special
+    if fit.seen.any():
+        sentences += [*_standing(first, means, fit.log), shape_words(judged, first.by, stacks)]
+    if seeds.statement:
+        sentences.append(seeds.statement)
+    return " ".join(sentences)
+
+
+def _standing(first: ImportanceProfile, means: SeedMeans, log: bool) -> list[str]:
+    """Which layers stand above and below the mean layer, all of them looked at together."""
+    if not np.isfinite(means.joint_low).any():
+        return []
+    names = list(first.layers["name"])
+    with np.errstate(invalid="ignore"):
+        level = float(np.nanmean(means.effect))
+        above, below = means.joint_low > level, means.joint_high < level
+    parts = [
+        f"{name_rows(first.by, names, rows, limit=12)} {'stand' if rows.sum() > 1 else 'stands'} "
+        f"{word}"
+        for rows, word in ((above, "above"), (below, "below"))
+        if rows.any()
+    ]
+    if not parts:
+        return [f"No {first.by} stands out from the mean {first.by}."]
+    text = " and ".join(parts)
+    mean = "geometric mean" if log else "mean"
+    return [f"{text[0].upper()}{text[1:]} the {mean} of the {first.by}s, all looked at together."]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lisa_analysis.contract.errors import ConfigError
@@ -22,6 +21,7 @@ from lisa_train.model.parallel import processes
 # Small gradients travel together, as in DDP; at most two such buffers exist at a time. A larger
 # gradient is reduced where it is.
 BUCKET_BYTES = 25 * 2**20
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GradientAverage:
@@ -55,7 +55,7 @@ class GradientAverage:
             self._statistics = [
                 buffer
                 for module in model.modules()
-                if isinstance(module, BatchNorm)
+                if isinstance(module, BATCH_NORMS)
                 for buffer in module.buffers()
             ]
             _from_first((*model.parameters(), *model.buffers()))

@@ -27,13 +27,17 @@ def test_of_several_processes_the_first_prints_the_summary(
     assert capsys.readouterr().out == ("the summary\n" if prints else "")
 
 
-RECIPES = ["full", "lora", "lisa", "lisa-lean", "lisa-learned", "probe"]
+# recipe -> its method
+RECIPES = {
+    "full": "full", "lora": "lora", "lisa": "lisa", "lisa-lean": "lisa", "lisa-learned": "lisa",
+    "probe": "probe", "peft": "peft", "head": "select", "bitfit": "select",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
     config = parse(["--config", name, *NEEDED]).config
-    assert config.method == name.split("-")[0]
+    assert config.method == RECIPES[name]
     assert set(recipes()) == set(RECIPES)
 
 

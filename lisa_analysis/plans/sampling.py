@@ -1,28 +1,21 @@
-"""Scores -> inclusion probabilities for the next run, and the JSON file that carries them."""
+"""Profile -> inclusion probabilities for the next run, and what each strength would give."""
 
-import html
-import json
 import math
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
-from lisa_analysis.contract.probabilities_file import check_vector, read_record
-from lisa_analysis.contract.schema import SCHEMA_VERSION
-from lisa_analysis.plans.budget import (
-    CONTROLS,
-    Control,
-    apply_control,
-    in_units,
-    inclusion_probabilities,
-    safe_scores,
-)
+from lisa_analysis.plans.budget import CONTROLS as CONTROLS
+from lisa_analysis.plans.budget import Control
+from lisa_analysis.plans.budget import inclusion_probabilities as inclusion_probabilities
+from lisa_analysis.plans.budget import safe_scores as safe_scores
+from lisa_analysis.plans.evidence import Evidence, check_profile
+from lisa_analysis.plans.probabilities import SamplingProbabilities as SamplingProbabilities
+from lisa_analysis.plans.stages import Stages, probabilities_from_scores
+from lisa_analysis.plans.strength import Strength
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,139 +25,16 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 STAGES = ("score", "low", "high", "safe", "power", "mixed")
-
-
-@dataclass(frozen=True)
-class SamplingProbabilities:
-    """Inclusion probabilities π of the layers (Σπ = k) with everything they were made from.
-
-    Made by `sampling_probabilities`, or read with `load`. `stages` maps each stage of the
-    computation (score, low, high, safe, power, mixed) to one value per layer, None where unknown.
-    """
-
-    model: str
-    layer_names: tuple[str, ...]
-    activated_layers: int
-    inclusion_probabilities: tuple[float, ...]
-    scores: tuple[float | None, ...] = field(repr=False)
-    metric: str
-    gamma: float
-    mix: float
-    floor: float
-    cap: float
-    n_eff: float | None
-    source_runs: tuple[str, ...]
-    verdict: str
-    created: str
-    control: str | None = None
-    seed: int = 0
-    justified: bool = False
-    statement: str = ""
-    stages: dict[str, tuple[float | None, ...]] = field(
-        default_factory=dict, repr=False, hash=False
-    )
-    schema_version: str = SCHEMA_VERSION
-
-    def to_frame(self) -> "pd.DataFrame":
-        """One row per layer, one column per stage, π last."""
-        import pandas as pd
-
-        frame = pd.DataFrame({"layer": range(len(self.layer_names)), "name": self.layer_names})
-        for name, values in self.stages.items():
-            frame[name] = np.array(values, dtype=np.float64)
-        frame["inclusion_probability"] = self.inclusion_probabilities
-        return frame
-
-    def save(self, path: str | Path) -> Path:
-        """Write the JSON file that `lisa-train --lisa.probabilities` takes."""
-        path = Path(path)
-        record = {"schema_version": self.schema_version, **asdict(self)}
-        if math.isinf(self.cap):
-            record["cap"] = None  # JSON has no infinity
-        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SamplingProbabilities":
-        """Read and check a probabilities file.
-
-        Raises
-        ------
-        ProbabilitiesError
-            One sentence, when the file is missing, torn, of another major version, or holds
-            numbers that are no inclusion probabilities.
-        """
-        path = Path(path)
-        record = read_record(path)
-        names, k = record["layer_names"], record["activated_layers"]
-        pi = record["inclusion_probabilities"]
-        check_vector(path, names, pi, k)
-        scores = record.get("scores") or [None] * len(names)
-        if not isinstance(scores, list) or len(scores) != len(names):
-            raise ProbabilitiesError(
-                f"{path} has {len(names)} layer names and scores of another length: write the "
-                "file again."
-            )
-        known = {name: record[name] for name in _OPTIONAL if name in record}
-        if known.get("cap", 0) is None:
-            known["cap"] = math.inf
-        stages = record.get("stages")
-        return cls(
-            layer_names=tuple(names),
-            activated_layers=k,
-            inclusion_probabilities=tuple(float(p) for p in pi),
-            scores=tuple(scores),
-            source_runs=tuple(record.get("source_runs") or ()),
-            stages={n: tuple(v) for n, v in stages.items()} if isinstance(stages, dict) else {},
-            **{**_DEFAULTS, **known},
-        )
-
-    def __repr__(self) -> str:
-        low, high = min(self.inclusion_probabilities), max(self.inclusion_probabilities)
-        kind = f", {self.control} control" if self.control else ""
-        return (
-            f"<SamplingProbabilities k={self.activated_layers} of {len(self.layer_names)} layers "
-            f"from {self.metric}{kind}: π {low:.4g} … {high:.4g}>"
-        )
-
-    def _repr_html_(self) -> str:
-        table = self.to_frame().to_html(index=False, float_format=lambda v: f"{v:.4g}", border=0)
-        pi = np.array(self.inclusion_probabilities)
-        spread = (
-            f"{self.activated_layers} of {len(pi)} layers at a time; π from {pi.min():.3g} "
-            f"(layer {pi.argmin()}) to {pi.max():.3g} (layer {pi.argmax()})"
-            if np.ptp(pi) > 1e-9
-            else f"{self.activated_layers} of {len(pi)} layers at a time; π = {pi[0]:.3g} for all"
-        )
-        kind = f", {self.control} control" if self.control else ""
-        facts = notebook.facts(
-            [
-                ("sampling", spread),
-                ("from", f"{self.metric} of {', '.join(self.source_runs) or 'given scores'}{kind}"),
-            ]
-        )
-        return (
-            f"<section>{facts}<p>{html.escape(self.statement)}</p><details><summary>from score to "
-            f"probability, {len(pi)} rows</summary>{table}</details></section>"
-        )
-
-
-_OPTIONAL = (
-    "model", "metric", "gamma", "mix", "floor", "cap", "n_eff", "verdict", "created", "control",
-    "seed", "justified", "statement", "schema_version",
-)  # fmt: skip
-_DEFAULTS: dict[str, Any] = {
-    "model": "unknown", "metric": "unknown", "gamma": 1.0, "mix": 0.0, "floor": 0.0,
-    "cap": math.inf, "n_eff": None, "verdict": "unknown", "created": "unknown",
-}  # fmt: skip
+# What the table of strengths shows, from uniform to the most concentrated.
+STRENGTHS: tuple[float | str, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, "pool")
 
 
 def sampling_probabilities(
     profile: "ImportanceProfile",
     activated_layers: int = 2,
     *,
-    gamma: float = 1.0,
+    strength: float | str = 1.0,
+    gamma: float | None = None,
     mix: float = 0.25,
     floor: float = 0.25,
     cap: float = 4.0,
@@ -174,7 +44,12 @@ def sampling_probabilities(
 ) -> SamplingProbabilities:
     """Turn a profile into inclusion probabilities.
 
-    score with interval → safe score → power → uniform mix → floor and cap with Σπ = k.
+    score with interval → safe score → power → mix with uniform → floor and cap with Σπ = k.
+
+    A layer of a higher score never gets a smaller π than one of a lower score, where both are
+    known; a layer that is unknown (without a score, or without an interval) gets its uniform share
+    k/L. A profile that is undecided (no layer has an interval, none stands apart from the others,
+    or it is that of the adapters' initialisation) gives uniform probabilities, and says so.
 
     Parameters
     ----------
@@ -182,23 +57,30 @@ def sampling_probabilities(
         A profile by layer; scores from elsewhere become one with `ImportanceProfile.from_scores`.
     activated_layers
         k, layers that train in each interval; any 1 … number of layers.
+    strength
+        How strongly π follows the scores: 0 is uniform (LISA), 1 the deliberately mild default, up
+        to 16. It is the power on the scores; above 1, `mix` and `floor` fall in proportion and
+        `cap` rises. ``"pool"`` shares k equally among the layers that stand above the mean with
+        their whole interval, ``"pool=6"`` among the six best; the others have π = 0 and are never
+        drawn.
     gamma
-        Power of the scores: 0 is uniform (LISA), 1 proportional.
+        A power on the scores that leaves `mix`, `floor` and `cap` as they are; it takes the place
+        of `strength`.
     mix
         Share ε of uniform mixed in, so that no layer depends on its score alone.
     floor, cap
         Bounds of π in units of k/L; never above 1.
     use_intervals
         Pull every score towards the others as far as its interval allows (Stich, Raj & Jaggi
-        2017): wide intervals give uniform sampling, and a layer without an interval is neutral.
-        False takes the scores as if they were certain. Either way a layer that no gradient
-        reached, or that scored below zero, counts as 0: it gets what `mix` and `floor` give it.
+        2017), with intervals that hold for all layers at once where the profile has them. False
+        takes the scores as if they were certain. Either way a layer that no gradient reached, or
+        that scored below zero, counts as 0: it gets what `mix` and `floor` give it.
     control
         The same probabilities given to other layers, to tell importance from mere inequality:
         ``permuted`` at random, ``reversed`` in rank (the most important layer gets the smallest
-        π), or ``uniform``.
+        π), or ``uniform``; ``none`` or None is no control.
     seed
-        Of the permutation.
+        Of the permutation; written to the file.
 
     Returns
     -------
@@ -208,53 +90,40 @@ def sampling_probabilities(
     Raises
     ------
     ProbabilitiesError
-        For values out of range, bounds that no Σπ = k can meet, or a profile not by layer.
+        For values out of range, bounds that no Σπ = k can meet, a pool of fewer than k layers or
+        of an undecided profile, or a profile not by layer.
     """
-    _check_profile(profile)
-    n = profile.n_layers
-    if profile.by != "layer":
-        raise ProbabilitiesError(
-            f"sampling probabilities need a profile by layer, got one by {profile.by}."
-        )
-    _check_settings(n, activated_layers, gamma, mix, floor, cap, control)
+    evidence = _evidence(profile, use_intervals)
+    settings = Strength.of(strength, mix=mix, floor=floor, cap=cap, gamma=gamma)
     control = None if control == "none" else control
-    frame = profile.layers
-    score, low, high = (
-        frame[c].to_numpy(dtype=np.float64, copy=True) for c in ("score", "low", "high")
-    )
-    if np.isinf(score).any():
+    if settings.pool is not None and evidence.undecided:
         raise ProbabilitiesError(
-            f"layer {int(np.argmax(np.isinf(score)))} has an infinite score: expected finite ones."
+            f"strength is {strength!r}, but the profile is undecided ({evidence.undecided}), and "
+            "names no layers for a pool; take the scores as certain (--ignore-intervals, "
+            "use_intervals=False), or measure more."
         )
-    if use_intervals:
-        nothing = list(profile.zero)
-        low[nothing] = high[nothing] = 0.0
-        safe = safe_scores(low, high)
-    else:
-        safe = np.maximum(np.where(np.isfinite(score), score, _neutral(score)), 0.0)
-    size = in_units(safe)
-    power = (size / size.mean()) ** gamma if safe.any() else np.ones(n)
-    mixed = (1 - mix) * power / power.sum() + mix / n
-    pi = inclusion_probabilities(mixed, activated_layers, floor=floor, cap=cap)
-    pi = apply_control(pi, control, seed)
-    justified, reason = _justification(profile, pi)
-    if control is not None:
-        justified, reason = False, f"A {control} control: not meant to be better than uniform."
-    elif least := _least(profile):
-        reason = " ".join([reason, *profile.remarks, least])
-    stages = dict(zip(STAGES, map(_plain, (score, low, high, safe, power, mixed)), strict=True))
+    stages = probabilities_from_scores(
+        evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
+        control=control, seed=seed,
+    )  # fmt: skip
+    frame = profile.layers
+    raw = [frame[c].to_numpy(dtype=np.float64) for c in ("score", "low", "high")]
+    shown = (raw[0], *(raw[1:] if evidence.undecided else (stages.low, stages.high)),
+             stages.safe, stages.power, stages.mixed)  # fmt: skip
+    plain = dict(zip(STAGES, map(_plain, shown), strict=True))
+    justified, statement = _judged(profile, evidence, stages, activated_layers, control, seed)
     known = frame["n_eff"][frame["score"].notna()]
     return SamplingProbabilities(
         model=profile.model,
         layer_names=tuple(frame["name"]),
         activated_layers=int(activated_layers),
-        inclusion_probabilities=tuple(pi.tolist()),
-        scores=stages["score"],
+        inclusion_probabilities=tuple(stages.pi.tolist()),
+        scores=plain["score"],
         metric=profile.metric,
-        gamma=float(gamma),
-        mix=float(mix),
-        floor=float(floor),
-        cap=float(cap),
+        gamma=settings.power,
+        mix=settings.mix,
+        floor=settings.floor,
+        cap=settings.cap,
         n_eff=float(known.min()) if known.notna().any() else None,
         source_runs=profile.sources,
         verdict=profile.verdict,
@@ -262,85 +131,203 @@ def sampling_probabilities(
         control=control,
         seed=int(seed),
         justified=justified,
-        statement=reason,
-        stages=stages,
+        statement=statement,
+        strength=_written(strength, gamma),
+        unknown=tuple(np.flatnonzero(~stages.known).tolist()),
+        undecided=evidence.undecided,
+        gain=_finite(gain(stages.pi, raw[0])),
+        spread=_finite(_spread(raw[0])),
+        stages=plain,
     )
 
 
-def _justification(profile: "ImportanceProfile", pi: Array) -> tuple[bool, str]:
-    """Whether to leave uniform sampling, and why (not)."""
-    headroom = profile.concentration.headroom
-    no = "The evidence does not justify leaving uniform sampling: "
-    if profile.initialisation is not None and profile.initialisation.explained:
-        return False, no + "the profile is explained by adapter initialisation."
-    if profile.unseen:
-        return False, no + f"{len(profile.unseen)} of {profile.n_layers} layers were never seen."
-    if not profile.sufficient or headroom.low is None:
-        return False, no + "the data are insufficient for intervals of the scores."
-    if headroom.low <= profile.thresholds.headroom:
-        return False, no + (
-            f"the gain to be had is ×{headroom.value:.3f}, and may be as small as "
-            f"×{headroom.low:.3f}."
+def gain(pi: Array, scores: Array) -> float:
+    """Mean score of a layer that π draws over that of a uniformly drawn one; NaN without scores.
+
+    Over the layers that have a score; below zero counts as zero. π in proportion to the scores
+    gives their spread 1 + CV².
+    """
+    known = np.isfinite(scores) & np.isfinite(pi)
+    score, share = np.maximum(scores[known], 0.0), pi[known]
+    if not (score.any() and share.sum() > 0):
+        return math.nan
+    score = score / score.max()
+    return float((share @ score) / share.sum() / score.mean())
+
+
+def _spread(scores: Array) -> float:
+    return gain(np.maximum(scores, 0.0), scores)
+
+
+def strengths(
+    profile: "ImportanceProfile",
+    activated_layers: int = 2,
+    *,
+    use_intervals: bool = True,
+    values: tuple[float | str, ...] = STRENGTHS,
+) -> "pd.DataFrame":
+    """What each strength would give: one row each, with why not where it gives nothing.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``strength``; ``least`` and ``most``, the bounds of π above 0; ``never_drawn``, how many
+        layers have π = 0; ``gain``, see `gain`; ``why_not``, empty where there are probabilities;
+        ``pi``, an array of shape (L,), None where there are none.
+
+    Raises
+    ------
+    ProbabilitiesError
+        For what no strength could cure: see `sampling_probabilities`.
+    """
+    import pandas as pd
+
+    evidence = _evidence(profile, use_intervals)
+    rows = []
+    for value in values:
+        row: dict[str, Any] = {"strength": value if isinstance(value, str) else f"{value:g}"}
+        settings = Strength.of(value)
+        try:
+            if settings.pool is not None and evidence.undecided:
+                raise ProbabilitiesError(f"the profile is undecided: {evidence.undecided}.")
+            pi = probabilities_from_scores(
+                evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings
+            ).pi
+        except ProbabilitiesError as error:
+            if settings.pool is None:
+                raise
+            rows.append(row | {"why_not": str(error), "pi": None})
+            continue
+        rows.append(
+            row
+            | {"least": pi[pi > 0].min(), "most": pi.max(), "never_drawn": int((pi == 0).sum()),
+               "gain": gain(pi, evidence.score), "why_not": "", "pi": pi}
+        )  # fmt: skip
+    columns = ["strength", "least", "most", "never_drawn", "gain", "why_not", "pi"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _evidence(profile: Any, use_intervals: bool) -> Evidence:
+    check_profile(profile)
+    if profile.by != "layer":
+        raise ProbabilitiesError(
+            f"sampling probabilities need a profile by layer, got one by {profile.by}."
         )
-    if profile.reliability.drift:
-        return False, no + "the profile drifted during the run."
-    # Without a floor a layer may have π = 0.
-    gain = float(pi.max() / pi.min()) if pi.min() > 0 else math.inf
-    material = profile.thresholds.material
-    if gain < 1 + material:
+    return Evidence.of(profile, use_intervals)
+
+
+def _judged(
+    profile: "ImportanceProfile",
+    evidence: Evidence,
+    stages: Stages,
+    k: int,
+    control: str | None,
+    seed: int,
+) -> tuple[bool, str]:
+    """Whether to leave uniform sampling, and everything that is to be said."""
+    if control is not None:
+        of_seed = f" of seed {seed}" if control == "permuted" else ""
         return False, (
-            f"No layer is drawn {material:.0%} more often than another: these settings "
-            "(activated_layers, gamma, mix, floor, cap, use_intervals) make the probabilities "
-            "uniform."
+            f"A {control} control{of_seed}: the same probabilities, given to other layers than "
+            "the scores would; not meant to be better than uniform."
         )
-    return True, (
-        f"Sampling by {profile.metric} could gain ×{headroom.value:.2f} over uniform "
-        f"(at least ×{headroom.low:.2f}); the most important layer is drawn {gain:.1f} times as "
-        "often as the least. Whether the score predicts a lower loss is for a run to show, beside "
-        "a uniform and a permuted control."
-    )
-
-
-def _least(profile: "ImportanceProfile") -> str:
-    """What becomes of layers that count as 0; empty without any."""
+    justified, reason = _justification(profile, evidence, stages)
+    said = [reason]
+    if not evidence.undecided:
+        said += _unknown(stages, k)
+        if (never := stages.pi == 0).any():
+            said.append(f"Never drawn: {_name(never)}.")
+        if evidence.doubt:
+            said.append(f"The scores are taken as certain, although {evidence.doubt}.")
+    if profile.reliability.drift and not evidence.undecided:
+        said.append(
+            "The profile drifted during the run: its scores are averages of stages, and no firm "
+            "reason to leave uniform sampling."
+        )
+    said += profile.remarks
     below = profile.layers["high"].to_numpy(dtype=np.float64) < 0
-    count = int(below.sum()) + len(profile.zero)
-    if not count:
-        return ""
-    return f"{'They get' if count > 1 else 'It gets'} no more than mix and floor give."
+    if (count := int(below.sum()) + len(profile.zero)) and not evidence.undecided:
+        them = "They get" if count > 1 else "It gets"
+        said.append(f"{them} no more than mix and floor give.")
+    return justified, " ".join(said)
 
 
-def _check_profile(profile: Any) -> None:
-    if not all(hasattr(profile, name) for name in ("layers", "by", "concentration")):
-        raise ProbabilitiesError(
-            f"sampling probabilities are made from a profile, got a {type(profile).__name__}: make "
-            "one with importance(run), or of scores with ImportanceProfile.from_scores."
+def _justification(
+    profile: "ImportanceProfile", evidence: Evidence, stages: Stages
+) -> tuple[bool, str]:
+    """Whether to leave uniform sampling, and why (not)."""
+    pi = stages.pi
+    if evidence.undecided:
+        return False, (
+            "The evidence does not justify leaving uniform sampling, and the probabilities are "
+            f"uniform: {evidence.undecided}."
         )
-
-
-def _check_settings(
-    n: int, k: Any, gamma: float, mix: float, floor: float, cap: float, control: Any
-) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
-        raise ProbabilitiesError(
-            f"activated_layers is {k!r}: expected a whole number from 1 to {n}, the number of "
-            "layers."
+    if np.ptp(pi) < 1e-9:
+        return False, (
+            "Every layer is drawn as often as any other: these settings (activated_layers, "
+            "strength, gamma, mix, floor, cap, use_intervals) make the probabilities uniform."
         )
-    for name, value, least, most in (
-        ("gamma", gamma, 0.0, 16.0), ("mix", mix, 0.0, 1.0), ("floor", floor, 0.0, 1.0),
-        ("cap", cap, 1.0, math.inf),
-    ):  # fmt: skip
-        if not (isinstance(value, (int, float)) and least <= value <= most):
-            raise ProbabilitiesError(
-                f"{name} is {value!r}: expected a number from {least:g} to {most:g}."
-            )
-    if control is not None and control not in CONTROLS:
-        raise ProbabilitiesError(f"control is {control!r}: expected one of {', '.join(CONTROLS)}.")
+    value, spread = gain(pi, evidence.score), _spread(evidence.score)
+    collects = (
+        f"a draw collects ×{value:.2f} the score of a uniform one, and the spread of the scores "
+        f"(1 + CV²) is {spread:.2f}"
+    )
+    inside = pi[pi > 0]
+    times = float(inside.max() / inside.min())
+    limits = profile.thresholds
+    # What the careful scores inside the intervals give is what can be counted on.
+    least = min(spread, _spread(stages.safe))
+    if np.ptp(inside) / inside.max() < limits.material / (1 + limits.material) and pi.min() > 0:
+        return False, (
+            f"The probabilities hardly differ from uniform ones: no layer is drawn "
+            f"{limits.material:.0%} more often than another, and {collects}."
+        )
+    if least <= limits.headroom:
+        return False, (
+            f"The probabilities follow the scores, but little is to be had: {collects}; that may "
+            f"be as small as {least:.3f}, where more than {limits.headroom:g} is asked for."
+        )
+    often = (
+        f"the most important layer is drawn {times:.1f} times as often as the least"
+        if times > 1 + 1e-9
+        else f"{len(inside)} layers share the draws equally"
+    )
+    said = (
+        f"Sampling by {profile.metric}: {collects}; {often}. Whether the score predicts a lower "
+        "loss is for a run to show, beside a uniform and a permuted control."
+    )
+    return not evidence.doubt and not profile.reliability.drift, said
 
 
-def _neutral(score: Array) -> float:
-    known = score[np.isfinite(score)]
-    return float(known.mean()) if len(known) else 1.0
+def _unknown(stages: Stages, k: int) -> list[str]:
+    """What becomes of unknown layers."""
+    unknown = ~stages.known
+    if not unknown.any():
+        return []
+    if stages.strength.pool is not None:
+        return [f"Unknown, and not in the pool: {_name(unknown)}."]
+    whose = "their" if unknown.sum() > 1 else "its"
+    return [f"Unknown, and at {whose} uniform share {k / len(unknown):.3g}: {_name(unknown)}."]
+
+
+def _name(chosen: NDArray[np.bool_]) -> str:
+    from lisa_analysis.profiles.sentences import name_rows
+
+    return name_rows("layer", (), chosen)
+
+
+def _written(strength: float | str, gamma: float | None) -> float | str:
+    """Return the strength as the file has it: a number, or the words of a pool."""
+    if gamma is not None:
+        return float(gamma)
+    settings = Strength.of(strength)
+    if settings.pool is None:
+        return settings.power
+    return f"pool={settings.pool}" if settings.pool else "pool"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _plain(values: Array) -> tuple[float | None, ...]:

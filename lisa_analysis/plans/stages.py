@@ -269,7 +269,9 @@ def _pool(
             )
     else:
         with np.errstate(invalid="ignore"):
-            chosen[known] = (low > score[known].mean())[known] if known.any() else False
+            chosen[known] = (
+                (low > score[np.isfinite(score)].mean())[known] if known.any() else False
+            )
         found, name = int(chosen.sum()), "pool"
     if found < least:
         which = "" if size else " that stand above the mean with their whole interval"

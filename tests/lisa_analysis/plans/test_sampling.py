@@ -11,7 +11,7 @@ from hypothesis import strategies as hs
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError, ProbabilitiesError
-from lisa_analysis.plans.sampling import inclusion_probabilities, safe_scores
+from lisa_analysis.plans.sampling import inclusion_probabilities, safe_scores, strengths
 
 X = np.linspace(-1, 1, 12)
 weights = hs.lists(hs.floats(1e-6, 1e6), min_size=1, max_size=60).map(np.array)
@@ -207,11 +207,12 @@ class TestPipeline:
             np.testing.assert_allclose(made.inclusion_probabilities, 0.25)
 
     def test_insufficient_data_give_uniform_and_say_so(self, make_run):
-        profile = la.importance(make_run(profile=np.exp(X), steps=40, rho=0.95))
+        profile = la.importance(make_run(profile=np.exp(X), steps=12, rho=0.95))
         made = la.sampling_probabilities(profile, 2)
-        assert np.ptp(made.inclusion_probabilities) < 0.05
+        assert set(made.inclusion_probabilities) == {2 / 12}
         assert not made.justified
-        assert "insufficient" in made.statement
+        assert "insufficient" in made.undecided
+        assert f"the probabilities are uniform: {made.undecided}" in made.statement
         believed = la.sampling_probabilities(profile, 2, use_intervals=False)
         assert np.ptp(believed.inclusion_probabilities) > 0.1
         assert not believed.justified
@@ -433,3 +434,150 @@ class TestFile:
         made, _ = saved
         assert len(repr(made)) < 120
         assert "<table" in made._repr_html_()
+
+
+class TestEvidence:
+    """What is known moves, what is unknown stays at its uniform share, and the words agree."""
+
+    NAN = math.nan
+
+    def profile(self, score, low=None, high=None, **options):
+        return la.ImportanceProfile.from_scores(score, None, low, high, **options)
+
+    def test_one_unknown_layer_never_silences_the_rest(self):
+        score = np.exp(X)
+        low, high = score * 0.95, score * 1.05
+        low[4] = high[4] = self.NAN
+        made = la.sampling_probabilities(self.profile(score, low, high), 3)
+        assert made.justified
+        assert made.unknown == (4,)
+        assert made.undecided == ""
+        pi = np.array(made.inclusion_probabilities)
+        assert pi[4] == 0.25
+        assert (np.diff(np.delete(pi, 4)) > 0).all()
+        assert "Unknown, and at its uniform share 0.25: layer 4." in made.statement
+        assert made.stages["safe"][4] is made.stages["mixed"][4] is None
+        assert made.stages["score"][4] is not None
+
+    def test_no_layer_apart_from_the_others_is_uniform(self):
+        score = np.linspace(1, 2, 12)
+        made = la.sampling_probabilities(self.profile(score, score - 0.6, score + 0.6), 3)
+        assert set(made.inclusion_probabilities) == {0.25}
+        assert made.undecided == "no layer is known to stand above or below the others"
+        assert not made.justified
+
+    def test_the_joint_band_counts_where_a_profile_has_one(self):
+        score = np.array([1.0, 1.3, 1.0, 1.0])
+        profile = self.profile(score, score - 0.1, score + 0.1)
+        alone = la.sampling_probabilities(profile, 1)
+        assert alone.inclusion_probabilities[1] > 0.25
+        profile.layers["joint_low"], profile.layers["joint_high"] = score - 0.2, score + 0.2
+        together = la.sampling_probabilities(profile, 1)
+        assert set(together.inclusion_probabilities) == {0.25}
+
+    def test_scores_alone_are_undecided_until_they_are_taken_as_certain(self):
+        profile = self.profile([1.0, 2, 3, 4])
+        assert la.sampling_probabilities(profile, 1).undecided
+        made = la.sampling_probabilities(profile, 1, use_intervals=False)
+        assert not made.undecided
+        assert not made.justified
+        assert "taken as certain, although the data are insufficient" in made.statement
+
+    def test_bare_layers_taken_as_certain_are_said(self):
+        score = np.exp(X)
+        low, high = score * 0.9, score * 1.1
+        low[:2] = high[:2] = self.NAN
+        made = la.sampling_probabilities(self.profile(score, low, high), 3, use_intervals=False)
+        assert made.unknown == ()
+        assert not made.justified
+        assert "although 2 of 12 layers have no interval" in made.statement
+
+    def test_a_small_spread_is_followed_and_called_small(self):
+        score = np.array([1.0] * 29 + [2.0])
+        made = la.sampling_probabilities(self.profile(score, score * 0.98, score * 1.02), 2)
+        assert made.inclusion_probabilities[29] > 1.5 * made.inclusion_probabilities[0]
+        assert not made.justified
+        assert "little is to be had" in made.statement
+
+    def test_all_sources_are_in_the_file(self, tmp_path):
+        score = np.exp(X)
+        profile = self.profile(score, score * 0.9, score * 1.1, sources=("a", "b", "c"))
+        path = la.sampling_probabilities(profile).save(tmp_path / "p.json")
+        assert json.loads(path.read_text())["source_runs"] == ["a", "b", "c"]
+
+
+class TestStrengthOfAProfile:
+    @pytest.fixture
+    def known(self):
+        score = np.exp(X)
+        return la.ImportanceProfile.from_scores(score, None, score * 0.97, score * 1.03)
+
+    def test_the_file_holds_what_was_in_force(self, known, tmp_path):
+        made = la.sampling_probabilities(known, 2, strength=4)
+        assert (made.strength, made.gamma, made.mix, made.floor, made.cap) == (
+            4.0, 4.0, 0.0625, 0.0625, 16.0,
+        )  # fmt: skip
+        assert la.SamplingProbabilities.load(made.save(tmp_path / "p.json")) == made
+
+    def test_zero_is_uniform_and_more_collects_more(self, known):
+        gains = [la.sampling_probabilities(known, 2, strength=s).gain for s in (0, 0.5, 1, 2, 4)]
+        assert gains[0] == pytest.approx(1.0)
+        assert (np.diff(gains) > 0).all()
+
+    def test_gain_and_spread_are_what_they_say(self, known):
+        made = la.sampling_probabilities(known, 2)
+        score, pi = np.exp(X), np.array(made.inclusion_probabilities)
+        assert made.gain == pytest.approx((pi @ score) / (2 * score.mean()))
+        assert made.spread == pytest.approx(1 + (score.std() / score.mean()) ** 2)
+        alone = la.sampling_probabilities(known, 1, mix=0, floor=0, cap=math.inf,
+                                          use_intervals=False)  # fmt: skip
+        assert alone.gain == pytest.approx(alone.spread)
+
+    def test_a_pool_round_trip(self, known, tmp_path):
+        made = la.sampling_probabilities(known, 2, strength="pool")
+        above = np.exp(X) * 0.97 > np.exp(X).mean()
+        assert made.never_drawn == tuple(np.flatnonzero(~above).tolist())
+        assert made.strength == "pool"
+        assert "Never drawn: layers 0, 1" in made.statement
+        assert f"{above.sum()} layers share the draws equally" in made.statement
+        path = made.save(tmp_path / "p.json")
+        assert la.SamplingProbabilities.load(path) == made
+        assert json.loads(path.read_text())["cap"] is None
+
+    def test_an_undecided_profile_has_no_pool(self):
+        profile = la.ImportanceProfile.from_scores([1.0, 2, 9])
+        with pytest.raises(ProbabilitiesError, match=r"undecided .*--ignore-intervals"):
+            la.sampling_probabilities(profile, 1, strength="pool=1")
+        made = la.sampling_probabilities(profile, 1, strength="pool=1", use_intervals=False)
+        assert made.inclusion_probabilities == (0.0, 0.0, 1.0)
+
+    def test_the_table_of_strengths_agrees_with_each(self, known):
+        table = strengths(known, 3)
+        assert table["strength"].tolist() == ["0", "0.5", "1", "2", "4", "pool"]
+        for _, row in table.iterrows():
+            made = la.sampling_probabilities(known, 3, strength=row["strength"])
+            np.testing.assert_array_equal(row["pi"], made.inclusion_probabilities)
+            assert row["gain"] == pytest.approx(made.gain)
+            assert row["never_drawn"] == len(made.never_drawn)
+            assert row["most"] == max(made.inclusion_probabilities)
+
+    def test_the_table_says_why_there_is_no_pool(self, known):
+        table = strengths(la.ImportanceProfile.from_scores([1.0, 2, 9]), 1).set_index("strength")
+        assert "undecided" in table["why_not"]["pool"]
+        assert table["why_not"]["4"] == ""
+        assert "a pool of" in strengths(known, 10)["why_not"].iloc[-1]
+
+    @pytest.mark.parametrize("control", ["none", None])
+    def test_no_control_has_two_spellings_and_one_entry(self, known, control, tmp_path):
+        made = la.sampling_probabilities(known, 2, control=control)
+        assert made.control is None
+        assert json.loads(made.save(tmp_path / "p.json").read_text())["control"] is None
+
+    def test_a_control_of_a_pool_is_a_pool(self, known):
+        plain, reverse = (
+            la.sampling_probabilities(known, 1, strength="pool=3", control=control)
+            for control in ("none", "reversed")
+        )
+        assert plain.never_drawn == tuple(range(9))
+        assert reverse.never_drawn == tuple(range(3, 12))
+        assert "A reversed control" in reverse.statement

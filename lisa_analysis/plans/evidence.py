@@ -1,0 +1,115 @@
+"""What a profile lets a plan rest on: scores with bounds, or why it must be uniform."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.contract.errors import ProbabilitiesError
+
+if TYPE_CHECKING:
+    from lisa_analysis.profiles.profile import ImportanceProfile
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Scores of a profile as the stages take them.
+
+    Attributes
+    ----------
+    score
+        Shape (L,); NaN is unknown.
+    low, high
+        Bounds that hold for all layers at once where the profile has them, else those of each;
+        all NaN where the profile is undecided, None where the scores are taken as certain.
+    undecided
+        Why nothing may follow from the scores, in a few words; empty where it may, or where the
+        scores are taken as certain.
+    doubt
+        The same of a profile whose scores are taken as certain all the same.
+    """
+
+    score: Array
+    low: Array | None
+    high: Array | None
+    undecided: str
+    doubt: str = ""
+
+    @classmethod
+    def of(cls, profile: "ImportanceProfile", use_intervals: bool = True) -> "Evidence":
+        """Read a profile.
+
+        Parameters
+        ----------
+        profile
+            Of any metric, by layer or by any other level.
+        use_intervals
+            False takes the scores as if they were certain.
+
+        Raises
+        ------
+        ProbabilitiesError
+            For what is no profile, or for an infinite score.
+        """
+        check_profile(profile)
+        frame = profile.layers
+        score, low, high = (_column(frame, name) for name in ("score", "low", "high"))
+        joint = _column(frame, "joint_low"), _column(frame, "joint_high")
+        if np.isfinite(joint[0]).any():
+            low, high = joint
+        if np.isinf(score).any():
+            layer = int(np.argmax(np.isinf(score)))
+            raise ProbabilitiesError(
+                f"layer {layer} has an infinite score: expected finite ones, NaN where it is "
+                "unknown."
+            )
+        zero = list(profile.zero)
+        reason = _undecided(profile, low, high, zero)
+        if not use_intervals:
+            bare = np.isfinite(score) & np.isnan(low) & np.isnan(high)
+            bare[zero] = False
+            rest = f"{int(bare.sum())} of {len(score)} {profile.by}s have no interval"
+            return cls(score, None, None, "", reason or (rest if bare.any() else ""))
+        if reason:
+            low = high = np.full(len(score), np.nan)
+            score = np.where(score == 0, np.nan, score)
+        else:
+            low[zero] = high[zero] = 0.0
+        return cls(score, low, high, reason)
+
+
+def check_profile(profile: Any) -> None:
+    """Refuse what is no profile."""
+    if not all(hasattr(profile, name) for name in ("layers", "by", "concentration")):
+        raise ProbabilitiesError(
+            f"plans are made from a profile, got a {type(profile).__name__}: make one with "
+            "importance(run), or of scores with ImportanceProfile.from_scores."
+        )
+
+
+def _column(frame: Any, name: str) -> Array:
+    if name not in frame:
+        return np.full(len(frame), np.nan)
+    return np.array(frame[name].to_numpy(dtype=np.float64, copy=True))
+
+
+def _undecided(profile: "ImportanceProfile", low: Array, high: Array, zero: list[int]) -> str:
+    """Why a profile decides nothing; empty where it does."""
+    if profile.initialisation is not None and profile.initialisation.explained:
+        return "the profile is explained by adapter initialisation"
+    known = np.isfinite(low) | np.isfinite(high)
+    if not known.any():
+        never = len(profile.unseen)
+        seen = f"{never} of {profile.n_layers} {profile.by}s were never seen, and " if never else ""
+        return f"{seen}the data are insufficient for intervals of the scores"
+    bottom = np.where(np.isfinite(low[known]), low[known], -np.inf)
+    top = np.where(np.isfinite(high[known]), high[known], np.inf)
+    if zero:
+        bottom, top = np.append(bottom, 0.0), np.append(top, 0.0)
+    # Scores below zero count as zero: two of them are not apart.
+    if np.maximum(bottom, 0.0).max() <= np.maximum(top, 0.0).min():
+        return "no layer is known to stand above or below the others"
+    return ""

@@ -132,7 +132,7 @@ def sampling_probabilities(
         seed=int(seed),
         justified=justified,
         statement=statement,
-        strength=_written(strength, gamma),
+        strength=Strength.read(strength) if gamma is None else settings.power,
         unknown=tuple(np.flatnonzero(~stages.known).tolist()),
         undecided=evidence.undecided,
         gain=_finite(gain(stages.pi, raw[0])),
@@ -314,16 +314,6 @@ def _name(chosen: NDArray[np.bool_]) -> str:
     from lisa_analysis.profiles.sentences import name_rows
 
     return name_rows("layer", (), chosen)
-
-
-def _written(strength: float | str, gamma: float | None) -> float | str:
-    """Return the strength as the file has it: a number, or the words of a pool."""
-    if gamma is not None:
-        return float(gamma)
-    settings = Strength.of(strength)
-    if settings.pool is None:
-        return settings.power
-    return f"pool={settings.pool}" if settings.pool else "pool"
 
 
 def _finite(value: float) -> float | None:

@@ -96,6 +96,20 @@ class Strength:
         above = max(1.0, float(power))
         return cls(float(power), mix / above, floor / above, cap * above)
 
+    @classmethod
+    def read(cls, strength: Any) -> float | str:
+        """Return a checked strength as files have it: a number, ``pool`` or ``pool=6``.
+
+        Raises
+        ------
+        ProbabilitiesError
+            For what is no strength.
+        """
+        found = cls.of(strength)
+        if found.pool is None:
+            return found.power
+        return f"pool={found.pool}" if found.pool else "pool"
+
 
 def _number_in(text: str) -> Any:
     """Number that a text of the command line holds; the text where it holds none."""

@@ -1,7 +1,7 @@
 """Analysis: what was found in one run or several, each part computed once, for all who show it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids, update_ratio_grid
 from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.plans.sampling import SamplingProbabilities, sampling_probabilities
+from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.profiles.from_run import default_metric, importance
 from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
 from lisa_analysis.profiles.profile import ImportanceProfile
@@ -21,6 +21,7 @@ from lisa_analysis.runs.compare import compare
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
+from lisa_analysis.views.next_run import NextRun
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,17 +39,14 @@ class RunAnalysis:
         What the run is called beside the others.
     metric
         Importance metric of its profile, an id or a callable; None for the run's default.
-    activated_layers
-        For how many layers per interval the probabilities are; None takes the run's own, or 2.
-    use_intervals
-        Whether what the intervals leave open is sampled uniformly.
+    plan
+        What is asked of the next run.
     """
 
     run: Run
     name: str
     metric: Any = None
-    activated_layers: int | None = None
-    use_intervals: bool = True
+    plan: NextRun = field(default_factory=NextRun)
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
@@ -127,25 +125,7 @@ class RunAnalysis:
 
     @cached_property
     def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
-        return _plan(self.profile, self.run, self.activated_layers, self.use_intervals)
-
-
-def _plan(
-    profile: ImportanceProfile | None, run: Run, activated_layers: int | None, use_intervals: bool
-) -> tuple[SamplingProbabilities | None, LisaError | None]:
-    """Probabilities that a profile gives, or why it gives none."""
-    if profile is None:
-        return None, None
-    own = (run.manifest.get("lisa") or {}).get("activated_layers")
-    try:
-        found = sampling_probabilities(
-            profile,
-            activated_layers=activated_layers or own or min(2, run.n_layers),
-            use_intervals=use_intervals,
-        )
-    except LisaError as error:
-        return None, error
-    return found, None
+        return self.plan.probabilities(self.profile, self.run)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +134,7 @@ class Analysis:
 
     runs: tuple[RunAnalysis, ...]
     metric: Any = None
-    activated_layers: int | None = None
-    use_intervals: bool = True
+    plan: NextRun = field(default_factory=NextRun)
 
     @classmethod
     def of(cls, runs: Sequence[Run | str | Path], metric: Any = None, **options: Any) -> "Analysis":
@@ -168,16 +147,18 @@ class Analysis:
         metric
             Importance metric of all profiles; None for the default.
         **options
-            `activated_layers` and `use_intervals` of `RunAnalysis`.
+            Attributes of `NextRun`: `activated_layers`, `use_intervals`, `strength`, `control`
+            and `control_seed`.
         """
+        plan = NextRun(**options)
         opened = [load(run) if isinstance(run, str | Path) else run for run in runs]
         return cls(
             tuple(
-                RunAnalysis(run, name, metric, **options)
+                RunAnalysis(run, name, metric, plan)
                 for run, name in zip(opened, labels(opened), strict=True)
             ),
             metric,
-            **options,
+            plan,
         )
 
     @property
@@ -219,7 +200,7 @@ class Analysis:
 
     @cached_property
     def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
-        return _plan(self._profile[0], self.runs[0].run, self.activated_layers, self.use_intervals)
+        return self.plan.probabilities(self._profile[0], self.runs[0].run)
 
     @cached_property
     def comparison(self) -> Comparison | None:

@@ -43,28 +43,47 @@ def build_parser() -> argparse.ArgumentParser:
         "several)",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything machine-readable")
-    parser.add_argument(
-        "--probabilities",
-        metavar="FILE",
-        help="write sampling probabilities for lisa-train; of several runs, which must be seeds of "
-        "one arm, those of the profile over seeds",
-    )
     parser.add_argument("--metric", metavar="NAME", help="importance metric (default: grad_rms)")
-    parser.add_argument(
-        "--activated-layers", type=int, metavar="K",
-        help="layers per interval that the probabilities are for (default: the run's own, or 2)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ignore-intervals", action="store_true",
-        help="make the probabilities from the scores as if they were certain; without this, what "
-        "the intervals leave open is sampled uniformly",
-    )  # fmt: skip
     parser.add_argument(
         "--fail-on", choices=("never", "warn", "fail"), default="never",
         help="exit with 1 when a finding is at least this bad (default: never)",
     )  # fmt: skip
     parser.add_argument("--title", metavar="TEXT", help="title of the report")
+    _add_plans(parser)
     return parser
+
+
+def _add_plans(parser: argparse.ArgumentParser) -> None:
+    """Options of what the next run is to do with a profile."""
+    group = parser.add_argument_group("for the next run")
+    group.add_argument(
+        "--probabilities", metavar="FILE",
+        help="write sampling probabilities for lisa-train; of several runs, which must be seeds of "
+        "one arm, those of the profile over seeds",
+    )  # fmt: skip
+    group.add_argument(
+        "--activated-layers", type=int, metavar="K",
+        help="layers per interval that the probabilities are for (default: the run's own, or 2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength", default="1", metavar="S",
+        help="how strongly they follow the scores: a power from 0 (uniform) to 16, 'pool' (only "
+        "the layers above the mean are drawn) or 'pool=6' (only the six best); the default, 1, is "
+        "mild",
+    )  # fmt: skip
+    group.add_argument(
+        "--control", default="none", choices=("none", "permuted", "reversed", "uniform"),
+        help="give the same probabilities to other layers: a placebo to compare with",
+    )  # fmt: skip
+    group.add_argument(
+        "--control-seed", type=int, default=0, metavar="N",
+        help="seed of the permutation (default: 0); it is written to the file",
+    )  # fmt: skip
+    group.add_argument(
+        "--ignore-intervals", action="store_true",
+        help="take the scores as if they were certain; without this, layers that are unknown get "
+        "their uniform share, and all of them do where the profile is undecided",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
+    from lisa_analysis.plans.strength import Strength
     from lisa_analysis.rundir.run import load
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
@@ -98,11 +118,15 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
         raise LisaError(f"--activated-layers is {arguments.activated_layers}; expected at least 1.")
+    strength = Strength.read(arguments.strength)
     analysis = Analysis.of(
         [load(path) for path in arguments.run_dirs],
         arguments.metric,
         activated_layers=arguments.activated_layers,
         use_intervals=not arguments.ignore_intervals,
+        strength=strength,
+        control=arguments.control,
+        control_seed=arguments.control_seed,
     )
     for one in analysis.runs:
         _insist(one, arguments)
@@ -137,7 +161,8 @@ def _insist(one: "RunAnalysis", arguments: argparse.Namespace) -> None:
     _ = one.diagnostics
     if arguments.metric is not None and one.why_no_profile is not None:
         raise one.why_no_profile
-    if arguments.activated_layers and one.profile is not None and one.why_not is not None:
+    asked = arguments.activated_layers or arguments.strength != "1"
+    if asked and one.profile is not None and one.why_not is not None:
         raise one.why_not
 
 

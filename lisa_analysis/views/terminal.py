@@ -33,12 +33,18 @@ def overview(analysis: "Analysis") -> str:
         if one.profile is None:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
-            parts.append(layer_table(one.profile, one.probabilities))
+            parts.append(_layers(analysis))
     if side_by_side is not None:
         parts.append(run_table(side_by_side))
         if analysis.profile is not None:
-            parts.append(layer_table(analysis.profile, analysis.probabilities))
+            parts.append(_layers(analysis))
     return "\n".join(parts)
+
+
+def _layers(analysis: "Analysis") -> str:
+    assert analysis.profile is not None
+    found = analysis.probabilities
+    return layer_table(analysis.profile, found, analysis.plan.strengths(analysis.profile, found))
 
 
 def findings(run: "Run", diagnostics: "Diagnostics") -> str:
@@ -61,7 +67,11 @@ def findings(run: "Run", diagnostics: "Diagnostics") -> str:
     return "\n".join(lines) + "\n"
 
 
-def layer_table(profile: "ImportanceProfile", probabilities: "SamplingProbabilities | None") -> str:
+def layer_table(
+    profile: "ImportanceProfile",
+    probabilities: "SamplingProbabilities | None",
+    strengths: "pd.DataFrame | None" = None,
+) -> str:
     """The layers as a table: score, sampling probability, and a bar that shows the score."""
     frame = profile.to_frame()
     scores = [float(score) for score in frame["score"]]
@@ -84,13 +94,22 @@ def layer_table(profile: "ImportanceProfile", probabilities: "SamplingProbabilit
     said = [ends_to_middle(profile), profile.statement]
     if probabilities is not None:
         said.append(probabilities.statement)
-        if len(set(probabilities.inclusion_probabilities)) == 1:
-            said.append(
-                "The probabilities are therefore uniform; --ignore-intervals takes the scores as "
-                "they are."
-            )
+        if probabilities.undecided:
+            said.append("--ignore-intervals takes the scores as certain.")
+        elif strengths is not None:
+            said.append(strength_line(strengths))
     lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
     return "\n".join(lines) + "\n"
+
+
+def strength_line(strengths: "pd.DataFrame") -> str:
+    """What a draw collects at each strength, in a line."""
+    known = strengths[strengths["why_not"] == ""]
+    parts = [
+        f"{row['strength']} ×{row['gain']:.2f}" + (" of fewer layers" if row["never_drawn"] else "")
+        for row in known.to_dict("records")
+    ]
+    return f"Score of a draw over a uniform one, by --strength (1 is mild): {', '.join(parts)}."
 
 
 def ends_to_middle(profile: "ImportanceProfile") -> str:

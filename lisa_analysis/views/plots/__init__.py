@@ -11,4 +11,5 @@ from lisa_analysis.views.plots.profiles import probabilities as probabilities
 from lisa_analysis.views.plots.profiles import profile as profile
 from lisa_analysis.views.plots.profiles import profiles as profiles
 from lisa_analysis.views.plots.profiles import rank_stability as rank_stability
+from lisa_analysis.views.plots.profiles import strengths as strengths
 from lisa_analysis.views.plots.runs import comparison as comparison

@@ -163,6 +163,34 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def strengths(strengths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw the inclusion probabilities that each strength gives, one line each.
+
+    `strengths` is what `lisa_analysis.plans.sampling.strengths` returns; a strength that gives no
+    probabilities is left out, and a layer that is never drawn has no mark.
+    """
+    ax = style.axes_or_new(ax)
+    layers = 0
+    for position, row in enumerate(strengths.to_dict("records")):
+        if row["pi"] is None:
+            continue
+        pi = np.asarray(row["pi"], dtype=np.float64)
+        layers = len(pi)
+        color, dashes, marker = style.look(position)
+        ax.plot(
+            np.arange(layers), np.where(pi > 0, pi, np.nan), color=color, linestyle=dashes,
+            marker=marker, markersize=3.2, linewidth=1.2,
+            label=f"{row['strength']} (×{row['gain']:.2f})",
+        )  # fmt: skip
+    if not layers:
+        return style.note(ax, "No strength gives probabilities.")
+    _layers_below(ax, layers)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("inclusion probability")
+    style.legend(ax)
+    return ax
+
+
 def rank_stability(
     agreement: pd.DataFrame, *, label: str = "Kendall's τ", ax: Axes | None = None
 ) -> Axes:

@@ -47,6 +47,7 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "key_numbers": _key_numbers(analysis),
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,
+        "strengths": _strengths(analysis, probabilities),
         "comparison": comparison,
         "comparison_figures": comparison_figures(contents, comparison, budget),
         "arms": arms_table(comparison),
@@ -58,6 +59,15 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "reproduction": [(content, reproduction(content.run)) for content in contents],
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _strengths(analysis: Analysis, probabilities: Any) -> figures.ReportFigure | None:
+    """What other strengths would give; None of a profile that decides nothing."""
+    found = analysis.plan.strengths(analysis.profile, probabilities)
+    if found is None:
+        return None
+    names = tuple(probabilities.layer_names)
+    return figures.strengths_figure("strengths", found, probabilities, names)
 
 
 def _title(contents: Sequence[RunContent]) -> str:

@@ -272,6 +272,43 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
     return ReportFigure(slug, title, probabilities.statement, image, table)
 
 
+def strengths_figure(
+    slug: str, strengths: pd.DataFrame, chosen: Any, layer_names: Sequence[str]
+) -> ReportFigure:
+    """What each strength would give: π by layer, and what a draw collects."""
+    title = "What each strength would give"
+    with svg.ink(slug):
+        ax = canvas(WIDE, 3.0)
+        plots.strengths(strengths, ax=ax)
+        most = [pi.max() for pi in strengths["pi"] if pi is not None]
+        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", most), layer_names)
+    columns: list[Any] = [
+        ("strength", "strength"), ("least", "least π", number), ("most", "largest π", number),
+        ("never_drawn", "layers never drawn", _whole), ("gain", "score of a draw", _times),
+        ("why_not", "why not"),
+    ]  # fmt: skip
+    if not strengths["why_not"].any():
+        columns.pop()
+    caption = (
+        f"This file: strength {chosen.strength:g}" if not isinstance(chosen.strength, str)
+        else f"This file: {chosen.strength}"
+    )  # fmt: skip
+    caption += (
+        ". 1 is the default, and mild; above it a few layers train most of the time, and a smaller "
+        "learning rate may be in place. Score of a draw: the mean score of a drawn layer over "
+        "that of a uniformly drawn one. No strength is known to lower the loss."
+    )
+    return ReportFigure(slug, title, caption, image, frame_table(title, strengths, columns))
+
+
+def _whole(value: float) -> str:
+    return "" if value != value else f"{value:.0f}"
+
+
+def _times(value: float) -> str:
+    return "" if value != value else f"×{value:.2f}"
+
+
 def _grid_height(n_layers: int) -> float:
     return float(np.clip(1.3 + 0.085 * n_layers, 2.7, 5.6))
 

@@ -1,5 +1,6 @@
 """`lisa-analyze`: what it prints, what it writes, and how it fails."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lisa_analysis as la
@@ -127,6 +129,50 @@ def test_runs_of_several_arms_give_no_probabilities(
     assert json.loads((tmp_path / "all.json").read_text("utf-8"))["over_seeds"] is None
 
 
+def test_strength_and_control_reach_the_file_the_report_and_the_screen(
+    make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(profile=np.exp(np.linspace(-1, 1, 12)), steps=200)
+    path, report = tmp_path / "p.json", tmp_path / "r.html"
+    words = [str(run.path), "--probabilities", str(path), "-o", str(report)]
+    assert main([*words, "--strength", "4"]) == 0
+    made = la.SamplingProbabilities.load(path)
+    assert (made.strength, made.mix) == (4.0, 0.0625)
+    assert made == dataclasses.replace(
+        la.sampling_probabilities(la.importance(run), 2, strength=4), created=made.created
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"4 ×{made.gain:.2f}" in printed
+    html = report.read_text(encoding="utf-8")
+    assert "What each strength would give" in html
+    assert "This file: strength 4." in html
+    assert main([*words, "--strength", "pool=3"]) == 0
+    pool = la.SamplingProbabilities.load(path)
+    assert pool.never_drawn == tuple(range(9))
+    assert main([*words, "--strength", "4", "--control", "permuted", "--control-seed", "7"]) == 0
+    placebo = la.SamplingProbabilities.load(path)
+    assert (placebo.control, placebo.seed) == ("permuted", 7)
+    assert sorted(placebo.inclusion_probabilities) == sorted(made.inclusion_probabilities)
+    assert placebo.inclusion_probabilities != made.inclusion_probabilities
+    assert "A permuted control of seed 7" in " ".join(capsys.readouterr().out.split())
+    assert "What each strength would give" not in report.read_text(encoding="utf-8")
+
+
+def test_an_undecided_run_gives_the_same_words_everywhere(
+    make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(profile=12, steps=4)
+    path, report = tmp_path / "p.json", tmp_path / "r.html"
+    assert main([str(run.path), "--probabilities", str(path), "-o", str(report)]) == 0
+    made = la.SamplingProbabilities.load(path)
+    assert set(made.inclusion_probabilities) == {2 / 12}
+    said = f"the probabilities are uniform: {made.undecided}."
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{said} --ignore-intervals takes the scores as certain." in printed
+    assert said in made.statement
+    assert said in report.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("level", "code"), [("never", 0), ("warn", 1), ("fail", 0)])
 def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None:
     states = {finding.state for finding in la.diagnose(la.load(golden)).findings}
@@ -144,6 +190,10 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "--activated-layers", "9"], "9"),
         (["{run}", "--activated-layers", "0"], "expected at least 1"),
         (["{run}", "{run}", "--probabilities", "p.json"], "have the same seed"),
+        (["{run}", "--strength", "17"], "strength is 17.0: expected a number from 0 to 16"),
+        (["{run}", "--strength", "pol"], "'pool' or 'pool=6'"),
+        (["{run}", "--strength", "pool=1"], "activated_layers is 2"),
+        (["{run}", "{run}", "--probabilities", "p.json"], "one seed twice"),
         (["{run}", "-o", "{tmp}/no/such/folder/r.html"], "no/such/folder"),
     ],
 )

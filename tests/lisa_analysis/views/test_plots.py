@@ -50,6 +50,11 @@ def probabilities(n_layers=12):
     return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi)
 
 
+def strengths():
+    pi = [np.full(4, 0.5), np.array([0.0, 0.0, 1.0, 1.0]), None]
+    return pd.DataFrame({"strength": ["0", "pool", "pool=1"], "gain": [1.0, 1.5, np.nan], "pi": pi})
+
+
 def everything(runs):
     run = runs["lisa"]
     kinds = pd.DataFrame({"layer": [0, 1], "kind": ["attn.q", "norm"], "score": [1.0, 2.0]})
@@ -63,6 +68,7 @@ def everything(runs):
         "update_ratio": lambda ax: plots.update_ratio(run, ax=ax),
         "schedule": lambda ax: plots.schedule(run, ax=ax),
         "probabilities": lambda ax: plots.probabilities(probabilities(), ax=ax),
+        "strengths": lambda ax: plots.strengths(strengths(), ax=ax),
         "kind_grid": lambda ax: plots.kind_grid(kinds, ax=ax),
         "rank_stability": lambda ax: plots.rank_stability(pairs, ax=ax),
         "curves": lambda ax: plots.curves(run, ax=ax),
@@ -79,8 +85,9 @@ def test_every_public_plot_is_covered(runs):
 
 
 @pytest.mark.parametrize("name", ["profile", "profiles", "heatmap", "trajectories", "bands",
-                                  "update_ratio", "schedule", "probabilities", "kind_grid",
-                                  "rank_stability", "curves", "comparison"])  # fmt: skip
+                                  "update_ratio", "schedule", "probabilities", "strengths",
+                                  "kind_grid", "rank_stability", "curves",
+                                  "comparison"])  # fmt: skip
 def test_axes_in_axes_out_and_no_figure_is_left_in_pyplot(runs, name):
     draw = everything(runs)[name]
     mine = Figure().add_subplot()
@@ -118,6 +125,18 @@ def test_heatmap_shows_values_frozen_and_non_finite_cells():
     assert alarm.get_array()[1, 2].tolist() == list(to_rgba(style.NON_FINITE))
     assert alarm.get_array()[..., 3].sum() == 1
     assert ax.get_ylim() == (-0.5, 1.5)  # layer 0 at the bottom
+
+
+def test_strengths_show_every_pi_and_no_mark_where_a_layer_is_never_drawn():
+    ax = plots.strengths(strengths())
+    flat, pool = (line.get_ydata() for line in ax.get_lines())
+    assert flat.tolist() == [0.5] * 4
+    assert pool[2:].tolist() == [1.0, 1.0]
+    assert np.isnan(pool[:2]).all()
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["0 (×1.00)", "pool (×1.50)"]
+    nothing = plots.strengths(strengths().tail(1))
+    assert not nothing.get_lines()
 
 
 def test_schedule_counts_visits_as_drawn(runs):

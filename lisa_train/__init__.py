@@ -69,7 +69,7 @@ redirect(
     __name__,
     {
         "adapters": "measure.adapters.lora_products",
-        "aggregates": "measure.tracker_numbers",
+        "aggregates": "measure.output",
         "averaging": "measure.probe.averaged_gradients",
         "base_weights": "measure.step.base_weights",
         "buffers": "measure.buffers",
@@ -116,6 +116,7 @@ redirect(
         "measure.step_parts": "measure.step.parts",
         "measure.tensor_steps": "measure.step.step_measure",
         "measure.tokens": "measure.scalar_lines",
+        "measure.tracker_numbers": "measure.output",
         "memory": "estimate",
         "memory.cards": "estimate.cards",
         "memory.command": "command.estimate",

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lisa_train
 from lisa_train.measure.adapters import start as adapter_start
-from lisa_train.measure.recorder import NormRecorder
+from lisa_train.measure.output import Output
 from lisa_train.trainer.record_callback import RecordCallback
 
 DEVICE = torch.device("meta")
@@ -157,7 +157,7 @@ def watched(
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(NormRecorder, "_write", allowing(NormRecorder._write))
+        patch.setattr(Output, "write", allowing(Output.write))
         patch.setattr(adapter_start, "begin", allowing(adapter_start.begin))
         patch.setattr(RecordCallback, "close", allowing(RecordCallback.close))
         for name in ("tensor", "as_tensor", "asarray"):

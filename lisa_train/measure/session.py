@@ -11,13 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from lisa_analysis.contract.errors import RunDirectoryError
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
+from lisa_train.measure.disk.manifest import manifest as describe
 from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.processes import Processes
+from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.run_entries import joined, method_entries
+from lisa_train.model.tensor_table import TensorTable
 
 
 class RunSession:
@@ -38,6 +41,8 @@ class RunSession:
         Where to; of every process but the first, and without a recording, one that writes nothing.
     problem
         Why the recording is not whole, in a sentence; None while nothing is known.
+    recording
+        Whether anything is recorded.
     """
 
     def __init__(
@@ -48,9 +53,11 @@ class RunSession:
     ) -> None:
         self.writer: RunWriter | SilentWriter = writer or SilentWriter()
         self.problem: str | None = None
+        self.recording = writer is not None
         self._config = config
         self._processes = processes
         self._ended: tuple[str, str | None] | None = None
+        self._method_of: nn.Module | None = None
 
     def open(
         self,
@@ -98,6 +105,7 @@ class RunSession:
             problem is not None, stops, writer.segment if writer else 0
         )
         self.writer = SilentWriter(segment) if failed or writer is None else writer
+        self.recording = not failed
         if not failed:
             return True
         unless(problem)
@@ -112,9 +120,58 @@ class RunSession:
             _warn_unrecorded(problem)
         return False
 
-    def state_method(self, model: nn.Module) -> None:
-        """Correct the method in run.json where an engine was opened after the recorder."""
-        entries = method_entries(model)
+    def open_for_loop(
+        self,
+        given: RunWriter | SilentWriter | None,
+        model: nn.Module,
+        table: TensorTable,
+        layer_map: LayerMap,
+        entries: Mapping[str, Any] | None,
+    ) -> None:
+        """Open the run of a plain loop, which may have brought a writer of its own.
+
+        Parameters
+        ----------
+        given
+            The loop's own writer.
+        model, table, layer_map
+            What run.json describes.
+        entries
+            What only the loop knows of the run.
+
+        Raises
+        ------
+        ConfigError
+            When neither a writer nor a directory is given.
+        Exception
+            See `open`.
+        """
+        # The user knows better, where the method is given.
+        known = given is not None or "method" in (entries or {})
+        self._method_of = None if known else model
+        if given is None and self._config.run_dir is None:
+            raise ConfigError("record.run_dir is not set: name the folder to write.")
+
+        def new_writer() -> RunWriter:
+            assert self._config.run_dir is not None
+            found = describe(model, self._config, table, layer_map)
+            found["hardware"]["processes"] = self._processes.count
+            return RunWriter(
+                self._config.run_dir,
+                manifest=joined(found, entries or {}),
+                parameters=table.rows,
+            )
+
+        self.open(new_writer if given is None else lambda: given)
+
+    def state_method(self) -> None:
+        """Look once more, at a loop's first step, how its model is trained.
+
+        An engine that was opened after the recorder is in run.json then.
+        """
+        if self._method_of is None:
+            return
+        entries, self._method_of = method_entries(self._method_of), None
         known = getattr(self.writer, "manifest", {})
         if known.get("method") == "full" != entries["method"]:
             self.writer.update_manifest(**joined(known, entries))

@@ -192,7 +192,7 @@ def test_gradient_noise_of_two_backward_passes_is_not_made_up(tmp_path):
 
 
 def test_what_lies_in_memory_is_bounded_by_the_flush(tmp_path, monkeypatch):
-    monkeypatch.setattr("lisa_train.measure.recorder.MAX_BUFFERED_ROWS", 200)
+    monkeypatch.setattr("lisa_train.measure.output.MAX_BUFFERED_ROWS", 200)
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     config = lt.RecordConfig(str(tmp_path), every=1, flush_seconds=1e9)

@@ -5,12 +5,8 @@ can only be seen from inside: counted collectives, gradients in memory, warnings
 """
 
 import copy
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import helpers_distributed as worker
 import numpy as np
@@ -32,24 +28,7 @@ def two(tmp_path_factory):
     """The folder of all runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     worker.small().save_pretrained(folder / "base")
-    tests = Path(__file__).parents[2]
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tests / "helpers_distributed.py"), str(folder), str(rank), "2"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(o[-4000:] for o in outputs)
+    worker.launch("helpers_distributed.py", folder)
     return folder
 
 

@@ -274,7 +274,8 @@ METRICS_TABLE = FactTable(
             "float32",
             True,
             "optional: ‖g_t‖ from a measuring pass with all layers, frozen ones included, mean "
-            "over the processes; no update is made from it",
+            "over the processes; of several batches (probes) the root of the mean square; no "
+            "update is made from it",
             adds="squares",
         ),
     ),
@@ -381,6 +382,12 @@ SCALARS_TABLE = Table(
             True,
             "peak allocated device memory so far (CUDA), or peak resident set (CPU)",
         ),
+        Column(
+            "micro_batches",
+            "int32",
+            True,
+            "micro-batches of the step, those of all processes; counted with grad_noise",
+        ),
         Column("skipped", "bool", True, "the optimizer step was skipped (fp16 overflow)"),
         Column("segment", "int32", True, "segment that wrote the line; absent = 0"),
     ),
@@ -412,7 +419,10 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "metrics": "held-out metrics by name; eval_loss is a mean over labels, absent without any"
     },
     "checkpoint": {"path": "folder below the run directory"},
-    "probe": {"batches": "how many batches the probe took"},
+    "probe": {
+        "batches": "how many batches the probe took",
+        "signal": "exact, or sketch where the sums of the gradients did not fit into memory",
+    },
     "resume": {
         "segment": "number of the new segment",
         "checkpoint": "what it continued from",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.checks import whole
 from lisa_train.measure.quantities import REGISTRY
 
 # The built-in quantities, and those of them that only a tensor that trains in the step has.
@@ -46,6 +47,11 @@ class RecordConfig:
     probe_every
         Every so many steps one extra backward pass measures the gradient of all layers, also of
         those that are frozen; 0 never does.
+    probe_batches
+        How many batches, of each process, are probed at those steps. With more than one they are
+        drawn anew from the training data, independent of those that train, and give signal and
+        noise in `probes/`; the start and the end of training are probed as well. Nothing about
+        the training changes.
     flush_seconds
         Longest time that measured values stay in memory only.
     on_record_error
@@ -65,6 +71,7 @@ class RecordConfig:
     base_delta: bool = False
     grad_noise: bool = False
     probe_every: int = 0
+    probe_batches: int = 1
     flush_seconds: float = 30.0
     on_record_error: Literal["warn", "raise"] = "warn"
 
@@ -88,6 +95,12 @@ class RecordConfig:
             object.__setattr__(self, "quantities", (*self.quantities, "opt_steps"))
         if self.probe_every < 0:
             raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")
+        whole("record.probe_batches", self.probe_batches, " of at least 1", 1)
+        if self.probe_batches > 1 and not self.probe_every:
+            raise ConfigError(
+                f"record.probe_batches is {self.probe_batches} and record.probe_every 0: say every "
+                "how many steps they are to be probed."
+            )
         if not self.flush_seconds >= 0:
             raise ConfigError(
                 f"record.flush_seconds is {self.flush_seconds}: give 0 (every recorded step) or "

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lisa_train.measure.buffers import Piece
 from lisa_train.measure.quantities import REGISTRY
 from lisa_train.model.norms import local, wide
+from lisa_train.model.parallel import is_first, processes
 from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, shards
 from lisa_train.model.tensor_table import TensorTable
 
@@ -41,10 +42,9 @@ class Processes:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        running = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size() if running else 1
+        self.count = processes()
         self.sharded = any(is_sharded(tensor) for _, tensor in table.tensors)
-        self.first = not running or dist.get_rank() == 0
+        self.first = is_first()
         self._device = table.tensors[0][1].device
         self._shares = {i: _share(p, self.count) for i, p in table.tensors}
 
@@ -109,13 +109,9 @@ class Processes:
         dist.broadcast_object_list(held, src=0)
         return held[0]  # type: ignore[no-any-return]
 
-    def agree(self, fine: bool) -> bool:
-        """Return whether all processes are fine; they would wait for each other for ever else."""
-        if self.count == 1:
-            return fine
-        flag = torch.tensor(float(fine), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process; all of them call it together."""
+        return bool(self.highest(int(flag))[0])
 
     def highest(self, *values: int) -> tuple[int, ...]:
         """Return the largest of every process's values; all of them call it together."""
@@ -124,6 +120,20 @@ class Processes:
         joined = torch.tensor(values, dtype=torch.int32, device=self._device)
         dist.all_reduce(joined, op=dist.ReduceOp.MAX)
         return tuple(int(value) for value in joined.tolist())
+
+    def joined(self, part: np.ndarray) -> np.ndarray:
+        """Return the arrays of all processes, one after the other along the first axis."""
+        if self.count == 1:
+            return part
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, part)
+        return np.concatenate(parts)
+
+    def added(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor summed over the processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def _weights(self, piece: Piece) -> torch.Tensor | float:
         if REGISTRY[piece.column].column.adds == "copies":  # whatever holds the tensor

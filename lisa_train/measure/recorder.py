@@ -14,7 +14,7 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.run_file import outcome
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.output import tensor_groups
-from lisa_train.measure.probe.measuring_pass import GuardedPasses
+from lisa_train.measure.probe.measuring_pass import GuardedPasses, Passes
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.session import RunSession
@@ -129,6 +129,7 @@ class NormRecorder(StepRecorder):
             step_in_backward,
             config.on_record_error,
             sharded=processes.sharded,
+            say=self._troubles.say,
         )
         if step_in_backward is not None:
             step_in_backward.watchers.append(self)
@@ -169,7 +170,7 @@ class NormRecorder(StepRecorder):
     def probe(
         self,
         step: int,
-        backward: Callable[[], object],
+        backward: Callable[[], object] | Passes,
         *,
         gradient_scale: float | torch.Tensor = 1.0,
     ) -> None:
@@ -183,28 +184,37 @@ class NormRecorder(StepRecorder):
             Runs one forward and backward pass; called once, with everything requiring gradients.
             No gradient is left of it, and the random state is as before. If it fails (no loss,
             no memory), nothing is probed any more; ``on_record_error="raise"`` stops training.
+            Several of them, each of an independent batch, give signal and noise in `probes/` too.
         gradient_scale
-            Factor on the loss of the pass (fp16 loss scale), without which its gradients would
+            Factor on the loss of a pass (fp16 loss scale), without which its gradients would
             underflow; a number or a tensor of one element.
 
         Notes
         -----
         With several processes each of them calls it with its own batch, and the norms are those
-        of the mean of their gradients; it takes collectives of its own. A failure on one of them
-        ends the probing on all. With sharded weights (FSDP2) it stops training: what FSDP began
-        cannot be taken back, and the others wait for the one that failed, as in training.
+        of the mean of their gradients; it takes collectives of its own. Of several passes, as
+        many in every process, each is a batch of its own: they must run no collective. A failure
+        on one process ends the probing on all. With sharded weights (FSDP2) it stops training:
+        what FSDP began cannot be taken back, and the others wait for the one that failed, as in
+        training; several passes are refused there.
         """
         if self._passes.failed:
             return
-        if step <= self._output.written:
+        passes = [backward] if callable(backward) else list(backward)
+        on_disk = step <= self._output.written
+        if on_disk and len(passes) == 1:
             self._troubles.say(
                 f"probe: the rows of step {step} are on the disk already and are never rewritten; "
                 "call probe before checkpoint. Such passes are left out."
             )
             return
-        said = self._passes.run(step, backward, gradient_scale)
-        if said is not None:
-            self._troubles.say(*said)
+        probed = self._passes.run(step, passes, gradient_scale)
+        if probed is not None:
+            if not on_disk:  # the mean square over batches, as of one pass
+                square = torch.from_numpy(probed.square.mean(axis=0))
+                self._buffer.add(step, "probe_grad_norm", probed.ids, square)
+            self.writer.write_probe(step, probed.rows())
+            self.writer.event("probe", step, **probed.event())
         self._merge()
 
     @measured

@@ -26,7 +26,7 @@ from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.lisa_callback import ROUNDED, LisaCallback, draw_fields
 from lisa_train.trainer.optimizer_callbacks import StepCallback
 from lisa_train.trainer.parallel_checks import check_parallel
-from lisa_train.trainer.probe_pass import probe_pass
+from lisa_train.trainer.probe_pass import TrainerProbes
 from lisa_train.trainer.tally import Tally
 from lisa_train.trainer.trainer_run import NO_BATCH, TrainerRun, need_batches
 
@@ -112,7 +112,7 @@ class RecordCallback(Listener, TrainerCallback):
         self._stepping = stepping
         self._layers = layers or KnownLayers()
         self._tally = Tally(trainer)
-        self._probe_inputs: Any = None
+        self._probes = TrainerProbes(trainer, config, self._events.loss_scale)
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
         self._lisa: LisaCallback | None = None
@@ -144,6 +144,7 @@ class RecordCallback(Listener, TrainerCallback):
         table = tensor_table(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
+        self._probes.check(kwargs.get("train_dataloader"), sharded=self._sharded)
         # Not of a training that has ended, but of an attempt with a larger batch.
         earlier = self.recorder if self.recorder and not self.recorder.writer.closed else None
         self.recorder = None
@@ -165,6 +166,8 @@ class RecordCallback(Listener, TrainerCallback):
             session=session,
         )
         self._events.subscribe(self)
+        if state.global_step == 0:
+            self._probes.begin(self.recorder)
         told = self._lisa.notices if self._lisa and earlier is None else []
         for text in (*self._run.notes(), *told):
             self.recorder.event("warning", state.global_step, message=text)
@@ -252,16 +255,10 @@ class RecordCallback(Listener, TrainerCallback):
         if self.recorder is None:
             return
         self.recorder.amend(epoch=state.epoch)
-        if self._probe_inputs is not None:
-            inputs, self._probe_inputs = self._probe_inputs, None
-            scale = self._events.loss_scale.now(args.device)
-            self.recorder.probe(
-                state.global_step,
-                lambda: probe_pass(self._trainer, inputs, scale),
-                gradient_scale=1.0 if scale is None else scale,
-            )
+        last = control.should_training_stop
+        self._probes.step_end(self.recorder, state.global_step, last=last)
         rounds = self._lisa is not None and self._lisa.rounds_at_the_end(args)
-        if control.should_training_stop and not rounds:
+        if last and not rounds:
             # The last census is that of the weights that stay; but Trainer may put the best ones
             # in the place of the last ones before it ends.
             self.recorder.census(state.global_step)
@@ -283,8 +280,7 @@ class RecordCallback(Listener, TrainerCallback):
         """Measure the gradients."""
         assert self.recorder is not None
         self.recorder.before_step(step, gradient_scale=scale, undo=not self._sharded)
-        if self.config.probe_every and step % self.config.probe_every == 0:
-            self._probe_inputs = inputs
+        self._probes.gradients_ready(step, inputs)
 
     @_recording
     def clipped(self, max_norm: float, norm: Any) -> None:

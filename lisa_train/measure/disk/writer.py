@@ -304,6 +304,9 @@ class SilentWriter:
     def write_metrics(self, columns: Mapping[str, np.ndarray]) -> None:
         """Take rows."""
 
+    def write_probe(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Take what a probe measured."""
+
     def scalars(self, line: Mapping[str, Any]) -> None:
         """Take a line."""
 

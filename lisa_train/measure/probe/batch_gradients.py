@@ -1,15 +1,22 @@
 """The gradients of single batches, tensor by tensor: numbers are taken, gradients are dropped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from torch import nn
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.probe.sketch import BUCKETS, Sketch
+from lisa_train.measure.probe.stand_ins import random_state_kept, stand_ins
 from lisa_train.model.norms import inner_products, squares, squares_and_magnitudes, stacked
 
 _COLUMNS = ("square", "magnitude", "taylor")
+# Share of the free memory that the sums of the gradients may take.
+_SHARE = 0.5
 
 
 class BatchGradients:
@@ -43,6 +50,44 @@ class BatchGradients:
     def batches(self) -> int:
         """Number of batches that are complete."""
         return len(self._numbers)
+
+    @contextmanager
+    def of(self, model: nn.Module, scale: Any = 1.0) -> Iterator[None]:
+        """Take the gradients of every backward pass inside, each dropped when it is taken.
+
+        Tensors of the same memory stand in for the model's own, which are not touched: frozen ones
+        have gradients too, and no hook, flag or gradient of theirs takes part. The random state is
+        put back at the end.
+
+        Parameters
+        ----------
+        model
+            The model; none of its tensors is sharded.
+        scale
+            Factor on the losses (fp16), a number or a tensor of one element.
+        """
+        numbers = {id(tensor): number for number, tensor in self._tensors.items()}
+
+        def hook(number: int | None) -> Callable[[torch.Tensor], None]:
+            def take(leaf: torch.Tensor) -> None:
+                if number is not None and leaf.grad is not None:
+                    plain = isinstance(scale, float) and scale == 1.0
+                    self.take(number, leaf.grad if plain else leaf.grad.float() / scale)
+                leaf.grad = None
+
+            return take
+
+        with random_state_kept(model), torch.enable_grad(), stand_ins(model, set(numbers)) as found:
+            hooks = [
+                leaf.register_post_accumulate_grad_hook(hook(numbers.get(key)))
+                for key, leaf in found.items()
+                if leaf.requires_grad
+            ]
+            try:
+                yield
+            finally:
+                for handle in hooks:
+                    handle.remove()
 
     @torch.no_grad()
     def take(self, number: int, gradient: torch.Tensor) -> None:
@@ -148,3 +193,17 @@ def agreement(
         exact = (sum_squares - squares.sum(axis=0)) / (n * (n - 1))
         result += exact - result.mean(axis=0)
     return result
+
+
+def sums_fit(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether fp32 sums of all gradients take at most half of what is free on their devices."""
+    needed: dict[torch.device, int] = {}
+    for tensor in tensors:
+        needed[tensor.device] = needed.get(tensor.device, 0) + 4 * tensor.numel()
+    return all(size <= _SHARE * _free_bytes(device) for device, size in needed.items())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

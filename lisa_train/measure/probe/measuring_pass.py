@@ -4,9 +4,10 @@ With several processes the norms are those of the gradient averaged over all of 
 shards it averages itself; for plain tensors see `lisa_train.measure.probe.averaged_gradients`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,16 @@ from torch import nn
 
 from lisa_train.measure import faults
 from lisa_train.measure.probe.averaged_gradients import Averaging
+from lisa_train.measure.probe.stand_ins import random_state_kept, stand_ins
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import squares, stacked
-from lisa_train.model.sharding import is_sharded, requiring_gradients, reshard, unsynchronised
+from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.step_in_backward import StepInBackward
+
+# Backward passes, one for each batch.
+Passes = Sequence[Callable[[], object]]
+T = TypeVar("T")
 
 
 class Probe:
@@ -91,9 +97,8 @@ class Probe:
     def _pass(
         self, backward: Callable[[], object], averaging: Averaging | None, sharded: bool
     ) -> None:
-        devices = sorted({p.device.index for p in self._model.parameters() if p.is_cuda})
         try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            with random_state_kept(self._model), torch.enable_grad():
                 backward()
         except Exception:
             # The others are waiting for this process; in a sharded model FSDP's own collectives
@@ -105,13 +110,14 @@ class Probe:
             averaging.finish()
 
 
-class GuardedPasses:
+class GuardedPasses(Generic[T]):
     """Measuring passes until one fails: they are not the training's own, which goes on.
 
     Parameters
     ----------
     measure
-        Makes one pass: takes a step, the backward pass and the factor on its loss.
+        Makes the passes of a step: takes the step, the backward passes and the factor on their
+        losses.
     stepping
         What steps the optimizer inside the backward pass, if anything: it rests meanwhile.
     on_record_error
@@ -119,6 +125,8 @@ class GuardedPasses:
     sharded
         Whether weights are sharded: then a failure is raised, since it leaves FSDP between two
         collectives.
+    say
+        Takes what there is to say of a failure, and the traceback.
 
     Attributes
     ----------
@@ -128,25 +136,25 @@ class GuardedPasses:
 
     def __init__(
         self,
-        measure: Callable[[int, Callable[[], object], Any], None],
+        measure: Callable[[int, Passes, Any], T],
         stepping: StepInBackward | None,
         on_record_error: Literal["warn", "raise"],
         *,
         sharded: bool,
+        say: Callable[[str, str | None], None],
     ) -> None:
         self.failed = False
         self._measure = measure
         self._stepping = stepping
         self._on_record_error = on_record_error
         self._sharded = sharded
+        self._say = say
 
-    def run(
-        self, step: int, backward: Callable[[], object], scale: Any
-    ) -> tuple[str, str | None] | None:
-        """Make one pass; return what there is to say of its failure, and the traceback."""
+    def run(self, step: int, passes: Passes, scale: Any) -> T | None:
+        """Make the passes of a step; return what `measure` does, or None after a failure."""
         of_the_pass: list[Exception] = []
 
-        def watched() -> None:
+        def watched(backward: Callable[[], object]) -> None:
             try:
                 backward()
             except Exception as error:
@@ -155,7 +163,7 @@ class GuardedPasses:
 
         try:
             with self._stepping.paused() if self._stepping is not None else nullcontext():
-                self._measure(step, watched, scale)
+                return self._measure(step, [partial(watched, one) for one in passes], scale)
         except Exception as error:
             foreign = error in of_the_pass
             stops = faults.stops_training(error, self._on_record_error, foreign=foreign)
@@ -164,54 +172,8 @@ class GuardedPasses:
             self.failed = True
             why = faults.reason(error, foreign=foreign)
             text = f"probe_every: nothing is probed any more: {why}"
-            return text, faults.full_traceback(error, foreign=foreign)
-        return None
-
-
-@contextmanager
-def stand_ins(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
-    """Put tensors of the same memory into the modules; yield them by the id of the real ones.
-
-    Parameters
-    ----------
-    model
-        The model. Sharded tensors and packed integers stay.
-    wanted
-        Ids of the tensors whose stand-ins require gradients; the others' do if they do.
-
-    Notes
-    -----
-    Hooks, flags and gradients of the real tensors do not take part in a pass, so that there is
-    nothing to put back: DDP counts which tensors a pass reached even outside its own forward.
-    """
-    found = {
-        id(p): _stand_in(p, p.requires_grad or id(p) in wanted)
-        for p in model.parameters()
-        if p.is_floating_point() and not is_sharded(p)
-    }
-    places = [
-        (module, name, p)
-        for module in model.modules()
-        for name, p in module._parameters.items()
-        if p is not None and id(p) in found
-    ]
-    try:
-        for module, name, p in places:
-            setattr(module, name, found[id(p)])
-        yield found
-    finally:
-        for module, name, p in places:
-            setattr(module, name, p)
-
-
-def _stand_in(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:
-    kind = type(parameter)
-    if kind is not nn.Parameter and issubclass(kind, nn.Parameter):  # with an attribute or two
-        result = torch.Tensor._make_subclass(kind, parameter.detach(), requires_grad)
-    else:
-        result = nn.Parameter(parameter.detach(), requires_grad)
-    vars(result).update(vars(parameter))
-    return result
+            self._say(text, faults.full_traceback(error, foreign=foreign))
+            return None
 
 
 def _hook(

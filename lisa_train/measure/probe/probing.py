@@ -4,14 +4,13 @@ Repetitions are independent by construction, so that the intervals need no model
 the data agree on (signal, ‖E g‖²) is told from what a small batch makes up (noise, tr Σ).
 """
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -19,19 +18,17 @@ from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk import manifest as entries
 from lisa_train.measure.disk.writer import RunWriter
-from lisa_train.measure.probe.batch_gradients import BatchGradients
-from lisa_train.measure.probe.measuring_pass import stand_ins
-from lisa_train.measure.probe.result import ProbeResult, Together
+from lisa_train.measure.probe.batch_gradients import BatchGradients, sums_fit
+from lisa_train.measure.probe.result import ProbeResult
 from lisa_train.measure.probe.sketch import BUCKETS, RELATIVE_ERROR
+from lisa_train.measure.processes import Processes
 from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
-from lisa_train.model.tensor_table import TensorTable, tensor_table
+from lisa_train.model.tensor_table import tensor_table
 
 SignalSource = Literal["auto", "exact", "sketch"]
-# Share of the free memory that the sums of the gradients may take.
-_SHARE = 0.5
 # Between two looks at the precision, relative to the number of batches so far.
 _GROWTH = 1.25
 
@@ -85,7 +82,7 @@ def probe(
     manifest, config_yaml
         Entries of run.json that only the caller knows, and the text of config.yaml.
     progress
-        Show a bar; None does on a terminal.
+        Show a bar, with `until` the time that is probably left; None does on a terminal.
 
     Returns
     -------
@@ -112,10 +109,10 @@ def probe(
             "the model's weights are sharded (FSDP2): a probe takes whole gradients; probe before "
             "the model is sharded."
         )
-    processes = Together()
-    exact = signal == "exact" or (signal == "auto" and _sums_fit(table))
+    processes = Processes(table)
+    exact = signal == "exact" or (signal == "auto" and sums_fit([p for _, p in table.tensors]))
     # All the same way: the sums are added over the processes.
-    exact = not processes.any(not exact, table.tensors[0][1].device)
+    exact = not processes.any(not exact)
     known: dict[str, Any] = {
         **entries.manifest(model, config, table, layer_map),
         "method": "probe",
@@ -132,13 +129,14 @@ def probe(
     writer = None
     if processes.first:
         writer = RunWriter(run_dir, manifest=known, parameters=table.rows, config_yaml=config_yaml)
-    taken = ProbeResult(BatchGradients(table.tensors, exact=exact, seed=seed), table, writer)
+    gradients = BatchGradients(table.tensors, exact=exact, seed=seed)
+    taken = ProbeResult(gradients, table, processes, writer)
     try:
         taken.weights()
         _run(model, batches, taken, processes, batches_limit, loss or _model_loss, until, progress)
-        taken.write(processes)
+        taken.write()
     except BaseException as error:
-        taken.fail(error, processes)
+        taken.fail(error)
         raise
     return Path(run_dir)
 
@@ -147,7 +145,7 @@ def _run(
     model: nn.Module,
     batches: Iterable[Any],
     taken: ProbeResult,
-    processes: Together,
+    processes: Processes,
     limit: int | None,
     loss: Callable[[nn.Module, Any], torch.Tensor],
     until: float | None,
@@ -157,72 +155,56 @@ def _run(
     from tqdm import tqdm
 
     device = next(model.parameters()).device
-    numbers = {id(p): i for i, p in taken.table.tensors}
     shown = sys.stderr.isatty() if progress is None else progress
     bar = tqdm(total=limit, desc="probe", unit="batch", disable=not (shown and processes.first))
     rounds, look = 0, 8
     remaining = iter(batches)
-    with bar, _random_state_kept(model), stand_ins(model, set(numbers)) as leaves:
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(_taking(taken.gradients, numbers[key]))
-            for key, leaf in leaves.items()
-            if key in numbers
-        ]
-        hooks += [
-            leaf.register_post_accumulate_grad_hook(_drop)
-            for key, leaf in leaves.items()
-            if key not in numbers and leaf.requires_grad
-        ]
-        try:
-            while limit is None or rounds < limit:
-                batch = next(remaining, None)
-                if not processes.any(batch is not None, device):
+    with bar, taken.gradients.of(model):
+        while limit is None or rounds < limit:
+            batch = next(remaining, None)
+            if not processes.any(batch is not None):
+                break
+            if batch is not None:
+                _one(model, _on(batch, device), taken, loss)
+                bar.update()
+            rounds += 1
+            if until is not None and rounds >= look:
+                width = taken.width()
+                if width <= until:
                     break
-                if batch is not None:
-                    _one(model, _on(batch, device), taken, loss)
-                    bar.update()
-                rounds += 1
-                if until is not None and rounds >= look:
-                    width = taken.width(processes)
-                    bar.set_postfix_str(f"± {width:.0%}" if np.isfinite(width) else "")
-                    if width <= until:
-                        break
-                    look = int(np.ceil(look * _GROWTH))
-        finally:
-            for hook in hooks:
-                hook.remove()
+                _expect(bar, rounds, width, until, limit)
+                look = int(np.ceil(look * _GROWTH))
     if not rounds:
         raise LisaError("the probe got no batch: give at least one (three for intervals).")
+
+
+def _expect(bar: Any, done: int, width: float, until: float, limit: int | None) -> None:
+    """Show how surely the layers are known, and by it how many batches are left.
+
+    A width shrinks with the root of the number of batches.
+    """
+    needed = None
+    if np.isfinite(width):
+        bar.set_postfix_str(f"± {width:.1%} of ± {until:.1%}", refresh=False)
+        needed = math.ceil(done * (width / until) ** 2)
+    bar.total = min((n for n in (needed, limit) if n is not None), default=None)
+    bar.refresh()
 
 
 def _one(
     model: nn.Module, batch: Any, taken: ProbeResult, loss: Callable[[nn.Module, Any], torch.Tensor]
 ) -> None:
     """One forward and backward pass; the hooks take the gradients."""
-    with torch.enable_grad():
-        value = loss(model, batch)
-        if not torch.is_tensor(value) or value.numel() != 1 or not value.requires_grad:
-            raise LisaError(
-                f"the loss of a batch is {type(value).__name__}, expected a tensor of one element "
-                "that depends on the model's weights: give `loss`, or batches with labels."
-            )
-        value.backward()  # type: ignore[no-untyped-call]
+    value = loss(model, batch)
+    if not torch.is_tensor(value) or value.numel() != 1 or not value.requires_grad:
+        raise LisaError(
+            f"the loss of a batch is {type(value).__name__}, expected a tensor of one element "
+            "that depends on the model's weights: give `loss`, or batches with labels."
+        )
+    value.backward()  # type: ignore[no-untyped-call]
     taken.gradients.end_batch()
     taken.losses.append(float(value.detach()))
     taken.tokens += int(count_tokens(batch) or 0)
-
-
-def _taking(gradients: BatchGradients, number: int) -> Callable[[torch.Tensor], None]:
-    def take(leaf: torch.Tensor) -> None:
-        assert leaf.grad is not None
-        gradients.take(number, leaf.grad)
-        leaf.grad = None
-
-    return take
-
-
-def _drop(leaf: torch.Tensor) -> None:
-    leaf.grad = None
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:
@@ -235,24 +217,3 @@ def _on(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         return batch
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-def _sums_fit(table: TensorTable) -> bool:
-    """Whether fp32 sums of all gradients take at most half of what is free on their devices."""
-    needed: dict[torch.device, int] = {}
-    for _, tensor in table.tensors:
-        needed[tensor.device] = needed.get(tensor.device, 0) + 4 * tensor.numel()
-    return all(size <= _SHARE * _free_bytes(device) for device, size in needed.items())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -40,6 +40,8 @@ class GradientNoise:
     twice : set of int
         Tensors of which a micro-batch of this step brought a second gradient: of what it brought
         in all the norm is not known.
+    micro_batches : int or None
+        How many there were in this step, those of all processes; None before it is measured.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class GradientNoise:
         self._cadence = cadence
         self._time = time or RecordingTime()
         self.twice: set[int] = set()
+        self.micro_batches: int | None = None
         self._arrived: dict[int, torch.Tensor] = {}
         self._batches: list[tuple[np.ndarray, torch.Tensor]] = []
         self._error: Exception | None = None
@@ -85,7 +88,7 @@ class GradientNoise:
             Factor on the gradients that `square` is free of (fp16 loss scale).
         """
         self.micro_batch()
-        n = len(self._batches) * self._count
+        self.micro_batches = n = len(self._batches) * self._count
         if n < 2:
             return None
         parts = [self._aligned(numbers, *batch).to(square.device) for batch in self._batches]
@@ -98,6 +101,7 @@ class GradientNoise:
     def forget(self) -> None:
         """Let go of everything that belongs to the step."""
         self.twice, self._arrived, self._batches = set(), {}, []
+        self.micro_batches = None
 
     def close(self) -> None:
         """Remove the hooks."""

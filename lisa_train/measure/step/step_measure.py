@@ -1,6 +1,6 @@
 """What is measured at one optimizer step: gradients before clipping, the update, the weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from lisa_train.measure.adapters.lora_products import LoraPair
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.probe.measuring_pass import Probe
+from lisa_train.measure.probe.measuring_pass import Passes, Probe
+from lisa_train.measure.probe.result import Probed, probed_batches
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.step.change_parts import AdapterProducts, BaseDeltas
@@ -60,6 +61,8 @@ class StepMeasure:
         self._table = table
         self._buffer = buffer
         processes = processes or Processes(table)
+        self._model = model
+        self._processes = processes
         self._probe = Probe(model, table, processes)
         self._noise: GradientNoise | None = None
         if config.grad_noise and not processes.sharded:
@@ -98,6 +101,11 @@ class StepMeasure:
     def second_gradients(self) -> bool:
         """Whether a micro-batch of the step in progress made more than one backward pass."""
         return self._noise is not None and bool(self._noise.twice)
+
+    @property
+    def micro_batches(self) -> int | None:
+        """Micro-batches of this step, of all processes, where they are counted."""
+        return None if self._noise is None else self._noise.micro_batches
 
     def micro_batch(self) -> None:
         """Take note of a micro-batch that is done, for the gradient noise."""
@@ -170,14 +178,19 @@ class StepMeasure:
         for part in self._parts:
             part.census(step)
 
-    def probe(
-        self, step: int, backward: Callable[[], object], scale: float | torch.Tensor = 1.0
-    ) -> None:
-        """Run one backward pass with all tensors and keep nothing of it but their norms."""
-        ids, square = self._probe.run(backward)
+    def probe(self, step: int, passes: Passes, scale: float | torch.Tensor = 1.0) -> Probed | None:
+        """Run backward passes with all tensors and keep nothing of them but their numbers.
+
+        One pass is of all processes together; of several, each is a batch of this process's own,
+        and what they have in common is returned.
+        """
+        if len(passes) > 1:
+            return probed_batches(self._model, self._table, self._processes, passes, scale)
+        ids, square = self._probe.run(passes[0])
         if not len(ids):
             raise RuntimeError("the pass brought no gradient to any of the measured tensors")
         self._buffer.add(step, "probe_grad_norm", ids, square / beside(scale, square) ** 2)
+        return None
 
     def close(self) -> None:
         """Remove the hooks and free all copies."""

@@ -27,17 +27,18 @@ from lisa_train.measure.step.step_measure import StepMeasure
 from lisa_train.measure.troubles import Troubles
 from lisa_train.model.tensor_table import TensorTable
 
+S = TypeVar("S", bound="StepRecorder")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def measured(
-    method: "Callable[Concatenate[StepRecorder, P], T]",
-) -> "Callable[Concatenate[StepRecorder, P], T | None]":
+    method: Callable[Concatenate[S, P], T],
+) -> Callable[Concatenate[S, P], T | None]:
     """Time a public method; what goes wrong in it is judged by `lisa_train.measure.faults`."""
 
     @functools.wraps(method)
-    def wrapped(self: "StepRecorder", *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def wrapped(self: S, *args: P.args, **kwargs: P.kwargs) -> T | None:
         if self.stopped or self._inside:
             return method(self, *args, **kwargs) if self._inside else None
         self._inside = True
@@ -234,6 +235,8 @@ class StepRecorder:
             if torch.is_tensor(skipped) or not skipped:
                 self._measure.update(step, line["clip_coef"])
             self._measure.state(step)
+            if self._measure.micro_batches is not None:
+                line["micro_batches"] = self._measure.micro_batches
             self._measure.forget()
         self._lines.add(line)
         if due or self._processes.count == 1:

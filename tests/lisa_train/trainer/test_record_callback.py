@@ -672,7 +672,7 @@ def test_a_probe_never_holds_two_gradients():
     try:
         batch = {k: v[None] for k, v in examples(1)[0].items()}
         state = torch.random.get_rng_state()
-        probe.probe(3, lambda: (torch.rand(5), model(**batch).loss.backward()))
+        probe.probe(3, [lambda: (torch.rand(5), model(**batch).loss.backward())])
     finally:
         measuring_pass.squares = original
     assert len(held) == 30
@@ -785,7 +785,7 @@ def test_a_probe_leaves_out_what_it_reaches_twice():
     batch = {k: v[None] for k, v in examples(1)[0].items()}
     again = model.model.layers[1].mlp.up_proj
     number = next(i for i, p in table.tensors if p is again.weight)
-    probe.probe(3, lambda: (model(**batch).loss.backward(), again.weight.sum().backward()))
+    probe.probe(3, [lambda: (model(**batch).loss.backward(), again.weight.sum().backward())])
     (rows,) = buffer.take()
     assert sorted(rows["param_id"]) == sorted(i for i, _ in table.tensors if i != number)
     assert np.isfinite(rows["probe_grad_norm"].compressed()).all()

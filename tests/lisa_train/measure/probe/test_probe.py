@@ -1,18 +1,14 @@
 """The probe against gradients that plain float64 autograd gives."""
 
-import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers_probe import batches
+from helpers_architectures import MODELS, build, inputs
+from helpers_distributed import launch
+from helpers_probe import batches, expected, float64_gradients, in_a_run, rows
 from helpers_recording import llama, mixtral, t5
 from torch import nn
 
@@ -20,50 +16,6 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError
 from lisa_train.measure.probe.batch_gradients import BatchGradients, agreement
 from lisa_train.measure.probe.sketch import BUCKETS, Sketch
-
-
-def float64_gradients(model, data, dtype=torch.float64):
-    """Dense gradients of every batch, by name, from a copy in double precision."""
-    model = copy.deepcopy(model).to(dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    found = []
-    for batch in data:
-        model.zero_grad()
-        model(**batch).loss.backward()
-        found.append(
-            {
-                name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double()
-                for name, p in model.named_parameters()
-            }
-        )
-    return found
-
-
-def rows(run_dir):
-    frame = pq.read_table(run_dir / "probes").to_pandas()
-    names = pq.read_table(run_dir / "parameters.parquet").to_pandas().set_index("param_id")["name"]
-    return frame.assign(name=frame["param_id"].map(names))
-
-
-def expected(gradients, weights):
-    """Brute force over all pairs of batches."""
-    n = len(gradients)
-    result = {}
-    for name in gradients[0]:
-        g = torch.stack([batch[name].flatten() for batch in gradients])
-        gram = g @ g.T
-        off = gram.sum(1) - gram.diag()
-        mean = g.mean(0)
-        result[name] = {
-            "grad_norm": gram.diag().sqrt().numpy(),
-            "grad_norm_l1": g.abs().sum(1).numpy(),
-            "taylor": (g @ weights[name].detach().flatten().double()).numpy(),
-            "agreement": (off / (n - 1)).numpy(),
-            "signal": float(off.sum() / (n * (n - 1))),
-            "noise": float((g - mean).square().sum() / (n - 1)),
-        }
-    return result
 
 
 def test_every_number_is_that_of_float64(tmp_path):
@@ -314,25 +266,87 @@ def test_two_processes_take_the_batches_of_one(two, tmp_path, signal):
         np.testing.assert_allclose(together[column], one[column], rtol=2e-5, atol=1e-6 * size)
 
 
+def test_two_processes_probe_a_run_as_one_does(two, tmp_path):
+    in_a_run(tmp_path / "run", [*batches(4)[0::2], *batches(4)[1::2]])
+    one, together = rows(tmp_path / "run"), rows(two / "run")
+    assert len(one) == len(together) > 0
+    for column in ("grad_norm", "grad_norm_l1", "taylor", "signal", "noise"):
+        size = one[column].abs().max()
+        np.testing.assert_allclose(together[column], one[column], rtol=2e-5, atol=1e-6 * size)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    tests = Path(__file__).parents[3]
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tests / "helpers_probe.py"), str(folder), str(rank), "2"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(o[-4000:] for o in outputs)
+    launch("helpers_probe.py", folder)
     return folder
+
+
+# Torch's fused experts know no float64, and a router may choose otherwise in it.
+EXPERTS = {"mixtral", "qwen3_moe"}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_every_family_that_is_loaded(tmp_path, name):
+    model = build(name).eval()
+    data = [inputs(name), {key: x.flip(0) for key, x in inputs(name).items()}]
+    if name == "llava":  # the picture's place holders stay where they are
+        data[1]["input_ids"] = data[1]["input_ids"].flip(0)
+    data[1]["labels"] = data[1]["labels"].flip(0).contiguous()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    frame = rows(lt.probe(model, data, tmp_path / "run"))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    dtype = torch.float32 if name in EXPERTS else torch.float64
+    wide = [
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data
+    ]
+    gradients = float64_gradients(model, wide, dtype)
+    truth = expected(gradients, dict(model.named_parameters()))
+    reached = {n for n in truth if any(g[n].abs().max() > 0 for g in gradients)}
+    assert set(frame["name"]) >= reached
+    largest = max(t["grad_norm"].max() for t in truth.values())
+    for tensor, of_tensor in frame.groupby("name"):
+        single = of_tensor[of_tensor["batch"].notna()].sort_values("batch")
+        np.testing.assert_allclose(
+            single["grad_norm"], truth[tensor]["grad_norm"], rtol=2e-4, atol=1e-6 * largest
+        )
+
+
+def test_an_error_that_keeping_what_was_done_meets_is_a_note_on_the_first(tmp_path, monkeypatch):
+    from lisa_train.measure.disk.writer import RunWriter
+
+    def full(self, step, columns):
+        raise OSError(28, "No space left on device")
+
+    def broken():
+        yield from batches(3)
+        raise RuntimeError("the data ended in an accident")
+
+    monkeypatch.setattr(RunWriter, "write_probe", full)
+    with pytest.raises(RuntimeError, match="accident") as caught:
+        lt.probe(llama(), broken(), tmp_path / "run")
+    assert any("No space left" in note for note in caught.value.__notes__)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["status"] == "failed"
+    assert "accident" in manifest["error"]
+
+
+def test_the_bar_counts_to_where_the_precision_is_expected(tmp_path, monkeypatch):
+    from lisa_train.measure.probe import probing
+
+    seen = []
+    expect = probing._expect
+
+    def spy(bar, done, width, until, limit):
+        expect(bar, done, width, until, limit)
+        seen.append((done, width, bar.total))
+
+    monkeypatch.setattr(probing, "_expect", spy)
+    lt.probe(llama(), batches(16), tmp_path / "run", 16, until=0.02, progress=False)
+    assert [done for done, _, _ in seen] == [8, 10, 13]
+    assert all(np.isfinite(width) and total == 16 for _, width, total in seen)
+    seen.clear()
+    lt.probe(llama(), batches(16), tmp_path / "other", until=0.02, progress=False)
+    for done, width, total in seen:
+        assert total == int(np.ceil(done * (width / 0.02) ** 2))

@@ -16,8 +16,10 @@ Array = NDArray[np.float64]
 _HOW = {
     "delta_norm": "for weights, record.base_delta",
     PROBE: "record.probe_every",
-    "probes": "lisa-train --config probe, or lisa_train.probe",
+    "probes": "lisa-train --config probe, lisa_train.probe, or record.probe_batches",
     "ablation": "lisa-ablate RUN_DIR, or lisa_train.ablate",
+    "grad_noise": "record.grad_noise, with gradient accumulation or several processes",
+    "micro_batches": "record.grad_noise of this version, with gradient accumulation",
 }
 
 
@@ -62,12 +64,21 @@ class Measurements:
             return not self.run.probes.empty
         if column == "ablation":
             return not self.run.ablation.empty
+        if column == "micro_batches":
+            return bool((self.micro_batches > 1).any())
         if column == PROBE:
             return len(self.table.probe_steps) > 0
         if column == "delta_norm":
             # A census alone measures it as well.
             return not bool(np.isnan(self.table.final_delta).all())
         return column in self.table
+
+    @property
+    def micro_batches(self) -> Array:
+        """Micro-batches of every recorded step, shape (n,); NaN where they were not counted."""
+        counted = self.run.scalars.set_index("step")["micro_batches"]
+        found = counted.reindex(self.table.steps).astype("Float64").to_numpy(np.float64, np.nan)
+        return np.asarray(found)
 
     def lacks(self, column: str) -> str:
         """Say that a column was not recorded, and what was."""

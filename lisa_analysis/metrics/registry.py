@@ -1,6 +1,7 @@
 """What a metric is, and the registry of them: `@metric` adds one, here or in a notebook."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -115,7 +116,11 @@ class UnknownMetricError(LisaError, KeyError):
 
 
 class Metrics(Mapping[str, Metric]):
-    """Metrics by id. `register` adds one; an id that is unknown is an error with a suggestion."""
+    """Metrics by id. `register` adds one; an id that is unknown is an error with a suggestion.
+
+    Of a metric over the batches of a probe, ``"grad_signal@0"`` is the one of the probe that was
+    taken after 0 optimizer steps; without a step it is that of the newest probe.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, Metric] = {}
@@ -139,12 +144,29 @@ class Metrics(Mapping[str, Metric]):
         del self._found[self[metric].id]
 
     def __getitem__(self, metric: str) -> Metric:
+        name, at, step = str(metric).partition("@")
+        if at and name in self._found:
+            return self._at_step(self._found[name], step)
         if metric not in self._found:
             raise UnknownMetricError(
                 f"importance metric {metric!r} is unknown: choose one of "
                 f"{', '.join(self._found)}.{suggest(str(metric), self._found)}"
             )
         return self._found[metric]
+
+    def _at_step(self, metric: Metric, step: str) -> Metric:
+        if metric.rows != "batches" or not step.isdecimal():
+            probed = ", ".join(m.id for m in self._found.values() if m.rows == "batches")
+            raise UnknownMetricError(
+                f"importance metric '{metric.id}@{step}': a whole number of optimizer steps behind "
+                f"the @ chooses the probe of {probed}, and of no other metric."
+            )
+        return dataclasses.replace(
+            metric,
+            id=f"{metric.id}@{int(step)}",
+            definition=f"{metric.definition.rstrip('.')}; probed after {int(step)} steps.",
+            function=functools.partial(metric.function, step=int(step)),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)

@@ -1,5 +1,6 @@
 """The probes of a run directory: rows per batch and tensor, and per tensor for all batches."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read_probes(directory: Path, tensors: Any, warnings: list[str]) -> "pd.DataFrame":
+def read_probes(
+    directory: Path, tensors: Any, warnings: list[str], limits: Mapping[int, int] | None = None
+) -> "pd.DataFrame":
     """Read every probe of a run; of a step that was probed twice the newest segment counts.
 
     Parameters
@@ -22,6 +25,8 @@ def read_probes(directory: Path, tensors: Any, warnings: list[str]) -> "pd.DataF
         The param_ids that the run knows.
     warnings
         Takes what is not as it should be and does not matter.
+    limits
+        Segment -> last step of it that later segments leave standing.
     """
     import pandas as pd
     import pyarrow as pa
@@ -31,7 +36,7 @@ def read_probes(directory: Path, tensors: Any, warnings: list[str]) -> "pd.DataF
     newest: dict[int, Path] = {}
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         parsed = parse_shard_name(path.name)
-        if parsed:
+        if parsed and parsed[1] <= (limits or {}).get(parsed[0], parsed[1]):
             newest[parsed[1]] = path  # sorted by segment, then step
     frames = []
     for path in newest.values():

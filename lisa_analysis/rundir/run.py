@@ -120,9 +120,15 @@ class Run:
 
     @cached_property
     def probes(self) -> "pd.DataFrame":
-        """What probes measured, see `lisa_analysis.contract.schema.PROBES_TABLE`."""
+        """What probes measured, see `lisa_analysis.contract.schema.PROBES_TABLE`.
+
+        A run may hold several, told apart by `step`: what a resumed segment replaced is left out.
+        """
         return read_probes(
-            self.path / PROBES_DIR, self.parameters["param_id"].to_numpy(), self.warnings
+            self.path / PROBES_DIR,
+            self.parameters["param_id"].to_numpy(),
+            self.warnings,
+            last_valid_steps(self._segment_starts, self._shards),
         )
 
     @cached_property

@@ -136,3 +136,60 @@ def test_what_it_says_without_a_probe_or_with_a_damaged_one(probed_run, tmp_path
     # Nothing of training is asked of a probe.
     file.write_bytes(whole)
     assert not la.diagnose(path).findings
+
+
+def add_probe(path, gradients, step):
+    """Another probe of a run, after some steps."""
+    import pyarrow.parquet as pq
+
+    source = path.parent / f"other-{step}"
+    source.mkdir()
+    write_probe(source, gradients)
+    table = pq.read_table(source / PROBES_DIR / shard_name(0, 0))
+    index = table.schema.get_field_index("step")
+    steps = np.full(len(table), step)
+    table = table.set_column(index, table.schema.field(index), [steps.tolist()])
+    pq.write_table(table, path / PROBES_DIR / shard_name(0, step))
+
+
+def test_the_probe_of_a_step_is_chosen_behind_an_at(probed_run):
+    path, frame, _ = probed_run
+    before = la.importance(path).to_frame()
+    rng = np.random.default_rng(5)
+    layer = frame["layer"].astype("Float64").fillna(0).to_numpy(dtype=float)
+    add_probe(path, dense(32, 1.0 + (layer == 4), rng), 100)
+    newest = la.importance(path, "grad_signal")
+    start = la.importance(path, "grad_signal@0")
+    assert (start.to_frame()["score"] == before["score"]).all()
+    assert int(newest.to_frame()["score"].to_numpy().argmax()) == 4
+    assert int(start.to_frame()["score"].to_numpy().argmax()) == 2
+    assert start.metric == "grad_signal@0"
+    assert "probed after 0 steps" in start.definition
+    # Several probes of one run stand side by side.
+    assert sorted(la.load(path).probes["step"].unique()) == [0, 100]
+    with pytest.raises(LisaError, match="no probe of step 7: it was probed after 0, 100"):
+        la.importance(path, "signal_to_noise@7")
+    with pytest.raises(LisaError, match=r"chooses the probe of grad_signal, signal_to_noise"):
+        la.importance(path, "grad_rms@7")
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5])
+def test_the_root_of_a_mean_whose_parts_lie_below_zero(ratio):
+    """Steps whose signal is noise around `ratio`: the score is the root of their mean."""
+    rng = np.random.default_rng(2)
+    values = ratio + 0.3 * rng.normal(size=(400, 50))
+    values[rng.random(values.shape) < 0.3] = np.nan  # layers that rested
+    assert (np.nan_to_num(values) < 0).any()
+    found = probed._pseudo_root(values)
+    mean = np.nanmean(found, axis=0)
+    np.testing.assert_allclose(mean, np.sqrt(np.nanmean(values, axis=0)), rtol=0.1)
+    assert mean.mean() == pytest.approx(np.sqrt(ratio), rel=0.06)
+    assert (np.isnan(found) == np.isnan(values)).all()
+    # Their spread is that of the root: the delta method.
+    error = np.nanstd(found, axis=0).mean() / np.sqrt(280)
+    assert error == pytest.approx(0.3 / (2 * np.sqrt(ratio)) / np.sqrt(280), rel=0.1)
+
+
+def test_what_never_has_a_signal_has_the_score_zero():
+    found = probed._pseudo_root(np.full((10, 1), -1.0))
+    assert (found == 0).all()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lisa_analysis.runs.diagnostics import Diagnostics as Diagnostics
     from lisa_analysis.runs.diagnostics import Finding as Finding
     from lisa_analysis.runs.diagnostics import diagnose as diagnose
+    from lisa_analysis.runs.validity import Validity as Validity
+    from lisa_analysis.runs.validity import validity as validity
     from lisa_analysis.views import plots as plots
     from lisa_analysis.views.report import Report as Report
     from lisa_analysis.views.report import report as report
@@ -35,6 +37,8 @@ _HOME = {
     "Diagnostics": "runs.diagnostics",
     "Finding": "runs.diagnostics",
     "diagnose": "runs.diagnostics",
+    "Validity": "runs.validity",
+    "validity": "runs.validity",
     "ImportanceProfile": "profiles.profile",
     "importance": "profiles.from_run",
     "SamplingProbabilities": "plans.sampling",

@@ -1,0 +1,233 @@
+"""Whether two rankings of layers agree beyond chance: permutations of layers, and of kinds."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.statistics.stability import pearson, ranks, spearman_brown
+
+Array = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+# Up to so many orders are all gone through; of more, some are drawn.
+EXACT = 5040
+DRAWN = 1999
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What is ranked: layers, or the kinds of module within them, as a complete grid.
+
+    Attributes
+    ----------
+    layers, kinds
+        Size of the grid; one kind where layers are ranked as wholes. Values are of shape
+        (layers · kinds,), the kinds of a layer side by side.
+    within
+        Rank the layers within each kind, and average over the kinds: what kinds of another size
+        share is no agreement then.
+    """
+
+    layers: int
+    kinds: int = 1
+    within: bool = False
+
+    @property
+    def kind(self) -> Ids:
+        """Kind of every value."""
+        return np.tile(np.arange(self.kinds), self.layers)
+
+    def agreement(self, x: Array, y: Array) -> float:
+        """Spearman's ρ over what is finite in both (within kinds: its mean); NaN below three."""
+        known = np.isfinite(x) & np.isfinite(y)
+        if not self.within:
+            return _spearman(x[known], y[known])
+        kind = self.kind
+        found = [_spearman(x[rows], y[rows]) for k in range(self.kinds)
+                 if (rows := known & (kind == k)).any()]  # fmt: skip
+        found = [r for r in found if np.isfinite(r)]
+        return float(np.mean(found)) if found else float("nan")
+
+    def orders(self, rng: np.random.Generator, *, draw: bool = False) -> Ids:
+        """Orders under which no agreement is as likely as the one found, the own one first.
+
+        Layers change places as wholes, with all their kinds: what a layer shares over its kinds
+        would count several times otherwise. Where kinds are ranked with the layers, they change
+        places in all layers alike as well.
+
+        Parameters
+        ----------
+        rng
+            Draws some where there are too many.
+        draw
+            Draw in any case, so that several sets of layers have equally many.
+
+        Returns
+        -------
+        ndarray
+            Shape (orders, layers · kinds).
+        """
+        moves_kinds = self.kinds > 1 and not self.within
+        count = math.factorial(self.layers) * (math.factorial(self.kinds) if moves_kinds else 1)
+        if count <= EXACT and not draw:
+            of_layers = np.array(list(itertools.permutations(range(self.layers))))
+            kinds = itertools.permutations(range(self.kinds)) if moves_kinds else [()]
+            of_kinds = np.array([list(k) or list(range(self.kinds)) for k in kinds])
+            of_layers = np.repeat(of_layers, len(of_kinds), axis=0)
+            of_kinds = np.tile(of_kinds, (len(of_layers) // len(of_kinds), 1))
+        else:
+            of_layers = _draws(rng, self.layers)
+            of_kinds = np.tile(np.arange(self.kinds), (DRAWN + 1, 1))
+            if moves_kinds:
+                of_kinds = _draws(rng, self.kinds)
+        grid = of_layers[:, :, None] * self.kinds + of_kinds[:, None, :]
+        return np.asarray(grid.reshape(len(grid), -1), dtype=np.int64)
+
+    def null(self, x: Array, y: Array, orders: Ids) -> Array:
+        """Agreement of `x` with `y` in each of the orders, shape (orders,); where none is, 0."""
+        if not np.isfinite(y).all():
+            raise ValueError("y is complete: leave out what is unknown in it")
+        if not np.isfinite(x).all():
+            return np.nan_to_num([self.agreement(x, y[order]) for order in orders])
+        if not self.within:
+            return _correlations(ranks(x), ranks(y), orders)
+        kind = self.kind
+        by_kind = [np.flatnonzero(kind == k) for k in range(self.kinds)]
+        # A kind of which one side is all the same tells nothing, in any order.
+        by_kind = [rows for rows in by_kind if len(rows) > 2]
+        by_kind = [rows for rows in by_kind if np.ptp(x[rows]) and np.ptp(y[rows])]
+        if not by_kind:
+            return np.zeros(len(orders))
+        total = np.zeros(len(orders))
+        ranked = np.zeros(len(y))
+        for rows in by_kind:
+            ranked[rows] = ranks(y[rows])
+        for rows in by_kind:
+            total += _correlations(ranks(x[rows]), ranked, orders[:, rows])
+        return total / len(by_kind)
+
+
+def reliability(cells: Cells, values: Array, *, splits: int = 100, seed: int = 0) -> float:
+    """Split-half reliability of a ranking over independent rows, mean over many halvings.
+
+    Parameters
+    ----------
+    cells
+        What is ranked.
+    values
+        Shape (rows, layers · kinds), NaN where a row does not know a value.
+    splits, seed
+        How many halvings, and of their draw.
+    """
+    n = len(values)
+    if n < 4:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    first = np.argsort(rng.random((splits, n)), axis=1) < n // 2
+    known = np.isfinite(values)
+    filled = np.where(known, values, 0.0)
+    parts = [half.astype(np.float64) for half in (first, ~first)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        halves = [(part @ filled) / (part @ known.astype(np.float64)) for part in parts]
+    found = [cells.agreement(a, b) for a, b in zip(*halves, strict=True)]
+    found = [r for r in found if np.isfinite(r)]
+    return spearman_brown(float(np.mean(found))) if found else float("nan")
+
+
+def critical(null: Array, level: float = 0.05) -> float:
+    """Smallest |ρ| that no more than `level` of the orders reach; NaN where none is so rare.
+
+    >>> cells = Cells(6)
+    >>> orders = cells.orders(np.random.default_rng(0))
+    >>> x = np.arange(6.0)
+    >>> round(critical(cells.null(x, x, orders)), 3)
+    0.886
+    """
+    size = np.sort(np.abs(null[np.isfinite(null)]))[::-1]
+    if not len(size):
+        return float("nan")
+    values = np.unique(np.round(size, 9))
+    rare = [v for v in values if (size >= v - 1e-9).mean() <= level]
+    return float(rare[0]) if rare else float("nan")
+
+
+def signal_share(cells: Cells, score: Array, samples: Array | None) -> float:
+    """Share of the spread between values that is not noise, by the spread of bootstrap samples.
+
+    1 where there are no samples: the scores are taken as they are.
+    """
+    if samples is None:
+        return 1.0
+    known = np.isfinite(score)
+    centred = np.where(known, score, np.nan).reshape(cells.layers, cells.kinds)
+    centred = centred - (np.nanmean(centred, axis=0) if cells.within else np.nanmean(centred))
+    spread = float(
+        np.nansum(centred**2) / max(known.sum() - (cells.kinds if cells.within else 1), 1)
+    )
+    noise = float(samples[:, known].var(axis=0).mean())
+    return max(0.0, 1 - noise / spread) if spread > 0 else 0.0
+
+
+def interval(
+    estimate: float,
+    measure: Callable[[int, int], float],
+    sizes: tuple[int, int],
+    share: float,
+    confidence: float,
+    rng: np.random.Generator,
+    pairs: int = 300,
+) -> tuple[float, float]:
+    """Bounds of the agreement of the true scores, from pairs of bootstrap samples of both sides.
+
+    Noise lowers the agreement of the estimates, and that of the samples once more: the upper bound
+    mirrors the lower one, and both are moved outwards by what noise took from the estimates
+    (Spearman 1904). In simulations with 6 to 30 layers and noise from a tenth to twice the spread
+    of the layers, 95 % intervals hold in 95 to 100 % of cases; without the second part in as few
+    as 4 %.
+
+    Parameters
+    ----------
+    estimate
+        Agreement of the estimates.
+    measure
+        Takes the rows of a sample of each side.
+    sizes
+        Samples of each side; 1 for a side that is taken as it is.
+    share
+        Product of both sides' `signal_share`.
+    """
+    rows = rng.integers(0, sizes, size=(pairs, 2))
+    drawn = np.array([measure(int(a), int(b)) for a, b in rows])
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn) or not np.isfinite(estimate):
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low = min(float(low), estimate)
+    high = max(2 * estimate - low, float(high))
+    if not share > 0:
+        return -1.0, 1.0
+    least = np.sqrt(share)
+    return max(min(low, low / least), -1.0), min(max(high, high / least), 1.0)
+
+
+def _spearman(x: Array, y: Array) -> float:
+    return pearson(ranks(x), ranks(y)) if len(x) > 2 else float("nan")
+
+
+def _draws(rng: np.random.Generator, n: int) -> Ids:
+    drawn = np.argsort(rng.random((DRAWN, n)), axis=1)
+    return np.concatenate([np.arange(n)[None], drawn])
+
+
+def _correlations(x: Array, y: Array, orders: Ids) -> Array:
+    """Pearson's r of x with y in every order; 0 where either does not vary."""
+    x = x - x.mean()
+    moved = y[orders]
+    moved = moved - moved.mean(axis=1, keepdims=True)
+    scale = np.sqrt((x @ x) * (moved * moved).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(scale > 0, (moved @ x) / scale, 0.0))

@@ -1,5 +1,6 @@
 """Metrics of an ablation: what a unit's learned change was worth, in loss on unseen examples."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +131,34 @@ def contributions(differences: Array, tokens: Array) -> Array:
     return np.where(known, rows, np.nan)
 
 
+_CACHE: weakref.WeakKeyDictionary[Any, dict[tuple[str, str, str], Array]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def per_example(data: Measurements, mode: str, text: str) -> Array:
-    """Contributions of every example and group, shape (examples, groups); positive: worth it."""
+    """Contributions of every example and group, shape (examples, groups); positive: worth it.
+
+    Parameters
+    ----------
+    data
+        What the run measured; its groups are the columns.
+    mode, text
+        ``reset`` or ``keep``, ``held_out`` or ``general``.
+
+    Raises
+    ------
+    KeyError
+        When that was not ablated, in words.
+    """
+    remembered = _CACHE.setdefault(data.run, {})
+    key = (data.table.groups.level, mode, text)
+    if key not in remembered:
+        remembered[key] = _per_example(data, mode, text)
+    return remembered[key].copy()
+
+
+def _per_example(data: Measurements, mode: str, text: str) -> Array:
     run, groups = data.run, data.table.groups
     losses, tokens = _whole(run, text)
     against = "trained" if mode == "reset" else "base"

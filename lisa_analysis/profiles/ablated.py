@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.ablation import per_example, totals
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.profiles.sentences import name_rows
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import Judgement
-from lisa_analysis.statistics import Interval
+from lisa_analysis.statistics import Interval, association
+from lisa_analysis.statistics.association import Cells
 from lisa_analysis.statistics.estimate import MIN_INDEPENDENT, Fit
 
 Array = NDArray[np.float64]
@@ -210,3 +212,51 @@ def interaction_words(data: Measurements, confidence: float) -> str:
     if gap.high < 0:
         return text + "the changes need each other, so that one alone gives less than it is missed."
     return text + "no interaction of the changes can be told."
+
+
+def confirmed(data: Measurements, scores: Array) -> tuple[bool | None, str]:
+    """Whether a run's own ablation ranks its layers as a metric does, beyond chance.
+
+    Parameters
+    ----------
+    data
+        What the metric looked at; its groups are what is ranked.
+    scores
+        The metric's score of every row inside the stack.
+
+    Returns
+    -------
+    tuple
+        None and no words where the run was not ablated by these rows, or too few examples tell
+        their order; else whether, and a sentence if not.
+    """
+    level = data.table.groups.level
+    if level not in ("layer", "module"):
+        return None, ""
+    found: dict[str, float] = {}
+    need = float("nan")
+    for mode in ("keep", "reset"):
+        try:
+            if not data.has("ablation"):
+                return None, ""
+            rows = per_example(data, mode, "held_out")[:, : len(scores)]
+        except (KeyError, LisaError):  # not ablated so, or a file that its own reader refuses
+            continue
+        known = np.isfinite(rows).all(axis=0) & np.isfinite(scores)
+        cells = Cells(int(known.sum()))
+        if cells.layers < 4 or association.reliability(cells, rows[:, known]) < 0.5:
+            continue
+        worth = rows[:, known].mean(axis=0)
+        null = cells.null(scores[known], worth, cells.orders(np.random.default_rng(0)))
+        found[mode], need = cells.agreement(scores[known], worth), association.critical(null)
+    found = {mode: value for mode, value in found.items() if np.isfinite(value)}
+    if not found:
+        return None, ""
+    if max(found.values()) >= (need if np.isfinite(need) else 1.0):
+        return True, ""
+    ranks = " and ".join(f"{value:.2f} with {mode}" for mode, value in found.items())
+    least = f"{need:.2f} is more than chance" if np.isfinite(need) else f"too few {level}s to tell"
+    return False, (
+        f"Read it as a score, not as importance: this run's own ablation does not rank the "
+        f"{level}s so (rank correlation {ranks}; {least})."
+    ).replace("-0.", "−0.")

@@ -124,13 +124,15 @@ def importance(
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
     if chosen.rows != "steps":
         trained = np.zeros_like(trained)
-    said = (
-        ablated.statement(
+    agrees = None
+    if chosen.rows == "examples":
+        said = ablated.statement(
             chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
         )
-        if chosen.rows == "examples"
-        else statement(chosen.id, by, fit, judged, start, thresholds, special, trained, stacks)
-    )
+    else:
+        said = statement(chosen.id, by, fit, judged, start, thresholds, special, trained, stacks)
+        agrees, doubt = ablated.confirmed(data, fit.score)
+        said = f"{said} {doubt}".rstrip()
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,
@@ -150,6 +152,7 @@ def importance(
         samples=_samples(fit),
         remarks=special,
         thresholds=thresholds,
+        agrees_with_ablation=agrees,
     )
 
 

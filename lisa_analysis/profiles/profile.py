@@ -34,6 +34,8 @@ class ImportanceProfile:
     embedding, head and final norm, which are no part of the stack. `sources` are the ids of the
     runs that it came from; `remarks` say what is special about single layers. `seeds` is what the
     runs behind a profile over seeds show each, None for a single run; `n_eff` counts seeds there.
+    `agrees_with_ablation` says whether the run's own ablation ranks the layers so beyond chance,
+    None where that is not known.
     """
 
     metric: str
@@ -55,6 +57,7 @@ class ImportanceProfile:
     remarks: tuple[str, ...] = field(default=(), repr=False)
     thresholds: Thresholds = field(default=THRESHOLDS, repr=False)
     seeds: "Seeds | None" = field(default=None, repr=False)
+    agrees_with_ablation: bool | None = field(default=None, repr=False)
 
     @classmethod
     def from_scores(
@@ -230,6 +233,7 @@ class ImportanceProfile:
         record["initialisation"] = self.initialisation and asdict(self.initialisation)
         record["thresholds"] = asdict(self.thresholds)
         record["seeds"] = self.seeds and self.seeds.to_dict()
+        record["agrees_with_ablation"] = self.agrees_with_ablation
         record["layers"] = self.layers.to_dict("records")
         record["outside"] = self.outside.to_dict("records")
         plain: dict[str, Any] = to_plain(record)

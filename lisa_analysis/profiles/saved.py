@@ -62,6 +62,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         remarks=tuple(record["remarks"]),
         thresholds=Thresholds(**record["thresholds"]),
         seeds=Seeds.from_dict(record["seeds"]) if record.get("seeds") else None,
+        agrees_with_ablation=record.get("agrees_with_ablation"),
     )
 
 

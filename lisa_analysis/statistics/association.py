@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +50,20 @@ class Cells:
                  if (rows := known & (kind == k)).any()]  # fmt: skip
         found = [r for r in found if np.isfinite(r)]
         return float(np.mean(found)) if found else float("nan")
+
+    def agreements(self, x: Array, y: Array) -> Array:
+        """Agreement of every row of `x` with its row of `y`, both of shape (rows, cells)."""
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            return np.array([self.agreement(a, b) for a, b in zip(x, y, strict=True)])
+        if not self.within:
+            return _row_correlations(_rank_rows(x), _rank_rows(y))
+        found = [
+            _row_correlations(_rank_rows(x[:, k :: self.kinds]), _rank_rows(y[:, k :: self.kinds]))
+            for k in range(self.kinds)
+        ]
+        known = np.isfinite(found)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.where(known, found, 0.0).sum(axis=0) / known.sum(axis=0))
 
     def orders(self, rng: np.random.Generator, *, draw: bool = False) -> Ids:
         """Orders under which no agreement is as likely as the one found, the own one first.
@@ -133,9 +146,9 @@ def reliability(cells: Cells, values: Array, *, splits: int = 100, seed: int = 0
     parts = [half.astype(np.float64) for half in (first, ~first)]
     with np.errstate(invalid="ignore", divide="ignore"):
         halves = [(part @ filled) / (part @ known.astype(np.float64)) for part in parts]
-    found = [cells.agreement(a, b) for a, b in zip(*halves, strict=True)]
-    found = [r for r in found if np.isfinite(r)]
-    return spearman_brown(float(np.mean(found))) if found else float("nan")
+    found = cells.agreements(*halves)
+    found = found[np.isfinite(found)]
+    return spearman_brown(float(found.mean())) if len(found) else float("nan")
 
 
 def critical(null: Array, level: float = 0.05) -> float:
@@ -147,12 +160,11 @@ def critical(null: Array, level: float = 0.05) -> float:
     >>> round(critical(cells.null(x, x, orders)), 3)
     0.886
     """
-    size = np.sort(np.abs(null[np.isfinite(null)]))[::-1]
-    if not len(size):
-        return float("nan")
+    size = np.sort(np.abs(null[np.isfinite(null)]))
     values = np.unique(np.round(size, 9))
-    rare = [v for v in values if (size >= v - 1e-9).mean() <= level]
-    return float(rare[0]) if rare else float("nan")
+    reached = len(size) - np.searchsorted(size, values - 1e-9)
+    rare = values[reached <= level * len(size)]
+    return float(rare[0]) if len(rare) else float("nan")
 
 
 def signal_share(cells: Cells, score: Array, samples: Array | None) -> float:
@@ -172,15 +184,7 @@ def signal_share(cells: Cells, score: Array, samples: Array | None) -> float:
     return max(0.0, 1 - noise / spread) if spread > 0 else 0.0
 
 
-def interval(
-    estimate: float,
-    measure: Callable[[int, int], float],
-    sizes: tuple[int, int],
-    share: float,
-    confidence: float,
-    rng: np.random.Generator,
-    pairs: int = 300,
-) -> tuple[float, float]:
+def interval(estimate: float, drawn: Array, share: float, confidence: float) -> tuple[float, float]:
     """Bounds of the agreement of the true scores, from pairs of bootstrap samples of both sides.
 
     Noise lowers the agreement of the estimates, and that of the samples once more: the upper bound
@@ -193,15 +197,11 @@ def interval(
     ----------
     estimate
         Agreement of the estimates.
-    measure
-        Takes the rows of a sample of each side.
-    sizes
-        Samples of each side; 1 for a side that is taken as it is.
+    drawn
+        Agreement of pairs of samples.
     share
         Product of both sides' `signal_share`.
     """
-    rows = rng.integers(0, sizes, size=(pairs, 2))
-    drawn = np.array([measure(int(a), int(b)) for a, b in rows])
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not np.isfinite(estimate):
         return float("nan"), float("nan")
@@ -221,6 +221,25 @@ def _spearman(x: Array, y: Array) -> float:
 def _draws(rng: np.random.Generator, n: int) -> Ids:
     drawn = np.argsort(rng.random((DRAWN, n)), axis=1)
     return np.concatenate([np.arange(n)[None], drawn])
+
+
+def _rank_rows(values: Array) -> Array:
+    """Ranks within every row, ties sharing their mean rank."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        return np.array([ranks(row) for row in values])
+    places = np.empty(values.shape)
+    np.put_along_axis(places, order, np.arange(1.0, values.shape[1] + 1)[None], axis=1)
+    return places
+
+
+def _row_correlations(x: Array, y: Array) -> Array:
+    """Pearson's r of every row of x with its row of y; NaN where either does not vary."""
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(scale > 0, (x * y).sum(axis=1) / scale, np.nan))
 
 
 def _correlations(x: Array, y: Array, orders: Ids) -> Array:

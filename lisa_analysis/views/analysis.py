@@ -1,5 +1,6 @@
 """Analysis: what was found in one run or several, each part computed once, for all who show it."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +22,14 @@ from lisa_analysis.runs.compare import compare
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
+from lisa_analysis.runs.validity import Validity, validity
 from lisa_analysis.views.next_run import NextRun
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Metrics of an ablation, in the order in which they are shown.
+ABLATED = ("ablation_keep", "ablation_reset", "forgetting", "forgetting_keep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +104,30 @@ class RunAnalysis:
     def profile_by_module(self) -> ImportanceProfile | None:
         """The profile by kind of module within the layers; None where there is none."""
         return self._profiles("module")[0]
+
+    @property
+    def worth(self) -> Mapping[str, ImportanceProfile]:
+        """What the layers' changes were worth, by metric of the ablation; empty without one."""
+        return self._ablated("layer")
+
+    @property
+    def worth_by_module(self) -> Mapping[str, ImportanceProfile]:
+        """The same by kind of module within the layers."""
+        return self._ablated("module")
+
+    def _ablated(self, by: str) -> Mapping[str, ImportanceProfile]:
+        key = f"ablation by {by}"
+        if key not in self._kept:
+            found = {}
+            for metric in ABLATED if not self.run.ablation.empty else ():
+                with contextlib.suppress(LisaError):  # another mode or text was ablated
+                    found[metric] = importance(self.run, metric, by=by)
+            self._kept[key] = found
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[str, Mapping[str, ImportanceProfile]]:
+        return {}
 
     @property
     def probabilities(self) -> SamplingProbabilities | None:
@@ -210,6 +239,14 @@ class Analysis:
         profiles = [one.profile for one in self.runs]
         metric = self.metric or default_metric(self.runs[0].run)
         return compare([one.run for one in self.runs], metric, profiles=profiles)
+
+    @cached_property
+    def validity(self) -> Validity | None:
+        """Which metric predicts what the layers were worth; None where nothing was ablated."""
+        try:
+            return validity([one.run for one in self.runs])
+        except LisaError:
+            return None
 
     @cached_property
     def numbers(self) -> "pd.DataFrame":

@@ -31,6 +31,7 @@ def to_json(analysis: "Analysis") -> str:
         "schema_version": SCHEMA_VERSION,
         "runs": [_run(result) for result in analysis.runs],
         "over_seeds": _over_seeds(analysis),
+        "validity": None if analysis.validity is None else analysis.validity.to_dict(),
         "comparison": None if analysis.comparison is None else analysis.comparison.to_dict(),
     }
     return json.dumps(to_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -58,6 +59,7 @@ def _run(result: "RunAnalysis") -> dict[str, Any]:
         "result": run.manifest.get("result"),
         "findings": [asdict(finding) for finding in result.diagnostics.findings],
         "profile": None if result.profile is None else result.profile.to_dict(),
+        "worth": {metric: found.to_dict() for metric, found in result.worth.items()},
         "why_not": None if result.why_not is None else str(result.why_not),
         "probabilities": None if probabilities is None else asdict(probabilities),
     }

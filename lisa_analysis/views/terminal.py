@@ -3,6 +3,7 @@
 import math
 import shutil
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ def overview(analysis: "Analysis") -> str:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
             parts.append(_layers(analysis))
+        if one.worth and analysis.alone:
+            parts.append(worth_table(one.worth))
+    if analysis.validity is not None:
+        parts.append(textwrap.fill(analysis.validity.sentence, min(100, width())) + "\n")
     if side_by_side is not None:
         parts.append(run_table(side_by_side))
         if analysis.profile is not None:
@@ -110,6 +115,30 @@ def strength_line(strengths: "pd.DataFrame") -> str:
         for row in known.to_dict("records")
     ]
     return f"Score of a draw over a uniform one, by --strength (1 is mild): {', '.join(parts)}."
+
+
+def worth_table(worth: "Mapping[str, ImportanceProfile]") -> str:
+    """What the layers' changes were worth: a column per way of asking, with its interval."""
+    frames = {metric: profile.to_frame() for metric, profile in worth.items()}
+    first = next(iter(frames.values()))
+    names = [str(name) for name in first["name"]]
+    name_width = max(5, *map(len, names)) if names else 5
+    heads = "  ".join(f"{metric:>30}" for metric in frames)
+    lines = ["What the layers were worth, nats per token", "", f"{'layer':<{name_width}}  {heads}"]
+    for row, name in enumerate(names):
+        cells = [_worth_cell(frame.iloc[row]) for frame in frames.values()]
+        lines.append(f"{name:<{name_width}}  " + "  ".join(f"{cell:>30}" for cell in cells))
+    said = [profile.statement for metric, profile in worth.items() if metric != "ablation_reset"]
+    said = said or [profile.statement for profile in worth.values()]
+    lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
+    return "\n".join(lines) + "\n"
+
+
+def _worth_cell(row: "pd.Series") -> str:
+    if not math.isfinite(row["score"]):
+        return "not ablated"
+    text = f"{row['score']:.3g}"
+    return f"{text} [{row['low']:.3g}, {row['high']:.3g}]" if math.isfinite(row["low"]) else text
 
 
 def ends_to_middle(profile: "ImportanceProfile") -> str:

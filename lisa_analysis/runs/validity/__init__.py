@@ -9,8 +9,8 @@ import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.from_run import check_confidence
+from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.opening import opened
-from lisa_analysis.runs.configurations import labels
 from lisa_analysis.runs.validity.judging import judge
 from lisa_analysis.runs.validity.sides import LEVELS, TARGETS, Part, parts_of
 from lisa_analysis.runs.validity.words import sentences

@@ -13,6 +13,8 @@ from lisa_analysis.statistics.association import Cells
 
 Array = NDArray[np.float64]
 
+PAIRS = 400
+
 
 def judge(parts: Sequence[Part], confidence: float, seed: int) -> list[dict[str, Any]]:
     """Rows of one level: every metric and target over the runs that have both."""
@@ -82,20 +84,16 @@ def _bounds(
     truths = [part.truth.samples for part in own if part.truth.samples is not None]
     if len(truths) < n:
         return float("nan"), float("nan")
-    sides = [part.metrics[key] for part in own]
-    # Without samples of its own a metric is taken as it is.
-    scores = [side.score[None] if side.samples is None else side.samples for side in sides]
-
-    def measure(a: int, b: int) -> float:
-        drawn = [
-            part.cells.agreement(x[b % len(x)], y[a % len(y)])
-            for part, x, y in zip(own, scores, truths, strict=True)
-        ]
-        return float(np.mean(drawn))
-
-    noise = [_share(part, part.truth) * _share(part, part.metrics[key]) for part in own]
-    widest = max(map(len, truths)), max(map(len, scores))
-    return association.interval(float(found.mean()), measure, widest, min(noise), confidence, rng)
+    drawn = []
+    for part, truth in zip(own, truths, strict=True):
+        side = part.metrics[key]
+        # Without samples of its own a metric is taken as it is.
+        scores = side.score[None] if side.samples is None else side.samples
+        # The same draws of examples for every run; those of the metrics are independent.
+        rows = np.arange(PAIRS) % len(truth), rng.integers(0, len(scores), PAIRS)
+        drawn.append(part.cells.agreements(scores[rows[1]], truth[rows[0]]))
+    noise = min(_share(part, part.truth) * _share(part, part.metrics[key]) for part in own)
+    return association.interval(float(found.mean()), np.mean(drawn, axis=0), noise, confidence)
 
 
 def _share(part: Part, side: Side) -> float:

@@ -15,6 +15,7 @@ from lisa_analysis.metrics.log import measurements
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.statistics import association
 from lisa_analysis.statistics.association import Cells
+from lisa_analysis.statistics.estimate import MIN_INDEPENDENT
 
 Array = NDArray[np.float64]
 
@@ -89,12 +90,25 @@ def _levels(
         return []
     parts = []
     for cell, level in zip(cells, LEVELS[:1] if by == "layer" else LEVELS[1:], strict=True):
-        truth = Side(profile.scores, profile.samples).of(where)
+        truth = Side(profile.scores[where], _resampled(rows[:, where]))
         beside = {key: side.of(where) for key, side in sides.items()}
         beside = {key: side for key, side in beside.items() if np.isfinite(side.score).sum() > 2}
         reliability = association.reliability(cell, rows[:, where])
         parts.append(Part(level, target, tuple(run.layer_names), cell, truth, reliability, beside))
     return parts
+
+
+def _resampled(rows: Array, replicates: int = 500, seed: int = 0) -> Array | None:
+    """Means of bootstrap samples of the examples, shape (replicates, cells); None for too few.
+
+    The same draws for every run: seeds that share their examples stay paired.
+    """
+    n = len(rows)
+    if n < MIN_INDEPENDENT or not np.isfinite(rows).all():
+        return None
+    mean = rows.mean(axis=0)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
+    return np.asarray(mean + (drawn @ rows / n - mean) * np.sqrt(n / (n - 1)))
 
 
 def _grid(frame: pd.DataFrame, known: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int, int]:

@@ -13,3 +13,6 @@ from lisa_analysis.views.plots.profiles import profiles as profiles
 from lisa_analysis.views.plots.profiles import rank_stability as rank_stability
 from lisa_analysis.views.plots.profiles import strengths as strengths
 from lisa_analysis.views.plots.runs import comparison as comparison
+from lisa_analysis.views.plots.worth import gain_and_forgetting as gain_and_forgetting
+from lisa_analysis.views.plots.worth import validity as validity
+from lisa_analysis.views.plots.worth import worth as worth

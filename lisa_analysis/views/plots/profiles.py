@@ -46,7 +46,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     mean, dashes = float(np.nanmean(score)), (0, (4, 3))
     ax.axhline(mean, color=style.MUTED, linewidth=0.9, linestyle=dashes, label="mean")
     if profile.by == "layer":
-        _layers_below(ax, len(frame))
+        layers_below(ax, len(frame))
     else:
         _names_below(ax, frame["name"].tolist(), profile.by)
     ax.set_ylabel(style.literal(profile.metric))
@@ -114,7 +114,7 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
             ax.fill_between(x, frame["low"], frame["high"], color=color, alpha=0.18, linewidth=0)
     ax.axhline(1, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     if len(depths) == 1:
-        _layers_below(ax, depths.pop())
+        layers_below(ax, depths.pop())
     else:
         ax.set_xlabel("depth in the stack (0 = bottom, 1 = top)")
         style.finish(ax)
@@ -156,7 +156,7 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
         linestyle=(0, (4, 3)),
         label=f"uniform, {k:g} of {len(pi)}",
     )
-    _layers_below(ax, len(pi))
+    layers_below(ax, len(pi))
     ax.set_ylim(bottom=0)
     ax.set_ylabel("inclusion probability")
     style.legend(ax)
@@ -261,7 +261,8 @@ def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.nd
     )
 
 
-def _layers_below(ax: Axes, n_layers: int) -> None:
+def layers_below(ax: Axes, n_layers: int) -> None:
+    """Label the axis by layers."""
     ax.set_xticks(style.layer_ticks(n_layers, most=25))
     ax.set_xlim(-0.7, n_layers - 0.3)
     ax.set_xlabel("layer")

@@ -27,6 +27,7 @@ from lisa_analysis.views.report.content import (
 from lisa_analysis.views.report.figures import Budget
 from lisa_analysis.views.report.format import count, loss, seconds, size, with_bounds
 from lisa_analysis.views.report.tables import Table, frame_table
+from lisa_analysis.views.report.worth import validity_figures
 
 
 def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
     budget = Budget.for_runs(len(analysis.runs))
     contents = [gather(one, i, budget, alone=analysis.alone) for i, one in enumerate(analysis.runs)]
     comparison = analysis.comparison
+    found = analysis.validity
     learned = None
     if probabilities is not None:
         learned = figures.probabilities_figure(
@@ -48,6 +50,8 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "profile_numbers": _profile_numbers(contents),
         "probabilities": learned,
         "strengths": _strengths(analysis, probabilities),
+        "validity_figures": [] if found is None else validity_figures(found),
+        "validity_sentence": "" if found is None else found.sentence,
         "comparison": comparison,
         "comparison_figures": comparison_figures(contents, comparison, budget),
         "arms": arms_table(comparison),

@@ -15,6 +15,7 @@ from lisa_analysis.views.analysis import RunAnalysis
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.figures import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
+from lisa_analysis.views.report.worth import worth_figures, worth_words
 from lisa_analysis.views.states import STATES as STATES
 
 METHODS = {
@@ -50,6 +51,8 @@ class RunContent:
     heatmaps: list[ReportFigure]
     schedule: ReportFigure | None
     curves: list[ReportFigure]
+    worth_words: list[str] = field(default_factory=list)
+    worth_figures: list[ReportFigure] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     recorded: frozenset[str] = frozenset()
 
@@ -72,6 +75,11 @@ class RunContent:
             if any(state == found for found, _ in self.counts):
                 return state
         return "ok" if any(state in ("ok", "info") for state, _ in self.counts) else "could not run"
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether the run's own ablation ranks the layers as its profile does; None: unknown."""
+        return None if self.profile is None else self.profile.agrees_with_ablation
 
     @property
     def headline(self) -> str:
@@ -100,6 +108,7 @@ class RunContent:
     def figures(self) -> Iterator[ReportFigure]:
         """Every figure, in the order of the page."""
         yield from self.profile_figures
+        yield from self.worth_figures
         yield from self.heatmaps
         if self.schedule is not None:
             yield self.schedule
@@ -166,6 +175,8 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
         heatmaps,
         schedule,
         _curves(analysis, slug, budget) if alone else [],
+        worth_words(analysis.worth, analysis.worth_by_module),
+        worth_figures(slug, analysis.worth, analysis.worth_by_module, names),
         _limits(run, analysis.table),
         frozenset(analysis.table.measures),
     )

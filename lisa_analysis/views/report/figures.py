@@ -70,7 +70,9 @@ def canvas(
 
 def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> ReportFigure:
     """Importance per layer with intervals."""
-    title = f"Importance of each layer: {profile.metric}"
+    # A proxy that the run's own ablation does not bear out is not called importance.
+    what = "Score" if profile.agrees_with_ablation is False else "Importance"
+    title = f"{what} of each layer: {profile.metric}"
     frame = profile.to_frame()
     scores = pd.to_numeric(frame["score"]) if "score" in frame else pd.Series(dtype=float)
     if not np.isfinite(scores.to_numpy(dtype=float)).any():

@@ -66,7 +66,7 @@ def _over(rows: pd.DataFrame) -> str:
 
 def _best(rows: pd.DataFrame) -> str:
     """The best agreement, and what one metric alone would need."""
-    best = rows.loc[rows["spearman"].abs().idxmax()]
+    best = rows.iloc[int(rows["spearman"].abs().to_numpy().argmax())]
     need = best["chance"]
     needed = f", {need:.2f} needed of one alone" if np.isfinite(need) else ""
     return f"the best is {_name(best)} with ρ = {_number(best)}{needed}"

@@ -184,7 +184,7 @@ def strengths(strengths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         )  # fmt: skip
     if not layers:
         return style.note(ax, "No strength gives probabilities.")
-    _layers_below(ax, layers)
+    layers_below(ax, layers)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("inclusion probability")
     style.legend(ax)

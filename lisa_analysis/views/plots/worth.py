@@ -91,8 +91,8 @@ def gain_and_forgetting(gain: Any, cost: Any, *, ax: Axes | None = None) -> Axes
     for layer in np.flatnonzero(known):
         (mark,) = ax.plot(x[layer], y[layer], "o", color=color, markersize=4)
         mark.set_gid(f"layer-{int(layer)}")
-    for layer in _apart(x, y, known):
-        ax.annotate(str(layer), (x[layer], y[layer]), xytext=(4, 3), textcoords="offset points",
+    for number in _apart(x, y, known):
+        ax.annotate(str(number), (x[number], y[number]), xytext=(4, 3), textcoords="offset points",
                     fontsize="small")  # fmt: skip
     for line in (ax.axhline, ax.axvline):
         line(0, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))

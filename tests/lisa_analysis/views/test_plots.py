@@ -55,8 +55,17 @@ def strengths():
     return pd.DataFrame({"strength": ["0", "pool", "pool=1"], "gain": [1.0, 1.5, np.nan], "pi": pi})
 
 
+def agreements():
+    row = {"level": "layer", "target": "ablation_keep", "metric": "grad_rms", "source": "",
+           "spearman": 0.5, "low": 0.2, "high": 0.7, "ceiling": 0.9, "chance": 0.6,
+           "evidence": False}  # fmt: skip
+    return SimpleNamespace(to_frame=lambda: pd.DataFrame([row, row | {"metric": "depth"}]))
+
+
 def everything(runs):
     run = runs["lisa"]
+    scored = SimpleNamespace(scores=np.linspace(0, 1, 12), metric="forgetting",
+                             to_frame=profile().to_frame)  # fmt: skip
     kinds = pd.DataFrame({"layer": [0, 1], "kind": ["attn.q", "norm"], "score": [1.0, 2.0]})
     pairs = pd.DataFrame({"run_a": ["a"], "run_b": ["b"], "kendall": [0.5]})
     return {
@@ -73,6 +82,9 @@ def everything(runs):
         "rank_stability": lambda ax: plots.rank_stability(pairs, ax=ax),
         "curves": lambda ax: plots.curves(run, ax=ax),
         "comparison": lambda ax: plots.comparison([run, runs["full"]], ax=ax),
+        "worth": lambda ax: plots.worth({"ablation_keep": profile()}, ax=ax),
+        "gain_and_forgetting": lambda ax: plots.gain_and_forgetting(scored, scored, ax=ax),
+        "validity": lambda ax: plots.validity(agreements(), ax=ax),
     }
 
 
@@ -87,7 +99,8 @@ def test_every_public_plot_is_covered(runs):
 @pytest.mark.parametrize("name", ["profile", "profiles", "heatmap", "trajectories", "bands",
                                   "update_ratio", "schedule", "probabilities", "strengths",
                                   "kind_grid", "rank_stability", "curves",
-                                  "comparison"])  # fmt: skip
+                                  "comparison", "worth", "gain_and_forgetting",
+                                  "validity"])  # fmt: skip
 def test_axes_in_axes_out_and_no_figure_is_left_in_pyplot(runs, name):
     draw = everything(runs)[name]
     mine = Figure().add_subplot()

@@ -61,12 +61,6 @@ class Validity:
         """
         return self.table.copy()
 
-    def plot(self, **options: Any) -> Any:
-        """Draw it, see `lisa_analysis.plots.validity`."""
-        from lisa_analysis.views import plots
-
-        return plots.validity(self, **options)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
         return {

@@ -112,7 +112,7 @@ def test_plots_mark_what_is_there(against):
     ax = la.plots.gain_and_forgetting(reset, la.importance(against, "forgetting"))
     assert "forgetting" in ax.get_ylabel()
     found = la.validity(against)
-    ax = found.plot(level="layer")
+    ax = la.plots.validity(found, level="layer")
     rows = found.to_frame().query("level == 'layer'")
     assert len(ax.get_yticks()) == rows["metric"].nunique()
     best = rows.loc[rows["spearman"] == rows["spearman"].max(), "metric"].tolist()

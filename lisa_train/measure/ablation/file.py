@@ -208,8 +208,8 @@ class AblationFile:
                         f"{self.unfinished} is of a call that was interrupted and measured "
                         f"{key.data} data as well: repeat that call, or remove the file."
                     )
-                values = [NON_FINITE.get(x, x) if isinstance(x, str) else x for x in row["loss"]]
-                self._put(key, row["examples"], values)
+                losses = [NON_FINITE[x] if isinstance(x, str) else float(x) for x in row["loss"]]
+                self._put(key, row["examples"], losses)
         except RunDirectoryError:
             raise
         except Exception as error:

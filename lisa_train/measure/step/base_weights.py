@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,86 @@ from lisa_train.model.tensor_table import TensorTable
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+class StoredWeights:
+    """Tensors of a checkpoint on the disk, as the parameters that a model knows them by.
+
+    Parameters
+    ----------
+    model
+        The model whose parameters are looked for, with or without adapters.
+    where
+        Key -> file of the checkpoint, see `find_checkpoint`.
+
+    Attributes
+    ----------
+    unreadable : dict
+        Name of a parameter -> why it could not be built; under "" why transformers' rules could
+        not be asked for.
+    """
+
+    def __init__(self, model: nn.Module, where: Mapping[str, Path]) -> None:
+        self._model = unwrap(model)
+        self._where = where
+        self.unreadable: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._where)
+
+    def recipes(self, names: Mapping[str, Sequence[int]]) -> list[Recipe]:
+        """Return how parameters come out of the checkpoint.
+
+        Parameters
+        ----------
+        names
+            Name without adapters -> the tensors (any number for each) that go by it; the model's
+            own name of a tensor comes before its second ones.
+
+        Returns
+        -------
+        list of Recipe
+            Of two names of one tensor the model's own comes last, and counts. Parameters of which
+            the checkpoint has nothing have none.
+        """
+        # Transformers is asked; what it does not explain is looked up by name.
+        try:
+            made = recipes(self._model, self._where, names)
+        except Exception as error:  # another version's rules: names alone
+            come_through(error, foreign=True)
+            self.unreadable[""] = reason(error, foreign=True)
+            made = []
+        told = {recipe.target for recipe in made}
+        for name in names.keys() - told:
+            if (key := self._key(name)) is not None:
+                made.append(Recipe(name, sources=[(key, None)]))
+        own: dict[int, str] = {}
+        for name, chosen in names.items():
+            for number in chosen:
+                own.setdefault(number, name)
+        owners = set(own.values())
+        return sorted(made, key=lambda recipe: recipe.target in owners)
+
+    def opened(self) -> "_Checkpoint":
+        """Return the files, to be closed again; `build` reads them."""
+        return _Checkpoint(self._where)
+
+    def build(
+        self, recipe: Recipe, checkpoint: "_Checkpoint", dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        """Return the parameters of a recipe by name; nothing where they cannot be built."""
+        try:
+            return recipe.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
+        except Exception as error:
+            come_through(error, foreign=True)
+            self.unreadable.setdefault(recipe.target, reason(error, foreign=True))
+            return {}
+
+    def _key(self, name: str) -> str | None:
+        # A checkpoint of the bare model lacks the prefix of the one with a head, or has it.
+        shorter = name.split(".", 1)[-1]
+        longer = [key for key in (f"model.{name}", f"transformer.{name}") if key in self._where]
+        return next((k for k in (name, shorter, *longer) if k in self._where), None)
+
+
 class BaseWeights:
     """The weights that training started from, on the disk; never more than one in memory.
 
@@ -35,13 +115,11 @@ class BaseWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = unwrap(model)
-        name = getattr(getattr(self._model, "config", None), "_name_or_path", "")
+        name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
         self._recipes: list[Recipe] | None = None
-        self._unreadable: dict[str, str] = {}
-        self._where = _find(name) if name else {}
+        self._stored = StoredWeights(model, find_checkpoint(name) if name else {})
         self._told = False
-        if not self._where:
+        if not self._stored:
             warnings.warn(
                 f"record.base_delta: no safetensors checkpoint of {name or 'this model'} was "
                 "found; ‖W − W₀‖ of its weights is not measured.",
@@ -54,59 +132,29 @@ class BaseWeights:
         measured = {i: p for i, p in table.tensors if local_slices(p) is not None}
         numbers = _numbers(table)
         if self._recipes is None:
-            self._recipes = self._make_recipes(numbers)
+            self._recipes = self._stored.recipes(numbers)
         found: dict[int, torch.Tensor] = {}
-        with _Checkpoint(self._where) as checkpoint:
+        with self._stored.opened() as checkpoint:
             for recipe in self._recipes:
                 chosen = [i for i in numbers[recipe.target] if i in measured]
                 # One tensor of the checkpoint may be split into parameters not yet known by name.
                 if not chosen and recipe.converter is None:
                     continue
                 dtype = measured[chosen[0]].dtype if chosen else None
-                for name, base in self._built(recipe, checkpoint, dtype).items():
+                for name, base in self._stored.build(recipe, checkpoint, dtype).items():
                     for i in numbers.get(name, ()):
                         if i in measured and measured[i].shape == base.shape:
                             found[i] = _distance(base, measured[i])
         self._tell_of_missing(table, [i for i in measured if i not in found])
         return sorted(found.items())
 
-    def _make_recipes(self, numbers: Mapping[str, list[int]]) -> list[Recipe]:
-        """Ask transformers; what it does not explain is looked up by name."""
-        try:
-            made = recipes(self._model, self._where, numbers)
-        except Exception as error:  # another version's rules: names alone
-            come_through(error, foreign=True)
-            self._unreadable[""] = reason(error, foreign=True)
-            made = []
-        told = {recipe.target for recipe in made}
-        for name in numbers.keys() - told:
-            if (key := self._key(name)) is not None:
-                made.append(Recipe(name, sources=[(key, None)]))
-        # Of two names of one tensor the model's own comes last, and counts.
-        own: dict[int, str] = {}
-        for name, chosen in numbers.items():
-            for number in chosen:
-                own.setdefault(number, name)
-        names = set(own.values())
-        return sorted(made, key=lambda recipe: recipe.target in names)
-
-    def _built(
-        self, recipe: Recipe, checkpoint: "_Checkpoint", dtype: torch.dtype | None
-    ) -> dict[str, torch.Tensor]:
-        try:
-            return recipe.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
-        except Exception as error:
-            come_through(error, foreign=True)
-            self._unreadable.setdefault(recipe.target, reason(error, foreign=True))
-            return {}
-
     def _tell_of_missing(self, table: TensorTable, numbers: list[int]) -> None:
         """Say once which weights have no W₀: new ones, and those that nobody can build."""
         names = {number: name for name, number in table.ids.items()}
         missing = [names[i] for i in numbers if role_of(names[i]) == "base"]
-        if missing and self._where and not self._told:
+        if missing and self._stored and not self._told:
             self._told = True
-            why = next(iter(self._unreadable.values()), "")
+            why = next(iter(self._stored.unreadable.values()), "")
             warnings.warn(
                 f"record.base_delta: the checkpoint holds no tensor for {len(missing)} of the "
                 f"model's {len(table.tensors)} ({missing[0]}, …): new ones, or ones that it stores "
@@ -115,12 +163,6 @@ class BaseWeights:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def _key(self, name: str) -> str | None:
-        # A checkpoint of the bare model lacks the prefix of the one with a head, or has it.
-        shorter = name.split(".", 1)[-1]
-        longer = [key for key in (f"model.{name}", f"transformer.{name}") if key in self._where]
-        return next((k for k in (name, shorter, *longer) if k in self._where), None)
 
 
 class _Checkpoint:
@@ -167,14 +209,17 @@ def _numbers(table: TensorTable) -> dict[str, list[int]]:
     return numbers
 
 
-def _find(name: str) -> dict[str, Path]:
-    """Return key -> file of a checkpoint in a folder or in the local cache of the hub."""
+def find_checkpoint(name: str, revision: str | None = None) -> dict[str, Path]:
+    """Return key -> file of a checkpoint in a folder or in the local cache of the hub.
+
+    Empty where there is none in the safetensors format.
+    """
     if (folder := Path(name)).is_dir():
         single, index = folder / _SINGLE, folder / _INDEX
     else:
         from transformers.utils import cached_file
 
-        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False,
+        options = {"local_files_only": True, "revision": revision, "_raise_exceptions_for_missing_entries": False,
                    "_raise_exceptions_for_connection_errors": False}  # fmt: skip
         try:
             files = [cached_file(name, file, **options) for file in (_SINGLE, _INDEX)]

@@ -17,6 +17,7 @@ from lisa_analysis.rundir.shards import arrow_schema, check_stored_version
 from lisa_train.measure.disk.encoding import plain, write_parquet
 from lisa_train.measure.disk.storage import LineFile, describe_os_error, replace_file
 
+_KEY = ("unit", "kind", "mode", "data")
 MODES = ("trained", "base", "reset", "keep")
 # What must be the same for rows to stand in one file.
 _SAME = ("model", "base", "dtype", "device", "unmeasured")
@@ -134,7 +135,7 @@ class AblationFile:
         counts = [len(self.losses[key]) for key in whole]
         columns: dict[str, Any] = {
             name: [value for key, n in zip(whole, counts, strict=True) for value in [key[i]] * n]
-            for i, name in enumerate(Key._fields)
+            for i, name in enumerate(_KEY)
         }
         columns["example"] = [number for n in counts for number in range(n)]
         columns["loss"] = [loss for key in whole for loss in self.losses[key].data]
@@ -182,7 +183,7 @@ class AblationFile:
         self.about |= {name: float(about.get(name, 0)) for name in ("passes", "seconds")}
         gathered: dict[Key, list[tuple[int, float]]] = {}
         for row in rows:
-            key = Key(*(row[name] for name in Key._fields))
+            key = Key(*(row[name] for name in _KEY))
             gathered.setdefault(key, []).append((row["example"], row["loss"]))
             if key.data not in self.tokens:  # of an earlier call; it stays as it is
                 count = int(about["data"][key.data]["examples"])
@@ -202,7 +203,7 @@ class AblationFile:
             about, *rows = (json.loads(line) for line in lines)
             self._check_same(self.unfinished, about)
             for row in rows:
-                key = Key(*(row[name] for name in Key._fields))
+                key = Key(*(row[name] for name in _KEY))
                 if key.data not in self.tokens:
                     raise RunDirectoryError(
                         f"{self.unfinished} is of a call that was interrupted and measured "
@@ -239,7 +240,9 @@ def _words(about: Mapping[str, Any]) -> str:
 
 
 def _row(key: Key, examples: Sequence[int], losses: Sequence[float]) -> str:
-    return _line({**key._asdict(), "examples": list(examples), "loss": list(losses)})
+    return _line(
+        {**dict(zip(_KEY, key, strict=True)), "examples": list(examples), "loss": list(losses)}
+    )
 
 
 def _line(value: Mapping[str, Any]) -> str:

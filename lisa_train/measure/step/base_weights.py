@@ -219,7 +219,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> dict[str, Path]:
     else:
         from transformers.utils import cached_file
 
-        options = {"local_files_only": True, "revision": revision, "_raise_exceptions_for_missing_entries": False,
+        options = {"local_files_only": True, "revision": revision,
+                   "_raise_exceptions_for_missing_entries": False,
                    "_raise_exceptions_for_connection_errors": False}  # fmt: skip
         try:
             files = [cached_file(name, file, **options) for file in (_SINGLE, _INDEX)]

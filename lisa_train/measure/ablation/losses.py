@@ -1,0 +1,254 @@
+"""Losses of single examples: which are measured, in which batches, and what counts in them."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_train.measure.ablation.file import Measured
+from lisa_train.model.module_tree import unwrap
+
+IGNORED = -100
+# next: a position is compared with the label of the one after it; same: with its own; class: one
+# label an example; own: the model's own loss of one example at a time.
+Rule = Literal["next", "same", "class", "own"]
+_AGREES = 1e-3  # relative, of two sums of the same fp32 terms
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples as a data set holds them.
+
+    Attributes
+    ----------
+    name
+        Of the data, in words.
+    rows
+        Mappings from the names of a model's inputs to numbers, `labels` among them.
+    collate
+        Makes a batch of some of them.
+    available
+        How many there are; `rows` may be fewer.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    collate: Collate
+    available: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, by their numbers, and what the model takes."""
+
+    examples: tuple[int, ...]
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one data that are measured: each has at least one label that counts.
+
+    Attributes
+    ----------
+    measured
+        What the file says of them.
+    batches
+        The examples in batches of about equal length.
+    """
+
+    measured: Measured
+    batches: tuple[Batch, ...]
+
+
+class ExampleLosses:
+    """Sums a model's loss over the labels of every example.
+
+    The sums are made from the logits where they then agree with the model's own loss on a batch,
+    so that examples can share one; else from the model's own loss, one example at a time.
+
+    Parameters
+    ----------
+    model
+        The model.
+    rows
+        Examples to try it on.
+
+    Raises
+    ------
+    LisaError
+        When the examples have no labels, or the model makes no loss of them.
+    """
+
+    def __init__(self, model: nn.Module, rows: Rows) -> None:
+        bare: Any = unwrap(model)
+        config = getattr(bare, "config", None)
+        # It makes the decoder's inputs of the labels.
+        self._needs_labels = bool(getattr(config, "is_encoder_decoder", False))
+        self._options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        self._device = next(model.parameters()).device
+        tried = list(rows.rows[: 2 if len(rows.rows) > 1 else 1])
+        batch = self.on_device(rows.collate(tried))
+        if "labels" not in batch:
+            raise LisaError(
+                f"the examples of {rows.name} have no `labels`, only {', '.join(batch)}: there is "
+                "no loss to measure."
+            )
+        self.rule: Rule = self._find_rule(model, batch, len(tried))
+
+    def _find_rule(self, model: nn.Module, batch: Mapping[str, Any], count: int) -> Rule:
+        with torch.no_grad():
+            output = model(**batch, **self._options)
+        own = _part(output, "loss")
+        if own is None or own.numel() != 1:
+            raise LisaError(
+                f"{type(unwrap(model)).__name__} gives no loss for examples with labels: an "
+                "ablation needs a model with the head that it was trained with."
+            )
+        logits, labels = _part(output, "logits"), batch["labels"]
+        if not torch.is_tensor(logits) or labels.is_floating_point() or len(labels) != count:
+            return "own"
+        rules: tuple[Rule, ...] = ("next", "same") if labels.ndim == 2 else ("class",)
+        for rule in rules:
+            if logits.shape[:-1] != labels.shape:
+                continue
+            sums, counts = _sums(logits, labels, rule), self.counts(labels, rule)
+            mean = float(sums.sum() / counts.sum().clamp(min=1))
+            if abs(mean - float(own)) <= _AGREES * max(abs(mean), 1e-3):
+                return rule
+        return "own"
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the loss of every example of a batch, float64 on the CPU."""
+        labels = batch["labels"]
+        if self.rule == "own":
+            own = _part(model(**batch, **self._options), "loss").double().reshape(1)
+            return (own * self._own_count(labels)).cpu()
+        given = batch if self._needs_labels else {k: v for k, v in batch.items() if k != "labels"}
+        logits = _part(model(**given, **self._options), "logits")
+        return _sums(logits, labels, self.rule).cpu()
+
+    def counts(self, labels: torch.Tensor, rule: Rule | None = None) -> torch.Tensor:
+        """Return how many labels count in every example."""
+        rule = self.rule if rule is None else rule
+        if rule == "own":
+            return torch.tensor([self._own_count(labels)])
+        if rule == "class":
+            return labels.ne(IGNORED).long()
+        return (labels[:, 1:] if rule == "next" else labels).ne(IGNORED).sum(1)
+
+    def _own_count(self, labels: torch.Tensor) -> int:
+        if labels.is_floating_point():
+            return 1
+        return int(labels.ne(IGNORED).sum()) if labels.ndim > 1 else 1
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with its tensors on the model's device."""
+        return {k: v.to(self._device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def choose_examples(
+    losses: ExampleLosses, rows: Rows, most: int | None, tokens_a_batch: int
+) -> Examples:
+    """Take at most `most` of the rows, evenly spread over them, and put them into batches.
+
+    Parameters
+    ----------
+    losses
+        How the model's losses are taken.
+    rows
+        The examples.
+    most
+        How many to take; None takes all.
+    tokens_a_batch
+        Positions of a batch, padding included; one example may be longer.
+
+    Raises
+    ------
+    LisaError
+        When no example has a label that counts.
+    """
+    count = len(rows.rows) if most is None else min(most, len(rows.rows))
+    numbers = [i * len(rows.rows) // count for i in range(count)]
+    taken = [rows.rows[i] for i in numbers]
+    labels = [int(losses.counts(losses.on_device(rows.collate([r]))["labels"])) for r in taken]
+    kept = [row for row, n in zip(taken, labels, strict=True) if n]
+    if not kept:
+        raise LisaError(
+            f"none of {len(taken)} examples of {rows.name} has a label that counts: there is no "
+            "loss to measure."
+        )
+    tokens = np.asarray([n for n in labels if n], np.int32)
+    groups = _grouped([_length(row) for row in kept], tokens_a_batch, losses.rule == "own")
+    batches = [
+        Batch(group, losses.on_device(rows.collate([kept[i] for i in group]))) for group in groups
+    ]
+    about = {
+        "name": rows.name,
+        "examples": len(kept),
+        "available": rows.available,
+        "tokens": int(tokens.sum()),
+        "digest": _digest(kept),
+    }
+    return Examples(Measured(about, tokens), tuple(batches))
+
+
+def _grouped(lengths: Sequence[int], most: int, alone: bool) -> list[tuple[int, ...]]:
+    """Numbers of the examples of every batch: of about equal length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if alone:
+        return [(i,) for i in order]
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= most:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return [tuple(batch) for batch in batches]
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    """Positions of an example; without token ids a guess at a picture's or a sound's."""
+    ids = row.get("input_ids")
+    return len(ids) if ids is not None else 256
+
+
+def _sums(logits: torch.Tensor, labels: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Cross entropy of every example, summed over its labels in float64."""
+    if rule == "class":
+        return cross_entropy(logits.float(), labels, reduction="none").double()
+    if rule == "next":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels.ne(IGNORED)
+    each = cross_entropy(logits[counts].float(), labels[counts], reduction="none").double()
+    sums = torch.zeros(len(labels), dtype=torch.float64, device=each.device)
+    return sums.index_add_(0, counts.nonzero()[:, 0], each)
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Short hash of what is measured."""
+    found = hashlib.sha256()
+    for row in rows:
+        for name in sorted(row):
+            values: NDArray[Any] = np.asarray(row[name])
+            found.update(f"{name}{values.shape}".encode())
+            found.update(np.ascontiguousarray(values).astype(_plain(values)).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _plain(values: NDArray[Any]) -> Any:
+    """Whole numbers hash alike, however a data set stores them."""
+    return np.int64 if values.dtype.kind in "iub" else values.dtype

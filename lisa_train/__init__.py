@@ -18,6 +18,8 @@ from lisa_train.config import SelectConfig as SelectConfig
 from lisa_train.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
+    from lisa_train.command.ablate_restore import restore as restore
+    from lisa_train.command.ablate_run import ablate as ablate
     from lisa_train.command.training import train as train
     from lisa_train.estimate.estimate import estimate_memory as estimate_memory
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
@@ -53,6 +55,8 @@ _HOME = {
     "Quantity": "measure.quantities",
     "StepInBackward": "optim.step_in_backward",
     "train": "command.training",
+    "ablate": "command.ablate_run",
+    "restore": "command.ablate_restore",
 }
 __all__ = [  # noqa: PLE0604
     "LisaConfig",

@@ -9,7 +9,7 @@ from helpers_architectures import MODELS, inputs
 
 from lisa_train.measure.ablation.change import LearnedChange
 from lisa_train.measure.ablation.losses import ExampleLosses, Rows, choose_examples
-from lisa_train.measure.base_weights import StoredWeights, find_checkpoint
+from lisa_train.measure.step.base_weights import StoredWeights, find_checkpoint
 
 
 def build(name: str) -> Any:

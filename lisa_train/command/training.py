@@ -158,7 +158,7 @@ class PreparedRun:
 def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> PreparedRun:
     """Load model and data and build the trainer; refuse what cannot be trained."""
     method = METHODS[config.method]
-    arguments = _trainer_arguments(config, run_dir)
+    arguments = trainer_arguments(config, run_dir)
     peft_config = method.peft_config(config, "CAUSAL_LM")
     model, tokenizer = load_model(config)
     method.check_model(model, config)
@@ -188,7 +188,7 @@ def _check_inputs(config: TrainConfig) -> None:
         SamplingProbabilities.load(config.lisa.probabilities)
 
 
-def _trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
+def trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
     """Translate the configuration to TRL's; extra `trainer_args` are checked by name."""
     import torch
     from trl import SFTConfig

@@ -194,7 +194,9 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     assert not loaded_after(f"import {package}") & {"torch", "transformers", "pandas", "pyarrow"}
 
 
-@pytest.mark.parametrize("module", ["lisa_train.command.cli", "lisa_analysis.views.cli"])
+@pytest.mark.parametrize(
+    "module", ["lisa_train.command.cli", "lisa_train.command.ablate", "lisa_analysis.views.cli"]
+)
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import contextlib, io\nfrom {module} import main\n"

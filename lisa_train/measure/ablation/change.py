@@ -10,8 +10,8 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.ablation.units import Part, kinds_by_layer
-from lisa_train.measure.base_weights import StoredWeights
-from lisa_train.measure.checkpoint_conversions import Recipe
+from lisa_train.measure.step.base_weights import StoredWeights
+from lisa_train.measure.step.checkpoint_conversions import Recipe
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.module_tree import below
 from lisa_train.model.sharding import is_sharded
@@ -151,6 +151,10 @@ class LearnedChange:
                     self._held.setdefault(part.number, _copy(part.tensor))
         self.state = state  # first: what fails in the middle is put back as a whole
         self._set(self.parts, state)
+
+    def base_values(self, numbers: Collection[int]) -> dict[int, torch.Tensor]:
+        """Return the base's values of some tensors, by their numbers."""
+        return dict(self._base.some(set(numbers)))
 
     @contextmanager
     def as_found(self) -> Iterator[None]:

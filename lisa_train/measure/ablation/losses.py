@@ -38,12 +38,15 @@ class Rows:
         Makes a batch of some of them.
     available
         How many there are; `rows` may be fewer.
+    padded
+        Whether `collate` pads: without it only examples of equal shapes share a batch.
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
     collate: Collate
     available: int
+    padded: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class ExampleLosses:
         self._needs_labels = bool(getattr(config, "is_encoder_decoder", False))
         self._options = {"use_cache": False} if hasattr(config, "use_cache") else {}
         self._device = next(model.parameters()).device
-        tried = list(rows.rows[: 2 if len(rows.rows) > 1 else 1])
+        count = 2 if rows.padded and len(rows.rows) > 1 else 1
+        tried = [rows.rows[i] for i in range(count)]  # a data set's own slice is no list of rows
         batch = self.on_device(rows.collate(tried))
         if "labels" not in batch:
             raise LisaError(
@@ -188,7 +192,8 @@ def choose_examples(
             "loss to measure."
         )
     tokens = np.asarray([n for n in labels if n], np.int32)
-    groups = _grouped([_length(row) for row in kept], tokens_a_batch, losses.rule == "own")
+    alone = losses.rule == "own"
+    groups = _grouped(kept, tokens_a_batch, alone=alone, padded=rows.padded)
     batches = [
         Batch(group, losses.on_device(rows.collate([kept[i] for i in group]))) for group in groups
     ]
@@ -202,18 +207,26 @@ def choose_examples(
     return Examples(Measured(about, tokens), tuple(batches))
 
 
-def _grouped(lengths: Sequence[int], most: int, alone: bool) -> list[tuple[int, ...]]:
+def _grouped(
+    rows: Sequence[Mapping[str, Any]], most: int, *, alone: bool, padded: bool
+) -> list[tuple[int, ...]]:
     """Numbers of the examples of every batch: of about equal length, so that little is padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if alone:
-        return [(i,) for i in order]
+    lengths = [_length(row) for row in rows]
+    shapes = ["" if padded else _shapes(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], shapes[i], i))
     batches: list[list[int]] = []
     for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= most:
+        first = batches[-1][0] if batches and not alone else None
+        fits = first is not None and (len(batches[-1]) + 1) * lengths[first] <= most
+        if first is not None and fits and shapes[i] == shapes[first]:
             batches[-1].append(i)
         else:
             batches.append([i])
     return [tuple(batch) for batch in batches]
+
+
+def _shapes(row: Mapping[str, Any]) -> str:
+    return str(sorted((name, np.shape(value)) for name, value in row.items()))
 
 
 def _length(row: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.output import last_checkpoint
-from lisa_train.command.training import _command, _trainer_arguments, summary, train
+from lisa_train.command.training import _command, summary, train, trainer_arguments
 from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
 
 FAST: dict[str, Any] = {
@@ -353,7 +353,7 @@ def test_trackers_are_passed_through(tiny_model_dir: Path, text_file: Path, tmp_
     settings = config(
         tiny_model_dir, text_file, tmp_path, method="full", report_to=("tensorboard", "trackio")
     )
-    assert _trainer_arguments(settings, tmp_path).report_to == ["tensorboard", "trackio"]
+    assert trainer_arguments(settings, tmp_path).report_to == ["tensorboard", "trackio"]
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(

@@ -1,0 +1,154 @@
+"""`lisa-ablate`: what every layer's change was worth in a finished run. No torch up here."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from lisa_analysis.contract.errors import ConfigError, LisaError
+
+PROG = "lisa-ablate"
+_EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one sentence."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message}; see {PROG} --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `lisa-ablate`."""
+    parser = _Parser(
+        prog=PROG,
+        description="Measure what every layer's change was worth: held-out loss with the change "
+        "taken out of the trained model, and put into the base alone; and what it costs on general "
+        "text. The losses are written to RUN_DIR/ablation.parquet, and a table is printed.",
+        epilog="An interrupted call goes on where it stopped; another --by or --range adds its "
+        "rows. Example: lisa-ablate runs/lora-20260101-120000 --by kind",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run of lisa-train")
+    parser.add_argument(
+        "--data",
+        metavar="DATASET",
+        help="examples to measure, as for lisa-train; default: what the run held out",
+    )
+    parser.add_argument(
+        "--general",
+        metavar="FILE",
+        help="general text: a .txt file of paragraphs, or a dataset with text; 'none' leaves it "
+        "out; default: 64 passages of books in the public domain, for language models",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("layer", "kind"),
+        default="layer",
+        help="layers and groups (embed, head, norm), or every layer's kinds (attn.q, …)",
+    )
+    parser.add_argument(
+        "--range",
+        metavar="N",
+        help="also every run of N layers; or ranges themselves, as 0-3,4-7",
+    )
+    parser.add_argument(
+        "--max_examples",
+        metavar="N",
+        default="64",
+        help="examples of each data at most, evenly spread, or 'all' (default 64); the precision "
+        "that it buys is printed: four times as many halve the intervals",
+    )
+    parser.add_argument(
+        "--restore",
+        metavar="LAYERS",
+        help="write the model or adapter with these put back, as 3,17,20-22,embed; 'auto': those "
+        "that the ablation proposes",
+    )
+    parser.add_argument("--output", metavar="DIR", help="where --restore writes; a new folder")
+    parser.add_argument(
+        "--model", metavar="DIR", help="trained weights or adapter, if not in RUN_DIR"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="the base model, if not where the run's config.yaml says"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lisa-ablate`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
+    try:
+        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+        _check(arguments)
+        _quiet()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _run(arguments)
+    except LisaError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _EXTRA:
+            raise
+        print(
+            f"{PROG}: {error.name} is not installed; an ablation needs an extra: "
+            'pip install "lisa-toolkit[train]"',
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"{PROG}: interrupted; what was measured is kept, the same call goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.restore is None) != (arguments.output is None):
+        given, missing = ("--restore", "--output DIR") if arguments.restore else (
+            "--output", "--restore LAYERS"
+        )  # fmt: skip
+        raise ConfigError(f"{given} needs {missing} beside it.")
+    if arguments.restore is not None and (arguments.range or arguments.by != "layer"):
+        raise ConfigError("--restore writes weights and measures no units: leave --by and --range.")
+    if arguments.max_examples != "all" and not arguments.max_examples.isdecimal():
+        raise ConfigError(
+            f"--max_examples is {arguments.max_examples!r}; expected a number of examples, or all."
+        )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    most = None if arguments.max_examples == "all" else int(arguments.max_examples)
+    shared = {
+        "data": arguments.data,
+        "general": False if arguments.general == "none" else arguments.general,
+        "max_examples": most,
+        "model": arguments.model,
+        "base": arguments.base,
+    }
+    if arguments.restore is not None:
+        from lisa_train.command.ablate_restore import restore
+
+        restore(arguments.run_dir, arguments.restore, arguments.output, **shared)
+        return
+    from lisa_train.command.ablate_run import ablate
+
+    print(ablate(arguments.run_dir, by=arguments.by, ranges=arguments.range, **shared))
+
+
+def _quiet() -> None:
+    """Leave the terminal to this command."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
+    from transformers.utils import logging
+
+    disable_datasets_bars()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

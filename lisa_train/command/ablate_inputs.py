@@ -1,0 +1,261 @@
+"""A finished run whose change is measured: its trained model, and the base it came from."""
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract import schema
+from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
+from lisa_analysis.rundir.run import Run, load
+from lisa_train.command.starting import refusals
+from lisa_train.command.tasks.literal_path import at_home
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lisa_train.command.config import TrainConfig
+    from lisa_train.measure.ablation.change import LearnedChange
+
+FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass
+class TrainedRun:
+    """A finished run with its model, ready to be measured.
+
+    Attributes
+    ----------
+    run
+        The run directory.
+    config
+        Its settings; None where another tool trained it.
+    model
+        The trained model.
+    folder
+        Where its weights or its adapter are; None for a model that was handed over.
+    tokenizer
+        None where there is none.
+    change
+        What it learned.
+    about
+        Metadata of the ablation, see `lisa_analysis.contract.schema.ABLATION_FIELDS`.
+    """
+
+    run: Run
+    config: "TrainConfig | None"
+    model: Any
+    folder: Path | None
+    tokenizer: Any
+    change: "LearnedChange"
+    about: dict[str, Any]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter was trained."""
+        return bool(getattr(self.model, "peft_config", None))
+
+
+def open_run(run_dir: str | Path) -> Run:
+    """Open a run whose training is over.
+
+    Raises
+    ------
+    RunDirectoryError
+        When there is none, it is being trained, or it trained nothing.
+    """
+    run = load(Path(at_home(str(run_dir))))
+    if run.status == "running":
+        raise RunDirectoryError(
+            f"{run.path} is being trained at the moment: wait until the run ends to ablate it."
+        )
+    if run.method == "probe":
+        raise RunDirectoryError(
+            f"{run.path} is a probe, which trains nothing: there is no change to ablate."
+        )
+    return run
+
+
+def load_trained(
+    run: Run, model: "nn.Module | str | Path | None" = None, base: str | Path | None = None
+) -> TrainedRun:
+    """Load a run's trained model and find its base.
+
+    Parameters
+    ----------
+    run
+        The run.
+    model
+        The trained model or its folder, where it is not in the run directory.
+    base
+        Folder or hub id of the base, where it is not as config.yaml names it.
+
+    Raises
+    ------
+    ConfigError, RunDirectoryError
+        When the trained weights or the base are missing, or do not belong together.
+    """
+    from torch import nn
+
+    from lisa_train.measure.ablation.change import LearnedChange
+    from lisa_train.measure.step.base_weights import StoredWeights
+
+    config = read_config(run)
+    layers = config.record.layers if config is not None else None
+    base_name = at_home(str(base)) if base is not None else _base_name(run, config, model)
+    revision = config.model_revision if config is not None and base is None else None
+    where = _base_files(base_name, revision, run)
+    if isinstance(model, nn.Module):
+        change = LearnedChange(model, StoredWeights(model, where), None, layers)
+        about = _about(change, "a model that was handed over", base_name)
+        return TrainedRun(run, config, model, None, None, change, about)
+    folder = _trained_folder(run, model)
+    loaded, tokenizer = _load(run, config, folder, base_name)
+    trained = None
+    if not (folder / ADAPTER_CONFIG).is_file():
+        from lisa_train.measure.step.base_weights import find_checkpoint
+
+        trained = StoredWeights(loaded, find_checkpoint(str(folder)))
+    change = LearnedChange(loaded, StoredWeights(loaded, where), trained, layers)
+    if not change.parts:
+        raise LisaError(
+            f"the trained model of {run.path} is the base {base_name}, to the last bit: it learned "
+            "nothing, or the base is not the one that was trained (name that with --base)."
+        )
+    inside = folder.resolve().is_relative_to(run.path.resolve())
+    name = str(folder.resolve().relative_to(run.path.resolve())) if inside else str(folder)
+    return TrainedRun(
+        run, config, loaded, folder, tokenizer, change, _about(change, name, base_name)
+    )
+
+
+def _about(change: "LearnedChange", model: str, base: str) -> dict[str, Any]:
+    tensor = next(change.model.parameters())
+    kinds = {p.dtype for p in change.model.parameters() if p.is_floating_point()}
+    return {
+        "model": model,
+        "base": base,
+        "dtype": ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
+        "device": tensor.device.type,
+        "unmeasured": change.unmeasured,
+    }
+
+
+def read_config(run: Run) -> "TrainConfig | None":
+    """Read a run's config.yaml; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read.
+    """
+    from lisa_train.command.cli import parse
+
+    path = run.path / schema.CONFIG
+    if not path.is_file():
+        return None
+    config = parse(["--config", str(path)]).config
+    # Measured as it is stored: an ablation is exact, and makes no gradients.
+    return dataclasses.replace(
+        config, bf16=False, fp16=False, gradient_checkpointing=False, report_to=(),
+        eval_steps=None, save_steps=None, progress_bar=False, step_in_backward=False,
+        eight_bit_states=None, optim="adamw_torch",
+    )  # fmt: skip
+
+
+def _base_name(run: Run, config: "TrainConfig | None", model: Any) -> str:
+    if config is not None:
+        return config.model_name_or_path
+    adapter = getattr(model, "peft_config", None)
+    if isinstance(model, str | Path) and (Path(model) / ADAPTER_CONFIG).is_file():
+        text = (Path(model) / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        return str(json.loads(text).get("base_model_name_or_path"))
+    if adapter:
+        return str(next(iter(adapter.values())).base_model_name_or_path)
+    raise ConfigError(
+        f"{run.path} does not say what it was trained from (it has no {schema.CONFIG}): name the "
+        "base with --base FOLDER (in Python base=)."
+    )
+
+
+def _base_files(name: str, revision: str | None, run: Run) -> dict[str, Path]:
+    from lisa_train.measure.step.base_weights import find_checkpoint
+
+    path = Path(name)
+    here = path.is_dir()
+    if not here and (path.is_absolute() or name.startswith((".", "~")) or path.exists()):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"the base {name} of {run.path} is no folder here: name it with --base FOLDER (in "
+            f"Python base=).{suggest(path.name, siblings)}"
+        )
+    found = find_checkpoint(name, revision)
+    if not found and here:
+        raise ConfigError(
+            f"the base {name} holds no model.safetensors and no index of one: write it with "
+            "save_pretrained, and name that folder with --base FOLDER (in Python base=)."
+        )
+    if not found:
+        raise ConfigError(
+            f"the base {name} of {run.path} is not in this machine's cache of the hub: name a "
+            "folder that holds it with --base FOLDER (in Python base=)."
+        )
+    return found
+
+
+def _trained_folder(run: Run, model: str | Path | None) -> Path:
+    if model is not None:
+        folder = Path(at_home(str(model)))
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            raise ConfigError(
+                f"--model {folder} holds neither config.json nor {ADAPTER_CONFIG}; expected the "
+                "folder of a trained model or adapter."
+            )
+        return folder
+    for name in (schema.ADAPTER_DIR, FINAL_MODEL):
+        if any((run.path / name / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            return run.path / name
+    checkpoints = sorted((run.path / schema.CHECKPOINTS_DIR).glob("checkpoint-*"))
+    hint = f" (it has {checkpoints[-1].name}, unfinished as it is)" if checkpoints else ""
+    raise RunDirectoryError(
+        f"{run.path} holds no trained weights, neither {schema.ADAPTER_DIR}/ nor {FINAL_MODEL}/: "
+        "save_final_model was off, or the run did not end; name their folder with --model "
+        f"FOLDER (in Python model=){hint}."
+    )
+
+
+def _load(run: Run, config: "TrainConfig | None", folder: Path, base: str) -> tuple[Any, Any]:
+    from lisa_train.command.tasks.text import load_model
+
+    if config is None:
+        raise ConfigError(
+            f"{run.path} was not trained by lisa-train (it has no {schema.CONFIG}), so how its "
+            "model is loaded is not known: give the loaded model, lt.ablate(run_dir, model=…)."
+        )
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    source = base if adapter else str(folder)
+    revision = config.model_revision if adapter and base == config.model_name_or_path else None
+    model, tokenizer = load_model(
+        dataclasses.replace(config, model_name_or_path=source, model_revision=revision)
+    )
+    if adapter:
+        model = _with_adapter(model, folder, base)
+    return model, tokenizer
+
+
+def _with_adapter(model: Any, folder: Path, base: str) -> Any:
+    """Put a saved adapter on; one that does not fit the base is another model's."""
+    from peft import PeftModel
+
+    def say(reason: str) -> str:
+        return (
+            f"the adapter {folder} does not fit the base {base} ({reason[:200]}): it is another "
+            "model's; name its own with --base FOLDER (in Python base=)."
+        )
+
+    with refusals(say), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, str(folder))

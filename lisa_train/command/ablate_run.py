@@ -1,0 +1,172 @@
+"""`ablate(run_dir)`: what every layer of a finished run learned, taken out and put in alone."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract.schema import LOCK
+from lisa_train.checks import whole
+from lisa_train.command.ablate_examples import general_rows, held_out_rows
+from lisa_train.command.ablate_inputs import TrainedRun, load_trained, open_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lisa_train.measure.ablation.ablating import Cost
+    from lisa_train.measure.ablation.losses import ExampleLosses, Examples
+    from lisa_train.measure.ablation.summary import Summary
+    from lisa_train.measure.ablation.units import By, Ranges
+
+MAX_EXAMPLES = 64
+# Positions of a batch: enough for the products to be large, few enough for the logits of a large
+# vocabulary (100 MB for 49,152).
+_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `ablate` found; the losses themselves are in `path`.
+
+    Attributes
+    ----------
+    path
+        ablation.parquet.
+    summary
+        Gain, worth and forgetting, unit by unit.
+    cost
+        Passes and seconds of this call.
+    naive
+        Passes of the whole model that the same rows take without any reuse.
+    """
+
+    path: Path
+    summary: "Summary"
+    cost: "Cost"
+    naive: float
+
+    def __str__(self) -> str:
+        from lisa_train.command.ablate_table import in_words
+
+        return in_words(self)
+
+
+def ablate(
+    run_dir: str | Path,
+    *,
+    data: Any = None,
+    general: str | Path | bool | None = None,
+    max_examples: int | None = MAX_EXAMPLES,
+    by: "By" = "layer",
+    ranges: "Ranges" = None,
+    model: "nn.Module | str | Path | None" = None,
+    base: str | Path | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    progress: bool | None = None,
+) -> Ablation:
+    """Measure what every layer's change was worth, on held-out examples and on general text.
+
+    Every unit's learned change is taken out of the trained model (``reset``) and put into the base
+    alone (``keep``); neither removes a layer. The losses of every example are written to
+    ablation.parquet in the run directory, exact to the last bit: all changes taken out are the
+    base. What an interrupted call measured is kept and not measured again; a call with another
+    `by`, range or text adds its rows.
+
+    Parameters
+    ----------
+    run_dir
+        A finished run: full fine-tuning, LISA or an adapter.
+    data
+        None takes the examples that the run held out. Else a dataset as for `lisa-train`, or
+        examples as its Trainer took them: mappings with `labels`.
+    general
+        None takes the text that comes with the package, if the run trained a language model on
+        text of `lisa-train`; False none. Else a .txt file of paragraphs, or a dataset with text.
+    max_examples
+        So many examples of each at most, evenly spread over what there is; None takes all. Four
+        times as many halve the intervals.
+    by
+        ``layer``: every layer, and embedding, head, norm; ``kind``: every layer's attn.q, mlp.up, …
+    ranges
+        Runs of layers as well: 4 for every run of four, or ``["4-7", …]``.
+    model
+        The trained model or its folder, where the run directory holds none.
+    base
+        Folder or hub id of the base, where it is not where config.yaml says.
+    collate
+        With examples: makes a batch of some of them; None stacks those of equal shapes.
+    progress
+        True shows a bar, false nothing; None a bar on a terminal, and a few lines elsewhere.
+
+    Returns
+    -------
+    Ablation
+        Its text is the table that `lisa-ablate` prints.
+
+    Raises
+    ------
+    ConfigError
+        For settings, data or a base that cannot be used; nothing is written then.
+    RunDirectoryError
+        When the run is being trained, has no trained weights, or cannot be written.
+    """
+    from lisa_train.measure.ablation.ablating import ablate_units
+    from lisa_train.measure.ablation.file import AblationFile
+    from lisa_train.measure.ablation.summary import summarize
+    from lisa_train.measure.ablation.units import make_units, read_ranges
+    from lisa_train.measure.disk.storage import RunLock
+
+    check_max_examples(max_examples)
+    run = open_run(run_dir)
+    read_ranges(ranges, run.n_layers)
+    lock = RunLock(run.path / LOCK)  # one at a time, and no training beside it
+    try:
+        trained = load_trained(run, model, base)
+        units = make_units(trained.change.parts, trained.change.kinds, by, ranges)
+        losses, examples = prepare_examples(trained, data, general, max_examples, collate)
+        measured = {name: one.measured for name, one in examples.items()}
+        file = AblationFile(run.path, trained.about, measured)
+        cost = ablate_units(
+            trained.change, losses, examples, units, file, progress=progress, say=note
+        )
+        naive = len(examples) * (2 * sum(bool(unit.parts) for unit in units) + 2)
+        return Ablation(file.path, summarize(file, units), cost, naive)
+    finally:
+        lock.release()
+
+
+def prepare_examples(
+    trained: TrainedRun,
+    data: Any,
+    general: str | Path | bool | None,
+    max_examples: int | None,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> "tuple[ExampleLosses, dict[str, Examples]]":
+    """Return how losses are taken, and the examples of ``held_out`` and ``general``."""
+    from lisa_train.measure.ablation.losses import ExampleLosses, choose_examples
+
+    with trained.change.as_found():
+        rows = {"held_out": held_out_rows(trained, data, collate)}
+        trained.model.eval()
+        losses = ExampleLosses(trained.model, rows["held_out"])
+        of_text = losses.rule == "next" and trained.tokenizer is not None
+        if general is None:
+            general = of_text
+        if general is not False:
+            rows["general"] = general_rows(trained, None if general is True else general)
+        tokens = _TOKENS.get(trained.about["device"], _TOKENS["cpu"])
+        return losses, {
+            name: choose_examples(losses, one, max_examples, tokens) for name, one in rows.items()
+        }
+
+
+def check_max_examples(most: int | None) -> None:
+    """`ConfigError` for a number of examples that is none."""
+    if most is not None:
+        whole("max_examples", most, " of at least 2 (intervals need two examples)", 2)
+
+
+def note(text: str) -> None:
+    """Say something that a reader should know."""
+    print(f"note: {text}.", file=sys.stderr, flush=True)

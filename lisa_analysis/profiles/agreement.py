@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.statistics.disattenuation import NoisyTau, noisy_tau
 
 Array = NDArray[np.float64]
 
 PAIRS = 400
+# Share of the layers that must have an interval for intervals of an agreement.
+_MOST = 0.8
 _NAN = float("nan")
 
 
@@ -23,9 +26,18 @@ class Agreement:
     Attributes
     ----------
     kendall, kendall_low, kendall_high
-        Kendall's τ and its interval, from pairs of bootstrap samples.
+        Repeatability: Kendall's τ between the two rankings as they were measured, and an interval
+        for its mean over such pairs of measurements. Noise lowers it: two runs of one true
+        profile do not reach 1.
+    agreement, agreement_low, agreement_high
+        Kendall's τ between the true rankings: the same with what the noise of both takes away
+        given back (`lisa_analysis.statistics.disattenuation`). Unknown without bootstrap samples,
+        and where most of what is seen is noise. Noise is that within runs, or over seeds for
+        profiles over seeds.
+    reliability
+        What the noise leaves of a perfect agreement, on the scale of sin(π τ / 2).
     spearman
-        Spearman's rank correlation.
+        Spearman's rank correlation, as measured.
     top_overlap
         Jaccard overlap of the top quarters.
     divergence, noise_floor
@@ -34,12 +46,16 @@ class Agreement:
     beyond_noise
         Whether the divergence is above the floor.
     layers
-        Layers that both know; 0 where the two are of different layers.
+        Layers that were compared, those that both know; 0 where the two are of different layers.
     """
 
     kendall: float = _NAN
     kendall_low: float = _NAN
     kendall_high: float = _NAN
+    agreement: float = _NAN
+    agreement_low: float = _NAN
+    agreement_high: float = _NAN
+    reliability: float = _NAN
     spearman: float = _NAN
     top_overlap: float = _NAN
     divergence: float = _NAN
@@ -63,41 +79,48 @@ def agree(
     if tuple(a.layers["name"]) != tuple(b.layers["name"]):
         return Agreement()
     known = np.isfinite(a.scores) & np.isfinite(b.scores)
+    # Layers without an interval take no part where most others have one.
+    sure = known & _resampled(a) & _resampled(b)
+    resampled = bool(sure.sum() >= max(3.0, _MOST * known.sum()))
+    known = sure if resampled else known
     layers = int(known.sum())
     if layers < 3:
         return Agreement(layers=layers)
     x, y = a.scores[known], b.scores[known]
-    kendall = st.kendall_tau(x, y)
     positive = bool((x > 0).any() and (y > 0).any())
     divergence = _NAN
     if positive:
         divergence = float(st.jensen_shannon(np.maximum(x, 0), np.maximum(y, 0)))
-    low, high, floor, beyond = _NAN, _NAN, _NAN, None
-    if a.samples is not None and b.samples is not None:
+    tau, floor, beyond = NoisyTau(st.kendall_tau(x, y)), _NAN, None
+    if resampled and a.samples is not None and b.samples is not None:
         rng = np.random.default_rng(seed)
-        rows = rng.integers(0, (len(a.samples), len(b.samples)), size=(PAIRS, 2))
-        first, second = a.samples[rows[:, 0]], b.samples[rows[:, 1]]
-        low, high = _tau_interval(kendall, first, second, confidence)
+        first, second = a.samples[:, known], b.samples[:, known]
+        measured = [_with_noise(scores, samples) for scores, samples in ((x, first), (y, second))]
+        tau = noisy_tau(
+            measured[0][0], measured[1][0], measured[0][1], measured[1][1], confidence, rng
+        )
         if positive:
-            floor = _noise_floor(x, y, first, second, confidence)
+            rows = rng.integers(0, (len(first), len(second)), size=(PAIRS, 2))
+            floor = _noise_floor(x, y, first[rows[:, 0]], second[rows[:, 1]], confidence)
             beyond = bool(divergence > floor)
     return Agreement(
-        kendall, low, high, st.spearman(x, y), st.top_jaccard(x, y), divergence, floor, beyond,
-        layers,
+        tau.measured, tau.measured_low, tau.measured_high, tau.true, tau.true_low, tau.true_high,
+        tau.reliability, st.spearman(x, y), st.top_jaccard(x, y), divergence, floor, beyond, layers,
     )  # fmt: skip
 
 
-def _tau_interval(
-    kendall: float, first: Array, second: Array, confidence: float
-) -> tuple[float, float]:
-    taus = st.kendall_taus(first, second)
-    taus = taus[np.isfinite(taus)]
-    if not len(taus):
-        return _NAN, _NAN
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(taus, [tail, 1 - tail])
-    # Noise lowers τ twice over in the samples: the interval reaches at least the estimate.
-    return float(min(low, kendall)), float(max(2 * kendall - low, high).clip(-1, 1))
+def _resampled(profile: ImportanceProfile) -> NDArray[np.bool_]:
+    """Layers with bootstrap samples."""
+    if profile.samples is None:
+        return np.zeros(len(profile), dtype=bool)
+    return np.asarray(np.isfinite(profile.samples).all(axis=0))
+
+
+def _with_noise(scores: Array, samples: Array) -> tuple[Array, Array]:
+    """Scores and deviations of their samples; logarithms where they exist: noise is relative."""
+    if (scores > 0).all() and (samples > 0).all():
+        scores, samples = np.log(scores), np.log(samples)
+    return scores, samples - scores
 
 
 def _noise_floor(x: Array, y: Array, first: Array, second: Array, confidence: float) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from lisa_analysis.rundir.configurations import data_of, model_of
@@ -105,18 +104,29 @@ def _single(losses: pd.DataFrame, means: pd.DataFrame) -> str:
 
 
 def _rankings(pairs: pd.DataFrame) -> str:
+    """How rankings agree as they were measured, and with the noise of both taken off."""
     known = pairs.dropna(subset=["kendall"])
+    true = known.dropna(subset=["agreement"])
     if len(known) == 1:
         row = known.iloc[0]
-        bounds = (
-            "insufficient data for an interval"
-            if np.isnan(row["kendall_low"])
-            else f"{row['kendall_low']:.2f} … {row['kendall_high']:.2f}"
-        )
-        return f"Their rankings of layers agree with τ = {row['kendall']:.2f} ({bounds})."
-    if len(known):
+        text = f"As measured, the two rankings of layers agree with τ = {row['kendall']:.2f}"
+        if not len(true):
+            return f"{text}; how far noise lowered it cannot be said."
         return (
-            f"Rankings of the layers agree with τ from {known['kendall'].min():.2f} to "
-            f"{known['kendall'].max():.2f}."
+            f"{text} ({row['kendall_low']:.2f} … {row['kendall_high']:.2f} were both measured "
+            f"again); with the noise within the runs taken off, τ = {row['agreement']:.2f} "
+            f"({row['agreement_low']:.2f} … {row['agreement_high']:.2f})."
         )
-    return ""
+    if not len(known):
+        return ""
+    text = (
+        f"As measured, rankings of the layers agree with τ from {known['kendall'].min():.2f} to "
+        f"{known['kendall'].max():.2f}"
+    )
+    if not len(true):
+        return text + "."
+    of = "" if len(true) == len(known) else f" in {len(true)} of {len(known)} pairs"
+    return (
+        f"{text}; with the noise within the runs taken off, from {true['agreement'].min():.2f} to "
+        f"{true['agreement'].max():.2f}{of}."
+    )

@@ -206,14 +206,20 @@ def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
         [
             ("run_a", "run"),
             ("run_b", "and run"),
-            ("kendall", "Kendall's τ"),
+            ("kendall", "τ as measured"),
             ("kendall_low", "low"),
             ("kendall_high", "high"),
+            ("agreement", "τ without noise"),
+            ("agreement_low", "low"),
+            ("agreement_high", "high"),
             ("spearman", "Spearman"),
             ("top_overlap", "top quarter in common"),
             ("divergence", "divergence"),
             ("noise_floor", "divergence of noise"),
         ],
     )
-    caption = "Kendall's τ between the layer scores: 1 same order, 0 unrelated, −1 reversed."
+    caption = (
+        "Kendall's τ between the layer scores as they were measured: 1 same order, 0 unrelated, −1 "
+        "reversed. Noise lowers it; the table has τ with the noise within the runs taken off."
+    )
     return ReportFigure(slug, title, caption, image, table)

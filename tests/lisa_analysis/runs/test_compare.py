@@ -113,14 +113,31 @@ class TestAgreement:
         pair = la.compare(runs).rank_agreement.iloc[0]
         assert pair["kendall"] > 0.85
         assert pair["kendall_low"] <= pair["kendall"] <= pair["kendall_high"]
+        assert pair["agreement"] >= pair["kendall"]
+        assert pair["agreement_high"] == 1
         assert not pair["beyond_noise"]
         assert pair["layers"] == 12
+
+    def test_the_true_agreement_of_one_ramp_is_one(self, make_run):
+        """S5: the interval of τ as measured held 1 in a fifth of such pairs."""
+        holds, repeats = [], []
+        for pair in range(12):
+            runs = [
+                make_run(profile=np.exp(0.15 * X), steps=40, noise=0.3, seed=2 * pair + side)
+                for side in (0, 1)
+            ]
+            row = la.compare(runs).rank_agreement.iloc[0]
+            holds.append(np.isnan(row["agreement"]) or row["agreement_high"] >= 1 - 1e-9)
+            repeats.append(row["kendall"])
+        assert np.mean(repeats) < 0.85
+        assert sum(holds) >= 11
 
     def test_two_profiles_differ_beyond_noise(self, make_run):
         runs = [make_run(profile=np.exp(0.4 * sign * X), steps=300) for sign in (1, -1)]
         pair = la.compare(runs).rank_agreement.iloc[0]
         assert pair["kendall"] < -0.85
         assert pair["kendall_high"] < 0
+        assert pair["agreement_high"] < 0
         assert pair["beyond_noise"]
 
     def test_the_noise_floor_holds_for_equal_profiles(self, make_run):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError as LisaError
 from lisa_analysis.contract.moved import redirect
+from lisa_train.config import LearnConfig as LearnConfig
 from lisa_train.config import LisaConfig as LisaConfig
 from lisa_train.config import ProbeConfig as ProbeConfig
 from lisa_train.config import RecordConfig as RecordConfig
@@ -59,6 +60,7 @@ _HOME = {
     "restore": "command.ablate_restore",
 }
 __all__ = [  # noqa: PLE0604
+    "LearnConfig",
     "LisaConfig",
     "LisaError",
     "ProbeConfig",
@@ -115,7 +117,7 @@ redirect(
         "measure.own_quantities": "measure.step.own_quantities",
         "measure.probe_result": "measure.probe.result",
         "measure.sketch": "measure.probe.sketch",
-        "measure.stand_ins": "measure.probe.stand_ins",
+        "measure.stand_ins": "model.stand_ins",
         "measure.step_measure": "measure.step.step_measure",
         "measure.step_parts": "measure.step.parts",
         "measure.tensor_steps": "measure.step.step_measure",
@@ -153,7 +155,7 @@ redirect(
         "schedule": "methods.lisa.schedule",
         "shards": "model.sharding",
         "silent_writer": "measure.disk.writer",
-        "stand_ins": "measure.probe.stand_ins",
+        "stand_ins": "model.stand_ins",
         "step_conditions": "optim.settings",
         "step_in_backward": "optim.step_in_backward",
         "storage": "measure.disk.storage",

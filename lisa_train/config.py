@@ -8,6 +8,7 @@ from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES, RecordConfig
 from lisa_train.methods import Method
 from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig
+from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import OptimizerState, check_eight_bit_states
 
@@ -15,6 +16,7 @@ __all__ = [
     "ALWAYS_ACTIVE_GROUPS",
     "OF_TRAINING",
     "QUANTITIES",
+    "LearnConfig",
     "LisaConfig",
     "Method",
     "OptimizerState",

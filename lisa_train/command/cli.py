@@ -130,7 +130,12 @@ def parse(argv: Sequence[str]) -> Command:
     except jsonargparse.ArgumentError as error:
         raise ConfigError(one_sentence(str(error))) from error
     keep_words(settings, argv)
-    settings = parser.instantiate(settings)
+    try:
+        settings = parser.instantiate(settings)
+    except LisaError:
+        raise
+    except ValueError as error:  # jsonargparse's words around a sentence of ours
+        raise ConfigError(one_sentence(str(error))) from error
     config = TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig)})
     if settings.get("resume"):
         config = _with_output_dir(config, config_files(argv))

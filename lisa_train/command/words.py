@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
@@ -130,13 +130,28 @@ def _check_key(keys: list[str], cls: Any, *, where: str) -> None:
 
 
 def _dataclass_of(annotation: Any) -> Any:
-    return annotation if is_dataclass(annotation) else None
+    """Dataclass of a setting's type, also of one that may be None."""
+    return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
+
+
+# What jsonargparse says of a section that may be null, around what is wrong within.
+_OF_A_SECTION = re.compile(
+    r"^(?:(?P<section>[\w.]+): )?Does not validate against any of the Union subtypes .*? Errors: "
+    r"- (?:Problem with given class_path '[^']*': )?(?:Parser key \"(?P<key>[^\"]+)\": ?)?"
+    r"(?P<what>.+?) - Expected a <class 'NoneType'>.*$"
+)
+
+
+def _said_of_a_section(found: re.Match[str]) -> str:
+    place = ".".join(name for name in (found["section"], found["key"]) if name and found["key"])
+    return f"{place}: {found['what']}" if place else found["what"]
 
 
 def one_sentence(message: str) -> str:
     """Flatten jsonargparse's message: `Parser key "lisa.k": Expected a <class 'int'>. …`."""
     text = " ".join(message.split())
     text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
+    text = _OF_A_SECTION.sub(_said_of_a_section, text)
     text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
     text = re.sub(
         r"^the following arguments are required: (.+)$",

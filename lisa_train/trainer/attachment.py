@@ -20,6 +20,7 @@ from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.events import TrainerEvents
 from lisa_train.trainer.known_layers import KnownLayers
+from lisa_train.trainer.learning import check_learning
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes, without_wrapper
@@ -173,6 +174,8 @@ def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | N
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
     check_lisa_processes(trainer)
+    if config.learn is not None:
+        check_learning(trainer, config.learn)
     if trainer.model is None:
         return None  # with `model_init`, which builds it when training begins
     plan = Plan.make(trainer.model, config, seed=trainer.args.seed)

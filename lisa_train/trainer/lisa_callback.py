@@ -18,6 +18,7 @@ from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer
 from lisa_train.trainer.known_layers import KnownLayers
+from lisa_train.trainer.learning import ProbeSource, check_learning
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 
 # Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
@@ -87,6 +88,7 @@ class LisaCallback(Listener, TrainerCallback):
         self._layers = layers or KnownLayers()
         self._starts = False
         self._events: TrainerEvents | None = None
+        self._probe: ProbeSource | None = None
 
     def close(self) -> None:
         """End LISA: every `requires_grad` flag is as it was before training."""
@@ -95,6 +97,8 @@ class LisaCallback(Listener, TrainerCallback):
         self.notices.clear()
         if self._events is not None:
             self._events.unsubscribe(self)
+        if self._probe is not None:
+            self._probe.close()
 
     def ended(self, error: BaseException) -> None:
         """End LISA when an exception leaves the training."""
@@ -115,6 +119,7 @@ class LisaCallback(Listener, TrainerCallback):
         trainer = self._trainer or calling_trainer(self)
         if trainer is not None:
             check_lisa_processes(trainer)
+        probe = self._probe_source(trainer)
         self._starts = True
         layer_map = self._layers.known(model, self.config.layers)
         planned, loaded = self._planned or (None, self.config)
@@ -128,6 +133,7 @@ class LisaCallback(Listener, TrainerCallback):
             on_draw=self._tell,
             on_notice=self._pass_on,
             averages=trainer is None or not _has_ddp(trainer.model_wrapped),
+            probe=None if probe is None else probe.run,
         )
         self._starts = False
         self._layers.keep(self.config.layers, self.engine.layer_map)
@@ -138,6 +144,8 @@ class LisaCallback(Listener, TrainerCallback):
             warn_of_losses(trainer, state, self.config)
             self._events = TrainerEvents.of(trainer)
             self._events.subscribe(self)
+            if probe is not None:
+                probe.listen(self.engine.probes_at)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
             if self.config.precision == "fp32_active":
@@ -160,7 +168,16 @@ class LisaCallback(Listener, TrainerCallback):
     ) -> None:
         """Leave the engine's state where a checkpoint of this step picks it up."""
         assert self.engine is not None
-        state.stateful_callbacks[STATE_KEY] = self.engine.state_dict()
+        self.engine.finish_step(state.global_step)
+        # What is learned from may still be on an accelerator, which `saving` alone waits for.
+        if self.config.learn is None or self._events is None:
+            state.stateful_callbacks[STATE_KEY] = self.engine.state_dict()
+
+    def saving(self, step: int) -> None:
+        """Leave the engine's state for the checkpoint that is about to be written."""
+        if self.engine is not None and self._events is not None:
+            state = self._events.trainer.state
+            state.stateful_callbacks[STATE_KEY] = self.engine.state_dict()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,6 +196,15 @@ class LisaCallback(Listener, TrainerCallback):
     def rounds_at_the_end(self, args: TrainingArguments) -> bool:
         """Whether the engine changes the last weights when it ends: fp32 becomes bf16 again."""
         return self.config.precision == "fp32_active" and not args.load_best_model_at_end
+
+    def _probe_source(self, trainer: Trainer | None) -> ProbeSource | None:
+        """Return what measuring passes of all layers are made with, if they are to be made."""
+        learn = self.config.learn
+        if learn is None or trainer is None:
+            return None
+        check_learning(trainer, learn)
+        self._probe = ProbeSource(trainer) if learn.metric == "probe" else None
+        return self._probe
 
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:
@@ -220,6 +246,7 @@ def draw_fields(draw: Draw) -> dict[str, Any]:
         "layers": draw.layers,
         "groups": draw.groups,
         "inclusion_probabilities": draw.inclusion_probabilities,
+        "scores": draw.scores,
         "visits": draw.visits,
         "trainable_share": draw.trainable_share,
         "state_bytes": draw.state_bytes,

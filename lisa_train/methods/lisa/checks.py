@@ -10,6 +10,7 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.learning.config import PRIORS
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.optim.frozen_state import tensors_of
@@ -179,24 +180,35 @@ def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig
 
 
 def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:
-    """Inclusion probabilities of the configuration, checked against the model's layers."""
-    if not isinstance(config.probabilities, str):
-        return config.probabilities
+    """Inclusion probabilities of the configuration, checked against the model's layers.
+
+    Where they are learned: those of the prior's file or numbers, None for one that has a name.
+    """
+    given = config.probabilities
+    if config.learn is not None:
+        given = None if config.learn.prior in PRIORS else config.learn.prior
+    if not isinstance(given, str):
+        return given
     from lisa_analysis.plans.sampling import SamplingProbabilities
 
-    loaded = SamplingProbabilities.load(config.probabilities)
+    loaded = SamplingProbabilities.load(given)
     names = tuple(loaded.layer_names)
     if names != layer_map.names:
         ours = layer_map.names
         odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
         detail = f"{odd[0]} against {odd[1]}" if odd else "the first ones agree"
         raise ProbabilitiesError(
-            f"{config.probabilities} was made for {len(names)} layers, this model has {len(ours)} "
+            f"{given} was made for {len(names)} layers, this model has {len(ours)} "
             f"({detail}); make probabilities from a run of this model."
         )
     if loaded.activated_layers != config.activated_layers:
         raise ProbabilitiesError(
-            f"{config.probabilities} activates {loaded.activated_layers} layers, but "
+            f"{given} activates {loaded.activated_layers} layers, but "
             f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
+        )
+    if config.control != "none" and loaded.control is not None:
+        raise ProbabilitiesError(
+            f"{given} holds a {loaded.control} control already, and lisa.control is "
+            f"{config.control!r}; give the probabilities themselves, or leave lisa.control out."
         )
     return tuple(loaded.inclusion_probabilities)

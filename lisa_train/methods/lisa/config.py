@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of, real, whole
+from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.optim.settings import OptimizerState
 
 ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm", "other")
@@ -15,6 +16,7 @@ Sampling = Literal[
 ]
 ActivePrecision = Literal["model", "fp32_active"]
 Recompute = Literal["all", "frozen"]
+ControlKind = Literal["none", "permuted", "reversed", "uniform"]
 # Σπ may miss k by the rounding of a file that keeps six decimals.
 SUM_TOLERANCE = 1e-5
 
@@ -72,6 +74,14 @@ class LisaConfig:
         With gradient checkpointing, the layers that run again in the backward pass: ``all``, or
         the ``frozen`` ones alone: those that train keep their activations, which saves their
         second forward pass and costs their memory.
+    learn
+        Learn the probabilities while the layers train, see `LearnConfig`; with
+        ``sampling="balanced"``. None leaves them as they are.
+    control
+        The placebo: the same probabilities, of the file or as they are learned, given to other
+        layers. ``permuted`` at random, once for the whole run; ``reversed`` in rank; ``uniform``.
+    control_seed
+        Seed of the permutation; None takes that of the schedule.
     """
 
     activated_layers: int = 2
@@ -87,6 +97,9 @@ class LisaConfig:
     layers: str | None = None
     precision: ActivePrecision = "model"
     recompute: Recompute = "all"
+    learn: LearnConfig | None = None
+    control: ControlKind = "none"
+    control_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -95,6 +108,10 @@ class LisaConfig:
         if self.seed is not None:
             words = ", or None for the training seed"
             object.__setattr__(self, "seed", whole("lisa.seed", self.seed, words))
+        if self.control_seed is not None:
+            words = " of at least 0, or None for the seed of the schedule"
+            value = whole("lisa.control_seed", self.control_seed, words, 0)
+            object.__setattr__(self, "control_seed", value)
         if not isinstance(self.layers, str | None):
             raise ConfigError(
                 f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "
@@ -131,6 +148,7 @@ class LisaConfig:
                     f"always_active = {list(self.always_active)}; take it out of one of them."
                 )
         self._check_probabilities()
+        self._check_learning()
 
     @property
     def group_probabilities(self) -> dict[str, float]:
@@ -155,6 +173,31 @@ class LisaConfig:
 
             added = (name for name in POLICIES if name not in built_in)
             one_of("lisa.optimizer_state", self.optimizer_state, (*built_in, *added))
+
+    def _check_learning(self) -> None:
+        one_of("lisa.control", self.control, get_args(ControlKind))
+        if self.learn is None:
+            if self.control != "none" and self.probabilities is None:
+                raise ConfigError(
+                    f"lisa.control is {self.control!r}, but there are no probabilities to give to "
+                    "other layers: set lisa.probabilities or lisa.learn."
+                )
+            return
+        if not isinstance(self.learn, LearnConfig):
+            raise ConfigError(
+                f"lisa.learn is {self.learn!r}, but must be a LearnConfig, or None to learn "
+                "nothing."
+            )
+        if self.sampling != "balanced":
+            raise ConfigError(
+                f"lisa.learn is set with sampling={self.sampling!r}, which does not follow "
+                "probabilities that move; set lisa.sampling to 'balanced'."
+            )
+        if self.probabilities is not None:
+            raise ConfigError(
+                "lisa.learn and lisa.probabilities are both set; give the file as "
+                "lisa.learn.prior, from which the learning starts, or leave one of them out."
+            )
 
     def _check_probabilities(self) -> None:
         if self.probabilities is None or isinstance(self.probabilities, str | PathLike):

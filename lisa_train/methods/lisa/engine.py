@@ -16,6 +16,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_average import GradientAverage
 from lisa_train.methods.lisa.gradient_reach import GradientReach
 from lisa_train.methods.lisa.input_gradients import InputGradients
+from lisa_train.methods.lisa.learning.online import Learning
 from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
@@ -25,6 +26,7 @@ from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.run_entries import announce, lisa_entries
 from lisa_train.optim.frozen_state import FrozenState, on_load
+from lisa_train.optim.policies import POLICIES
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
 from lisa_train.optim.write_check import WriteCheck
@@ -72,6 +74,9 @@ class Lisa:
         by the first process.
     averages
         False where `DistributedDataParallel` is around `model`, and averages gradients.
+    probe
+        With ``learn.metric="probe"``: makes a forward and a backward pass of the model (not of
+        its DDP wrapper) for a measurement that leaves no gradient.
 
     Attributes
     ----------
@@ -114,6 +119,7 @@ class Lisa:
         on_draw: Callable[[Draw], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
         averages: bool = True,
+        probe: Callable[[], object] | None = None,
     ) -> None:
         check("model", "engine")
         plan, optimizers, seeds = agreed_plan(model, optimizer, config, layer_map, seed)
@@ -130,6 +136,13 @@ class Lisa:
         self._notices.at_start(
             model, self.layer_map, self.config, self._units, self._schedule.excluded, missing,
             total_steps, seeds,
+        )  # fmt: skip
+        place = POLICIES[self.config.optimizer_state].place
+        self._learning = (
+            Learning(model, config.learn, self._schedule, self._units,
+                     loses_state=place == "nowhere", probe=probe)
+            if config.learn is not None
+            else None
         )  # fmt: skip
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._average = GradientAverage(model, wanted=averages)
@@ -204,13 +217,15 @@ class Lisa:
         if self._closed:
             raise ConfigError("this LISA engine is closed; make a new one to train on.")
         self._average.begin_step()
-        self._reach.end_step(self._schedule.layers)
+        self.finish_step(step)
         draw = self._schedule.advance(step)
         if draw is None:
             return
         self._notices.unreached(self._reach.found())
         self._reach.start(step)
         self._apply()
+        if self._learning is not None:
+            self._learning.start()
         draw = replace(
             draw,
             trainable_share=sum(p.numel() for p in self._active) / self._size,
@@ -219,6 +234,21 @@ class Lisa:
         notices.log_draw(draw)
         if self._on_draw is not None:
             self._on_draw(draw)
+
+    def finish_step(self, step: int) -> None:
+        """Take note that `step` steps are completed; learn, if a draw comes next.
+
+        `begin_step` does it too. Called by itself, after the optimizer's step, it has a checkpoint
+        of this step hold what was learned, and a measuring pass made while its batch is at hand.
+        """
+        self._reach.end_step(self._schedule.layers)
+        if self._learning is not None:
+            self._learning.finish(step)
+            self._notices.frozen(self._schedule.frozen)
+
+    def probes_at(self, step: int) -> bool:
+        """Whether `finish_step(step)` or `begin_step(step)` is to make a measuring pass."""
+        return self._learning is not None and self._learning.probes_at(step)
 
     def learn(self, step: int, layer_scores: ArrayLike) -> None:
         """Hand the sampler what was measured of the layers, for the draws to come.
@@ -254,6 +284,8 @@ class Lisa:
         for unhook in self._unhook:
             unhook()
         self._state.close()
+        if self._learning is not None:
+            self._learning.close()
         if self._master_weights is not None:
             self._master_weights.close(self._schedule.index or 0)
         for parameter, flag in self._flags:
@@ -270,7 +302,10 @@ class Lisa:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer, as JSON values."""
-        return self._schedule.state_dict()
+        state = self._schedule.state_dict()
+        if self._learning is None:
+            return state
+        return state | {"learning": self._learning.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, in the middle of an interval too.
@@ -279,6 +314,8 @@ class Lisa:
         ``precision="fp32_active"``: see `tensors`.
         """
         self._schedule.load_state_dict(state)
+        if self._learning is not None:
+            self._learning.load_state_dict(state["learning"])
         self._reach.start(self._schedule.step)
         if self._schedule.index is not None:
             self._apply()
@@ -301,7 +338,9 @@ class Lisa:
 
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
-        return lisa_entries(self.config, self._schedule.seed)
+        entries = lisa_entries(self.config, self._schedule.seed)
+        entries["lisa"] |= self._schedule.control.entries(len(self.layer_map))
+        return entries
 
     # ------------------------------------------------------------------ the mechanism
 
@@ -352,6 +391,8 @@ class Lisa:
                 if parameter in self._active:
                     start_schedule_free(optimizer, parameter)
         self._reach.look(self._schedule.layers)
+        if self._learning is not None:
+            self._learning.before_step(optimizer, self._state.owners)
         self._write_check.before_step(optimizer, frozen)
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
@@ -364,4 +405,6 @@ class Lisa:
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Shorten the update of tensors in their warm-up; after a draw, check the frozen ones."""
         self._warmup.after_step()
+        if self._learning is not None:
+            self._learning.after_step(optimizer)
         self._write_check.after_step(optimizer)

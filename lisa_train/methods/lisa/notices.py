@@ -33,7 +33,7 @@ class Notices:
 
     def __init__(self, listener: Callable[[str], None] | None) -> None:
         self._listener = listener
-        self._unreached_said = False
+        self._unreached_said = self._frozen_said = False
 
     def at_start(
         self,
@@ -60,6 +60,12 @@ class Notices:
         if found is not None:
             self._say(str(found), logging.INFO if self._unreached_said else logging.WARNING)
             self._unreached_said = True
+
+    def frozen(self, reason: str | None) -> None:
+        """Say once why nothing is learned any more."""
+        if reason is not None and not self._frozen_said:
+            self._say(reason)
+            self._frozen_said = True
 
     def _say(self, text: str, level: int = logging.WARNING) -> None:
         if is_first():

@@ -86,7 +86,13 @@ class Plan:
 
     def loaded_config(self) -> LisaConfig:
         """Return the settings with the probabilities of their file, which is read once."""
-        return dataclasses.replace(self.config, probabilities=self.probabilities)
+        learn = self.config.learn
+        if learn is None:
+            return dataclasses.replace(self.config, probabilities=self.probabilities)
+        if self.probabilities is None:
+            return self.config
+        learn = dataclasses.replace(learn, prior=self.probabilities)
+        return dataclasses.replace(self.config, learn=learn)
 
     def with_seed(self, seed: int) -> Self:
         """Return the same plan with the schedule of another seed."""
@@ -97,9 +103,11 @@ class Plan:
         """What has to be the same in all processes that train one model, and the seed."""
         config = dataclasses.asdict(self.config)
         config.pop("probabilities")  # perhaps the path of one file, as each machine sees it
+        if self.config.learn is not None:
+            config["learn"].pop("prior")  # so is this
         return config | {
             "seed": self.schedule.seed,
-            "inclusion_probabilities": self.schedule.inclusion_probabilities.tolist(),
+            "inclusion_probabilities": self.schedule.given.tolist(),
             "layer_names": list(self.layer_map.names),
             "tensors": list(self.may_train),
         }

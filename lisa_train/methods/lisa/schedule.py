@@ -9,8 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.inclusion import resolve
-from lisa_train.methods.lisa.samplers import make_sampler, never_drawn, seed_word
+from lisa_train.methods.lisa.learning.priors import prior_probabilities
+from lisa_train.methods.lisa.learning.sampler import LearnedSampler
+from lisa_train.methods.lisa.samplers import Sampler, make_sampler, never_drawn, seed_word
 from lisa_train.model.layer_map import Unit as Unit
 
 # First word of the key of a group's draws; the layers' stream is another.
@@ -22,9 +25,11 @@ class Draw:
     """One draw: it rules the optimizer steps `step`+1 … up to the next draw.
 
     `visits` counts the draws of every layer so far, this one included; `groups` are the groups
-    (embed, head) that were drawn beside the layers. The engine adds `trainable_share`, the part
-    of the model's parameters that train from now on, and `state_bytes`, the optimizer state that
-    is held when the draw has been made: what left is freed or on the host, what came has none yet.
+    (embed, head) that were drawn beside the layers; `scores` are the learned ones that π is made
+    from, None for a layer that is not known, and None altogether while nothing is. The engine adds
+    `trainable_share`, the part of the model's parameters that train from now on, and `state_bytes`,
+    the optimizer state that is held when the draw has been made: what left is freed or on the host,
+    what came has none yet.
     """
 
     step: int
@@ -33,6 +38,7 @@ class Draw:
     inclusion_probabilities: tuple[float, ...]
     visits: tuple[int, ...]
     groups: tuple[str, ...] = ()
+    scores: tuple[float | None, ...] | None = None
     trainable_share: float | None = None
     state_bytes: int | None = None
 
@@ -47,7 +53,8 @@ class Schedule:
     layer_names
         Names of the model's layers.
     probabilities
-        Inclusion probabilities of the layers, or None for equal ones.
+        Inclusion probabilities of the layers, of a file or of the prior of what is learned; None
+        for those of the settings.
     seed
         Seed of the schedule where `config.seed` is None.
     empty_groups
@@ -63,8 +70,10 @@ class Schedule:
         *,
         empty_groups: Collection[str] = (),
     ) -> None:
-        pi = resolve(probabilities, len(layer_names), config.activated_layers)
+        layers, k = len(layer_names), config.activated_layers
         self.seed = seed if config.seed is None else config.seed
+        control_seed = self.seed if config.control_seed is None else config.control_seed
+        self.control = Control(config.control, control_seed)
         self.step = 0
         self.index: int | None = None
         self.layers: tuple[int, ...] = ()
@@ -74,7 +83,17 @@ class Schedule:
         self._probabilities = probabilities
         self._empty_groups = frozenset(empty_groups)
         self._layer_names = list(layer_names)
-        self._sampler = make_sampler(config.sampling, pi, config.activated_layers, self.seed)
+        # Those of the settings, before the control.
+        self.given: NDArray[np.float64] = (
+            resolve(probabilities, layers, k)
+            if config.learn is None
+            else prior_probabilities(probabilities or config.learn.prior, layers, k)
+        )
+        self._sampler: Sampler = (
+            make_sampler(config.sampling, self.control.of(self.given), k, self.seed)
+            if config.learn is None
+            else LearnedSampler(self.given, k, self.seed, config.learn, self.control)
+        )
         self._activated_at: dict[Unit, int] = {}
 
     @property
@@ -107,6 +126,11 @@ class Schedule:
             )
         self._sampler.learn(step, scores)
 
+    @property
+    def frozen(self) -> str | None:
+        """Why a sampler that learns has stopped; None while it goes on."""
+        return getattr(self._sampler, "frozen", None)
+
     def with_config(self, config: LisaConfig) -> "Schedule":
         """Return a schedule of the same layers that has not begun, with other settings."""
         return Schedule(
@@ -125,11 +149,12 @@ class Schedule:
         if step < 0:
             raise ConfigError(f"step counts completed optimizer steps from 0, got {step}.")
         self.step = step
-        index = step // self._config.interval_steps
+        index = self.draw_of(step)
         if index == self.index:
             return None
         self.index = index
         pi = tuple(self._sampler.probabilities(index).tolist())
+        scores = self._sampler.scores(index)
         self.layers = self._sampler.draw(index)
         self.groups = self._draw_groups(index)
         drawn: tuple[Unit, ...] = (*self.layers, *self.groups)
@@ -142,7 +167,16 @@ class Schedule:
             pi,
             tuple(self.visits.tolist()),
             self.groups,
+            scores=None if scores is None else _with_gaps(scores),
         )
+
+    def draw_of(self, step: int) -> int:
+        """Number of the draw that rules the step after `step` completed ones."""
+        return step // self._config.interval_steps
+
+    def draws_at(self, step: int) -> bool:
+        """Whether a draw is due after `step` completed steps, which follows another one."""
+        return self.index is not None and self.draw_of(step) != self.index
 
     def ages(self) -> dict[Unit, int]:
         """Steps since the activation of every drawn unit."""
@@ -226,4 +260,10 @@ def _settings(config: LisaConfig) -> dict[str, Any]:
         "optimizer_state": config.optimizer_state,
         "warmup_steps": config.warmup_steps,
         "precision": config.precision,
+        "control": config.control,
+        "learn": None if config.learn is None else config.learn.metric,
     }
+
+
+def _with_gaps(scores: NDArray[np.float64]) -> tuple[float | None, ...]:
+    return tuple(float(x) if np.isfinite(x) else None for x in scores)

@@ -66,6 +66,13 @@ class Sampler(ABC):
         """π by which draw `index` is taken, shape (L,): of every draw so far, and of the next."""
         return self.inclusion_probabilities
 
+    def scores(self, index: int) -> NDArray[np.float64] | None:
+        """Scores that the π of draw `index` is made from, shape (L,), NaN where unknown.
+
+        None when it is not made from any.
+        """
+        return None
+
     @abstractmethod
     def draw(self, index: int) -> tuple[int, ...]:
         """Layer indices of draw `index` (0, 1, …), sorted."""

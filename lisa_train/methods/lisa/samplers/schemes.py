@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_train.methods.lisa.config import SUM_TOLERANCE
+from lisa_train.methods.lisa.inclusion import CERTAIN
 from lisa_train.methods.lisa.samplers.sampler import STREAM, PureSampler, register, seed_word
 
 
@@ -123,7 +124,7 @@ class BalancedSampler(PureSampler):
     def _restart(self) -> None:
         # The last word tells this stream from draw 0's: numpy ignores zeros at a key's end.
         rng = np.random.default_rng([STREAM, seed_word(self.seed), 0, 1])
-        self._credit = _uniform_with_sum_zero(rng, self._open.size)
+        self.credit = _uniform_with_sum_zero(rng, self._open.size)
         for jitter in rng.random((self._BURN_IN, self._open.size)):
             self._advance(jitter)
         self._next = 0
@@ -136,11 +137,26 @@ class BalancedSampler(PureSampler):
             self._next += 1
         return self._last
 
+    def follow(self, pi: NDArray[np.float64], index: int) -> NDArray[np.intp]:
+        """Make draw `index` by `pi`, whatever π was in the draws before; sorted layer indices.
+
+        For a schedule whose π moves, whose sampler starts with equal probabilities. Visits follow
+        the sum of the π as closely as they follow equal ones: whoever comes late to a certain
+        place has it all the same.
+        """
+        jitter = self._rng(index).random(pi.size)
+        self.credit += pi
+        urgent = self.credit + self._JITTER * jitter
+        ranked = np.argsort(-np.where(pi >= CERTAIN, np.inf, urgent), kind="stable")
+        self._last = ranked[: self.k]
+        self.credit[self._last] -= 1.0
+        return np.sort(self._last)
+
     def _advance(self, jitter: NDArray[np.float64]) -> None:
-        self._credit += self.inclusion_probabilities[self._open]
-        ranked = np.argsort(-(self._credit + self._JITTER * jitter), kind="stable")
+        self.credit += self.inclusion_probabilities[self._open]
+        ranked = np.argsort(-(self.credit + self._JITTER * jitter), kind="stable")
         self._last = ranked[: self._open_k]
-        self._credit[self._last] -= 1.0
+        self.credit[self._last] -= 1.0
 
 
 def _uniform_with_sum_zero(rng: np.random.Generator, size: int) -> NDArray[np.float64]:

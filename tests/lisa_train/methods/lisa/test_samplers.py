@@ -96,13 +96,13 @@ def _balanced(pi, seed):
 def test_balanced_draws_forget_where_the_credits_started():
     """Two starts that agree modulo 1 come together; the first draws of a start at 0 are biased."""
     one, other = (make_sampler("balanced", RARE, 1, seed=4) for _ in range(2))
-    other._credit = one._credit + np.array([1.0, -1.0, 0.0])
+    other.credit = one.credit + np.array([1.0, -1.0, 0.0])
     jitter = np.random.default_rng(0).random((BalancedSampler._BURN_IN, RARE.size))
-    assert not np.allclose(one._credit, other._credit)
+    assert not np.allclose(one.credit, other.credit)
     for row in jitter:
         one._advance(row)
         other._advance(row)
-    np.testing.assert_allclose(one._credit, other._credit, atol=1e-9)
+    np.testing.assert_allclose(one.credit, other.credit, atol=1e-9)
 
 
 @pytest.mark.parametrize("pi", [SKEWED, WITH_CERTAIN, np.full(32, 2 / 32)])

@@ -1,0 +1,1 @@
+"""Probabilities that are learned while a run trains: what is measured, believed and drawn by."""

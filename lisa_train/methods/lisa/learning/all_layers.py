@@ -1,0 +1,84 @@
+"""A measuring pass over all layers, drawn or not, at the memory of one tensor's gradient."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lisa_train.methods.lisa.learning.evidence import Array
+from lisa_train.model.norms import squares, stacked
+from lisa_train.model.parallel import processes
+from lisa_train.model.sharding import unsynchronised
+from lisa_train.model.stand_ins import random_state_kept, stand_ins
+
+
+def gradients_of_all(
+    model: nn.Module,
+    units: Mapping[Any, Sequence[nn.Parameter]],
+    layers: int,
+    backward: Callable[[], object],
+) -> Array:
+    """Return ‖g‖/√N of every layer in one pass, shape (L,).
+
+    NaN where it reached none, infinite where the gradient is not finite.
+
+    Others stand in for the model's tensors, so that nothing that hangs on them notices, and every
+    gradient is dropped when its square is taken. Random streams are put back. With
+    several processes, each makes a pass of its own and the mean of the squares counts.
+
+    Parameters
+    ----------
+    model
+        The model.
+    units
+        Tensors of every layer.
+    layers
+        Number of layers.
+    backward
+        Makes a forward and a backward pass of the model.
+    """
+    owner = {id(p): i for i in range(layers) for p in units[i]}
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def take(tensor: torch.Tensor, layer: int | None) -> None:
+        if layer is not None and tensor.grad is not None:
+            found.setdefault(layer, []).append(squares([tensor.grad])[0])
+        tensor.grad = None
+
+    with ExitStack() as stack:
+        tensors = stack.enter_context(stand_ins(model, set(owner)))
+        stack.enter_context(unsynchronised(model))
+        for key, tensor in tensors.items():
+            if tensor.requires_grad:
+                hook = _hook(take, owner.get(key))
+                stack.callback(tensor.register_post_accumulate_grad_hook(hook).remove)
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(torch.enable_grad())
+        backward()
+    total = np.full(layers, np.nan)
+    if found:
+        reached = sorted(found)
+        sums = stacked([stacked(found[i]).sum() for i in reached]).cpu().double().numpy()
+        total[reached] = np.where(np.isfinite(sums), sums, np.inf)
+    sizes = np.array([sum(p.numel() for p in units[i]) for i in range(layers)])
+    return np.asarray(np.sqrt(_mean_of_processes(total) / sizes))
+
+
+def _mean_of_processes(values: Array) -> Array:
+    if processes() == 1:
+        return values
+    every: list[Any] = [None] * processes()
+    dist.all_gather_object(every, values)
+    stack = np.stack(every)
+    count = (~np.isnan(stack)).sum(axis=0)
+    return np.where(count > 0, np.nansum(stack, axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _hook(
+    take: Callable[[torch.Tensor, int | None], None], layer: int | None
+) -> Callable[[torch.Tensor], None]:
+    return lambda tensor: take(tensor, layer)

@@ -1,0 +1,122 @@
+"""`LearnConfig`: how the probabilities of layers are learned while they train."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any, Literal, get_args
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.checks import one_of, real, whole
+
+LearnMetric = Literal["grad_rms", "l1_descent", "descent", "signal", "probe"]
+LearnerName = Literal["ema", "kl"]
+PRIORS = ("uniform", "depth")
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """How inclusion probabilities are learned during training; `LisaConfig.learn`.
+
+    Every visit of a layer shows a number, the mean of `metric` over its steps. The numbers, free
+    of the course that all layers share, become scores with intervals; scores become π by the
+    stages by which a probabilities file is made.
+
+    Parameters
+    ----------
+    metric
+        What a step shows of a layer that trains. ``grad_rms``: the gradient per element, ‖g‖/√N.
+        ``l1_descent``: η‖g‖₁, the loss decrease that a step of Adam promises. ``descent``:
+        −⟨g, θ′−θ⟩, what the step that was made promises; it takes a copy of the layers that train.
+        ``signal``: √(‖E g‖²/N), what the micro-batches of a step agree on; needs two of them.
+        ``probe``: the gradient per element of all layers, drawn or not, in a measuring pass.
+    learner
+        How visits become scores: ``ema``, a running mean with its interval; ``kl``, a
+        distribution that moves from the prior by standardised scores (after MISA). In Python, also
+        the name of a learner of your own, see `lisa_train.methods.lisa.learning.learners`.
+    strength
+        How far π follows the scores: the power on them. 0 is uniform; above 1, mix and floor fall
+        in proportion and the cap rises.
+    memory
+        Weight of a new visit in the running mean of its layer, above 0 and at most 1.
+    mix
+        Share of uniform in π.
+    floor, cap
+        Bounds of π in units of k/L; π never exceeds 1.
+    prior
+        Scores of layers that were not seen, and one visit's worth of evidence of the others:
+        ``uniform``, ``depth`` (falls evenly from the first layer to half of it in the last), the
+        path of a probabilities file, or one number per layer.
+    start_after
+        Draws by the prior before what was learned counts; None takes one cover, ⌈L/k⌉ draws.
+    probe_every
+        With ``metric="probe"``: draws from one measuring pass to the next.
+    """
+
+    metric: LearnMetric = "grad_rms"
+    learner: LearnerName = "ema"
+    strength: float = 1.0
+    memory: float = 0.3
+    mix: float = 0.25
+    floor: float = 0.25
+    cap: float = 4.0
+    prior: str | tuple[float, ...] = "uniform"
+    start_after: int | None = None
+    probe_every: int = 4
+
+    def __post_init__(self) -> None:
+        one_of("lisa.learn.metric", self.metric, get_args(LearnMetric))
+        self._check_learner()
+        if isinstance(self.strength, str):
+            raise ConfigError(
+                f"lisa.learn.strength is {self.strength!r}, but must be a number: a pool never "
+                "draws the other layers again, so that nothing could be learned of them; make a "
+                "pool from a finished run, with lisa-analyze."
+            )
+        for name, least, most, words in (
+            ("strength", 0.0, 16.0, "a number from 0 to 16"),
+            ("memory", 0.0, 1.0, "a number above 0 and at most 1"),
+            ("mix", 0.0, 1.0, "a number from 0 to 1"),
+            ("floor", 0.0, 1.0, "a number above 0 and at most 1"),
+            ("cap", 1.0, float("inf"), "a number of at least 1"),
+        ):
+            value = real(f"lisa.learn.{name}", getattr(self, name), words)
+            if not least <= value <= most or (name in ("memory", "floor") and value == 0.0):
+                raise ConfigError(f"lisa.learn.{name} is {value:g}, but must be {words}.")
+            object.__setattr__(self, name, value)
+        if self.start_after is not None:
+            words = " of draws of at least 0, or None for one cover"
+            value = whole("lisa.learn.start_after", self.start_after, words, 0)
+            object.__setattr__(self, "start_after", value)
+        value = whole("lisa.learn.probe_every", self.probe_every, " of draws of at least 1", 1)
+        object.__setattr__(self, "probe_every", value)
+        self._check_prior()
+
+    def _check_learner(self) -> None:
+        """`ConfigError` unless the learner is built in or registered; numpy is loaded for those."""
+        built_in = get_args(LearnerName)
+        if self.learner not in built_in:
+            from lisa_train.methods.lisa.learning.learners import LEARNERS
+
+            added = (name for name in LEARNERS if name not in built_in)
+            one_of("lisa.learn.learner", self.learner, (*built_in, *added))
+
+    def _check_prior(self) -> None:
+        given: Any = self.prior
+        if isinstance(given, PathLike):
+            given = fspath(given)
+        elif not isinstance(given, str):
+            if not isinstance(given, Iterable):
+                raise ConfigError(
+                    f"lisa.learn.prior is {given!r}, but must be one of {', '.join(PRIORS)}, the "
+                    "path of a probabilities file, or one number per layer."
+                )
+            given = tuple(
+                real(f"lisa.learn.prior[{i}]", value, "a number above 0")
+                for i, value in enumerate(given)
+            )
+            for i, value in enumerate(given):
+                if not 0.0 < value < float("inf"):
+                    raise ConfigError(
+                        f"lisa.learn.prior[{i}] is {value:g}, but must be a finite number above 0."
+                    )
+        object.__setattr__(self, "prior", given)

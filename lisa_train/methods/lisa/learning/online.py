@@ -1,0 +1,146 @@
+"""What the engine does to learn: measure at the optimizer step, hand on before a draw."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.learning.all_layers import gradients_of_all
+from lisa_train.methods.lisa.learning.config import LearnConfig
+from lisa_train.methods.lisa.learning.evidence import Array
+from lisa_train.methods.lisa.learning.step_metrics import STEP_METRICS
+from lisa_train.methods.lisa.learning.visits import Visits
+from lisa_train.methods.lisa.schedule import Schedule
+from lisa_train.model.parallel import processes
+
+
+class Learning:
+    """Measures the layers that train and hands the numbers to the schedule.
+
+    Parameters
+    ----------
+    model
+        The model.
+    settings
+        What to learn from.
+    schedule
+        The schedule of a sampler that learns.
+    units
+        Tensors of every layer.
+    loses_state
+        Whether a layer that is frozen loses its optimizer state.
+    probe
+        For the metric ``probe``: makes a forward and a backward pass of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LearnConfig,
+        schedule: Schedule,
+        units: Mapping[Any, Sequence[nn.Parameter]],
+        *,
+        loses_state: bool,
+        probe: Callable[[], object] | None,
+    ) -> None:
+        self._model = model
+        self._schedule = schedule
+        self._units = units
+        self._layers = schedule.visits.size
+        self._loses_state = loses_state
+        self._probe = probe
+        self._probe_every = settings.probe_every
+        # The draw before which a measuring pass was made last.
+        self._probed = 0
+        self._visits: Visits | None = None
+        if settings.metric == "probe":
+            if probe is None:
+                raise ConfigError(
+                    "lisa.learn.metric is 'probe', whose measuring passes need data: give the "
+                    "engine `probe`, a function that makes a forward and a backward pass "
+                    "(lt.attach does), or choose 'grad_rms'."
+                )
+        else:
+            metric = STEP_METRICS[settings.metric]()
+            metric.watch({i: units[i] for i in range(self._layers)})
+            self._visits = Visits(metric, units, self._layers)
+
+    # ------------------------------------------------------------------ around a step
+
+    def before_step(self, optimizer: Optimizer, owners: Mapping[Any, Optimizer]) -> None:
+        """Measure the gradients of the drawn layers that an optimizer is about to use."""
+        if self._visits is None:
+            return
+        found = {
+            layer: [
+                p for p in self._units[layer] if p.grad is not None and owners.get(p) is optimizer
+            ]
+            for layer in self._schedule.layers
+        }
+        self._visits.before_step(optimizer, {i: some for i, some in found.items() if some})
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Measure what the step did."""
+        if self._visits is not None:
+            self._visits.after_step(optimizer)
+
+    # ------------------------------------------------------------------ between draws
+
+    def finish(self, step: int) -> None:
+        """Close the step that is made; before a draw, hand on what its visits showed."""
+        if self._visits is not None:
+            self._visits.end_step()
+        if not self._schedule.draws_at(step):
+            return
+        if self._visits is not None:
+            shown = self._visits.take()
+            if shown is not None:
+                self._schedule.learn(step, _of_the_first(shown))
+        elif self.probes_at(step):
+            assert self._probe is not None
+            self._probed = self._schedule.draw_of(step)
+            shown = gradients_of_all(self._model, self._units, self._layers, self._probe)
+            self._schedule.learn(step, shown)
+
+    def probes_at(self, step: int) -> bool:
+        """Whether a measuring pass is due after `step` completed steps."""
+        if self._visits is not None or not self._schedule.draws_at(step):
+            return False
+        draw = self._schedule.draw_of(step)
+        return draw // self._probe_every > self._probed // self._probe_every
+
+    def start(self) -> None:
+        """Begin the visits of a draw that was made."""
+        if self._visits is not None:
+            new = {unit for unit, age in self._schedule.ages().items() if age == 0}
+            layers = {i for i in self._schedule.layers if i in new}
+            self._visits.start(layers if self._loses_state else ())
+
+    def close(self) -> None:
+        """Stop measuring."""
+        if self._visits is not None:
+            self._visits.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is measured and not handed on yet, as JSON values."""
+        visits = None if self._visits is None else self._visits.state_dict()
+        return {"probed": self._probed, "visits": visits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._probed = int(state["probed"])
+        if self._visits is not None:
+            self._visits.load_state_dict(state["visits"])
+
+
+def _of_the_first(values: Array) -> Array:
+    """Numbers of the first process, in all of them: gradients may differ in their last bit."""
+    if processes() == 1:
+        return values
+    said = [values.tolist()]
+    dist.broadcast_object_list(said, src=0)
+    return np.array(said[0])

@@ -1,0 +1,152 @@
+"""Two processes learn the same numbers at the same optimizer step, and draw alike."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import lisa_train as lt
+from lisa_train.methods.lisa.engine import Lisa
+
+WORLD, STEPS, LAYERS = 2, 30, 4
+
+
+def build():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
+            num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def batch(step, rank, micro):
+    generator = torch.Generator().manual_seed(100 * step + 10 * rank + micro)
+    return torch.randint(3, 64, (2, 8), generator=generator)
+
+
+def config(metric):
+    learn = lt.LearnConfig(metric=metric, start_after=0, probe_every=1)
+    return lt.LisaConfig(1, 2, "balanced", learn=learn, control="permuted")
+
+
+def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2, momentum=0.9)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    draws, learned, at = [], [], [0]
+
+    def one(micro):
+        """What this process adds to the mean over all; alone it takes the batches of both."""
+        for rank in ranks:
+            ids = batch(at[0], rank, micro)
+            loss = wrapped(input_ids=ids, labels=ids).loss / 2 / len(ranks)
+            loss.backward()
+
+    def probe():
+        ids = batch(at[0], ranks[0], 0)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    settings = config(metric)
+    with Lisa(wrapped, optimizer, settings, seed=3, on_draw=draws.append, probe=probe) as engine:
+        if saved is not None:
+            engine.load_state_dict(saved)
+        learn = engine._schedule.learn
+        engine._schedule.learn = lambda step, values: (
+            learned.append([step, list(values)]), learn(step, values))[1]  # fmt: skip
+        for step in range(0 if saved is None else saved["step"] + 1, stop):
+            at[0] = step
+            engine.begin_step(step)
+            if hasattr(wrapped, "no_sync"):
+                with wrapped.no_sync():
+                    one(0)
+            else:
+                one(0)
+            one(1)
+            optimizer.step()
+            optimizer.zero_grad()
+        # Saved after the step, as a checkpoint is.
+        end = engine.state_dict()
+    return {
+        "draws": [[d.step, d.layers, d.inclusion_probabilities, d.scores] for d in draws],
+        "learned": learned,
+        "state": end,
+        "optimizer": optimizer.state_dict(),
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+    }
+
+
+def process(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    found = {}
+    for metric in ("grad_rms", "signal", "probe"):
+        model = build()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        found[metric] = train(model, wrapped, [rank], metric)
+        # In the middle of an interval; every process goes on from what the first one saved.
+        model = build()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        half = train(model, wrapped, [rank], metric, stop=21)
+        states = [half["state"]]
+        dist.broadcast_object_list(states, src=0)
+        saved = json.loads(json.dumps(states[0]))
+        again = train(model, wrapped, [rank], metric, saved=saved, state=half["optimizer"])
+        again["draws"] = half["draws"] + again["draws"]
+        found[metric]["again"] = again
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learning")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("metric", ["grad_rms", "signal", "probe"])
+def test_all_processes_learn_the_same(ranks, metric):
+    one, other = (each[metric] for each in ranks)
+    assert json.dumps(one["learned"]) == json.dumps(other["learned"])
+    assert one["draws"] == other["draws"]
+    assert one["state"] == other["state"]
+    assert [step for step, _ in one["learned"]] == list(range(2, STEPS, 2))
+    assert len({tuple(pi) for _, _, pi, _ in one["draws"]}) > 1
+    for name, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][name])
+
+
+@pytest.mark.parametrize("metric", ["grad_rms", "signal", "probe"])
+def test_resumed_inside_an_interval_they_go_on_to_the_bit(ranks, metric):
+    for each in ranks:
+        whole, again = each[metric], each[metric]["again"]
+        assert again["draws"] == whole["draws"]
+        assert again["state"] == whole["state"]
+        for name, weight in whole["weights"].items():
+            assert torch.equal(weight, again["weights"][name])
+
+
+@pytest.mark.parametrize("metric", ["grad_rms"])
+def test_what_they_learn_is_what_one_process_learns_of_both_batches(ranks, metric):
+    model = build()
+    alone = train(model, model, [0, 1], metric)
+    for (step, values), (mine, both) in zip(
+        alone["learned"][:5], ranks[0][metric]["learned"][:5], strict=True
+    ):
+        assert step == mine
+        np.testing.assert_allclose(values, both, rtol=1e-4)

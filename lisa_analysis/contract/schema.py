@@ -409,8 +409,8 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     "lisa_draw": {
         "layers": "indices of the layers active for the next interval",
         "inclusion_probabilities": "π of every layer for this draw",
-        "scores": "scores of the layers that π was learned from, before the control; null for a layer "
-        "that is not known, and while nothing is learned",
+        "scores": "scores that π was learned from, before the control; null for a layer not "
+        "known, and while nothing is learned",
         "visits": "draws of every layer so far, this one included",
         "groups": "groups (embed, head) that were drawn like layers",
         "trainable_share": "part of the model's parameters that train in the interval",

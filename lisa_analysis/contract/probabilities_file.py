@@ -2,15 +2,41 @@
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.schema import SCHEMA_VERSION, parse_version
 
+# What was read last, with the state of the file then.
+_READ: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}
+
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Parse the file and check its version and the types of what the trainer needs."""
+    """Parse the file and check its version and the types of what the trainer needs.
+
+    A file that is as it was when it was read last is not read again: a run asks several times.
+    """
+    state = _state(path)
+    if state is not None and _READ.get(path, (None,))[0] == state:
+        return deepcopy(_READ[path][1])
+    record = _parsed(path)
+    _READ.clear()
+    if state is not None:
+        _READ[path] = state, deepcopy(record)
+    return record
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -20,7 +20,8 @@ from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.session import RunSession
 from lisa_train.measure.step.step_recorder import StepRecorder, measured
 from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_sharded
-from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.parallel import refuse_wrappers
 from lisa_train.model.tensor_table import TensorTable, tensor_table
 from lisa_train.optim.frozen_state import as_one, optimizers_of
@@ -104,7 +105,7 @@ class NormRecorder(StepRecorder):
     ) -> None:
         began = time.perf_counter() if began is None else began
         refuse_wrappers(model, "the recorder")
-        layer_map = layer_map or find_layers(model, config.layers)
+        layer_map = layer_map or known_layers(model, config.layers)
         table = table or tensor_table(model, layer_map, config.select)
         processes = Processes(table)
         check("model", "recorder", *_needed(model, config, processes))

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_map import LayerMap
 
 
 class KnownLayers:
@@ -26,5 +27,5 @@ class KnownLayers:
         """Return the layers, looking for them if need be."""
         found = self.known(model, path)
         if found is None:
-            self.keep(path, found := find_layers(model, path))
+            self.keep(path, found := known_layers(model, path))
         return found

@@ -23,7 +23,7 @@ from lisa_train.measure.probe.result import ProbeResult
 from lisa_train.measure.probe.sketch import BUCKETS, RELATIVE_ERROR
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.scalar_lines import count_tokens
-from lisa_train.model.layer_map import find_layers
+from lisa_train.model.known_layers import known_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
 from lisa_train.model.tensor_table import tensor_table
@@ -102,7 +102,7 @@ def probe(
     config = config or RecordConfig()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # which would exchange gradients of its own
-    layer_map = find_layers(model, config.layers)
+    layer_map = known_layers(model, config.layers)
     table = tensor_table(model, layer_map, config.select)
     if any(is_sharded(p) for _, p in table.tensors):
         raise ConfigError(

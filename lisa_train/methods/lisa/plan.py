@@ -19,7 +19,8 @@ from lisa_train.methods.lisa.checks import (
 )
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.schedule import Schedule
-from lisa_train.model.layer_map import LayerMap, Unit, find_layers
+from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, refuse_unproved, refuse_wrappers
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.paged_state import check_paged_state
@@ -54,7 +55,7 @@ class Plan:
         refuse_wrappers(model, "LISA")  # first: nothing in such a model is where it should be
         _refuse_second_engine(model)
         refuse_adapters_and_quantization(model)
-        layer_map = layer_map or find_layers(model, config.layers)
+        layer_map = layer_map or known_layers(model, config.layers)
         probabilities = given_probabilities(config, layer_map)
         empty = [group for group, names in layer_map.groups.items() if not names]
         schedule = Schedule(config, layer_map.names, probabilities, seed, empty_groups=empty)

@@ -55,10 +55,10 @@ class Select(Method):
 
     def remarks(self, model: "nn.Module", config: Any) -> list[str]:
         """Say that a tied head is not chosen alone."""
-        from lisa_train.model.layer_map import find_layers
+        from lisa_train.model.known_layers import known_layers
 
         groups = config.select.groups
-        tied = not find_layers(model, config.select.stack).groups["head"]
+        tied = not known_layers(model, config.select.stack).groups["head"]
         if "head" in groups and "embed" not in groups and tied:
             return ["the head is tied to the embeddings: both train, as the one matrix they are"]
         return []

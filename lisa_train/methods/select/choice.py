@@ -11,7 +11,8 @@ from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.select.config import SelectConfig, layer_indices
-from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_map import LayerMap
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def choose(model: nn.Module, config: SelectConfig) -> Choice:
         For a layer that the model does not have, a pattern or group that stands for nothing, or a
         file whose scores are not those of this model's layers.
     """
-    layer_map = find_layers(model, config.stack)
+    layer_map = known_layers(model, config.stack)
     layers = _layers(layer_map, config)
     units = layer_map.units(model)
     chosen = {id(p) for i in layers for p in units[i]}

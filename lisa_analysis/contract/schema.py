@@ -337,6 +337,7 @@ MANIFEST_FIELDS: dict[str, str] = {
     "versions": "packages and Python",
     "hardware": "device, its name and memory, processor count, host; of the newest segment",
     "model": "name, architecture, parameter count, dtype",
+    "task": "what the model is trained for, as lisa-train names it",
     "method": "full, lora, lisa, peft, select, probe, or what an outside trainer was doing",
     "seeds": "training, data and layer-sampling seed (seed, data_seed, lisa_seed)",
     "command": "the command line that started the run",
@@ -348,9 +349,19 @@ MANIFEST_FIELDS: dict[str, str] = {
     "peft": "PEFT's configuration, with its peft_type, when the method is peft",
     "select": "what was asked for and what it came to in this model, when the method is select",
     "dataset": "name, columns read and not read, number of examples trained on, held out, dropped",
-    "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; with LISA "
+    "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; "
+    "last_held_out_scores by name, where the task has scores; with LISA "
     "layer_visits (draws of every layer) and layers_never_drawn",
     "error": "one sentence, when the status is failed",
+}
+
+# What a held-out part is judged by beside its loss, as `eval_<name>` in events and by this name in
+# `result.last_held_out_scores` of run.json; which of them there are depends on the task.
+HELD_OUT_SCORES: dict[str, str] = {
+    "accuracy": "share of the labels that are predicted",
+    "macro_f1": "mean over the classes of F1 = 2·tp / (2·tp + fp + fn)",
+    "token_accuracy": "share of the tokens that are predicted from those before them",
+    "word_error_rate": "edits that turn what was heard into what was said, per word said",
 }
 
 _SHARD = re.compile(r"part-(\d{3,})-(\d{8,})\.parquet")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.contract.schema import HELD_OUT_SCORES
 from lisa_analysis.rundir.jsonl import NON_FINITE, short
 
 if TYPE_CHECKING:
@@ -69,6 +70,22 @@ def held_out_losses(run: Any) -> "pd.DataFrame":
                 rows.append((int(step), float(metrics["eval_loss"])))
     frame = pd.DataFrame(rows, columns=["step", "value"]).astype({"step": int, "value": float})
     return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def held_out_scores(run: Any) -> dict[str, float]:
+    """Return what the last evaluation was judged by beside its loss, see `HELD_OUT_SCORES`."""
+    events = run.events
+    if not len(events) or "metrics" not in events:
+        return {}
+    found: dict[str, float] = {}
+    for metrics in events.loc[events["event"] == "evaluate", "metrics"]:
+        if isinstance(metrics, dict):
+            found = {
+                name: float(metrics[f"eval_{name}"])
+                for name in HELD_OUT_SCORES
+                if isinstance(metrics.get(f"eval_{name}"), int | float)
+            } or found
+    return found
 
 
 def learning_rates(run: Any, steps: Ids) -> NDArray[np.float64] | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.rundir.events import held_out_losses
+from lisa_analysis.rundir.events import held_out_losses, held_out_scores
 from lisa_analysis.rundir.run import Run
 
 COSTS = ("step", "tokens", "seconds")
@@ -47,6 +47,7 @@ class RunSummary:
                 _largest(scalars, "peak_memory_bytes"), result.get("peak_memory_bytes")
             ),
             "held_out_loss": float(losses.iloc[-1]) if len(losses) else float("nan"),
+            **held_out_scores(run),
         }
         return cls(row, curve)
 

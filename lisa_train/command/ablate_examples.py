@@ -72,7 +72,7 @@ def _prepared_rows(trained: TrainedRun, config: "TrainConfig", data: str | None)
         config = dataclasses.replace(
             config, dataset_name=data, eval_size=0, max_eval_samples=None, max_train_samples=None
         )
-    loaded = load_data(config)
+    loaded = load_data(config, chat=bool(getattr(trained.tokenizer, "chat_template", None)))
     if loaded.held_out is None and data is None:
         raise ConfigError(
             f"{trained.run.path} held no example out: give some with --data FILE (in Python data=)."

@@ -76,6 +76,10 @@ def open_run(run_dir: str | Path) -> Run:
         raise RunDirectoryError(
             f"{run.path} is a probe, which trains nothing: there is no change to ablate."
         )
+    if (task := run.manifest.get("task", "causal-lm")) != "causal-lm":
+        raise RunDirectoryError(
+            f"{run.path} was trained for {task}: only causal language models are ablated so far."
+        )
     return run
 
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.checks import one_of
 from lisa_train.command.probe import ProbeConfig
+from lisa_train.command.tasks import AUTO, TASKS
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
@@ -21,15 +23,20 @@ class TrainConfig:
     model_name_or_path
         Folder of a saved model, or a hub id.
     dataset_name
-        JSONL, JSON or Parquet file, folder (saved dataset or data files), or a hub id. Columns:
-        `text`; or `prompt` and `completion`; or `messages`, with `tools` and
+        JSONL, JSON, CSV or Parquet file, folder (saved dataset, data files, or a folder of images
+        per class), or a hub id. Columns for causal-lm: `text`; or `prompt` and `completion`; or
+        `instruction`, `output` and perhaps `input`; or `messages`, with `tools` and
         `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
+        Those of the other tasks stand in docs/tasks.md.
     method
         ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time,
         ``peft`` another adapter or a prompt of PEFT, ``select`` the layers or tensors that are
         named; ``probe`` trains nothing and measures gradients. `lisa_train.METHODS` holds them all.
     output_dir
         The run directory. None makes a new one, `runs/<method>-<date>-<time>`.
+    task
+        ``causal-lm``, ``text-classification`` or ``token-classification``; ``auto`` is what the
+        head of the model is for.
     model_revision
         Branch, tag or commit of a hub model.
     dtype
@@ -47,6 +54,8 @@ class TrainConfig:
     eval_size
         Without such a split: how much of the training split to hold out, as a fraction below 1
         or a number of examples; 0 holds out nothing.
+    columns
+        Which column of the data is which: ``{label: intent}`` reads `intent` as the label.
     max_train_samples, max_eval_samples
         Use only so many examples.
     dataset_text_field
@@ -138,6 +147,7 @@ class TrainConfig:
     dataset_name: str
     method: str = "lisa"
     output_dir: str | None = None
+    task: str = AUTO
     model_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str | None = None
@@ -146,6 +156,7 @@ class TrainConfig:
     dataset_train_split: str = "train"
     dataset_test_split: str | None = "test"
     eval_size: float = 0.05
+    columns: dict[str, str] = field(default_factory=dict)
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     dataset_text_field: str = "text"
@@ -189,6 +200,7 @@ class TrainConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self) -> None:
+        one_of("task", self.task, (AUTO, *TASKS))
         _check_method(self)
         _check_precision(self)
         _check_numbers(self)

@@ -6,8 +6,8 @@ from lisa_train.estimate.cards import Card
 from lisa_train.estimate.setting import Autocast, Setting
 
 
-def setting_of(config: TrainConfig) -> Setting:
-    """Translate a training configuration; the loss is that of `SFTTrainer`, in chunks.
+def setting_of(config: TrainConfig, task: str = "causal-lm") -> Setting:
+    """Translate a training configuration; causal-lm's loss is that of `SFTTrainer`, in chunks.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def setting_of(config: TrainConfig) -> Setting:
         eight_bit_states=config.eight_bit_states,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        chunked_loss=True,
+        chunked_loss=task == "causal-lm",
         step_in_backward=config.step_in_backward,
         lisa=config.lisa,
         lora=config.lora,
@@ -39,8 +39,9 @@ def setting_of(config: TrainConfig) -> Setting:
 
 def estimate_table(config: TrainConfig, cards: tuple[Card, ...]) -> str:
     """Return the table for `config`; reads config.json, no weights and no data."""
-    setting = setting_of(config)
+    setting_of(config)  # what is wrong with the settings is said before anything is loaded
 
+    from lisa_train.command.tasks.task import choose_task, head_class
     from lisa_train.estimate.table import method_table
     from lisa_train.model.source import read_config
 
@@ -49,4 +50,8 @@ def estimate_table(config: TrainConfig, cards: tuple[Card, ...]) -> str:
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
     )
+    task = choose_task(config)
+    setting = setting_of(config, task.name)
+    if task.name != "causal-lm":
+        source.architectures = [head_class(task, source, config)[1]]
     return str(method_table(source, setting, cards))

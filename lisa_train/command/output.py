@@ -13,6 +13,7 @@ from typing import Any
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.tasks import AUTO
 from lisa_train.command.tasks.literal_path import at_home
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
@@ -169,10 +170,14 @@ def to_yaml(config: TrainConfig) -> str:
     import yaml
 
     settings = dataclasses.asdict(config)
+    # Runs of an earlier version have no such lines, and are told from these by nothing.
     for section in ("probe", "peft", "select"):
         if section not in METHODS[config.method].sections:
-            # Runs of an earlier version have no such lines, and are told from these by nothing.
             del settings[section]
+    if config.task == AUTO:
+        del settings["task"]
+    if not config.columns:
+        del settings["columns"]
     return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
 
 

@@ -22,14 +22,15 @@ from lisa_train.command.output import (
     to_yaml,
 )
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.data import TrainingData, check_dataset_name, load_data
-from lisa_train.command.tasks.text import about, build_trainer, complete, load_model
+from lisa_train.command.tasks.data import check_dataset_name
+from lisa_train.command.tasks.text import about, complete
 from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
-    from trl import SFTConfig, SFTTrainer
+    from transformers import Trainer
 
+    from lisa_train.command.tasks.task import Loaded
     from lisa_train.trainer import Attachment
 
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
@@ -106,7 +107,7 @@ class PreparedRun:
     """
 
     config: TrainConfig
-    trainer: "SFTTrainer"
+    trainer: "Trainer"
     run_dir: Path
     manifest: dict[str, Any]
     config_yaml: str
@@ -157,19 +158,18 @@ class PreparedRun:
 
 def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> PreparedRun:
     """Load model and data and build the trainer; refuse what cannot be trained."""
-    method = METHODS[config.method]
-    arguments = trainer_arguments(config, run_dir)
-    peft_config = method.peft_config(config, "CAUSAL_LM")
-    model, tokenizer = load_model(config)
-    method.check_model(model, config)
-    method.prepare(model, config)
-    from lisa_train.command.tasks.prepared import check_prepared
+    from lisa_train.command.tasks.task import choose_task
 
-    data = load_data(config)
-    manifest = _manifest(config, data, model)
-    remarks = method.remarks(model, config)  # before adapters are put around the model
-    trainer = build_trainer(arguments, model, tokenizer, data, peft_config, config)
-    found, said = check_prepared(trainer, config)
+    method, task = METHODS[config.method], choose_task(config)
+    arguments = trainer_arguments(config, run_dir, task.arguments())
+    peft_config = method.peft_config(config, task.peft_type)
+    loaded = task.load(config)
+    method.check_model(loaded.model, config)
+    method.prepare(loaded.model, config)
+    manifest = _manifest(config, task.name, loaded)
+    remarks = method.remarks(loaded.model, config)  # before adapters are put around the model
+    trainer = task.build_trainer(loaded, arguments, peft_config, config)
+    found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
     _tell(trainer, [*about(manifest["dataset"]), *said, *remarks])
     kept = keep_inputs(config, run_dir, resume=checkpoint is not None)
@@ -188,16 +188,24 @@ def _check_inputs(config: TrainConfig) -> None:
         SamplingProbabilities.load(config.lisa.probabilities)
 
 
-def trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
-    """Translate the configuration to TRL's; extra `trainer_args` are checked by name."""
-    import torch
-    from trl import SFTConfig
+def trainer_arguments(config: TrainConfig, run_dir: Path, arguments: Any = None) -> Any:
+    """Translate the configuration to a trainer's; extra `trainer_args` are checked by name.
 
-    known = {f.name for f in dataclasses.fields(SFTConfig)}
+    `arguments` is their class, TRL's SFTConfig by default.
+    """
+    import torch
+
+    if arguments is None:
+        from trl import SFTConfig
+
+        arguments = SFTConfig
+    known = {f.name for f in dataclasses.fields(arguments)}
     for name in config.trainer_args:
         if name not in known:
+            whose = "TRL" if arguments.__module__.startswith("trl.") else "transformers"
             raise ConfigError(
-                f"trainer_args.{name} is not a field of TRL's SFTConfig.{suggest(name, known)}"
+                f"trainer_args.{name} is not a field of {whose}'s {arguments.__name__}."
+                + suggest(name, known)
             )
     same_name = {
         name: getattr(config, name)
@@ -223,16 +231,16 @@ def trainer_arguments(config: TrainConfig, run_dir: Path) -> "SFTConfig":
     if config.dataset_test_split is None and not config.eval_size:
         settings["eval_on_start"] = False
     with refusals("The trainer refuses these settings: {}".format):
-        return SFTConfig(**settings)
+        return arguments(**settings)
 
 
-def _tell(trainer: "SFTTrainer", said: list[str]) -> None:
+def _tell(trainer: "Trainer", said: list[str]) -> None:
     if trainer.is_world_process_zero():
         for sentence in said:
             print(f"note: {sentence}.", file=sys.stderr, flush=True)
 
 
-def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> None:
+def _add_progress(trainer: "Trainer", config: TrainConfig, attached: Any) -> None:
     from lisa_train.trainer.progress import EvaluateAtEnd, ProgressBar, ProgressCell, ProgressLines
 
     if trainer.eval_dataset is not None:
@@ -243,12 +251,13 @@ def _add_progress(trainer: "SFTTrainer", config: TrainConfig, attached: Any) -> 
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))
 
 
-def _manifest(config: TrainConfig, data: TrainingData, model: Any) -> dict[str, Any]:
+def _manifest(config: TrainConfig, task: str, loaded: "Loaded") -> dict[str, Any]:
     """Collect the entries of run.json that only this module knows."""
     entries: dict[str, Any] = {
-        **METHODS[config.method].run_entries(config, model),
+        "task": task,
+        **METHODS[config.method].run_entries(config, loaded.model),
         "model": {"name": config.model_name_or_path},
-        "dataset": data.describe(config.dataset_name),
+        "dataset": loaded.data.describe(config.dataset_name),
     }
     if (command := _command()) is not None:
         entries["command"] = command

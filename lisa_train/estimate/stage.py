@@ -16,6 +16,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import role_of
 from lisa_train.estimate.setting import Setting
 from lisa_train.methods import METHODS
+from lisa_train.methods.adapter_heads import train_heads_whole
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.module_tree import task_type_of, unwrap
 from lisa_train.model.source import read_config
@@ -189,6 +190,7 @@ def _with_adapters(base: Any, peft_config: Any, setting: Setting) -> nn.Module:
         from peft import get_peft_model
     try:
         with torch.device("meta"), quiet():
+            train_heads_whole(peft_config, base)
             return get_peft_model(
                 base, peft_config, autocast_adapter_dtype=setting.autocast_adapter_dtype
             )

@@ -9,6 +9,7 @@ from lisa_train.methods.registry import Method, register
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
 
 # Fields that PEFT fills in itself, or that would leave nothing to train.
 _NOT_SETTINGS = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode",
@@ -19,6 +20,7 @@ _NEEDS_MORE = {
     "POLY": "the number of a task with every example",
     "XLORA": "adapters that were trained before",
 }
+_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"})
 # peft_type -> why its checkpoints do not hold everything that the training goes on from.
 _LOSES_STATE = {
     "ADALORA": "how important each rank has been so far",
@@ -61,6 +63,17 @@ class Peft(Method):
             raise ConfigError(
                 f"a run with peft.peft_type {kind} cannot be resumed: its checkpoints do not hold "
                 f"{lost}; start it anew, in another output_dir."
+            )
+
+    def check_model(self, model: "nn.Module", config: Any) -> None:
+        """Refuse a prompt where every token has a label: PEFT puts none on the prompt's own."""
+        from lisa_train.model.module_tree import task_type_of
+
+        kind = type_of(config.peft)
+        if kind in _PROMPTS and task_type_of(model) == "TOKEN_CLS":
+            raise ConfigError(
+                f"peft.peft_type {kind} puts tokens in front of a text, for which PEFT makes no "
+                "labels; train token-classification with an adapter (ia3, lora, …)."
             )
 
     def peft_config(self, config: Any, task_type: str | None = None) -> "PeftConfig":

@@ -105,7 +105,9 @@ class Method:
         """Say in a sentence what a run of this method did, from `result` of run.json."""
         first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
         loss = f", held-out loss {first:.4f} → {last:.4f}" if None not in (first, last) else ""
-        return f"{result.get('steps')} steps{loss}"
+        scores = result.get("last_held_out_scores") or {}
+        judged = "".join(f", {name.replace('_', ' ')} {v:.4f}" for name, v in scores.items())
+        return f"{result.get('steps')} steps{loss}{judged}"
 
     def __repr__(self) -> str:
         return f"<method {self.name}: {self.help}>"

@@ -216,6 +216,7 @@ class RecordCallback(Listener, TrainerCallback):
             "loss": line.get("loss"),
             "first_held_out_loss": self._tally.held_out[0] if self._tally.held_out else None,
             "last_held_out_loss": self._tally.held_out[-1] if self._tally.held_out else None,
+            "last_held_out_scores": self._tally.scores or None,
             "peak_memory_bytes": peak_memory_bytes(*devices),
         }
         if self._lisa is not None and self._lisa.engine is not None:

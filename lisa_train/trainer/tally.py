@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from lisa_analysis.contract.schema import HELD_OUT_SCORES
 from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
 
@@ -28,6 +29,8 @@ class Tally:
     ----------
     held_out
         Held-out losses, in their order.
+    scores
+        What the last evaluation was judged by beside its loss.
     began
         When training began (`time.perf_counter`).
     """
@@ -36,6 +39,7 @@ class Tally:
         self._trainer = trainer
         self._tokens: Any = tokens
         self.held_out = list(held_out)
+        self.scores: dict[str, float] = {}
         self._per_label: dict[str, float | None] = {}
         self._labels: Any = None
         self.began = time.perf_counter()
@@ -94,4 +98,5 @@ class Tally:
         self._per_label = {}
         if isinstance(loss := numbers.get("eval_loss"), float):
             self.held_out.append(loss)
+        self.scores = {n: numbers[f"eval_{n}"] for n in HELD_OUT_SCORES if f"eval_{n}" in numbers}
         return numbers

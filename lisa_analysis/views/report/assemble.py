@@ -6,7 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
+from lisa_analysis.contract.schema import (
+    HELD_OUT_SCORES,
+    METRICS_TABLE,
+    SCALARS_TABLE,
+    SCHEMA_VERSION,
+)
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.comparing import (
@@ -92,6 +97,8 @@ def _key_numbers(analysis: Analysis) -> Table:
         ("tokens", "tokens", count),
         ("held_out_loss", "held-out loss", loss),
     ]
+    scores = [name for name in HELD_OUT_SCORES if name in analysis.numbers]
+    columns += [(name, name.replace("_", " "), loss) for name in scores]
     if not analysis.alone:
         columns.append(("loss_at_equal_steps", "at equal steps", loss))
     columns += [("seconds", "time", seconds), ("peak_memory_bytes", "peak memory", size)]

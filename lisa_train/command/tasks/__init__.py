@@ -1,1 +1,22 @@
-"""What a run trains on, one file a task: the model, the data, and the trainer for both."""
+"""What a run trains on and for, one file a task: the model, the data, and the trainer for both."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lisa_train.command.tasks.task import Task
+
+# name -> module of this room and class in it; loaded when it is asked for.
+TASKS: dict[str, tuple[str, str]] = {
+    "causal-lm": ("text", "CausalLM"),
+    "text-classification": ("text_classification", "TextClassification"),
+    "token-classification": ("token_classification", "TokenClassification"),
+}
+AUTO = "auto"
+
+
+def task_named(name: str) -> "Task":
+    """Return the task of that name, one of `TASKS`."""
+    module, kind = TASKS[name]
+    task: Task = getattr(importlib.import_module(f"{__name__}.{module}"), kind)()
+    return task

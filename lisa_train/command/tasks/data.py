@@ -10,13 +10,26 @@ from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import is_our_fault
 from lisa_train.command.tasks.literal_path import is_alias, literal_path
-from lisa_train.command.tasks.rows import MESSAGES, PAIR, TOKENS, Layout, check_rows, text_layout
+from lisa_train.command.tasks.rows import (
+    INSTRUCTION,
+    MESSAGES,
+    PAIR,
+    TOKENS,
+    Layout,
+    check_rows,
+    instruction_as_pair,
+    text_layout,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_LAYOUTS = "`text`; `prompt` and `completion`; `messages`; or `input_ids`"
+_READERS = {
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+_LAYOUTS = (
+    "`text`; `prompt` and `completion`; `instruction` and `output`; `messages`; or `input_ids`"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class TrainingData:
         Rows of the training part that cannot be learned from.
     places, held_out_places
         Words that name a row of `train` and `held_out`, by its position in it.
+    labels
+        Names of the classes, in a classification.
     """
 
     train: "Dataset"
@@ -44,6 +59,7 @@ class TrainingData:
     dropped: int = 0
     places: Callable[[int], str] = "row {}".format
     held_out_places: Callable[[int], str] = "held-out row {}".format
+    labels: tuple[str, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -55,9 +71,11 @@ class TrainingData:
 
     def describe(self, name: str) -> dict[str, Any]:
         """Entry `dataset` of a run's manifest, before the rows are cut to their length."""
+        labels = {"labels": list(self.labels)} if self.labels else {}
         return {
             "name": name,
             "layout": self.layout,
+            **labels,
             "columns": self.train.column_names,
             "unused_columns": list(self.unused),
             "train_examples": len(self.train),
@@ -95,13 +113,48 @@ def check_dataset_name(name: str) -> None:
         )
 
 
-def load_data(config: TrainConfig) -> TrainingData:
+def load_data(config: TrainConfig, *, chat: bool = False) -> TrainingData:
     """Load, check, limit and split the dataset of a configuration.
+
+    `chat`: the model has a chat template, by which instructions are put to it.
 
     Raises
     ------
     ConfigError
         When the data is missing, unreadable, empty, or has none of the accepted layouts.
+    """
+    splits = read_splits(config)
+    name = config.dataset_train_split
+    layout = _layout(splits[name], config)
+    first = splits[name].select(range(1))  # before the data is found too small to be split
+    _check_part(Part(first, name, range(1)), layout, config)
+    parts = split_parts(splits, config)
+    train = limited(parts[0], config.max_train_samples)
+    held_out = None if parts[1] is None else limited(parts[1], config.max_eval_samples)
+    for part in (train, held_out):
+        if part is not None:
+            _check_part(part, layout, config)
+    unused = sorted(set(train.dataset.column_names) - set(layout.columns(train.dataset)))
+    kept = _arrange(train, layout, config, chat)
+    judged = None if held_out is None else _arrange(held_out, layout, config, chat)
+    return TrainingData(
+        kept.dataset,
+        None if judged is None else judged.dataset,
+        layout.name,
+        unused=tuple(unused),
+        dropped=len(train.rows) - len(kept.rows),
+        places=partial(place, config.dataset_name, kept),
+        held_out_places=partial(place, config.dataset_name, judged or kept),
+    )
+
+
+def read_splits(config: TrainConfig) -> "DatasetDict":
+    """Read the data of a configuration, with the columns named as `columns` says.
+
+    Raises
+    ------
+    ConfigError
+        When they are missing or cannot be read, or have not the split or the columns named.
     """
     check_dataset_name(config.dataset_name)
     splits = _read(config)
@@ -111,31 +164,26 @@ def load_data(config: TrainConfig) -> TrainingData:
             f"{config.dataset_name} has no split {name!r}, only {', '.join(map(repr, splits))}; "
             "set dataset_train_split." + suggest(name, splits)
         )
-    layout = _layout(splits[name], config)
-    first = splits[name].select(range(1))  # before the data is found too small to be split
-    _check_part(_Part(first, name, range(1)), layout, config)
-    parts = _split(splits, config)
-    train = _limited(parts[0], config.max_train_samples)
-    held_out = None if parts[1] is None else _limited(parts[1], config.max_eval_samples)
-    for part in (train, held_out):
-        if part is not None:
-            _check_part(part, layout, config)
-    unused = sorted(set(train.dataset.column_names) - set(layout.columns(train.dataset)))
-    kept = _arrange(train, layout, config)
-    judged = None if held_out is None else _arrange(held_out, layout, config)
-    return TrainingData(
-        kept.dataset,
-        None if judged is None else judged.dataset,
-        layout.name,
-        unused=tuple(unused),
-        dropped=len(train.rows) - len(kept.rows),
-        places=partial(_place, config.dataset_name, kept),
-        held_out_places=partial(_place, config.dataset_name, judged or kept),
-    )
+    for part in splits if config.columns else ():
+        splits[part] = _renamed(splits[part], part, config)
+    return splits
+
+
+def _renamed(dataset: "Dataset", split: str, config: TrainConfig) -> "Dataset":
+    columns = dataset.column_names
+    for wanted, given in config.columns.items():
+        if given not in columns:
+            raise ConfigError(
+                f"columns.{wanted} is {given!r}, but split {split!r} of {config.dataset_name} has "
+                f"the columns {', '.join(map(repr, columns))}.{suggest(given, columns)}"
+            )
+    taken = [w for w, g in config.columns.items() if w in columns and w != g]
+    dataset = dataset.remove_columns([c for c in taken if c not in config.columns.values()])
+    return dataset.rename_columns({g: w for w, g in config.columns.items() if g != w})
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some rows of a split, with their numbers in it, from 0."""
 
     dataset: "Dataset"
@@ -143,17 +191,19 @@ class _Part:
     rows: Sequence[int]
 
 
-def _place(name: str, part: _Part, position: int) -> str:
+def place(name: str, part: Part, position: int) -> str:
+    """Return words that name a row of a part of the data set `name`."""
     return f"row {part.rows[position] + 1} of split {part.split!r} of {name}"
 
 
-def _limited(part: _Part, most: int | None) -> _Part:
+def limited(part: Part, most: int | None) -> Part:
+    """Return the first rows of a part, at most so many."""
     if most is None or most >= len(part.rows):
         return part
-    return _Part(part.dataset.select(range(most)), part.split, part.rows[:most])
+    return Part(part.dataset.select(range(most)), part.split, part.rows[:most])
 
 
-def _check_part(part: _Part, layout: Layout, config: TrainConfig) -> None:
+def _check_part(part: Part, layout: Layout, config: TrainConfig) -> None:
     missing = [c for c in layout.needed if c not in part.dataset.column_names]
     if missing:
         raise ConfigError(
@@ -164,7 +214,7 @@ def _check_part(part: _Part, layout: Layout, config: TrainConfig) -> None:
         raise ConfigError(
             f"{config.dataset_name} has no example in split {part.split!r}; expected at least one."
         )
-    check_rows(part.dataset, layout, partial(_place, config.dataset_name, part))
+    check_rows(part.dataset, layout, partial(place, config.dataset_name, part))
 
 
 def _read(config: TrainConfig) -> "DatasetDict":
@@ -187,6 +237,7 @@ def _read(config: TrainConfig) -> "DatasetDict":
                 _READERS[path.suffix],
                 data_files={config.dataset_train_split: str(path)},
                 cache_dir=cache,
+                **({"sep": "\t"} if path.suffix == ".tsv" else {}),
             )
         else:
             loaded = load_dataset(str(path), config.dataset_config, cache_dir=cache)
@@ -200,7 +251,7 @@ def _read(config: TrainConfig) -> "DatasetDict":
             raise
         raise ConfigError(
             f"dataset_name {name} cannot be read ({_first_line(error)}); expected JSON lines, "
-            "Parquet or a saved dataset."
+            "CSV, Parquet or a saved dataset."
         ) from error
     return loaded
 
@@ -218,7 +269,7 @@ def _layout(dataset: "Dataset", config: TrainConfig) -> Layout:
             f"{config.dataset_name} has no example in split {config.dataset_train_split!r}; "
             "expected at least one."
         )
-    for layout in (TOKENS, MESSAGES, PAIR):
+    for layout in (TOKENS, MESSAGES, PAIR, INSTRUCTION):
         if set(layout.needed) <= set(columns):
             if layout is TOKENS and config.completion_only_loss:
                 _need_mask(columns, "completion_mask", config)
@@ -235,8 +286,7 @@ def _layout(dataset: "Dataset", config: TrainConfig) -> Layout:
     )
     raise ConfigError(
         f"{config.dataset_name} has the columns {', '.join(map(repr, columns))}; expected "
-        f"{_LAYOUTS}. Rename a column, or set dataset_text_field to the one that holds the text."
-        + hint
+        f"{_LAYOUTS}. Say with columns which is which, as columns: {{text: {columns[0]}}}." + hint
     )
 
 
@@ -248,12 +298,13 @@ def _need_mask(columns: Sequence[str], mask: str, config: TrainConfig) -> None:
         )
 
 
-def _split(splits: "DatasetDict", config: TrainConfig) -> tuple[_Part, _Part | None]:
+def split_parts(splits: "DatasetDict", config: TrainConfig) -> tuple[Part, Part | None]:
+    """Return what is trained on and what is held out: a split of its own, or a share."""
     name, test = config.dataset_train_split, config.dataset_test_split
     train = splits[name]
-    whole = _Part(train, name, range(len(train)))
+    whole = Part(train, name, range(len(train)))
     if test and test in splits and test != name:
-        return whole, _Part(splits[test], test, range(len(splits[test])))
+        return whole, Part(splits[test], test, range(len(splits[test])))
     size: float | int = config.eval_size
     if not size:
         return whole, None
@@ -270,15 +321,20 @@ def _split(splits: "DatasetDict", config: TrainConfig) -> tuple[_Part, _Part | N
     numbers = Dataset.from_dict({"row": range(len(train))})
     chosen = numbers.train_test_split(test_size=count, seed=0)
     parts = train.train_test_split(test_size=count, seed=0)
-    first, second = (_Part(parts[p], name, chosen[p]["row"][:]) for p in ("train", "test"))
+    first, second = (Part(parts[p], name, chosen[p]["row"][:]) for p in ("train", "test"))
     return first, second
 
 
-def _arrange(part: _Part, layout: Layout, config: TrainConfig) -> _Part:
-    """Chat data with the loss on the last turn becomes prompt and completion, as TRL expects."""
+def _arrange(part: Part, layout: Layout, config: TrainConfig, chat: bool) -> Part:
+    """Instructions, and chat data with the loss on the last turn, become prompt and completion."""
     dataset = part.dataset.select_columns(layout.columns(part.dataset))
+    if layout is INSTRUCTION:
+        pairs = dataset.map(
+            partial(instruction_as_pair, chat=chat), remove_columns=dataset.column_names
+        )
+        return Part(pairs, part.split, part.rows)
     if layout is not MESSAGES or not config.completion_only_loss:
-        return _Part(dataset, part.split, part.rows)
+        return Part(dataset, part.split, part.rows)
 
     def cut(example: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": example["messages"][:-1], "completion": example["messages"][-1:]}
@@ -295,4 +351,4 @@ def _arrange(part: _Part, layout: Layout, config: TrainConfig) -> _Part:
             "nothing to learn from."
         )
     cut_short = dataset.select(chosen).map(cut, remove_columns=["messages"])
-    return _Part(cut_short, part.split, [part.rows[i] for i in chosen])
+    return Part(cut_short, part.split, [part.rows[i] for i in chosen])

@@ -18,7 +18,7 @@ from lisa_train.command.starting import reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Trainer
     from trl import SFTTrainer
 
     from lisa_train.command.tasks.data import TrainingData
@@ -153,7 +153,7 @@ def check_prepared(trainer: "SFTTrainer", config: TrainConfig) -> tuple[dict[str
     train = survey(trainer.train_dataset)
     if not train.labels:
         raise ConfigError(_without_labels(train, config, "training", "to learn from") + ".")
-    _need_batches(trainer, train.rows, "training", trainer.args.train_batch_size, config)
+    need_batches(trainer, train.rows, "training", trainer.args.train_batch_size, config)
     parts = [train]
     said: list[str] = []
     found = {"train_examples": train.rows, "examples_without_labels": train.empty}
@@ -166,7 +166,7 @@ def check_prepared(trainer: "SFTTrainer", config: TrainConfig) -> tuple[dict[str
             raise ConfigError(f"{unjudged}; or set eval_size to 0.")
         if not held_out.labels:
             said.append(f"{unjudged}: there is no held-out loss")
-        _need_batches(trainer, held_out.rows, "held-out", trainer.args.eval_batch_size, config)
+        need_batches(trainer, held_out.rows, "held-out", trainer.args.eval_batch_size, config)
         parts.append(held_out)
         if not config.packing:
             found["held_out_examples"] = held_out.rows
@@ -191,8 +191,8 @@ def _without_labels(part: Prepared, config: TrainConfig, which: str, what: str) 
     return f"no {which} example of {config.dataset_name} has a token left {what}: {advice}"
 
 
-def _need_batches(
-    trainer: "SFTTrainer", rows: int, which: str, batch: int, config: TrainConfig
+def need_batches(
+    trainer: "Trainer", rows: int, which: str, batch: int, config: TrainConfig
 ) -> None:
     """Refuse to train or judge nothing: `dataloader_drop_last` leaves out a batch cut short."""
     together = batch * trainer.args.world_size

@@ -19,7 +19,7 @@ class Layout:
     Attributes
     ----------
     name
-        ``text``, ``prompt/completion``, ``messages`` or ``tokens``.
+        ``text``, ``prompt/completion``, ``instruction/output``, ``messages`` or ``tokens``.
     needed
         Columns that every part of the data must have.
     optional
@@ -119,6 +119,26 @@ def _check_template_columns(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _check_instruction(row: Mapping[str, Any]) -> str | None:
+    for name in ("instruction", "output"):
+        if not isinstance(row[name], str):
+            return _not_text(name, row[name])
+    if not isinstance(row.get("input") or "", str):
+        return _not_text("input", row["input"])
+    return None
+
+
+def instruction_as_pair(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    """Put an instruction, and what it is about, as a prompt: a turn of a chat, or paragraphs."""
+    asked = "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)
+    if not chat:
+        return {"prompt": asked + "\n\n", "completion": row["output"]}
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
+
+
 def _check_tokens(row: Mapping[str, Any]) -> str | None:
     ids = row["input_ids"]
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
@@ -132,6 +152,9 @@ def _check_tokens(row: Mapping[str, Any]) -> str | None:
 _TEMPLATE = ("tools", "chat_template_kwargs")
 MESSAGES = Layout("messages", ("messages",), _TEMPLATE, _check_conversation)
 PAIR = Layout("prompt/completion", ("prompt", "completion"), _TEMPLATE, _check_pair)
+INSTRUCTION = Layout(
+    "instruction/output", ("instruction", "output"), ("input",), _check_instruction
+)
 TOKENS = Layout(
     "tokens", ("input_ids",), ("labels", "completion_mask", "assistant_masks"), _check_tokens
 )

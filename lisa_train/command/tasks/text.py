@@ -1,17 +1,74 @@
-"""Language models on text: a run's model and tokenizer, and the trainer for both and the data."""
+"""`task: causal-lm`: language models on text, under TRL's SFTTrainer."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.data import TrainingData
+from lisa_train.command.tasks.data import TrainingData, load_data
+from lisa_train.command.tasks.task import Loaded, Task, check_columns
 from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
+
+
+class CausalLM(Task):
+    """The next token."""
+
+    name = "causal-lm"
+    peft_type = "CAUSAL_LM"
+    mappings: ClassVar[Mapping[str, str]] = {
+        "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    }
+    reads: ClassVar[Mapping[str, str]] = {
+        "text": "plain text",
+        "prompt": "what is given",
+        "completion": "what is to follow",
+        "instruction": "what is asked for",
+        "input": "what it is about",
+        "output": "the answer",
+        "messages": "the turns of a conversation",
+        "tools": "tools that the template takes",
+        "chat_template_kwargs": "what else the template takes",
+        "input_ids": "token ids",
+        "labels": "labels of token ids",
+    }
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse columns that nothing reads."""
+        check_columns(config.columns, self)
+
+    def arguments(self) -> "type[SFTConfig]":
+        """Return TRL's arguments."""
+        from trl import SFTConfig
+
+        return SFTConfig
+
+    def load(self, config: TrainConfig) -> Loaded:
+        """Load model, tokenizer and data."""
+        model, tokenizer = load_model(config)
+        chat = bool(tokenizer.chat_template or config.trainer_args.get("chat_template_path"))
+        return Loaded(model, tokenizer, load_data(config, chat=chat))
+
+    def build_trainer(
+        self, loaded: Loaded, arguments: Any, peft_config: Any, config: TrainConfig
+    ) -> "SFTTrainer":
+        """Build TRL's trainer."""
+        return build_trainer(
+            arguments, loaded.model, loaded.processor, loaded.data, peft_config, config
+        )
+
+    def survey(
+        self, trainer: Any, loaded: Loaded, config: TrainConfig
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Check the rows against the model and the batches."""
+        from lisa_train.command.tasks.prepared import check_prepared
+
+        return check_prepared(trainer, config)
 
 
 def load_model(config: TrainConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -258,7 +258,7 @@ def test_probabilities_of_another_model_are_refused_before_anything_is_written(
     ("words", "expected"),
     [
         (["--model_name_or_path", "./nowhere"], "is not a folder"),
-        (["--model_name_or_path", "nobody/nothing"], "cannot be loaded"),
+        (["--model_name_or_path", "nobody/nothing"], "cannot be read"),
         (["--dataset_name", "gone.jsonl"], "does not exist"),
         (["--lora.rank", "3", "--method", "lora"], "lora.rank is not a field"),
         (["--trainer_args.adam_beta", "0.9"], "Did you mean 'adam_beta"),

@@ -19,7 +19,16 @@ from lisa_train.trainer import RecordCallback
 LISA = lt.LisaConfig(activated_layers=3, interval_steps=2, seed=5, always_active=("norm",))
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 # What only a command knows, and what is another in every run.
-OF_THE_COMMAND = {"dataset", "command", "run_id", "created", "updated", "result", "hardware"}
+OF_THE_COMMAND = {
+    "dataset",
+    "task",
+    "command",
+    "run_id",
+    "created",
+    "updated",
+    "result",
+    "hardware",
+}
 
 
 def by_command(model_dir, data, folder, method):

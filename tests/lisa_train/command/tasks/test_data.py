@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers_models import write_jsonl
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.tasks.data import TrainingData, load_data
@@ -138,3 +139,48 @@ def test_an_empty_folder_and_plain_text_with_completion_loss(
 def test_an_unknown_hub_id_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="neither a file or folder here nor a dataset"):
         load("nobody/no-such-dataset")
+
+
+INSTRUCTIONS = [
+    {"instruction": f"Name a colour {n}.", "input": "of the sky" if n % 2 else "", "output": "blue"}
+    for n in range(20)
+]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_instructions_become_prompts(chat: bool, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", INSTRUCTIONS)
+    data = load_data(TrainConfig("m", str(path), eval_size=0), chat=chat)
+    assert data.layout == "instruction/output"
+    assert data.conversational == chat
+    asked = "Name a colour 1.\n\nof the sky"
+    if chat:
+        assert data.train[1]["prompt"] == [{"role": "user", "content": asked}]
+        assert data.train[1]["completion"] == [{"role": "assistant", "content": "blue"}]
+    else:
+        assert data.train[1] == {"prompt": asked + "\n\n", "completion": "blue"}
+        assert data.train[0]["prompt"] == "Name a colour 0.\n\n"
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_are_read_with_their_columns_named(
+    suffix: str, separator: str, tmp_path: Path
+) -> None:
+    rows = [separator.join(("task", "text", "output"))]
+    rows += [separator.join((row["instruction"], "other", "blue")) for row in INSTRUCTIONS]
+    path = tmp_path / f"d{suffix}"
+    path.write_text("\n".join(rows) + "\n")
+    columns = {"instruction": "task"}
+    data = load_data(TrainConfig("m", str(path), eval_size=0, columns=columns))
+    assert data.train[2]["prompt"] == "Name a colour 2.\n\n"
+    assert data.unused == ("text",)
+    swapped = load_data(TrainConfig("m", str(path), eval_size=0, columns={"text": "task"}))
+    assert swapped.train[2] == {"text": "Name a colour 2."}
+    with pytest.raises(ConfigError, match=r"columns.text is 'tasks', .*'task', .*Did you mean"):
+        load_data(TrainConfig("m", str(path), columns={"text": "tasks"}))
+
+
+def test_instructions_without_an_answer_are_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [*INSTRUCTIONS, {"instruction": "a", "output": None}])
+    with pytest.raises(ConfigError, match=r"row 21 .*column 'output' holds nothing"):
+        load_data(TrainConfig("m", str(path), eval_size=0))

@@ -1,0 +1,149 @@
+"""Labels of a classification: their names, their numbers, and what is wrong with them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.command.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lisa_train.command.tasks.data import Part
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task, in the order of their numbers.
+
+    Attributes
+    ----------
+    names
+        Name of every class.
+    number
+        Number of each value that a label may have in the data.
+    said
+        What a person should know of them.
+    """
+
+    names: tuple[str, ...]
+    number: dict[Any, int]
+    said: tuple[str, ...] = ()
+
+
+def find_classes(
+    train: "Part",
+    held_out: "Part | None",
+    column: str,
+    source: "PretrainedConfig",
+    config: TrainConfig,
+    *,
+    trained_head: bool,
+    place: Callable[["Part", int], str],
+) -> Classes:
+    """Find the classes of the training part, and check the labels of both parts.
+
+    Parameters
+    ----------
+    train, held_out
+        Parts of the data.
+    column
+        Column of the labels; a row holds one, or a list of them.
+    source
+        The model's configuration: the classes of a head that was trained already.
+    config
+        The run's settings.
+    trained_head
+        Whether the model comes with a head for the task.
+    place
+        Words for a row of a part.
+
+    Raises
+    ------
+    ConfigError
+        For a label that is missing or is no class, for fewer than two classes, and for a held-out
+        label that the training part does not have.
+    """
+    declared = _declared(train.dataset.features[column])
+    counts: Counter[Any] = Counter()
+    for row, labels in enumerate(_listed(train.dataset[column])):
+        for label in labels:
+            _check_label(label, column, declared, place(train, row))
+            counts[label] += 1
+    values = list(range(len(declared))) if declared else sorted(counts, key=_order)
+    names = list(declared) if declared else [str(value) for value in values]
+    if len(counts) < 2:
+        [only] = [names[values.index(v)] for v in counts] or ["none"]
+        raise ConfigError(
+            f"every training example of {config.dataset_name} has the one label {only!r} in column "
+            f"{column!r}; a classification needs two or more."
+        )
+    if held_out is not None:
+        for row, labels in enumerate(_listed(held_out.dataset[column])):
+            for label in labels:
+                _check_label(label, column, declared, place(held_out, row))
+                if label not in counts:
+                    name = names[values.index(label)] if label in values else label
+                    raise ConfigError(
+                        f"{place(held_out, row)}: label {name!r} has no training example, so that "
+                        "nothing can predict it; give it some, or leave such rows out (the labels "
+                        f"in training are {_listing([names[values.index(v)] for v in counts])})."
+                    )
+    said = []
+    empty = [name for value, name in zip(values, names, strict=True) if value not in counts]
+    if empty:
+        said.append(
+            f"no training example of {config.dataset_name} has the label {_listing(empty)}: the "
+            "head has a row for it that only learns not to predict it"
+        )
+    own = [str(source.id2label[i]) for i in sorted(source.id2label)] if trained_head else []
+    if set(names) <= set(own):
+        number = {value: own.index(name) for value, name in zip(values, names, strict=True)}
+        return Classes(tuple(own), number, tuple(said))
+    if not declared and own and all(v in range(len(own)) for v in values):
+        return Classes(tuple(own), {value: int(value) for value in values}, tuple(said))
+    if trained_head:
+        said.append(
+            f"the head of {config.model_name_or_path} is for {_listing(own)} and the data are "
+            f"labelled {_listing(names)}: the head starts anew"
+        )
+    return Classes(tuple(names), {value: i for i, value in enumerate(values)}, tuple(said))
+
+
+def _declared(feature: Any) -> list[str]:
+    """Names of the classes, where the data set declares them."""
+    while not hasattr(feature, "names") and hasattr(feature, "feature"):
+        feature = feature.feature
+    return list(getattr(feature, "names", None) or [])
+
+
+def _listed(column: Iterable[Any]) -> Iterable[Sequence[Any]]:
+    for value in column:
+        yield value if isinstance(value, list) else [value]
+
+
+def _check_label(label: Any, column: str, declared: Sequence[str], where: str) -> None:
+    if isinstance(label, bool | str) or (isinstance(label, int) and not declared):
+        if label != "":
+            return
+    elif isinstance(label, int) and 0 <= label < len(declared):
+        return
+    if label is None or label == "" or (isinstance(label, int) and label < 0):
+        raise ConfigError(
+            f"{where}: column {column!r} holds no label ({label!r}); label the row or leave it out."
+        )
+    raise ConfigError(
+        f"{where}: column {column!r} holds {label!r}, which is no class; expected a name or a "
+        f"whole number{f' below {len(declared)}' if declared else ''}."
+    )
+
+
+def _order(value: Any) -> tuple[str, Any]:
+    return (type(value).__name__, value)
+
+
+def _listing(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(str(name)) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

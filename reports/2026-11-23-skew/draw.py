@@ -5,12 +5,18 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from across_seeds import relative
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import lisa_analysis as la
 from lisa_analysis.views.plots import style
+
+
+def relative(scores: np.ndarray) -> np.ndarray:
+    """Scores over their geometric mean, shape (layers,); NaN for a layer never seen."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(scores)
+    return np.asarray(np.exp(logs - np.nanmean(logs)))
 
 
 def profiles(

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import across_seeds
 import draw
 from pages import markdown, write_tables
-from seeds import Mean, mean_over_seeds
 from training import train_all
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.profiles.over_seeds import over_seeds
+from lisa_analysis.statistics.over_seeds import seed_means
+from lisa_analysis.statistics.repetitions import Mean, mean_over
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
@@ -89,7 +90,8 @@ def analyse() -> None:
             "skew": skew(profiles),
             "embedding": embedding(profiles),
             "layers": layers(profiles),
-            "agreement": agreement(profiles),
+            "agreement": agreement(runs, profiles),
+            "seeds": between_seeds(profiles),
             "within": within_runs(profiles),
         }
         draw.profiles(
@@ -118,17 +120,20 @@ def setting(runs: dict[str, list[la.Run]]) -> str:
 
 def losses(runs: dict[str, list[la.Run]]) -> str:
     """Held-out loss before and after, over seeds."""
+    arms = la.compare(runs).arms.set_index("arm")
     rows = []
     for method, group in runs.items():
-        results = [run.manifest["result"] for run in group]
-        after = mean_over_seeds([r["last_held_out_loss"] for r in results])
+        first = [run.manifest["result"]["first_held_out_loss"] for run in group]
+        after = arms.loc[method]
         config = next(c for c in TRAINING[method] if "learning_rate" in c)
         rows.append(
             {
                 "method": METHODS[method],
                 "learning rate": config.split("=")[1],
-                "before": f"{np.mean([r['first_held_out_loss'] for r in results]):.3f}",
-                "after (95 % over seeds)": f"{after:.3f}",
+                "before": f"{np.mean(first):.3f}",
+                "after (95 % over seeds)": (
+                    f"{after['mean']:.3f} ({after['low']:.3f} … {after['high']:.3f})"
+                ),
             }
         )
     return markdown(rows)
@@ -141,7 +146,7 @@ def initialisation(profiles: dict[str, Profiles]) -> str:
         group = profiles["weight_norm"][method]
         formula = np.nanmean([p.initialisation.expected for p in group])
         start = np.nanmean([p.to_frame()["initial"] for p in group])
-        level = mean_over_seeds([p.initialisation.level for p in group])
+        level = mean_over([p.initialisation.level for p in group])
         change = np.nanmean([abs(np.log(p.scores / p.to_frame()["initial"])) for p in group])
         grads = [p.initialisation for p in profiles["grad_rms"][method]]
         shares = [i.share for i in grads if i is not None]
@@ -167,7 +172,7 @@ def skew(profiles: dict[str, Profiles]) -> str:
     for metric, title in METRICS.items():
         for method, name in METHODS.items():
             group = profiles[metric][method]
-            ratio = mean_over_seeds([p.concentration.ends_to_middle.value for p in group], log=True)
+            ratio = mean_over([p.concentration.ends_to_middle.value for p in group], log=True)
             rows.append(
                 {
                     "metric": title,
@@ -204,7 +209,7 @@ def embedding(profiles: dict[str, Profiles]) -> str:
                 / np.exp(np.nanmean(np.log(p.scores)))
                 for p in profiles[metric][method]
             ]
-            row[METHODS[method]] = f"{mean_over_seeds(ratios, log=True):.2f}"
+            row[METHODS[method]] = f"{mean_over(ratios, log=True):.2f}"
         rows.append(row)
     return markdown(rows)
 
@@ -214,38 +219,50 @@ def layers(profiles: dict[str, Profiles]) -> str:
     rows = []
     for metric in ("grad_rms", "l1_descent", "delta_rel"):
         for method, name in METHODS.items():
-            table = across_seeds.layer_table(profiles[metric][method])
-            out = table[table["stands_out"]].sort_values("relative", ascending=False)
+            above, below = _standing(profiles[metric][method])
             rows.append(
                 {
                     "metric": METRICS[metric],
                     "method": name,
-                    "above": _layer_list(out[out["relative"] > 1].head(6)),
-                    "below": _layer_list(out[out["relative"] < 1].iloc[::-1].head(6)),
+                    "above": _layer_list(above.head(6)),
+                    "below": _layer_list(below.head(6)),
                 }
             )
     return markdown(rows)
 
 
-def _layer_list(frame: pd.DataFrame) -> str:
-    pairs = zip(frame["layer"], frame["relative"], strict=True)
-    return ", ".join(f"{layer} (×{value:.2f})" for layer, value in pairs) or "none"
+def _standing(group: Profiles) -> tuple[pd.Series, pd.Series]:
+    """Layers above and below the geometric mean of all, the furthest first; all at once."""
+    logs = np.log(np.stack([profile.scores for profile in group]))
+    means = seed_means(logs, log=True, confidence=0.95, rng=np.random.default_rng(0))
+    level = float(np.nanmean(means.effect))
+    relative = pd.Series(np.exp(means.effect - level))
+    above = relative[means.joint_low > level].sort_values(ascending=False)
+    return above, relative[means.joint_high < level].sort_values()
 
 
-def agreement(profiles: dict[str, Profiles]) -> str:
+def _layer_list(relative: pd.Series) -> str:
+    return ", ".join(f"{layer} (×{value:.2f})" for layer, value in relative.items()) or "none"
+
+
+def agreement(runs: dict[str, list[la.Run]], profiles: dict[str, Profiles]) -> str:
     """Kendall's τ between seeds of a method and between methods."""
     rows = []
     for metric in ("grad_rms", "l1_descent", "delta_rel"):
-        for row in across_seeds.agreement(profiles[metric]).to_dict("records"):
-            same = row["a"] == row["b"]
+        known = [p for method in runs for p in profiles[metric][method]]
+        comparison = la.compare(runs, metric, profiles=known)
+        pairs, arm = comparison.rank_agreement, comparison.table.set_index("run")["arm"]
+        pairs = pairs.assign(a=pairs["run_a"].map(arm), b=pairs["run_b"].map(arm))
+        for (a, b), found in pairs.groupby(["a", "b"], sort=False):
+            taus = found["kendall"]
             rows.append(
                 {
                     "metric": METRICS[metric],
-                    "runs": f"{METHODS[row['a']]}, seed against seed"
-                    if same
-                    else f"{METHODS[row['a']]} against {METHODS[row['b']]}",
-                    "τ, mean (range)": f"{row['mean']:.2f} ({row['low']:.2f} … {row['high']:.2f})",
-                    "pairs": row["pairs"],
+                    "runs": f"{METHODS[a]}, seed against seed"
+                    if a == b
+                    else f"{METHODS[a]} against {METHODS[b]}",
+                    "τ, mean (range)": f"{taus.mean():.2f} ({taus.min():.2f} … {taus.max():.2f})",
+                    "pairs": len(taus),
                 }
             )
     return markdown(rows)
@@ -268,6 +285,32 @@ def within_runs(profiles: dict[str, Profiles]) -> str:
                     "layers never seen": ", ".join(
                         str(int((~np.isfinite(p.scores)).sum())) for p in group
                     ),
+                }
+            )
+    return markdown(rows)
+
+
+def between_seeds(profiles: dict[str, Profiles]) -> str:
+    """What differs between seeds, beside what one run states for itself."""
+    rows = []
+    for metric in ("grad_rms", "l1_descent"):
+        for method, name in METHODS.items():
+            group = profiles[metric][method]
+            seeds = over_seeds(group, [f"seed {seed}" for seed in SEEDS]).seeds
+            spread = seeds.spread
+            within, total = (
+                np.sqrt(np.nanmean(spread[column].to_numpy(float) ** 2))
+                if spread[column].notna().any()
+                else np.nan
+                for column in ("within", "total")
+            )
+            rows.append(
+                {
+                    "metric": METRICS[metric],
+                    "method": name,
+                    "between seeds": f"{total:.1%}",
+                    "one run states": "no interval" if np.isnan(within) else f"{within:.1%}",
+                    "ratio": "" if np.isnan(seeds.ratio) else f"{seeds.ratio:.1f}",
                 }
             )
     return markdown(rows)

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pages import markdown, write_tables
-from seeds import Mean, mean_over_seeds
 from training import train_all
 
 import lisa_analysis as la
@@ -74,51 +73,56 @@ def commands(work: Path) -> dict[str, list[str]]:
 def analyse() -> None:
     """Write the tables and the figure from the run directories alone."""
     runs = {arm: [la.load(RUNS / f"{arm}-{seed}") for seed in SEEDS] for arm in ARMS}
-    losses = {
-        arm: np.array([run.manifest["result"]["last_held_out_loss"] for run in group])
-        for arm, group in runs.items()
-    }
+    # Found from the content of what was sampled, not told: the arms are to be those of the names.
+    comparison = la.compare([run for group in runs.values() for run in group])
+    table = comparison.table.set_index("run")
+    found = {arm: table.loc[[f"{arm}-{seed}" for seed in SEEDS]] for arm in ARMS}
+    if any((rows["arm"] != arm).any() for arm, rows in found.items()):
+        raise LisaError(f"{RUNS} does not hold the arms {', '.join(ARMS)}: train again, --fresh.")
+    losses = {arm: rows["loss_at_equal_steps"].to_numpy(float) for arm, rows in found.items()}
     write_tables(
         HERE / "README.md",
         {
-            "losses": markdown(_losses(losses)),
-            "differences": markdown(_differences(losses)),
+            "losses": markdown(_losses(losses, comparison)),
+            "differences": markdown(_differences(comparison)),
             "visits": markdown(_visits(runs)),
         },
     )
     _draw(losses, HERE / "losses.png")
 
 
-def _losses(losses: dict[str, np.ndarray]) -> list[dict[str, object]]:
+def _losses(losses: dict[str, np.ndarray], comparison: la.Comparison) -> list[dict[str, object]]:
+    means = comparison.arms.set_index("arm")["mean"]
     return [
         {
             "probabilities": arm,
             **{f"seed {seed}": f"{x:.4f}" for seed, x in zip(SEEDS, values, strict=True)},
-            "mean": f"{values.mean():.4f}",
+            "mean": f"{means[arm]:.4f}",
         }
         for arm, values in losses.items()
     ]
 
 
-def _differences(losses: dict[str, np.ndarray]) -> list[dict[str, object]]:
+def _differences(comparison: la.Comparison) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for a, b in (("learned", "uniform"), ("learned", "permuted"), ("permuted", "uniform")):
-        difference = mean_over_seeds(losses[a] - losses[b])
+        found = comparison.difference(a, b)
+        mean, low, high = (f"{found[name]:+.4f}" for name in ("mean", "low", "high"))
         rows.append(
             {
                 "difference": f"{a} − {b}",
-                "mean (95 %)": f"{difference:+.4f}",
-                "lower in": f"{int((losses[a] < losses[b]).sum())} of {len(SEEDS)}",
-                "verdict": _verdict(difference),
+                "mean (95 %)": f"{mean} ({low} … {high})",
+                "lower in": f"{found['lower']} of {found['pairs']}",
+                "verdict": _verdict(found["low"], found["high"]),
             }
         )
     return rows
 
 
-def _verdict(difference: Mean) -> str:
-    if difference.high < 0:
+def _verdict(low: float, high: float) -> str:
+    if high < 0:
         return "**lower**"
-    return "**higher**" if difference.low > 0 else "no difference shown"
+    return "**higher**" if low > 0 else "no difference shown"
 
 
 def _visits(runs: dict[str, list[la.Run]]) -> list[dict[str, object]]:

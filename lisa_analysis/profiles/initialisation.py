@@ -7,6 +7,7 @@ from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.parts import Initialisation
 from lisa_analysis.profiles.thresholds import Thresholds
+from lisa_analysis.rundir.trained import has_low_rank
 
 Array = NDArray[np.float64]
 
@@ -49,7 +50,7 @@ def compare_with_start(
     share = _share(final[known], start[known], limits.material)
     if gradients and np.isnan(share):
         return None
-    raw_adapters = not gradients and data.run.method == "lora"
+    raw_adapters = not gradients and has_low_rank(data.run)
     # An embedding of ten times the norm hides what the layers learned: they must pass alone too.
     alone = _share(final[layers], start[layers], limits.material)
     measures = [level, *(part for part in (share, alone) if not np.isnan(part))]

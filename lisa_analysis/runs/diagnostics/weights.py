@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lisa_analysis.rundir.trained import has_adapters
 from lisa_analysis.runs.diagnostics.rule import (
     CouldNotRunError,
     Evidence,
@@ -94,7 +95,8 @@ class WeightDrift(Rule):
         """Compare the last norm of every layer with the first."""
         table = evidence.table
         inside = table.groups.inside
-        if evidence.run.method == "lora":
+        adapters = has_adapters(evidence.run)
+        if adapters:
             # Raw adapters start near zero: their weights' drift is that of the merged weight.
             last, first = table.final_merged[:inside], table.initial_base[:inside]
         else:
@@ -103,7 +105,7 @@ class WeightDrift(Rule):
             relative = last / first - 1
         known = np.isfinite(relative)
         if not known.any():
-            column = "merged_norm" if evidence.run.method == "lora" else "weight_norm"
+            column = "merged_norm" if adapters else "weight_norm"
             raise CouldNotRunError(f"{column} was not recorded both at step 0 and later")
         size = np.where(known, np.abs(relative), 0.0)
         worst = int(np.argmax(size))

@@ -17,6 +17,7 @@ from lisa_analysis.rundir.configurations import (
     grouped,
     model_of,
     seeds_of,
+    settings,
     short_name,
 )
 from lisa_analysis.rundir.run import Run
@@ -50,29 +51,35 @@ class Arm:
     control: int = 0
 
 
-def find_arms(runs: Sequence[Run], settings: Sequence[Settings]) -> list[Arm]:
+def find_arms(runs: Sequence[Run], made: Sequence[Settings]) -> list[Arm]:
     """Group runs by what they did: method, settings and the content of what was sampled."""
-    groups = grouped(settings)
-    names = _names([runs[g[0]] for g in groups], [settings[g[0]] for g in groups])
+    groups = grouped(made)
+    names = _names([runs[g[0]] for g in groups], [made[g[0]] for g in groups])
     return [
-        Arm(name, tuple(group), control=_control(settings[group[0]]))
+        Arm(name, tuple(group), control=_control(made[group[0]]))
         for name, group in zip(names, groups, strict=True)
     ]
 
 
-def given_arms(named: Mapping[str, Sequence[int]], settings: Sequence[Settings]) -> list[Arm]:
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of every arm under its name, in the order of first appearance."""
+    arms = find_arms(runs, [settings(run) for run in runs])
+    return {arm.name: [runs[i] for i in arm.runs] for arm in arms}
+
+
+def given_arms(named: Mapping[str, Sequence[int]], made: Sequence[Settings]) -> list[Arm]:
     """Arms that were put together by hand."""
     return [
         Arm(
-            name, tuple(runs), _mixed([settings[i] for i in runs]),
-            min((_control(settings[i]) for i in runs), default=0),
+            name, tuple(runs), _mixed([made[i] for i in runs]),
+            min((_control(made[i]) for i in runs), default=0),
         )
         for name, runs in named.items()
     ]  # fmt: skip
 
 
-def _control(settings: Settings) -> int:
-    word = settings.sampled.word
+def _control(own: Settings) -> int:
+    word = own.sampled.word
     return 2 if word == "uniform" else int(word in ("permuted", "reversed"))
 
 
@@ -83,19 +90,17 @@ def _mixed(members: Sequence[Settings]) -> tuple[str, ...]:
     return (*differing(members), *(() if sampled else ("probabilities",)))
 
 
-def _names(runs: Sequence[Run], settings: Sequence[Settings]) -> list[str]:
+def _names(runs: Sequence[Run], made: Sequence[Settings]) -> list[str]:
     """Name every arm by what tells it from the others."""
     methods = [run.method for run in runs]
     models = [model_of(run) or "unknown model" for run in runs]
     names = []
-    for i, own in enumerate(settings):
-        words = [methods[i]] if len(set(methods)) > 1 or len(settings) == 1 else []
+    for i, own in enumerate(made):
+        words = [methods[i]] if len(set(methods)) > 1 or len(made) == 1 else []
         if len(set(models)) > 1:
             words.append(models[i])
-        kin = [
-            j for j in range(len(settings)) if (methods[j], models[j]) == (methods[i], models[i])
-        ]
-        words += _within(own, [settings[j] for j in kin])
+        beside = zip(methods, models, made, strict=True)
+        words += _within(own, [s for m, n, s in beside if (m, n) == (methods[i], models[i])])
         names.append(", ".join(words) or methods[i])
     return distinct(names)
 

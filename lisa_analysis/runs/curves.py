@@ -48,14 +48,6 @@ def held_out_frame(run: Run) -> pd.DataFrame:
     return held_out_losses(run)
 
 
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs by their method, in the order in which the methods first appear."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(str(run.method), []).append(run)
-    return groups
-
-
 def group_series(
     runs: Sequence[Run], quantity: str, *, held_out: bool = False, most: int = MAX_POINTS
 ) -> Series:

@@ -6,7 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from lisa_analysis.metrics.thinning import MAX_POINTS
-from lisa_analysis.runs.curves import QUANTITIES, by_method, group_series
+from lisa_analysis.runs.arms import by_arm
+from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.plots.lines import draw_series
 
@@ -24,8 +25,8 @@ def comparison(
     Parameters
     ----------
     runs
-        Opened run directories (grouped by method), or a mapping from a label to the runs that
-        differ in nothing but the seed.
+        Opened run directories, which are grouped by arm (runs that differ in nothing but the
+        seed), or a mapping from a label to the runs of a group.
     quantity
         As for `curves`.
     held_out
@@ -39,7 +40,7 @@ def comparison(
         The line is the mean over a group's seeds, the band reaches from the smallest to the
         largest; a group of one has no band.
     """
-    groups = runs if isinstance(runs, Mapping) else by_method(runs)
+    groups = runs if isinstance(runs, Mapping) else by_arm(runs)
     ax = style.axes_or_new(ax)
     drawn, group = False, 1
     for position, (name, members) in enumerate(groups.items()):

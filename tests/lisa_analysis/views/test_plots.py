@@ -216,9 +216,9 @@ def test_unknown_quantity_is_refused_with_a_suggestion(runs):
 def test_comparison_draws_the_range_of_seeds():
     def run(loss):
         frame = pd.DataFrame({"step": [1, 2, 3], "loss": loss})
-        return SimpleNamespace(scalars=frame, events=pd.DataFrame(), method="lisa")
+        return SimpleNamespace(scalars=frame, events=pd.DataFrame())
 
-    ax = plots.comparison([run([3.0, 2, 1]), run([5.0, 4, 3])])
+    ax = plots.comparison({"lisa": [run([3.0, 2, 1]), run([5.0, 4, 3])]})
     assert ax.lines[0].get_ydata().tolist() == [4, 3, 2]
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 1
@@ -295,6 +295,14 @@ def test_a_value_between_gaps_is_marked():
     lone, whole = plots.trajectories(grid).get_lines()
     assert lone.get_marker() == "."
     assert whole.get_marker() in ("None", None)
+
+
+def test_runs_are_grouped_by_what_they_sampled():
+    """One line of all twelve before: their method is the same."""
+    kept = Path(__file__).parents[3] / "reports" / "2026-11-24-learned-sampling" / "runs"
+    runs = [load(kept / f"{arm}-{seed}") for arm in ("learned", "uniform") for seed in (1, 2)]
+    labels = plots.comparison(runs).get_legend_handles_labels()[1]
+    assert labels == ["learned (2 runs)", "uniform (2 runs)"]
 
 
 def test_runs_compare_where_one_of_them_diverged():

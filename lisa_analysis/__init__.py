@@ -14,6 +14,8 @@ from lisa_analysis.contract.moved import redirect
 
 if TYPE_CHECKING:
     from lisa_analysis.metrics import METRICS as METRICS
+    from lisa_analysis.plans.exports import EXPORTS as EXPORTS
+    from lisa_analysis.plans.exports import export as export
     from lisa_analysis.plans.sampling import SamplingProbabilities as SamplingProbabilities
     from lisa_analysis.plans.sampling import sampling_probabilities as sampling_probabilities
     from lisa_analysis.profiles.from_run import importance as importance
@@ -41,6 +43,8 @@ _HOME = {
     "validity": "runs.validity",
     "ImportanceProfile": "profiles.profile",
     "importance": "profiles.from_run",
+    "EXPORTS": "plans.exports",
+    "export": "plans.exports",
     "SamplingProbabilities": "plans.sampling",
     "sampling_probabilities": "plans.sampling",
     "METRICS": "metrics",
@@ -64,7 +68,6 @@ redirect(
         "diagnostics": "runs.diagnostics",
         "draws": "rundir.events",
         "errors": "contract.errors",
-        "export": "views.json_output",
         "fitting": "statistics.estimate",
         "importance": "profiles.from_run",
         "initialisation": "profiles.initialisation",

@@ -123,6 +123,68 @@ def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
     return shares
 
 
+def whole_shares(
+    weights: Array, costs: Array, budget: float, *, least: int = 1, most: float = math.inf
+) -> NDArray[np.int64]:
+    """Whole numbers in proportion to the weights whose cost stays within a budget: ranks.
+
+    The largest λ such that Σ cost·clip(λ·weight, least, most) is within the budget, rounded down;
+    what is left goes, one each, to those that lost most by rounding, as far as it goes. Equal
+    weights get equal shares: either all of them get one more, or none.
+
+    Parameters
+    ----------
+    weights
+        Shape (n,), above 0 and finite.
+    costs
+        Shape (n,): what one unit of each share costs, above 0.
+    budget
+        What all of it may cost.
+    least, most
+        Bounds of every share.
+
+    Returns
+    -------
+    ndarray
+        Shape (n,). A larger weight never gets a smaller share.
+
+    Raises
+    ------
+    ProbabilitiesError
+        When the least shares are beyond the budget already.
+    """
+    weights, costs = np.asarray(weights, np.float64), np.asarray(costs, np.float64)
+    if not ((weights > 0).all() and np.isfinite(weights).all() and (costs > 0).all()):
+        raise ProbabilitiesError("weights and costs of shares must be finite and above 0.")
+    smallest = float(costs.sum()) * least
+    if smallest > budget:
+        raise ProbabilitiesError(
+            f"the budget is {budget:,.0f} parameters, but {least} for each already takes "
+            f"{smallest:,.0f}: give more, or fewer modules or layers."
+        )
+    weights = in_units(weights)
+
+    def at(log: float) -> Array:
+        return np.clip(np.exp(log) * weights, least, most)
+
+    low, high = -800.0, 700.0
+    if float(costs @ at(high)) <= budget:
+        return at(high).astype(np.int64)
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if float(costs @ at(middle)) <= budget else (low, middle)
+    exact = at(low)
+    shares = np.floor(exact * (1 + 1e-9))
+    left = budget - float(costs @ shares)
+    lost = np.round(exact - shares, 6)
+    for part in np.unique(lost[lost > 0])[::-1]:
+        group = lost == part
+        if float(costs[group].sum()) > left:
+            break
+        shares[group] += 1
+        left -= float(costs[group].sum())
+    return shares.astype(np.int64)
+
+
 def _proportional(weights: Array, total: float, lower: float, upper: float) -> Array:
     """Shares where some λ gives the total. ln λ is found among its breakpoints, then exactly."""
     with np.errstate(divide="ignore"):

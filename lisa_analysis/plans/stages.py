@@ -112,7 +112,7 @@ def probabilities_from_scores(
         )
     if not isinstance(strength, Strength):
         strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
-    result = _stages(scores, low, high, float(k), 1.0, strength, prior)
+    result = _stages(scores, low, high, float(k), 1.0, strength, prior, least=int(k))
     if strength.pool is None and not (result.pi > 0).all():
         raise ProbabilitiesError(
             f"layer {int(np.argmin(result.pi))} would never be drawn: use a floor or a mix above "
@@ -126,6 +126,8 @@ def multiples_from_scores(
     low: ArrayLike | None = None,
     high: ArrayLike | None = None,
     *,
+    mean: float = 1.0,
+    most: float = math.inf,
     strength: float | str | Strength = 1.0,
     mix: float = 0.25,
     floor: float = 0.25,
@@ -133,15 +135,22 @@ def multiples_from_scores(
     control: str | None = None,
     seed: int = 0,
 ) -> Stages:
-    """Turn scores into multiples of a uniform share, of mean 1: for ranks, rates and the like.
+    """Turn scores into shares of a given mean: for ranks, rates, merge weights and the like.
 
     The stages are those of `probabilities_from_scores`, except that a share may exceed 1; an
-    unknown layer gets 1.
+    unknown layer gets the mean.
+
+    Parameters
+    ----------
+    scores, low, high, strength, mix, floor, cap, control, seed
+        As there; the bounds are in units of the mean.
+    mean, most
+        Mean of the shares, and what none of them exceeds.
 
     Returns
     -------
     Stages
-        `pi` holds the multiples; they sum to L up to rounding.
+        `pi` holds the shares; they sum to L·mean up to rounding.
 
     Raises
     ------
@@ -151,7 +160,11 @@ def multiples_from_scores(
     scores = np.asarray(scores, dtype=np.float64)
     if not isinstance(strength, Strength):
         strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
-    result = _stages(scores, low, high, float(len(scores)), math.inf, strength, None)
+    if not 0 < mean <= most:
+        raise ProbabilitiesError(
+            f"the mean share is {mean!r}: expected a number above 0 and at most {most:g}."
+        )
+    result = _stages(scores, low, high, len(scores) * mean, most, strength, None)
     return _controlled(result, control, seed)
 
 
@@ -163,6 +176,8 @@ def _stages(
     most: float,
     strength: Strength,
     prior: ArrayLike | None,
+    *,
+    least: int = 1,
 ) -> Stages:
     """Every stage for shares that sum to `total`, none of them above `most`."""
     n = len(scores)
@@ -173,7 +188,8 @@ def _stages(
     if known.any():
         safe[known] = safe_scores(*_in_order(score[known], bottom[known], top[known]))
     if strength.pool is not None:
-        chosen = _pool(score, bottom, known, strength.pool, round(total) if most == 1 else 1)
+        least = max(least, math.ceil(total / most)) if math.isfinite(most) else least
+        chosen = _pool(score, bottom, known, strength.pool, least)
         power[known] = chosen[known]
         mixed[known] = power[known] / chosen.sum()
         shares = np.where(chosen, total / chosen.sum(), 0.0)
@@ -275,10 +291,14 @@ def _pool(
         found, name = int(chosen.sum()), "pool"
     if found < least:
         which = "" if size else " that stand above the mean with their whole interval"
+        what = f"strength is {name!r}: a pool of {found} of {n} layers{which}"
+        if least == 1:
+            raise ProbabilitiesError(
+                f"{what}; say how many of the best are wanted, as 'pool=4', or measure more."
+            )
         raise ProbabilitiesError(
-            f"strength is {name!r}: a pool of {found} of {n} layers{which}, but activated_layers "
-            f"is {least}, and every draw takes that many; lower activated_layers, or give a pool "
-            f"of at least that size, as 'pool={max(least, 2 * least)}'."
+            f"{what}, but activated_layers is {least}, and every draw takes that many; lower "
+            f"activated_layers, or give a pool of at least that size, as 'pool={2 * least}'."
         )
     return chosen
 

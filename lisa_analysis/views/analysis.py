@@ -23,10 +23,12 @@ from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
 from lisa_analysis.runs.validity import Validity, validity
-from lisa_analysis.views.next_run import NextRun
+from lisa_analysis.views.next_run import AskedExport, NextRun
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lisa_analysis.plans.exports import Export
 
 # Metrics of an ablation, in the order in which they are shown.
 ABLATED = ("ablation_keep", "ablation_reset", "forgetting", "forgetting_keep")
@@ -230,6 +232,18 @@ class Analysis:
     @cached_property
     def _probabilities(self) -> tuple[SamplingProbabilities | None, LisaError | None]:
         return self.plan.probabilities(self._profile[0], self.runs[0].run)
+
+    def export(self, asked: AskedExport) -> "Export":
+        """Make a file for another tool, of the profile over seeds where there are several runs.
+
+        Raises
+        ------
+        LisaError
+            Where there is no profile, or it cannot give that file.
+        """
+        if self.profile is None:
+            raise self.why_not or LisaError(f"{self.runs[0].run.path} has no profile.")
+        return self.plan.export(self.profile, self.runs[0].run, asked)
 
     @cached_property
     def comparison(self) -> Comparison | None:

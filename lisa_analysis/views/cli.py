@@ -22,6 +22,7 @@ exit codes: 0 done; 1 findings at or above --fail-on; 2 bad input
 
 examples:
   lisa-analyze runs/pilot --probabilities probabilities.json
+  lisa-analyze runs/pilot --export peft-rank,r=8:lora.json
   lisa-analyze runs/seed-1 runs/seed-2 runs/seed-3 --probabilities probabilities.json
   lisa-analyze runs/uniform runs/learned -o comparison.html
 """
@@ -66,7 +67,13 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
         help="layers per interval that the probabilities are for (default: the run's own, or 2)",
     )  # fmt: skip
     group.add_argument(
-        "--strength", default="1", metavar="S",
+        "--export", action="append", default=[], metavar="KIND:FILE",
+        help="write the configuration of another tool; KIND is peft-rank, peft-layers, freeze, "
+        "axolotl, llamafactory, lr, mergekit or probabilities, with options as in "
+        "peft-rank,r=8:lora.json (docs/steering.md)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength", metavar="S",
         help="how strongly they follow the scores: a power from 0 (uniform) to 16, 'pool' (only "
         "the layers above the mean are drawn) or 'pool=6' (only the six best); the default, 1, is "
         "mild",
@@ -114,11 +121,13 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from lisa_analysis.rundir.run import load
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
+    from lisa_analysis.views.next_run import AskedExport
     from lisa_analysis.views.report import report_of
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
         raise LisaError(f"--activated-layers is {arguments.activated_layers}; expected at least 1.")
-    strength = Strength.read(arguments.strength)
+    exports = [AskedExport.read(text) for text in arguments.export]
+    strength = None if arguments.strength is None else Strength.read(arguments.strength)
     analysis = Analysis.of(
         [load(path) for path in arguments.run_dirs],
         arguments.metric,
@@ -132,6 +141,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
         _insist(one, arguments)
     if arguments.probabilities and not analysis.alone and analysis.why_not is not None:
         raise analysis.why_not
+    made = [(asked, analysis.export(asked)) for asked in exports]
     print(terminal.overview(analysis))
 
     written: list[tuple[str, Path]] = []
@@ -142,6 +152,10 @@ def _analyze(arguments: argparse.Namespace) -> int:
             )
         _write(Path(arguments.probabilities), analysis.probabilities.save)
         written.append(("probabilities", Path(arguments.probabilities)))
+    for asked, export in made:
+        print(terminal.exported(export))
+        _write(asked.path, export.save)
+        written.append((asked.kind, asked.path))
     if arguments.json:
         from lisa_analysis.views.json_output import to_json
 
@@ -161,7 +175,7 @@ def _insist(one: "RunAnalysis", arguments: argparse.Namespace) -> None:
     _ = one.diagnostics
     if arguments.metric is not None and one.why_no_profile is not None:
         raise one.why_no_profile
-    asked = arguments.activated_layers or arguments.strength != "1"
+    asked = arguments.activated_layers or arguments.strength is not None
     if asked and one.profile is not None and one.why_not is not None:
         raise one.why_not
 

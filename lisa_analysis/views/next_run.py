@@ -1,9 +1,10 @@
 """What is asked of the next run: one object for probabilities, strengths and other tools' files."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.plans.sampling import (
     SamplingProbabilities,
     sampling_probabilities,
@@ -13,8 +14,53 @@ from lisa_analysis.plans.sampling import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lisa_analysis.plans.exports import Export
     from lisa_analysis.profiles.profile import ImportanceProfile
     from lisa_analysis.rundir.run import Run
+
+
+@dataclass(frozen=True)
+class AskedExport:
+    """One ``--export KIND[,OPTION=VALUE…]:FILE``."""
+
+    kind: str
+    path: Path
+    options: dict[str, Any]
+
+    @classmethod
+    def read(cls, text: str) -> "AskedExport":
+        """Read the words of the command line.
+
+        >>> AskedExport.read("peft-rank,r=8,target_modules=q_proj+v_proj:lora.json").options
+        {'r': 8, 'target_modules': 'q_proj+v_proj'}
+        """
+        from lisa_analysis.plans.exports import EXPORTS
+
+        words, colon, path = text.partition(":")
+        kind, *pairs = words.split(",")
+        known = ", ".join(EXPORTS)
+        if not (colon and path):
+            raise LisaError(f"--export is {text!r}: expected KIND:FILE with one of {known}.")
+        if kind not in EXPORTS:
+            raise LisaError(
+                f"--export has the kind {kind!r}: expected one of {known}." + suggest(kind, EXPORTS)
+            )
+        options = {}
+        for pair in pairs:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise LisaError(f"--export has {pair!r} after the kind: expected OPTION=VALUE.")
+            options[name] = _value(value)
+        return cls(kind, Path(path), options)
+
+
+def _value(text: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
 
 
 @dataclass(frozen=True)
@@ -28,12 +74,13 @@ class NextRun:
     use_intervals
         Whether layers that the intervals leave open get their uniform share.
     strength, control, control_seed
-        See `lisa_analysis.sampling_probabilities`.
+        See `lisa_analysis.sampling_probabilities`; a strength of None is the usual one of what is
+        made: 1 for probabilities.
     """
 
     activated_layers: int | None = None
     use_intervals: bool = True
-    strength: float | str = 1.0
+    strength: float | str | None = None
     control: Any = None
     control_seed: int = 0
 
@@ -49,13 +96,25 @@ class NextRun:
                 profile,
                 activated_layers=self.activated_layers or own or min(2, run.n_layers),
                 use_intervals=self.use_intervals,
-                strength=self.strength,
+                strength=1.0 if self.strength is None else self.strength,
                 control=self.control,
                 seed=self.control_seed,
             )
         except LisaError as error:
             return None, error
         return found, None
+
+    def export(self, profile: "ImportanceProfile", run: "Run", asked: "AskedExport") -> "Export":
+        """Make a file for another tool; `LisaError` where the profile or the options forbid it."""
+        from lisa_analysis.plans.exports import EXPORTS, export
+
+        options = dict(asked.options)
+        if self.activated_layers and "activated_layers" in EXPORTS[asked.kind].options:
+            options.setdefault("activated_layers", self.activated_layers)
+        return export(
+            profile, asked.kind, run=run, strength=self.strength, control=self.control,
+            seed=self.control_seed, use_intervals=self.use_intervals, **options,
+        )  # fmt: skip
 
     def strengths(
         self, profile: "ImportanceProfile | None", probabilities: SamplingProbabilities | None

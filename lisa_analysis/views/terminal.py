@@ -13,6 +13,7 @@ from lisa_analysis.views.states import STATES
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lisa_analysis.plans.exports import Export
     from lisa_analysis.plans.sampling import SamplingProbabilities
     from lisa_analysis.profiles.from_run import ImportanceProfile
     from lisa_analysis.rundir.run import Run
@@ -207,6 +208,11 @@ def _table(frame: "pd.DataFrame", columns: list[tuple[str, str, Any]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def exported(export: "Export") -> str:
+    """What a file for another tool holds, in its own words."""
+    return textwrap.fill(f"{export.kind}: {export.statement}", min(100, width())) + "\n"
 
 
 def written(files: list[tuple[str, Path]]) -> str:

@@ -158,6 +158,40 @@ def test_strength_and_control_reach_the_file_the_report_and_the_screen(
     assert "What each strength would give" not in report.read_text(encoding="utf-8")
 
 
+def test_exports_are_written_and_said(
+    make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(profile=np.exp(np.linspace(-1, 1, 12)), steps=200)
+    lora, rates, freeze = (tmp_path / name for name in ("lora.json", "lr.json", "freeze.json"))
+    words = [str(run.path), "-o", str(tmp_path / "r.html"), "--export",
+             f"peft-rank,r=4,target_modules=q_proj:{lora}", "--export", f"lr:{rates}",
+             "--export", f"freeze,layers=3:{freeze}"]  # fmt: skip
+    assert main(words) == 0
+    profile = la.importance(run)
+    made = la.export(profile, "peft-rank", run=run, r=4, target_modules="q_proj")
+    assert json.loads(lora.read_text()) == made.values
+    about = json.loads((tmp_path / "lora.about.json").read_text())
+    assert about["source_runs"] == [run.run_id]
+    multipliers = json.loads(rates.read_text())["multipliers"]
+    assert multipliers["11"] > 2 * multipliers["0"]
+    assert json.loads(freeze.read_text())["train"]["layers"] == [9, 10, 11]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"peft-rank: {made.statement}" in printed
+    assert f"peft-rank: {lora}" in printed
+
+
+def test_an_undecided_export_says_so_on_the_screen(
+    make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(profile=12, steps=4)
+    path = tmp_path / "a.yaml"
+    words = [str(run.path), "-o", str(tmp_path / "r.html"), "--export", f"axolotl:{path}"]
+    assert main(words) == 0
+    assert path.read_text("utf-8").count("^model.layers.") == 12
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "axolotl: Undecided: the data are insufficient for intervals" in printed
+
+
 def test_an_undecided_run_gives_the_same_words_everywhere(
     make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,8 +226,13 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "{run}", "--probabilities", "p.json"], "have the same seed"),
         (["{run}", "--strength", "17"], "strength is 17.0: expected a number from 0 to 16"),
         (["{run}", "--strength", "pol"], "'pool' or 'pool=6'"),
+        (["{run}", "--export", "peft-rank"], "expected KIND:FILE"),
+        (["{run}", "--export", "peftrank:f"], "Did you mean 'peft-rank'"),
+        (["{run}", "--export", "lr,head:f"], "expected OPTION=VALUE"),
+        (["{run}", "--export", "lr,heads=1:f"], "Did you mean 'head'"),
+        (["{run}", "--export", "freeze,layers=9:{tmp}/f"], "layers is 9"),
+        (["{run}", "--export", "lr:{tmp}/no/such/f"], "no/such"),
         (["{run}", "--strength", "pool=1"], "activated_layers is 2"),
-        (["{run}", "{run}", "--probabilities", "p.json"], "one seed twice"),
         (["{run}", "-o", "{tmp}/no/such/folder/r.html"], "no/such/folder"),
     ],
 )

@@ -1,0 +1,133 @@
+"""The modules of a model, as its run directory lists them: what adapters and lists can name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_analysis.contract.errors import LisaError, suggest
+from lisa_analysis.contract.layers import canonical_name
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module with a matrix: its path, its layer's position in the profile, and its shape."""
+
+    path: str
+    layer: int
+    shape: tuple[int, int]
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the path."""
+        return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def per_rank(self) -> int:
+        """Parameters of an adapter of rank 1: inputs and outputs."""
+        return sum(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelModules:
+    """Modules of a model.
+
+    Attributes
+    ----------
+    inside
+        Matrices of attention and feed-forward parts within the layers, in order. Matrices that
+        are no module of their own (the fused experts of a mixture) are left out: adapters on
+        modules do not reach them.
+    tensors
+        Canonical names of all tensors of the base model, with the position of their layer, or None.
+    fused
+        Tensors of three dimensions within the layers: experts in one block.
+    """
+
+    inside: tuple[Module, ...]
+    tensors: tuple[tuple[str, int | None], ...]
+    kinds: tuple[str, ...]
+    fused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, run: Any, layer_names: Sequence[str]) -> "ModelModules":
+        """Read a run's tensors.
+
+        Parameters
+        ----------
+        run
+            A run directory, opened or by its path.
+        layer_names
+            Layers of the profile, which the run must have.
+
+        Raises
+        ------
+        LisaError
+            When the run is of another model.
+        """
+        if isinstance(run, str | Path):
+            from lisa_analysis.rundir.run import load
+
+            run = load(run)
+        if tuple(run.layer_names) != tuple(layer_names):
+            raise LisaError(
+                f"run {run.run_id} has {len(run.layer_names)} layers (first: "
+                f"{run.layer_names[0] if run.layer_names else 'none'}), the profile "
+                f"{len(layer_names)} ({layer_names[0]}): give the run that the profile came from."
+            )
+        frame = run.parameters
+        frame = frame[frame["role"] == "base"]
+        inside, tensors, kinds, fused = [], [], [], []
+        for name, layer, kind, shape in zip(
+            frame["name"], frame["layer"].fillna(-1), frame["kind"], frame["shape"], strict=True
+        ):
+            name, position = canonical_name(name), None if layer < 0 else int(layer)
+            tensors.append((name, position))
+            kinds.append(str(kind))
+            sizes = tuple(int(size) for size in str(shape).split("x") if size)
+            if position is None or not kind.startswith(("attn.", "mlp.")):
+                continue
+            if len(sizes) == 2 and name.endswith(".weight"):
+                path = name.removesuffix(".weight")
+                inside.append(Module(path, position, (sizes[0], sizes[1])))
+            elif len(sizes) == 3:
+                fused.append(name)
+        return cls(tuple(inside), tuple(tensors), tuple(kinds), tuple(fused))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of every module that holds a tensor, inside the layers and outside."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in self.tensors))
+
+    def leaves(self, wanted: Iterable[str] | None) -> tuple[str, ...]:
+        """Last parts of the paths of all matrices, or the wanted ones of them.
+
+        Raises
+        ------
+        LisaError
+            For a name that no matrix within the layers has.
+        """
+        known = tuple(dict.fromkeys(module.leaf for module in self.inside))
+        if not known:
+            raise LisaError(
+                "the layers have no matrices of attention or feed-forward parts: name "
+                "target_modules without run=."
+            )
+        if not wanted:
+            return known
+        wanted = tuple(map(str, wanted))
+        for name in wanted:
+            if name not in known:
+                raise LisaError(
+                    f"target_modules holds {name!r}: expected names of matrices within the layers "
+                    f"({', '.join(known)}).{suggest(name, known)}"
+                )
+        return wanted
+
+    def of_group(self, group: str) -> tuple[str, ...]:
+        """Names of the tensors outside the layers of one kind: embed, head, norm or other."""
+        return tuple(
+            name
+            for (name, layer), kind in zip(self.tensors, self.kinds, strict=True)
+            if layer is None and kind == group
+        )

@@ -1,0 +1,51 @@
+"""`peft-layers`: LoRA in the layers that matter, and in no other."""
+
+from collections.abc import Sequence
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.plans.exports.adapters import matched, targets
+from lisa_analysis.plans.exports.plan import Plan, joined
+from lisa_analysis.plans.exports.registry import Content, exporter
+
+
+@exporter(
+    "peft-layers", "LoraConfig of PEFT: adapters in the layers that matter alone",
+    provenance="beside",
+)  # fmt: skip
+def peft_layers(
+    plan: Plan,
+    *,
+    layers: int | None = None,
+    r: int = 16,
+    lora_alpha: int | None = None,
+    target_modules: str | Sequence[str] | None = None,
+) -> Content:
+    """Name the modules of the chosen layers.
+
+    Parameters
+    ----------
+    plan
+        The profile.
+    layers
+        How many of the best; None takes those that stand above the mean.
+    r, lora_alpha
+        Rank, and its scale (None: twice the rank).
+    target_modules
+        Last parts of module names; None takes every matrix of attention and feed-forward parts.
+    """
+    if not (isinstance(r, int) and not isinstance(r, bool) and r >= 1):
+        raise LisaError(f"r is {r!r}: expected a whole number of at least 1.")
+    chosen = plan.chosen(layers)
+    leaves = plan.modules_of(target_modules)
+    values = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
+        **targets(plan, leaves, chosen),
+    }
+    facts = {}
+    notes = [f"Adapters in {chosen.sum()} of {len(chosen)} layers: {joined(plan.names(chosen))}."]
+    if plan.model is not None:
+        facts["trained_parameters"] = sum(r * m.per_rank for m in matched(plan.model, values))
+        notes.append(f"{facts['trained_parameters']:,} trained parameters.")
+    return Content(values, tuple(notes), chosen.astype(int), facts)

@@ -143,7 +143,7 @@ FLOORS = {
         "statistics": (),
         "metrics": ("contract", "rundir", "statistics"),
         "profiles": ("contract", "rundir", "statistics", "metrics"),
-        "plans": ("contract", "statistics", "profiles"),
+        "plans": ("contract", "rundir", "statistics", "profiles"),
         "runs": ("contract", "rundir", "statistics", "metrics", "profiles"),
         "views": (
             "contract", "rundir", "statistics", "metrics", "profiles", "plans", "runs",

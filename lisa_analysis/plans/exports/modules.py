@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import canonical_name
+from lisa_analysis.rundir.opening import opened
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class ModelModules:
         Parameters
         ----------
         run
-            A run directory, opened or by its path.
+            A run directory, opened or by its path; or anything else that lists the tensors of a
+            model as one does.
         layer_names
             Layers of the profile, which the run must have.
 
@@ -65,10 +66,8 @@ class ModelModules:
         LisaError
             When the run is of another model.
         """
-        if isinstance(run, str | Path):
-            from lisa_analysis.rundir.run import load
-
-            run = load(run)
+        if not (hasattr(run, "parameters") and hasattr(run, "layer_names")):
+            run = opened(run, "export")
         if tuple(run.layer_names) != tuple(layer_names):
             raise LisaError(
                 f"run {run.run_id} has {len(run.layer_names)} layers (first: "

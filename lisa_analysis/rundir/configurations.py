@@ -24,6 +24,8 @@ MODEL_KEYS = ("model_name_or_path", "model/name")
 _DATA = ("dataset_name", "dataset/name")
 # The text of its path says nothing: what was sampled is compared by content.
 _PROBABILITIES = ("lisa/probabilities", "lisa.probabilities")
+_CONTROL = ("lisa/control", "lisa.control")
+LEARNING = "lisa/learn"
 
 # Settings that tell arms apart, in this order, then in that of the file.
 _FIRST = (
@@ -65,6 +67,7 @@ def settings(run: Run) -> Settings:
     path = run.path / CONFIG
     found = dict(_written(path) if path.exists() else _declared(run))
     named = [found.pop(key, None) for key in _PROBABILITIES]
+    asked = [found.pop(key, None) for key in _CONTROL]
     values = {
         key: value
         for key, value in found.items()
@@ -75,7 +78,10 @@ def settings(run: Run) -> Settings:
         if name and not values.keys() & {*keys}:
             values[keys[0]] = name
     given = next((text for text in named if text is not None), "null")
-    return Settings({"method": str(run.method)} | values, read_sampled(run, given))
+    control = next((text for text in asked if text is not None), "none")
+    learns = any(key.startswith(f"{LEARNING}/") for key in values)
+    sampled = read_sampled(run, given, control, learns=learns)
+    return Settings({"method": str(run.method)} | values, sampled)
 
 
 def _written(path: Path) -> dict[str, str]:

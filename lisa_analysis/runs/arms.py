@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.rundir.configurations import (
+    LEARNING,
     Settings,
     data_of,
     differing,
@@ -115,6 +116,8 @@ def _within(own: Settings, kin: Sequence[Settings]) -> list[str]:
     elif len(kin) == 1 and own.sampled.pi and own.sampled.word != "uniform":
         words.append(own.sampled.word)
     keys = differing(kin)
+    if len({other.sampled.learns for other in kin}) > 1:
+        keys = [key for key in keys if not key.startswith(LEARNING)]  # the word says it
     words += [f"{short_name(key)}={_value(own.values.get(key))}" for key in keys[:_MOST]]
     return [*words, "…"] if len(keys) > _MOST else words
 

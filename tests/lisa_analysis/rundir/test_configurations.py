@@ -142,3 +142,48 @@ def test_equal_probabilities_are_uniform_sampling(folders):
 def test_a_damaged_file_is_as_good_as_gone(folders, content):
     (folders[0] / FILE).write_text(content)
     assert arms(folders) == THREE_ARMS
+
+
+def set_lisa(folder, **changes):
+    """Settings of LISA, as a newer toolkit writes them into both files."""
+    text = (folder / CONFIG).read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.split(":")[0].strip() not in changes]
+    at = lines.index("lisa:") + 1
+    for name, value in changes.items():
+        under = value if isinstance(value, dict) else None
+        lines.insert(at, f"  {name}:" + ("" if under else f" {value}"))
+        for key, entry in (under or {}).items():
+            lines.insert(at + 1, f"    {key}: {entry}")
+    (folder / CONFIG).write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def test_a_control_that_the_run_itself_applied(folders):
+    """The file holds the learned probabilities, and `lisa.control` permutes them by the seed."""
+    learned = (folders[0] / FILE).read_text("utf-8")
+    for folder in folders[4:8]:
+        assert folder.name.startswith("permuted")
+        (folder / FILE).write_text(learned, "utf-8")
+        set_lisa(folder, control="permuted", control_seed=folder.name[-1])
+    assert arms(folders) == THREE_ARMS
+    # Where the file is gone the setting still tells a control.
+    for folder in folders[4:8]:
+        (folder / FILE).unlink()
+    assert arms(folders) == THREE_ARMS
+
+
+def test_a_uniform_control_is_uniform_sampling(folders):
+    for folder in folders[8:]:
+        set_lisa(folder, control="uniform")
+    set_lisa(folders[0], control="none")
+    assert arms(folders) == THREE_ARMS
+
+
+def test_runs_that_learn_are_another_arm_than_uniform_ones(folders):
+    for folder in folders[:8]:
+        set_path(folder, "null")
+        set_lisa(folder, learn={"metric": "grad_rms"})
+    for folder in folders[4:8]:
+        set_lisa(folder, control="permuted")
+    assert arms(folders) == THREE_ARMS
+    names = la.compare([folders[i] for i in (0, 4, 8)]).arms["arm"].tolist()
+    assert names == ["learning", "permuted", "uniform"]

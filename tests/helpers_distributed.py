@@ -515,7 +515,7 @@ def trainer_saved(folder, rank, world):
     trainer(folder, rank, world, **SAVING)
 
 
-def trainer_fsdp2(folder, rank, world):
+def trainer_fsdp2(folder, rank, world, **changes):
     """Sharded by transformers as it loads: accelerate has no FSDP for CPUs."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
@@ -524,7 +524,14 @@ def trainer_fsdp2(folder, rank, world):
     base = folder.parent / "base"
     model = LlamaForCausalLM.from_pretrained(base, distributed_config=config)
     assert hasattr(model.lm_head.weight, "to_local")
-    trainer(folder, rank, world, model)
+    return trainer(folder, rank, world, model, **changes)
+
+
+def trainer_lisa_fsdp2(folder, rank, world):
+    done = trainer_fsdp2(folder, rank, world, lisa=LISA)
+    weights = {name: p.full_tensor() for name, p in done.model.state_dict().items()}
+    if not rank:
+        torch.save(weights, folder / "model.pt")
 
 
 def trainer_adapters(folder, rank, world):
@@ -608,6 +615,7 @@ SCENARIOS = {
     "trainer-lisa": trainer_lisa,
     "trainer-saved": trainer_saved,
     "trainer-fsdp2": trainer_fsdp2,
+    "trainer-lisa-fsdp2": trainer_lisa_fsdp2,
     "trainer-adapters": trainer_adapters,
 }
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import canonical_name
-from lisa_train.model.sharding import is_sharded
+from lisa_train.model.sharding import fsdp_modules, is_sharded
 
 ONE_PROCESS_EACH = (
     "start one process per GPU (torchrun --nproc-per-node N), or show this one a single GPU "
@@ -83,12 +83,7 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
         Whether any tensor ever rests.
     """
     refuse_wrappers(model, "LISA")
-    split = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
-    if split is not None:
-        raise ConfigError(
-            f"LISA does not work with weights that are split over processes (FSDP2, tensor "
-            f"parallelism), as {canonical_name(split)} is; train with DDP, or without LISA."
-        )
+    _check_shards(model, precision)
     replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
     if precision == "fp32_active" and replicas:
         raise ConfigError(
@@ -100,6 +95,26 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
     if rotates:
         for replica in replicas:
             _check_ddp(replica)
+
+
+def _check_shards(model: nn.Module, precision: str) -> None:
+    """`ConfigError` for tensors that processes share in another way than by FSDP2 alone."""
+    split = [(name, p) for name, p in model.named_parameters() if is_sharded(p)]
+    if not split:
+        return
+    name = canonical_name(split[0][0])
+    if not fsdp_modules(model) or any(p.device_mesh.ndim > 1 for _, p in split):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"LISA is not proved with weights that tensor parallelism splits, or FSDP2 with copies "
+            f"(HSDP), as {name} is; use FSDP2 over one dimension, or one copy of the model per "
+            "process."
+        )
+    if precision == "fp32_active":
+        raise ConfigError(
+            f"lisa.precision is 'fp32_active' and {name} is split over processes by FSDP2, which "
+            "keeps the precision of a tensor: hold the weights in fp32 and compute in bf16 "
+            "(MixedPrecisionPolicy(param_dtype=torch.bfloat16)), or set lisa.precision to 'model'."
+        )
 
 
 def _check_ddp(replica: Any) -> None:

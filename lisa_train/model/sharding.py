@@ -63,6 +63,16 @@ def fsdp_groups(model: nn.Module) -> list[Any]:
     ]
 
 
+def settle_reductions(model: nn.Module) -> None:
+    """Let FSDP2 know again which tensors train; for good it does at the first forward pass only.
+
+    In which precision a group of tensors is reduced it takes from those that train then, and of a
+    group that rests it would not know.
+    """
+    for group in fsdp_groups(model):
+        group._init_mp_dtypes()
+
+
 def is_first_copy(tensor: torch.Tensor) -> bool:
     """Whether no earlier process holds the same part: with replicas (HSDP) one of them speaks."""
     mesh: Any = getattr(tensor, "device_mesh", None)
@@ -92,9 +102,8 @@ def requiring_gradients(
             p.grad = None
             if key in wanted and p.is_floating_point():
                 p.requires_grad_(True)
+        settle_reductions(model)
         for group in fsdp_groups(model):
-            # Settled for good by the first forward pass, for the tensors that trained then.
-            group._init_mp_dtypes()
             # A tensor that one process alone reaches must not hold up the others.
             unused.append((group, group.reduce_scatter_unused_params))
             group.reduce_scatter_unused_params = True

@@ -25,6 +25,7 @@ from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.run_entries import announce, lisa_entries
+from lisa_train.model.sharding import is_sharded, reshard, settle_reductions
 from lisa_train.optim.frozen_state import FrozenState, on_load
 from lisa_train.optim.policies import POLICIES
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
@@ -146,6 +147,7 @@ class Lisa:
         )  # fmt: skip
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._average = GradientAverage(model, wanted=averages)
+        self._sharded = model if any(is_sharded(p) for p in model.parameters()) else None
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._trainable = [p for p, flag in self._flags if flag]
         self._active: set[nn.Parameter] = set()
@@ -346,6 +348,8 @@ class Lisa:
 
     def _apply(self) -> None:
         """Let exactly the active units require gradients; clear the rest out of the optimizer."""
+        if self._sharded is not None:
+            reshard(self._sharded)  # an evaluation leaves other tensors in their place
         units: list[Unit] = [*self._schedule.layers, *self.active_groups]
         wanted = {p for unit in units for p in self._units[unit]}
         for parameter in self._trainable:
@@ -354,6 +358,8 @@ class Lisa:
             else:
                 self._freeze(parameter)
         self._active = wanted
+        if self._sharded is not None:
+            settle_reductions(self._sharded)
         self._write_check.start(self._optimizers)
         if self._recomputation is not None:
             self._recomputation.spare(self._schedule.layers)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import processes
+from lisa_train.model.sharding import is_sharded
 
 # Small gradients travel together, as in DDP; at most two such buffers exist at a time. A larger
 # gradient is reduced where it is.
@@ -33,8 +34,8 @@ class GradientAverage:
     Parameters
     ----------
     model
-        The model. Where somebody has wrapped it in `DistributedDataParallel`, that averages, and
-        nothing is done here.
+        The model. Where somebody has wrapped it in `DistributedDataParallel`, or FSDP2 has split
+        it, that averages, and nothing is done here.
     wanted
         False where such a wrapper is around `model`, out of its sight.
 
@@ -47,7 +48,8 @@ class GradientAverage:
     def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
         self._count = processes()
         wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-        self.on = wanted and self._count > 1 and not wrapped
+        sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self.on = wanted and self._count > 1 and not wrapped and not sharded
         self._done = False
         # Statistics that a forward pass updates from its own batch; DDP broadcasts them as well.
         self._statistics: list[torch.Tensor] = []

@@ -1,0 +1,161 @@
+"""LISA on a model that FSDP2 splits over two processes: equal to one process with all of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers_ranks import batch, build
+from torch import nn
+
+import lisa_train as lt
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.engine import Lisa
+
+WORLD, STEPS = 2, 8
+# name -> settings of LISA, bf16 in the forward and backward pass, recomputed activations
+CASES = {
+    "reset": ({}, False, False),
+    "keep": ({"optimizer_state": "keep"}, False, True),
+    "offload": ({"optimizer_state": "offload", "sampling": "cyclic"}, False, False),
+    "warm-up": ({"warmup_steps": 2, "sampling": "balanced"}, False, False),
+    "groups drawn": (
+        {"always_active": ("norm",), "embed_probability": 0.5, "head_probability": 0.5}, False,
+        False,
+    ),
+    "bf16": ({}, True, False),
+    "bf16, groups drawn": (
+        {"always_active": ("norm",), "embed_probability": 0.5, "head_probability": 0.5}, True, True,
+    ),
+}  # fmt: skip
+
+
+def shard(model, *, half):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+    )
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def train(name, model, shares, loss_of):
+    """Return what was drawn, norms before clipping, and the weights."""
+    settings, _, checkpointing = CASES[name]
+    if checkpointing and loss_of is not loss_in_bf16:  # which recomputes with the weights as stored
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    drawn, norms = [], []
+    with Lisa(model, optimizer, lt.LisaConfig(1, 2, **settings), seed=3) as engine:
+        for step in range(STEPS):
+            engine.begin_step(step)
+            drawn.append((engine.active_layers, engine.active_groups))
+            for rank in shares:
+                (loss_of(model, batch(step, 0, rank)) / len(shares)).backward()
+            engine.average_gradients()  # FSDP2 has done it
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            norms.append(whole(norm).float())
+            optimizer.step()
+            optimizer.zero_grad()
+            if settings.get("optimizer_state") is None:
+                active = {p for p in model.parameters() if p.requires_grad}
+                assert {p for p in optimizer.state if optimizer.state[p]} <= active
+            if step == 3:  # leaves the root's tensors gathered
+                with torch.no_grad():
+                    loss_of(model, batch(step, 0, shares[0]))
+    weights = {key: whole(value) for key, value in model.state_dict().items()}
+    return {"drawn": drawn, "norms": torch.stack(norms), "model": weights}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def loss_of(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def loss_in_bf16(model, ids):
+    """What FSDP2 computes with bf16 copies of fp32 weights, gradients summed in fp32."""
+    copies = {name: p.to(torch.bfloat16) for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, copies, kwargs={"input_ids": ids, "labels": ids}).loss
+
+
+def process(rank, folder):
+    folder = Path(folder)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    for name, (_, half, _) in CASES.items():
+        found = train(name, shard(build(), half=half), [rank], loss_of)
+        torch.save(found, folder / f"{name}-{rank}.pt")
+    torch.save(refused(), folder / f"refused-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import Shard
+
+    half = shard(build().bfloat16(), half=False)
+    copies = fully_shard(
+        build(), mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
+    )
+    parallel, mesh = build(), init_device_mesh("cpu", (2,))
+    head = distribute_tensor(parallel.lm_head.weight.data, mesh, [Shard(0)])
+    parallel.lm_head.weight = nn.Parameter(head)
+    said = {}
+    for name, model, settings in (
+        ("fp32_active", half, {"precision": "fp32_active"}),
+        ("HSDP", copies, {}),
+        ("tensor parallel", parallel, {}),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        try:
+            Lisa(model, optimizer, lt.LisaConfig(1, 2, **settings))
+        except ConfigError as error:
+            said[name] = str(error)
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes left; launched once for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one_with_the_whole_model(folder, name):
+    first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in range(WORLD))
+    half = CASES[name][1]
+    alone = train(name, build(), range(WORLD), loss_in_bf16 if half else loss_of)
+    assert first["drawn"] == second["drawn"] == alone["drawn"]
+    tolerance = 2e-2 if half else 2e-5  # roundings to bf16 that fall otherwise
+    torch.testing.assert_close(first["norms"], alone["norms"], rtol=tolerance, atol=0)
+    begun = build().state_dict()
+    for key, value in alone["model"].items():
+        assert torch.equal(first["model"][key], second["model"][key]), key
+        if half:
+            moved = (value - begun[key]).norm()
+            assert (first["model"][key] - value).norm() <= 0.05 * moved, key
+        else:
+            torch.testing.assert_close(first["model"][key], value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fp32_active", "hold the weights in fp32 and compute in bf16"),
+        ("HSDP", "FSDP2 with copies (HSDP)"),
+        ("tensor parallel", "weights that tensor parallelism splits"),
+    ],
+)
+def test_what_is_not_proved_is_refused(folder, name, words):
+    for rank in range(WORLD):
+        assert words in torch.load(folder / f"refused-{rank}.pt")[name]

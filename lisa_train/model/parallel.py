@@ -61,7 +61,7 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
     if any(isinstance(module, fsdp) for module in modules):
         raise ConfigError(
             f"{who} does not work under FSDP version 1, which hides the tensors of a model in flat "
-            "pieces; use DDP (or, for recording alone, FSDP2: fsdp_version 2)."
+            "pieces; use DDP, or FSDP2."
         )
     if any(isinstance(module, nn.DataParallel) for module in modules):
         raise ConfigError(

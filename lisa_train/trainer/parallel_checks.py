@@ -39,10 +39,16 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
         )
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     version = getattr(plugin, "fsdp_version", 1)
-    if plugin is not None and (version == 1 or not sharded):
+    if plugin is not None and version == 1:
         raise ConfigError(
-            f"{who} does not work under FSDP (version {version}), which splits the tensors of a "
-            f"model over processes; use DDP{', or FSDP2 (fsdp_version 2)' if sharded else ''}."
+            f"{who} does not work under FSDP version 1, which hides the tensors of a model in flat "
+            f"pieces; use DDP{', or FSDP2 (fsdp_version 2)' if sharded else ''}."
+        )
+    if plugin is not None and not sharded:
+        raise ConfigError(
+            f"{who} is not proved under FSDP2 as accelerate sets it up, which runs on GPUs only; let "
+            "transformers split the model (from_pretrained(…, distributed_config="
+            "DistributedConfig(fsdp_size=N))), or use DDP."
         )
     if args.parallel_mode not in _PROVED:
         raise ConfigError(

@@ -108,15 +108,14 @@ def start(rank, folder):
 
 
 def sharded():
-    """LISA and the recorder under both versions of FSDP."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    """LISA and the recorder under FSDP version 1."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     said = {}
     for name, wrap in (
         ("fsdp1 flat", lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"))),
         ("fsdp1", lambda m: FullyShardedDataParallel(
             m, use_orig_params=True, device_id=torch.device("cpu"))),
-        ("fsdp2", fully_shard),
     ):  # fmt: skip
         model = wrap(build())
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -124,8 +123,6 @@ def sharded():
             ("lisa", lambda: Lisa(model, optimizer, CONFIG)),  # noqa: B023
             ("record", lambda: lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))),  # noqa: B023
         ):
-            if (name, who) == ("fsdp2", "record"):
-                continue  # that works, see test_record_distributed.py
             try:
                 make()
             except ConfigError as error:
@@ -198,7 +195,6 @@ def test_a_rank_that_cannot_start_stops_the_others_with_its_sentence(starts):
         ("fsdp1 flat record", "the recorder does not work under FSDP version 1"),
         ("fsdp1 lisa", "LISA does not work under FSDP version 1"),
         ("fsdp1 record", "the recorder does not work under FSDP version 1"),
-        ("fsdp2 lisa", "LISA does not work with weights that are split over processes (FSDP2"),
     ],
 )
 def test_what_is_not_proved_in_several_processes_is_refused(starts, name, words):

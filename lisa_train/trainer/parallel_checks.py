@@ -46,8 +46,8 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
         )
     if plugin is not None and not sharded:
         raise ConfigError(
-            f"{who} is not proved under FSDP2 as accelerate sets it up, which runs on GPUs only; let "
-            "transformers split the model (from_pretrained(…, distributed_config="
+            f"{who} is not proved under FSDP2 as accelerate sets it up, which runs on GPUs only; "
+            "let transformers split the model (from_pretrained(…, distributed_config="
             "DistributedConfig(fsdp_size=N))), or use DDP."
         )
     if args.parallel_mode not in _PROVED:

@@ -16,6 +16,7 @@ from lisa_train.command.words import (
     check_flags,
     config_files,
     expand_recipes,
+    expand_sections,
     keep_words,
     one_sentence,
 )
@@ -120,7 +121,7 @@ def parse(argv: Sequence[str]) -> Command:
     """
     import jsonargparse
 
-    argv = expand_recipes(argv)
+    argv = expand_sections(expand_recipes(argv))
     check_flags(argv)
     for path in config_files(argv):
         check_file(path)

@@ -3,6 +3,7 @@
 It knows no suggestions, reads some words as null, and calls every stranger `unrecognized`.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -51,6 +52,30 @@ def expand_recipes(argv: Sequence[str]) -> list[str]:
                 f"{', '.join(found)}.{suggest(value, found)}"
             )
         expanded[position] = prefix + str(found[value])
+    return expanded
+
+
+def expand_sections(argv: Sequence[str]) -> list[str]:
+    """Replace `--lora FILE` by what the file holds, as `lisa-analyze --export` writes it."""
+    import yaml
+
+    free = [f.name for f in fields(TrainConfig) if f.default_factory is dict]
+    expanded = list(argv)
+    for name in free:
+        for position, prefix, value in option_values(argv, f"--{name}"):
+            if value.lstrip().startswith("{") or not Path(value).is_file():
+                continue
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"--{name} {value} cannot be read: {reason[:200]}") from error
+            if not isinstance(content, Mapping):
+                raise ConfigError(
+                    f"--{name} {value} holds {type(content).__name__}; expected the fields of "
+                    f"{name}, as JSON or as `key: value` lines."
+                )
+            expanded[position] = prefix + json.dumps(content)
     return expanded
 
 

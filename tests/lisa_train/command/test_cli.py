@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse, recipes
@@ -27,18 +28,39 @@ def test_of_several_processes_the_first_prints_the_summary(
     assert capsys.readouterr().out == ("the summary\n" if prints else "")
 
 
-# recipe -> its method
-RECIPES = {
-    "full": "full", "lora": "lora", "lisa": "lisa", "lisa-lean": "lisa", "lisa-learned": "lisa",
-    "probe": "probe", "peft": "peft", "head": "select", "bitfit": "select",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_found_by_name_and_is_valid(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_is_valid(name: str) -> None:
+    wanted = yaml.safe_load(recipes()[name].read_text())
     config = parse(["--config", name, *NEEDED]).config
-    assert config.method == RECIPES[name]
-    assert set(recipes()) == set(RECIPES)
+    assert config.method == wanted["method"]
+
+
+def test_the_recipes_that_the_docs_name_are_found() -> None:
+    named = {"full", "lora", "lisa", "lisa-lean", "lisa-learned", "probe", "peft", "head", "bitfit"}
+    assert named <= set(recipes())
+
+
+@pytest.mark.parametrize(
+    "text", ['{"r": 8, "target_modules": ["q_proj"]}', "r: 8\ntarget_modules: [q_proj]"]
+)
+def test_a_section_is_read_from_a_file(tmp_path: Path, text: str) -> None:
+    """As `lisa-analyze --export peft-rank:FILE` writes it."""
+    (tmp_path / "lora.json").write_text(text)
+    for words in (["--lora", str(tmp_path / "lora.json")], [f"--lora={tmp_path / 'lora.json'}"]):
+        config = parse(["--config", "lora", *words, *NEEDED]).config
+        assert config.lora == {"r": 8, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[1, 2]", "holds list; expected the fields of lora"), ("{", "cannot be read")],
+)
+def test_a_section_that_a_file_does_not_hold_is_one_sentence(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "lora.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        parse(["--config", "lora", "--lora", str(tmp_path / "lora.json"), *NEEDED])
 
 
 def test_the_shell_overrides_the_file_at_any_depth(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What an ablation says of a run, in sentences: the gain, which layers it needs, interaction."""
 
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,7 @@ def bounds(interval: Interval) -> str:
 
 def _standing(metric: str, by: str, names: Sequence[str], fit: Fit, confidence: float) -> str:
     """Which rows are known to differ from nothing, all of them at once."""
-    low, high = together(fit, confidence)
+    low, high = together(fit)
     above, below = low > 0, high < 0
     open_rows = fit.seen & ~above & ~below
     costs = metric.startswith("forgetting")
@@ -158,20 +157,9 @@ def _standing(metric: str, by: str, names: Sequence[str], fit: Fit, confidence: 
     return f"With all {by}s judged together at {confidence:.0%}: {text}."
 
 
-def together(fit: Fit, confidence: float) -> tuple[Array, Array]:
+def together(fit: Fit) -> tuple[Array, Array]:
     """Bounds that hold for all rows at once (max-t over the bootstrap); NaN where unknown."""
-    reach = np.full(len(fit.effect), np.nan)
-    seen = fit.seen
-    if fit.samples is not None and seen.any():
-        deviations = fit.samples[:, seen] - fit.effect[seen]
-        spread = deviations.std(axis=0)
-        largest = np.abs(deviations / np.where(spread > 0, spread, np.inf)).max(axis=1)
-        # The level of one row at which all hold, and Student's t there: few examples have not told
-        # the spread itself.
-        upper = NormalDist().cdf(float(np.quantile(largest, confidence)))
-        degrees = float(fit.n_eff[seen].min()) - 1
-        reach[seen] = float(st.t_quantile(upper, degrees)) * spread
-    return fit.effect - reach, fit.effect + reach
+    return fit.joint_low, fit.joint_high
 
 
 def _more(split: float, fit: Fit, limits: Thresholds) -> str:

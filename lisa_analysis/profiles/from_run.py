@@ -14,6 +14,7 @@ from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import Grouping
 from lisa_analysis.profiles import ablated
+from lisa_analysis.profiles.cost import cadence, cost_words
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, statement
@@ -85,10 +86,13 @@ def importance(
     Notes
     -----
     Intervals are those of a layer relative to the others: what all layers share at a step
-    (learning rate, difficulty of the batch) is removed from logarithmic metrics. They come from
-    a circular block bootstrap over time with layers kept together (activation intervals for
-    LISA), and are missing below 25 effective observations (see `Thresholds`). A logarithm has no
-    zero: single steps at which a layer was exactly zero are left out, and the statement says so.
+    (learning rate, difficulty of the batch) is removed, from logarithms as a mean, from linear
+    metrics as a size. They are Student's t with one memory from step to step that all layers share
+    (activation intervals for LISA, batches for a probe) and variances moderated over layers; the
+    joint band is the max-t of bootstrap samples with layers kept together. A layer below
+    `Thresholds.min_effective` effective observations is unknown, and silences no other. A logarithm
+    has no zero: single steps at which a layer was exactly zero are left out, and the statement
+    says so. See docs/statistics.md.
     """
     check_confidence(confidence)
     if isinstance(run, list | tuple):
@@ -124,13 +128,21 @@ def importance(
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
     if chosen.rows != "steps":
         trained = np.zeros_like(trained)
+    purpose = estimand(run, chosen)
     agrees = None
     if chosen.rows == "examples":
         said = ablated.statement(
             chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
         )
     else:
-        said = statement(chosen.id, by, fit, judged, start, thresholds, special, trained, stacks)
+        spent = cost_words(
+            fit, judged, thresholds.reliable, by,
+            cadence(run, gradients=chosen.of_gradients, batches=chosen.rows == "batches"),
+        )  # fmt: skip
+        said = statement(
+            chosen.id, by, groups.names, fit, judged, start, thresholds, special, trained,
+            confidence=confidence, estimand=purpose, stacks=stacks, cost=spent,
+        )  # fmt: skip
         agrees, doubt = ablated.confirmed(data, fit.score)
         said = f"{said} {doubt}".rstrip()
     return ImportanceProfile(
@@ -141,8 +153,12 @@ def importance(
         model=str((run.manifest.get("model") or {}).get("name", "unknown")),
         by=by,
         confidence=confidence,
-        layers=_frame(groups, slice(0, groups.inside), [fit], visits, initial),
-        outside=_frame(groups, slice(groups.inside, None), outside, visits, initial),
+        layers=_frame(groups, slice(0, groups.inside), [fit], visits, initial).assign(
+            standing=judged.standing.words
+        ),
+        outside=_frame(groups, slice(groups.inside, None), outside, visits, initial).assign(
+            standing="unknown"
+        ),
         verdict=judged.shape.verdict,
         statement=said,
         concentration=judged.concentration,
@@ -153,7 +169,19 @@ def importance(
         remarks=special,
         thresholds=thresholds,
         agrees_with_ablation=agrees,
+        estimand=purpose,
     )
+
+
+def estimand(run: Any, chosen: Metric) -> str:
+    """What the intervals of a profile are for, in words; empty where it has none."""
+    if chosen.rows == "batches":
+        return "the mean over batches at these weights: no training is part of it"
+    if chosen.rows == "examples":
+        return "the mean over examples at these weights"
+    if chosen.scale == "total":
+        return ""
+    return "the mean of the process that this run is one course of: another seed is another process"
 
 
 def check_confidence(confidence: Any) -> None:
@@ -223,7 +251,7 @@ def _samples(fit: Fit) -> Array | None:
     """Bootstrap samples of the scores; a layer that is zero throughout is zero in each."""
     if fit.samples is None:
         return None
-    return np.where(fit.zero, 0.0, fit.scale(fit.samples))
+    return np.where(fit.zero, 0.0, fit.scale(fit.samples))  # NaN for layers without an interval
 
 
 def _frame(
@@ -243,6 +271,8 @@ def _frame(
             "score": join("score"),
             "low": join("low"),
             "high": join("high"),
+            "joint_low": join("joint_low"),
+            "joint_high": join("joint_high"),
             "n_eff": join("n_eff"),
             "visits": visits[columns].astype(np.int64),
             "initial": initial[columns],

@@ -1,6 +1,7 @@
 """A profile of scores that were given, not measured by a run."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.over_seeds import over_seeds
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.profiles.sentences import remarks, shape_words
+from lisa_analysis.profiles.sentences import remarks, shape_words, standing_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS
-from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.profiles.verdict import Judgement, judge
 from lisa_analysis.statistics.estimate import Fit
 
 Array = NDArray[np.float64]
@@ -62,7 +63,7 @@ def profile_of(
     labels = [f"layer {i}" for i in range(n)] if names is None else [str(name) for name in names]
     if len(labels) != n or len(set(labels)) != n:
         raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
-    fit = _fit(score, *bounds)
+    fit = _fit(score, bounds[0], bounds[1], confidence)
     judged = judge(
         fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), interval=None,
         rng=np.random.default_rng(0), has_depth=by == "layer",
@@ -76,16 +77,17 @@ def profile_of(
         model=model,
         by=by,
         confidence=confidence,
-        layers=_frame(fit, labels, by),
+        layers=_frame(fit, labels, by).assign(standing=judged.standing.words),
         outside=_frame(fit.only(np.zeros(n, dtype=bool)), [], by),
         verdict=judged.shape.verdict,
-        statement=_statement(metric, by, fit, shape_words(judged, by), special),
+        statement=_statement(metric, by, labels, fit, judged, special, confidence),
         concentration=judged.concentration,
         shape=judged.shape,
         initialisation=None,
         reliability=judged.reliability,
         samples=None,
         remarks=special,
+        estimand="what the given scores are of",
     )
 
 
@@ -139,19 +141,32 @@ def _vector(name: str, given: Any, length: int | None) -> Array:
     return values
 
 
-def _fit(score: Array, low: Array, high: Array) -> Fit:
-    """Given numbers as a fit without any resampling behind it."""
+def _fit(score: Array, low: Array, high: Array, confidence: float) -> Fit:
+    """Given numbers as a fit without any resampling behind it.
+
+    Bounds of single layers are widened to hold for all at once as those of independent normal
+    errors would be (Šidák 1967).
+    """
     n = len(score)
     zero = score == 0
     known = score[np.isfinite(score) & ~zero]
     log = len(known) > 0 and bool((known > 0).all())
     effect = np.where(zero, np.nan, score)
     nothing = np.full(n, np.nan)
+    low, high = (np.where(zero, np.nan, bound) for bound in (low, high))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ends = [np.log(end) if log else end for end in (effect, low, high)]
+    layers = int((np.isfinite(low) & np.isfinite(high)).sum())
+    all_of_them = 0.5 + confidence ** (1 / max(layers, 1)) / 2
+    normal = NormalDist()
+    factor = normal.inv_cdf(all_of_them) / normal.inv_cdf(0.5 + confidence / 2)
+    back = np.exp if log else np.asarray
+    with np.errstate(invalid="ignore"):
+        joint_low, joint_high = (back(ends[0] + factor * (end - ends[0])) for end in ends[1:])
     return Fit(
-        score, np.where(zero, np.nan, low), np.where(zero, np.nan, high),
-        np.log(effect) if log else effect, None, None, nothing, nothing,
+        score, low, high, ends[0], None, None, nothing, nothing,
         np.zeros(n, np.int64), float("nan"), np.zeros((0, n)), 1, None, log, "none", zero,
-        zero.astype(np.int64),
+        zero.astype(np.int64), joint_low, joint_high, nothing, nothing, zero & False, nothing,
     )  # fmt: skip
 
 
@@ -162,13 +177,17 @@ def _frame(fit: Fit, names: Sequence[str], by: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "layer": index, "name": list(names), "score": fit.score, "low": fit.low,
-            "high": fit.high, "n_eff": fit.n_eff, "visits": unknown, "initial": fit.n_eff,
-            "rho": fit.rho, "steps": unknown, "zeros": unknown,
+            "high": fit.high, "joint_low": fit.joint_low, "joint_high": fit.joint_high,
+            "n_eff": fit.n_eff, "visits": unknown, "initial": fit.n_eff, "rho": fit.rho,
+            "steps": unknown, "zeros": unknown, "standing": "unknown",
         }
     )  # fmt: skip
 
 
-def _statement(metric: str, by: str, fit: Fit, shape: str, special: Sequence[str]) -> str:
+def _statement(
+    metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement,
+    special: Sequence[str], confidence: float,
+) -> str:  # fmt: skip
     unknown = ~(fit.seen | fit.zero)
     if unknown.all():
         return f"No {by} has a score: nothing is known about {metric}."
@@ -182,4 +201,6 @@ def _statement(metric: str, by: str, fit: Fit, shape: str, special: Sequence[str
         "The scores were given, and nothing that could be resampled: how sure their order and "
         "their shape are cannot be said."
     )
-    return " ".join([*sentences, shape])
+    if fit.known.any():
+        sentences.append(standing_words(by, names, judged.standing, confidence))
+    return " ".join([*sentences, shape_words(judged, by)])

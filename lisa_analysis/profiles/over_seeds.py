@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import METRICS, Metric, find_metric
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.profiles.sentences import name_rows, shape_words
+from lisa_analysis.profiles.sentences import name_rows, shape_words, standing_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import Judgement, judge
 from lisa_analysis.rundir.configurations import (
@@ -256,7 +257,11 @@ def over_seeds(
         model=first.model,
         by=first.by,
         confidence=first.confidence,
-        layers=_frame([p.layers for p in profiles], fit.score, fit.low, fit.high, means.seeds, log),
+        layers=_frame(
+            [p.layers for p in profiles], fit.score, fit.low, fit.high, means.seeds, log
+        ).assign(
+            joint_low=fit.joint_low, joint_high=fit.joint_high, standing=judged.standing.words
+        ),
         outside=_outside(profiles, means, values, log),
         verdict=judged.shape.verdict,
         statement=_statement(first, fit, means, judged, seeds, special, stacks),
@@ -268,22 +273,24 @@ def over_seeds(
         remarks=special,
         thresholds=thresholds,
         seeds=seeds,
+        estimand="the mean over seeds of this arm",
     )
 
 
 def _fit(means: SeedMeans, log: bool, zero: NDArray[np.bool_], zeros: NDArray[np.int64]) -> Fit:
     """Means over seeds in the form that verdicts are made from."""
     back = np.exp if log else np.asarray
-    seen = np.isfinite(means.effect)
-    complete = bool(seen.any() and np.isfinite(means.error[seen]).all())
-    nothing = np.full(len(seen), np.nan)
+    known = np.isfinite(means.effect) & np.isfinite(means.error)
+    nothing = np.full(len(known), np.nan)
     return Fit(
         score=np.where(zero, 0.0, back(means.effect)), low=back(means.low), high=back(means.high),
-        effect=means.effect, samples=means.effect + means.noise if complete else None,
+        effect=means.effect, samples=means.effect + means.noise if known.any() else None,
         noise=np.nan_to_num(means.noise), n_eff=means.seeds.astype(np.float64), rho=nothing,
         observations=means.seeds, within=_rms(means.total),
-        blocks=np.zeros((0, len(seen))), length=1, halves=None, log=log, adjusted="seeds",
-        zero=zero, zeros=np.where(zero, zeros, 0),
+        blocks=np.zeros((0, len(known))), length=1, halves=None, log=log, adjusted="seeds",
+        zero=zero, zeros=np.where(zero, zeros, 0), joint_low=back(means.joint_low),
+        joint_high=back(means.joint_high), error=means.error, degrees=means.degrees,
+        departs=means.departs,
     )  # fmt: skip
 
 
@@ -304,9 +311,10 @@ def _frame(
     return pd.DataFrame(
         {
             "layer": first["layer"], "name": first["name"], "score": score, "low": low,
-            "high": high, "n_eff": seeds.astype(np.float64), "visits": total("visits"),
+            "high": high, "joint_low": np.nan, "joint_high": np.nan,
+            "n_eff": seeds.astype(np.float64), "visits": total("visits"),
             "initial": initial, "rho": np.full(len(first), np.nan), "steps": total("steps"),
-            "zeros": total("zeros"),
+            "zeros": total("zeros"), "standing": "unknown",
         }
     )  # fmt: skip
 
@@ -397,10 +405,10 @@ def _rms(values: Array) -> float:
 def _stated(profile: ImportanceProfile, log: bool) -> Array:
     """Standard error that a profile states for each of its layers, from its interval."""
     frame = profile.layers
-    low, high, size = (frame[name].to_numpy(dtype=np.float64) for name in ("low", "high", "n_eff"))
+    low, high = (frame[name].to_numpy(dtype=np.float64) for name in ("low", "high"))
     with np.errstate(invalid="ignore", divide="ignore"):
         width = np.log(high / low) if log else high - low
-    reach = st.t_quantile(0.5 + profile.confidence / 2, np.maximum(np.nan_to_num(size) - 1, 1.0))
+    reach = NormalDist().inv_cdf(0.5 + profile.confidence / 2)
     return np.where(np.isfinite(width), width / (2 * reach), np.nan)
 
 
@@ -437,28 +445,12 @@ def _statement(
         )
     sentences += special
     if fit.seen.any():
-        sentences += [*_standing(first, means, fit.log), shape_words(judged, first.by, stacks)]
+        if fit.samples is not None:
+            names = list(first.layers["name"])
+            sentences.append(
+                standing_words(first.by, names, judged.standing, first.confidence, limit=12)
+            )
+        sentences.append(shape_words(judged, first.by, stacks))
     if seeds.statement:
         sentences.append(seeds.statement)
     return " ".join(sentences)
-
-
-def _standing(first: ImportanceProfile, means: SeedMeans, log: bool) -> list[str]:
-    """Which layers stand above and below the mean layer, all of them looked at together."""
-    if not np.isfinite(means.joint_low).any():
-        return []
-    names = list(first.layers["name"])
-    with np.errstate(invalid="ignore"):
-        level = float(np.nanmean(means.effect))
-        above, below = means.joint_low > level, means.joint_high < level
-    parts = [
-        f"{name_rows(first.by, names, rows, limit=12)} {'stand' if rows.sum() > 1 else 'stands'} "
-        f"{word}"
-        for rows, word in ((above, "above"), (below, "below"))
-        if rows.any()
-    ]
-    if not parts:
-        return [f"No {first.by} stands out from the mean {first.by}."]
-    text = " and ".join(parts)
-    mean = "geometric mean" if log else "mean"
-    return [f"{text[0].upper()}{text[1:]} the {mean} of the {first.by}s, all looked at together."]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 # Columns of a row where unknown is NaN; elsewhere it is None.
-NUMBERS = ("score", "low", "high", "n_eff", "initial", "rho")
+NUMBERS = ("score", "low", "high", "joint_low", "joint_high", "n_eff", "initial", "rho")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Reliability:
         Further optimizer steps until the reliability is 0.9; 0 when it is, inf when the layers
         do not differ, None when it cannot be said.
     drift
-        True when the profile of the second half differs from the first beyond noise, None when
-        the data do not allow to say.
+        True when the profile of the second half differs from the first beyond noise and by more
+        than `Thresholds.material`, None when the data do not allow to say.
     drift_step
         First recorded step at which a layer's series is seen to have moved, or None.
     divergence, divergence_floor
@@ -85,11 +85,15 @@ class ProfileRow:
         Index in the stack (None where the row is no single layer) and name.
     score, low, high
         Score and its interval.
+    joint_low, joint_high
+        Bounds that hold for all rows at once: what is compared, is compared by these.
     n_eff, steps, visits, zeros
         Effective observations, observations, activation intervals, and observations that were
         exactly zero.
     initial, rho
         Score at step 0, and correlation between neighbouring observations.
+    standing
+        ``above``, ``below`` or ``within`` the others, ``unknown``, or ``zero`` throughout.
     """
 
     layer: int | None
@@ -97,9 +101,12 @@ class ProfileRow:
     score: float
     low: float
     high: float
+    joint_low: float
+    joint_high: float
     n_eff: float
     visits: int | None
     initial: float
     rho: float
     steps: int | None
     zeros: int | None
+    standing: str = "unknown"

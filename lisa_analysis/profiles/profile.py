@@ -29,11 +29,14 @@ class ImportanceProfile:
 
     Made by `importance` from a run, or by `from_scores`. A sequence of its rows:
     ``profile[3].score``, ``len(profile)``. `to_frame()` has one row per layer: layer, name, score,
-    low, high, n_eff, visits, initial, rho, steps, zeros; NaN is unknown, never zero; a layer that
-    was exactly zero throughout has the score 0 and no interval. `outside` holds the same for the
-    embedding, head and final norm, which are no part of the stack. `sources` are the ids of the
-    runs that it came from; `remarks` say what is special about single layers. `seeds` is what the
-    runs behind a profile over seeds show each, None for a single run; `n_eff` counts seeds there.
+    low, high, joint_low, joint_high, n_eff, visits, initial, rho, steps, zeros, standing; NaN is
+    unknown, never zero; a layer that was exactly zero throughout has the score 0 and no interval.
+    `low` and `high` hold a layer's score by itself, `joint_low` and `joint_high` those of all
+    layers at once, of what `estimand` says; `standing` is ``above``, ``below`` or ``within`` the
+    others, ``unknown`` or ``zero``. `outside` holds the same for the embedding, head and final
+    norm, which are no part of the stack. `sources` are the ids of the runs that it came from;
+    `remarks` say what is special about single layers. `seeds` is what the runs behind a
+    profile over seeds show each, None for a single run; `n_eff` counts seeds there.
     `agrees_with_ablation` says whether the run's own ablation ranks the layers so beyond chance,
     None where that is not known.
     """
@@ -58,6 +61,7 @@ class ImportanceProfile:
     thresholds: Thresholds = field(default=THRESHOLDS, repr=False)
     seeds: "Seeds | None" = field(default=None, repr=False)
     agrees_with_ablation: bool | None = field(default=None, repr=False)
+    estimand: str = field(default="", repr=False)
 
     @classmethod
     def from_scores(
@@ -149,6 +153,24 @@ class ImportanceProfile:
         return bool(known.all()) and self.concentration.headroom.sufficient
 
     @property
+    def above(self) -> tuple[int, ...]:
+        """Rows that stand above the others, all judged at once."""
+        return self._standing("above")
+
+    @property
+    def below(self) -> tuple[int, ...]:
+        """Rows that stand below the others."""
+        return self._standing("below")
+
+    @property
+    def unknown(self) -> tuple[int, ...]:
+        """Rows without an interval, never seen or seen too little."""
+        return self._standing("unknown")
+
+    def _standing(self, word: str) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self.layers["standing"].to_numpy() == word).tolist())
+
+    @property
     def unseen(self) -> tuple[int, ...]:
         """Layers without any observation."""
         return tuple(np.flatnonzero(self.layers["score"].isna()).tolist())
@@ -161,6 +183,7 @@ class ImportanceProfile:
             "definition": self.definition,
             "sources": list(self.sources),
             "confidence": self.confidence,
+            "estimand": self.estimand,
             "coverage": f"{int(frame['score'].notna().sum())} of {len(frame)} {self.by}s observed",
         }
         return frame
@@ -225,6 +248,7 @@ class ImportanceProfile:
                 "verdict",
                 "statement",
                 "remarks",
+                "estimand",
             )
         }
         record["concentration"] = asdict(self.concentration)

@@ -43,7 +43,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
             **_numbers(start) | {"expected": np.array(start["expected"], dtype=np.float64)}
         )
     shape: dict[str, Any] = {
-        name: _interval(value) if isinstance(value, dict) else value
+        name: _interval(value) if isinstance(value, dict) else _tuple(value)
         for name, value in record["shape"].items()
     }
     texts = ("metric", "definition", "method", "model", "by", "confidence", "verdict", "statement")
@@ -60,10 +60,16 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         reliability=Reliability(**_numbers(record["reliability"])),
         samples=None,
         remarks=tuple(record["remarks"]),
+        # What an older version did not judge by has its present value.
         thresholds=Thresholds(**record["thresholds"]),
         seeds=Seeds.from_dict(record["seeds"]) if record.get("seeds") else None,
         agrees_with_ablation=record.get("agrees_with_ablation"),
+        estimand=record.get("estimand", ""),
     )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _interval(value: dict[str, Any]) -> Interval:
@@ -77,7 +83,8 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    names = ("layer", "name", "score", "low", "high", "n_eff", "visits", "initial", "rho", "steps",
-             "zeros")  # fmt: skip
+    names = ("layer", "name", "score", "low", "high", "joint_low", "joint_high", "n_eff", "visits",
+             "initial", "rho", "steps", "zeros", "standing")  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(names))
+    frame["standing"] = frame["standing"].astype(object).where(frame["standing"].notna(), "unknown")
     return frame.astype(dict.fromkeys(NUMBERS, "float64") | dict.fromkeys(_WHOLE, "Int64"))

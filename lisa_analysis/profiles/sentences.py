@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.parts import Initialisation
+from lisa_analysis.profiles.standing import Standing
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.persistence import MIN_ROWS
 
 
 def remarks(metric: Metric, by: str, names: Sequence[str], fit: Fit) -> tuple[str, ...]:
@@ -53,13 +55,18 @@ def name_rows(by: str, names: Sequence[str], chosen: NDArray[np.bool_], limit: i
 def statement(
     metric: str,
     by: str,
+    names: Sequence[str],
     fit: Fit,
     judged: Judgement,
     start: Initialisation | None,
     limits: Thresholds,
     special: Sequence[str],
     trained: NDArray[np.bool_],
+    *,
+    confidence: float,
+    estimand: str,
     stacks: int = 1,
+    cost: str = "",
 ) -> str:
     """What a person should take away, in sentences."""
     seen, unknown = fit.seen, ~(fit.seen | fit.zero)
@@ -78,47 +85,144 @@ def statement(
     if not seen.any():
         return " ".join(sentences)
     if fit.samples is None:
-        least = float(fit.n_eff[seen].min())
         sentences.append(
-            f"The data are insufficient for intervals ({least:.0f} effective observations in the "
-            f"least known {by}, {limits.min_effective:.0f} needed): differences between {by}s may "
-            "be noise."
+            f"The data are insufficient for intervals ({why_unknown(fit, seen, limits)}): "
+            f"differences between {by}s may be noise."
+        )
+    else:
+        sentences.append(standing_words(by, names, judged.standing, confidence))
+        missing = seen & ~fit.known
+        if missing.any():
+            rows = name_rows(by, names, missing)
+            sentences.append(
+                f"{rows[0].upper()}{rows[1:]} {'have' if missing.sum() > 1 else 'has'} no "
+                f"interval ({why_unknown(fit, missing, limits)})."
+            )
+    if fit.departs.any() and fit.parts is not None:
+        rows = name_rows(by, names, fit.departs & seen)
+        verb = "vary" if (fit.departs & seen).sum() > 1 else "varies"
+        sentences.append(
+            f"{rows[0].upper()}{rows[1:]} {verb} in another rhythm than the others: the memory "
+            "that all layers share is not used there."
         )
     sentences.append(shape_words(judged, by, stacks))
-    stable = judged.reliability
-    if stable.steps_needed is not None and not stable.enough:
-        if np.isinf(stable.steps_needed) and fit.samples is not None:
-            sentences.append(f"The {by}s do not differ beyond noise.")
-        elif 0 < stable.steps_needed < np.inf:
-            sentences.append(
-                f"About {stable.steps_needed:,.0f} more steps like these would make the ranking "
-                f"reliable ({limits.reliable:g})."
-            )
-    if stable.drift:
-        where = "" if stable.drift_step is None else f", first seen near step {stable.drift_step}"
-        sentences.append(f"The profile drifted during the run{where}: it is an average of stages.")
+    if judged.reliability.drift:
+        sentences.append(drift_words(judged, by, names, confidence))
+    if cost:
+        sentences.append(cost)
+    if fit.samples is not None and estimand:
+        sentences.append(f"Intervals ({confidence:.0%}) are for {estimand}.")
     if start is not None:
         sentences.append(start.statement)
     return " ".join(sentences)
 
 
+def why_unknown(fit: Fit, rows: NDArray[np.bool_], limits: Thresholds) -> str:
+    """Why these rows have no interval."""
+    n = int(fit.observations[rows].max(initial=0))
+    least = float(np.nanmin(fit.n_eff[rows])) if np.isfinite(fit.n_eff[rows]).any() else 0.0
+    if n < 2:
+        return "one observation of each"
+    if fit.adjusted_by_visits:
+        return f"seen in fewer than {limits.min_visits:g} activation intervals"
+    if n < MIN_ROWS:
+        return f"{n} records, at least {MIN_ROWS} needed"
+    if not np.isfinite(fit.error[rows]).any():
+        return "nothing varies"
+    counted = f"{least:.1f} effective observations, {limits.min_effective:g} needed"
+    with np.errstate(invalid="ignore"):
+        slow = bool((fit.slow[rows] > 0.5).all())
+    return f"courses slower than a fifth of the run: {counted}" if slow else counted
+
+
+def standing_words(
+    by: str, names: Sequence[str], standing: Standing, confidence: float, limit: int = 8
+) -> str:
+    """Name the rows that stand above and below the others, and those unknown."""
+
+    def rows(mask: NDArray[np.bool_]) -> str:
+        return f"{by}{'s' if mask.sum() > 1 else ''} {listed(by, names, mask, limit)}"
+
+    parts: list[str] = []
+    for mask, word in ((standing.above, "above"), (standing.below, "below")):
+        if mask.any():
+            verb = "stands" if mask.sum() == 1 else "stand"
+            the = " the others" if not parts else ""
+            parts.append(f"{rows(mask)} {verb if not parts else ''} {word}{the}".replace("  ", " "))
+    if not parts:
+        parts.append(f"no {by} stands apart from the others")
+    if standing.unknown.any():
+        one = standing.unknown.sum() == 1
+        parts.append(f"{rows(standing.unknown)} {'is' if one else 'are'} unknown")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]} ({confidence:.0%} for all {by}s at once)."
+
+
+def drift_words(judged: Judgement, by: str, names: Sequence[str], confidence: float) -> str:
+    """Say that the profile drifted, and what each half of the run shows."""
+    step = judged.reliability.drift_step
+    where = "" if step is None else f", first seen near step {step}"
+    text = f"The profile drifted during the run{where}: it is an average of stages."
+    if judged.parts is None:
+        return text
+    first, second = judged.parts
+    if (first.above == second.above).all() and first.above.any():
+        rows = listed(by, names, first.above)
+        several = first.above.sum() > 1
+        return (
+            f"{text} In both halves {by}{'s' if several else ''} {rows} "
+            f"{'stand' if several else 'stands'} above the others."
+        )
+    halves = []
+    for half, part in zip(("first", "second"), judged.parts, strict=True):
+        if part.above.any():
+            said = f"{by}{'s' if part.above.sum() > 1 else ''} {listed(by, names, part.above)}"
+        else:
+            said = f"no {by}"
+        verb = "stand" if part.above.sum() > 1 else "stands"
+        halves.append(f"in the {half} half {said} {verb} above the others")
+    return f"{text} {halves[0][0].upper()}{halves[0][1:]}; {halves[1]}."
+
+
+def listed(by: str, names: Sequence[str], mask: NDArray[np.bool_], limit: int = 8) -> str:
+    """``0, 11 and 29``; beyond `limit` the others are counted."""
+    found = np.flatnonzero(mask).tolist()
+    words = [str(row) if by == "layer" else str(names[row]) for row in found]
+    if len(words) > limit + 1:
+        words = [*words[:limit], f"{len(words) - limit} more"]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def shape_words(judged: Judgement, by: str, stacks: int = 1) -> str:
-    """Say the verdict, and what sampling by it could gain."""
-    shape, gain = judged.shape, judged.concentration.headroom
-    limit = "" if gain.high is None else f" (at most ×{gain.high:.2f} with the interval)"
-    ceiling = f"sampling in proportion could gain ×{gain.value:.2f} over uniform{limit}"
+    """Say the verdict, and how far the scores are spread."""
+    shape, found = judged.shape, judged.concentration.headroom
+    between = (
+        "" if found.low is None or found.high is None else f" ({found.low:.2f} … {found.high:.2f})"
+    )
+    spread = f"the spread of the scores, 1 + CV², is {found.value:.2f}{between}"
     if by != "layer":
-        return f"Depth shapes are judged by layer only; {ceiling}."
+        return f"Depth shapes are judged by layer only; {spread}."
     if stacks > 1:
-        return f"The {stacks} stacks have no common depth to judge a shape by; {ceiling}."
+        return f"The {stacks} stacks have no common depth to judge a shape by; {spread}."
+    spikes = ", ".join(map(str, shape.spikes[:-1]))
+    spikes = f"{spikes} and {shape.spikes[-1]}" if spikes else "".join(map(str, shape.spikes))
+    several = "s" if len(shape.spikes) > 1 else ""
     words = {
         "U": "The profile is a U: the first and last layers stand above the middle",
+        "U with a spike": f"The profile is a U, the first and last layers above the middle, with "
+        f"{'spikes' if several else 'a spike'} at layer{several} {spikes}",
         "inverted U": "The profile is an inverted U: the middle layers stand above the ends",
         "ramp": f"The profile is a ramp that {'rises' if shape.slope.value > 0 else 'falls'} "
         "with depth",
+        "spikes": f"The profile is one of spikes (layer{several} {spikes}), not of a course over "
+        "depth",
+        "uneven": "The layers are unequal, and follow no course over depth that has a name",
         "flat": "The profile is flat: no difference worth sampling for",
-        "undecided": "The shape is undecided",
+        "drifting": "No shape is named, since the profile drifted",
+        "undecided": "No course over depth can be told from noise"
+        if found.sufficient
+        else "Nothing can be said of its shape",
     }[shape.verdict]
-    if shape.rests_on is not None:
+    if shape.rests_on is not None and shape.verdict == "undecided":
         words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
-    return f"{words}; {ceiling}."
+    return f"{words}; {spread}."

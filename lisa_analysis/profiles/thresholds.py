@@ -19,17 +19,18 @@ class Thresholds:
     """
 
     min_effective: float = _number(
-        estimate.MIN_EFFECTIVE, "effective observations below which a layer has no interval"
+        estimate.MIN_EFFECTIVE, "effective observations in time below which a layer is unknown"
     )
     min_visits: float = _number(
-        estimate.MIN_VISITS, "blocks or activation intervals below which it has none either"
+        estimate.MIN_VISITS, "activation intervals below which it is unknown as well"
     )
     headroom: float = _number(
         1.05, "1 + CV² of the scores up to which sampling by them is not worth it"
     )
     material: float = _number(
-        shape.MATERIAL, "relative difference between depths below which a shape has no name"
+        shape.MATERIAL, "relative difference below which no shape has a name, no layer stands apart"
     )
+    spike: float = _number(1.25, "times the median layer from which one that stands out is a spike")
     reliable: float = _number(0.9, "split-half reliability from which a ranking is reliable")
     stable_tau: float = _number(
         0.6, "Kendall's τ that 95 % of bootstrap samples must reach for a stable ranking"
@@ -39,7 +40,7 @@ class Thresholds:
     )
     min_blocks: float = _number(8, "blocks in time below which nothing is said about drift")
     drift_level: float = _number(
-        0.95, "quantile of the divergence without drift above which a profile drifted"
+        0.95, "quantile of the divergence without drift above which a material one is a drift"
     )
     drift_alarm: float = _number(12.0, "Page–Hinkley limit, in standard deviations of a block")
     explained: float = _number(

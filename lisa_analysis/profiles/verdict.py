@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles.parts import Reliability
+from lisa_analysis.profiles.standing import Standing, standing, standing_of_parts
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 from lisa_analysis.statistics import shape as shapes
@@ -15,14 +16,23 @@ from lisa_analysis.statistics.estimate import Fit
 
 Array = NDArray[np.float64]
 
+# Share of the layers that must be known before a course over depth has a name.
+KNOWN = 2 / 3
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a fit is worth: how unequal, of what shape, how reliable."""
+    """What a fit is worth: how unequal, of what shape, how reliable, and which layers stand apart.
+
+    `parts` holds the standing of the layers in the earlier and the later half, where the profile
+    drifted.
+    """
 
     concentration: Concentration
     shape: Shape
     reliability: Reliability
+    standing: Standing
+    parts: tuple[Standing, Standing] | None = None
 
 
 def judge(
@@ -49,11 +59,15 @@ def judge(
         Whether the rows are the layers of one stack, in order.
     """
     found = concentration(fit, confidence)
-    return Judgement(
-        found,
-        shape(fit, confidence, found, limits, has_depth),
-        reliability(fit, steps, interval, rng, limits),
-    )
+    stable = reliability(fit, steps, interval, rng, limits)
+    apart = standing(fit, confidence, limits)
+    said = shape(fit, confidence, found, limits, has_depth, apart)
+    if stable.drift:
+        # One word for all of a run that changed its profile would be the word for none of it.
+        word = "drifting" if has_depth else "undecided"
+        said = replace(said, verdict=word, rests_on=None, spikes=())
+    parts = standing_of_parts(fit, confidence, limits) if stable.drift else None
+    return Judgement(found, said, stable, apart, parts)
 
 
 def concentration(fit: Fit, confidence: float) -> Concentration:
@@ -63,16 +77,18 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
     layers are equal (the bootstrap deviations alone): inside that distribution the interval
     reaches down to equality, and elsewhere the bootstrap bias is taken off (basic bootstrap).
     """
-    scores = fit.score[fit.seen]
+    # What is known is what can be compared: a layer without an interval takes no part.
+    part = fit.known if fit.samples is not None else fit.seen
+    scores = fit.score[part]
     if not len(scores) or not (np.maximum(scores, 0) > 0).any():
         nothing = Interval(float("nan"))
         return Concentration(*[nothing] * 7)
     samples = noise = None
     if fit.samples is not None:
-        deviations = fit.samples[:, fit.seen] - fit.effect[fit.seen]
-        samples = fit.scale(fit.samples[:, fit.seen])
+        deviations = fit.samples[:, part] - fit.effect[part]
+        samples = fit.scale(fit.samples[:, part])
         # Relative noise about a flat profile at the level of this one.
-        noise = fit.scale(fit.effect[fit.seen].mean() + deviations)
+        noise = fit.scale(fit.effect[part].mean() + deviations)
 
     def interval(
         measure: Callable[[Array], Array], equal: float | None, sign: int = 1, power: int = 1
@@ -135,17 +151,30 @@ def _excess_bounds(
 
 
 def shape(
-    fit: Fit, confidence: float, found: Concentration, limits: Thresholds, has_depth: bool = True
+    fit: Fit,
+    confidence: float,
+    found: Concentration,
+    limits: Thresholds,
+    has_depth: bool = True,
+    apart: Standing | None = None,
 ) -> Shape:
-    """U-test on log-scores, and ``flat`` when nothing worth sampling for can be there."""
-    seen = fit.seen
+    """U-test on the log-scores of the known layers, and a word for what it leaves open.
+
+    ``spikes`` where up to a quarter of the layers stand out clearly, ``uneven`` where more or other
+    layers stand apart, and ``flat`` when nothing worth sampling for can be there.
+    """
+    seen = fit.known if fit.samples is not None else fit.seen
     n = len(seen)
     x = shapes.depth(n)[seen]
-    effect = fit.effect[seen]
-    samples = None if fit.samples is None else fit.samples[:, seen]
+    effect, error = fit.effect[seen], fit.error[seen] if len(fit.error) else None
+    noise = fit.noise if fit.over_depth is None else fit.over_depth
+    samples = None if fit.samples is None or noise is None else effect + noise[:, seen]
     if not has_depth or not len(effect):
         nothing = Interval(float("nan"))
         return Shape(nothing, nothing, nothing, nothing, "undecided")
+    # Of a stack with many unknown layers no course over depth can be told.
+    if seen.sum() < KNOWN * (n - fit.zero.sum()):
+        samples = None
     if not fit.log:
         positive = len(effect) > 0 and bool((effect > 0).all())
         # Signed scores have no logarithm; their relative size keeps the meaning of a slope.
@@ -155,14 +184,38 @@ def shape(
             if positive
             else (effect / scale, None if samples is None else samples / scale)
         )
+        if error is not None:
+            error = error / (np.exp(effect) if positive else scale)
     result = st.u_shape(effect, samples, x, confidence, limits.material)
     if result.rests_on is not None:
         result = replace(result, rests_on=int(np.flatnonzero(seen)[result.rests_on]))
+    apart = standing(fit, confidence, limits) if apart is None else apart
+    if result.verdict == "U" and error is not None:
+        return _with_spikes(result, fit, effect, error, x, apart)
+    if result.verdict != "undecided":
+        return result
+    clear = np.flatnonzero(apart.clear)
+    if len(clear):
+        few = apart.above.sum() <= max(1, n // 4)
+        which = tuple(int(layer) for layer in np.flatnonzero(apart.above)) if few else ()
+        return replace(result, verdict="spikes" if few else "uneven", spikes=which)
     high = found.headroom.high
-    open_question = result.verdict == "undecided" and result.rests_on is None
-    if open_question and high is not None and high <= limits.headroom:
-        return replace(result, verdict="flat")
+    if samples is not None and high is not None and high <= limits.headroom:
+        return replace(result, verdict="flat", rests_on=None)
     return result
+
+
+def _with_spikes(
+    found: Shape, fit: Fit, effect: Array, error: Array, x: Array, apart: Standing
+) -> Shape:
+    """A U whose middle holds single layers as high as its ends is said to have spikes."""
+    known = np.flatnonzero(fit.known)
+    reach = st.t_quantile(0.999, fit.degrees[known])
+    beyond = shapes.above_the_course(effect, error, x, reach) & (np.abs(x) < 0.75)
+    which = tuple(int(layer) for layer in known[beyond] if apart.above[layer])
+    if not which:
+        return found
+    return replace(found, verdict="U with a spike", spikes=which)
 
 
 def reliability(
@@ -174,7 +227,7 @@ def reliability(
 ) -> Reliability:
     """Split-half reliability, rank stability, steps still needed and drift."""
     nan = float("nan")
-    fit = fit.only(~fit.zero)
+    whole, fit = fit, fit.only(fit.known if fit.samples is not None else ~fit.zero)
     split = overlap = nan
     if fit.halves is not None and np.isfinite(fit.halves).all() and fit.halves.shape[1] > 2:
         split = st.spearman_brown(st.pearson(*fit.halves))
@@ -184,12 +237,13 @@ def reliability(
         taus = st.kendall_taus(fit.samples[:200], fit.effect)
         rank_low = float(np.quantile(taus[np.isfinite(taus)], 0.05)) if np.ptp(fit.effect) else nan
     divergence, floor, drift = nan, nan, None
-    in_blocks = len(fit.blocks) >= limits.min_blocks and interval is None
-    if fit.samples is not None and fit.log and in_blocks:
+    in_time = fit.parts is not None and np.isfinite(fit.parts.error).any() and interval is None
+    if fit.noise is not None and in_time:
         divergence, floor = _halves_in_time(fit, rng, limits.drift_level)
-        drift = bool(divergence > floor)
-    needed = _steps_needed(fit, steps, limits)
-    alarm = _first_alarm(fit, steps, limits.drift_alarm) if drift else None
+        if np.isfinite(divergence):
+            drift = bool(divergence > floor) and _moved(fit) > limits.material
+    needed = _steps_needed(whole, steps, limits)
+    alarm = _first_alarm(whole.only(whole.seen), steps, limits.drift_alarm) if drift else None
     enough = bool(
         fit.samples is not None
         and split >= limits.reliable
@@ -200,34 +254,60 @@ def reliability(
     return Reliability(split, rank_low, overlap, needed, drift, alarm, divergence, floor, enough)
 
 
-def _halves_in_time(
-    fit: Fit, rng: np.random.Generator, level: float, replicates: int = 200
-) -> tuple[float, float]:
-    """Divergence of the later from the earlier half, and its level without any drift."""
-    blocks = fit.blocks
-    half = len(blocks) // 2
-    early, late = np.nanmean(blocks[:half], axis=0), np.nanmean(blocks[half:], axis=0)
-    divergence = float(st.jensen_shannon(np.exp(early), np.exp(late)))
-    draws = rng.integers(0, len(blocks), size=(replicates, 2, half))
-    # Take the mean shift between the halves out first, or drift would hide itself in the floor.
-    centred = np.concatenate([blocks[:half] - early, blocks[half:] - late]) + fit.effect
-    parts = centred[draws].mean(axis=2)
-    null = st.jensen_shannon(np.exp(parts[:, 0]), np.exp(parts[:, 1]))
-    return divergence, float(np.quantile(null, level))
+def _halves_in_time(fit: Fit, rng: np.random.Generator, level: float) -> tuple[float, float]:
+    """Divergence of the later from the earlier half, and its level without any drift.
+
+    The level is that of two halves of the same profile with the errors that what varies within
+    halves leads to expect, stretched as Student's t is: few blocks have not told them.
+    """
+    parts = fit.parts
+    if parts is None or fit.noise is None:
+        return float("nan"), float("nan")
+    known = np.isfinite(parts.error) & np.isfinite(parts.early) & np.isfinite(parts.late)
+    if not known.any():
+        return float("nan"), float("nan")
+    deviates = fit.noise[:, known] / fit.error[known]
+    spread = deviates.std(axis=0)
+    deviates /= np.where(spread > 0, spread, 1.0)
+    degrees = max(float(np.median(parts.degrees[known])), 2.0)
+    half = len(deviates) // 2
+    stretch = np.sqrt(degrees / rng.chisquare(degrees, size=half))[:, None] * parts.error[known]
+    drawn = [
+        fit.effect[known] + stretch * part for part in (deviates[:half], deviates[half : 2 * half])
+    ]
+    found, null = (
+        st.jensen_shannon(*(np.maximum(fit.scale(part), 0.0) for part in pair))
+        for pair in ((parts.early[known], parts.late[known]), drawn)
+    )
+    return float(found), float(np.nanquantile(null, level))
+
+
+def _moved(fit: Fit) -> float:
+    """How far layers moved from half to half, relative to their size, noise taken off."""
+    parts = fit.parts
+    if parts is None:
+        return 0.0
+    known = np.isfinite(parts.error)
+    away = (parts.late - parts.early)[known]
+    square = float((away**2).mean() - 2 * (parts.error[known] ** 2).mean())
+    size = 1.0 if fit.log else float(np.abs(fit.effect[known]).mean()) or 1.0
+    return float(np.sqrt(max(square, 0.0))) / size
 
 
 def _steps_needed(fit: Fit, steps: NDArray[np.int64], limits: Thresholds) -> float | None:
     """Further optimizer steps until the ranking is reliable and every layer has an interval."""
-    seen = fit.seen
+    seen = fit.seen & np.isfinite(fit.error)
     if fit.noise is None or seen.sum() < 3 or len(steps) < 2 or not fit.n_eff[seen].min() > 0:
         return None
-    error = float(fit.noise[:, seen].var(axis=0).mean())
+    error = float((fit.error[seen] ** 2).mean())
     between = max(float(fit.effect[seen].var(ddof=1)) - error, 0.0)
-    per_unit = float(fit.n_eff[seen].min())
     if between <= 0:
         return float("inf")
     odds = limits.reliable / (1 - limits.reliable)
-    lengthen = max(odds * error / between, limits.min_effective / per_unit)
+    lengthen = odds * error / between
+    if not fit.known[seen].all():
+        least = limits.min_effective if fit.parts is not None else limits.min_visits
+        lengthen = max(lengthen, least / float(fit.n_eff[seen].min()))
     total = float(steps[-1] - steps[0] + 1)
     return float(np.ceil(max(lengthen - 1, 0.0) * total))
 

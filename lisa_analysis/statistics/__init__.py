@@ -24,7 +24,13 @@ from lisa_analysis.statistics.concentration import (
     top_share,
 )
 from lisa_analysis.statistics.effects import Effects, additive_effects
-from lisa_analysis.statistics.shape import Shape, quadratic_fit, two_lines, u_shape
+from lisa_analysis.statistics.shape import (
+    Shape,
+    above_the_course,
+    quadratic_fit,
+    two_lines,
+    u_shape,
+)
 from lisa_analysis.statistics.stability import (
     jensen_shannon,
     kendall_tau,
@@ -45,6 +51,7 @@ __all__ = [
     "Effects",
     "Interval",
     "Shape",
+    "above_the_course",
     "additive_effects",
     "ar1",
     "block_deflation",

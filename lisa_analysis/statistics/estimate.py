@@ -1,22 +1,41 @@
-"""Values per step and layer -> scores with bootstrap samples of them (numpy only)."""
+"""Values per step and layer -> scores with intervals, and bootstrap samples (numpy only)."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
+from lisa_analysis.statistics import errors as er
+from lisa_analysis.statistics.depth_modes import widen_along_depth
+from lisa_analysis.statistics.persistence import of_halves
+from lisa_analysis.statistics.rows import condense, find_zeros, level
 
 Array = NDArray[np.float64]
 
-# Below this many effective observations an interval would be wrong far more often than it says.
-MIN_EFFECTIVE = 25.0
-MIN_VISITS = 3
-# Of independent repetitions fewer will do: nothing about their course has to be estimated.
+# Below this many effective observations nothing tells a layer's level from its slow course.
+MIN_EFFECTIVE = 3.0
+MIN_VISITS = 2
+# Independent repetitions need no idea of their course.
 MIN_INDEPENDENT = 6.0
-# Longer series are averaged over neighbouring steps first: time and memory stay bounded.
-MAX_ROWS = 8192
+# Degrees of freedom below which the error of an effect is not known itself.
+MIN_DEGREES = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The earlier and the later half of a run, shape (layers,) each, on the scale of the fit.
+
+    `error` is the standard error of one half by what varies within the halves, `degrees` its
+    degrees of freedom.
+    """
+
+    early: Array
+    late: Array
+    error: Array
+    degrees: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +50,11 @@ class Fit:
     effect
         Shape (layers,): the score on the scale of the fit (logarithm for `log`); NaN for `zero`.
     samples
-        Shape (replicates, layers) on the scale of the fit, NaN for `zero`; None when any other
-        layer's data are insufficient.
+        Shape (replicates, layers) on the scale of the fit, NaN for layers without an interval;
+        None when no layer has one.
     noise
-        Shape (replicates, layers): deviations of the samples from `effect`, always there when
-        anything could be resampled; None otherwise.
+        Shape (replicates, layers): deviations of the samples from `effect`, there for every layer
+        with a standard error; None otherwise.
     n_eff, rho, observations
         Shape (layers,).
     within
@@ -52,6 +71,22 @@ class Fit:
     zeros
         Shape (layers,): observations that were exactly zero. A logarithmic fit leaves them out;
         steps at which all layers are zero (learning rate 0) are not counted.
+    joint_low, joint_high
+        Shape (layers,): bounds that hold for all layers at once at the stated confidence (max-t).
+    error, degrees
+        Shape (layers,): standard error of `effect`, and its degrees of freedom.
+    departs
+        Shape (layers,): layers whose memory from step to step is another than the others'.
+    slow
+        Shape (layers,): share of the error that comes from courses slower than a fifth of the run.
+    parts
+        Both halves of the run, or None where the rows are no course in time.
+    fresh
+        Share of an observation's variance that the next one knows nothing of.
+    over_depth
+        `noise` with what neighbouring layers share: for courses over depth.
+    adjusted_by_visits
+        Whether layers were seen in activation intervals only (LISA).
     """
 
     score: Array
@@ -71,20 +106,38 @@ class Fit:
     adjusted: str
     zero: NDArray[np.bool_]
     zeros: NDArray[np.int64]
+    joint_low: Array = field(default_factory=lambda: np.zeros(0))
+    joint_high: Array = field(default_factory=lambda: np.zeros(0))
+    error: Array = field(default_factory=lambda: np.zeros(0))
+    degrees: Array = field(default_factory=lambda: np.zeros(0))
+    departs: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    slow: Array = field(default_factory=lambda: np.zeros(0))
+    parts: Parts | None = None
+    fresh: float = 1.0
+    over_depth: Array | None = None
+    adjusted_by_visits: bool = False
 
     @property
     def seen(self) -> NDArray[np.bool_]:
         """Layers that were observed, and not as zero throughout."""
         return np.isfinite(self.effect)
 
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Layers with an interval."""
+        return np.isfinite(self.low) & np.isfinite(self.high) & self.seen
+
     def only(self, layers: NDArray[np.bool_]) -> "Fit":
         """Return the fit of some of the layers, as it came out among all."""
-        parts: dict[str, Any] = {
+        kept: dict[str, Any] = {
             f.name: value[..., layers]
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), np.ndarray)
+            if isinstance(value := getattr(self, f.name), np.ndarray) and value.shape[-1:] != (0,)
         }
-        return replace(self, **parts)
+        if self.parts is not None:
+            halves = {f.name: getattr(self.parts, f.name)[layers] for f in fields(self.parts)}
+            kept["parts"] = Parts(**halves)
+        return replace(self, **kept)
 
     def scale(self, effects: Array) -> Array:
         """Back from the scale of the fit to that of the scores."""
@@ -113,167 +166,125 @@ def fit_series(
         which are left out (diagnostics report them).
     log
         Average logarithms (multiplicative noise, heavy right tail). Zeros have none and are left
-        out: see `Fit.zero` and `Fit.zeros`.
+        out: see `Fit.zero` and `Fit.zeros`. Otherwise values are divided by what all layers share
+        in size at a step, so that a common course is no noise either.
     clusters
         Shape (n,): activation interval of every row when layers were sampled, else None.
     confidence, rng, replicates
-        Of the bootstrap: circular blocks over time, or whole intervals, all layers together.
+        Of the intervals, and of the bootstrap: circular blocks over time, or whole intervals, all
+        layers together.
     remove_common
         Remove what all layers share at a step before errors are estimated.
     min_effective, min_visits
-        Effective observations, and blocks or intervals, below which a layer has no interval.
+        Effective observations in time, or activation intervals, below which a layer has no
+        interval.
     independent
         The rows are independent repetitions (batches of a probe), not a course over time: every
         row counts in full, and `min_effective` does not apply.
     """
     values = np.where(np.isfinite(values), values, np.nan)
-    zero, zeros = _zeros(values)
+    zero, zeros = find_zeros(values)
     values[:, zero] = np.nan
     if log:
         values[values <= 0] = np.nan
         np.log(values, out=values)
-    if clusters is not None and not log:
-        values = _level(values)
+    elif not independent:
+        values = level(values)
     series, labels = condense(values, clusters)
     effects = st.additive_effects(series, remove_common=remove_common and log)
     residuals = effects.residuals
     counts = np.isfinite(series).sum(axis=0)
-    rho = np.zeros(series.shape[1]) if independent else st.ar1(residuals)
+    scale = np.ones(series.shape[1]) if log else _size(series)
+    length, block, parts = 1, np.arange(len(series)), None
     if independent:
-        length, shown = 1, 1.0
-        block = np.arange(len(series))
-        n_eff = units = counts.astype(np.float64)
-        min_effective = MIN_INDEPENDENT
+        found = er.of_repetitions(residuals, scale)
+        enough = found.n_eff >= MIN_INDEPENDENT
     elif labels is None:
-        known = rho[np.isfinite(rho)] if np.isfinite(rho).any() else np.zeros(1)
-        length = st.block_length(len(series), float(np.quantile(known, 0.75)))
-        shown = st.block_deflation(float(np.median(known)), length)
-        # However strong the correlation, what was seen was seen once.
-        n_eff = np.maximum(np.nan_to_num(st.effective_size(counts, rho)), np.minimum(counts, 1))
-        units = np.full(series.shape[1], len(series) / length)
+        found = er.of_course(residuals, scale)
+        known = found.rho[np.isfinite(found.rho)]
+        length = st.block_length(len(series), float(np.median(known)) if len(known) else 0.0)
         block = np.arange(len(series)) // length
+        enough = found.n_eff >= min_effective
+        parts = _parts(residuals, effects.layer, scale)
     else:
-        length, shown = 1, 1.0
         block = labels
-        n_eff, units = _cluster_size(residuals, labels, counts)
-    enough = (n_eff >= min_effective) & (units >= min_visits)
-    noise = _noise(residuals, labels, length, effects.inverse, rng, replicates)
-    if noise is not None:
-        noise /= np.sqrt(shown)
-    low, high = _bounds(effects.layer, noise, units, enough, confidence)
-    seen = np.isfinite(effects.layer)
-    complete = bool((seen | zero).all() and seen.any() and enough[seen].all())
-    samples = effects.layer + _stretch(noise, units) if complete and noise is not None else None
+        found = er.of_visits(effects, labels, scale)
+        enough = found.units >= min_visits
+    with np.errstate(invalid="ignore"):
+        enough = enough & (found.degrees >= MIN_DEGREES) & (found.error >= 0)
+    shape = er.deviates(residuals, labels, found, effects.inverse, rng, replicates)
+    enough &= np.isfinite(effects.layer) & (shape is not None)
+    point, joint = _multiples(shape, found, enough, confidence)
+    bounds = [effects.layer + sign * np.where(enough, reach * found.error, np.nan)
+              for reach in (point, joint) for sign in (-1, 1)]  # fmt: skip
+    noise = _noise(shape, found, enough, rng)
+    over_depth = noise
+    if noise is not None and labels is None and not independent:
+        over_depth = widen_along_depth(noise, residuals, enough, rng)
+    samples = None
+    if noise is not None and enough.any():
+        samples = effects.layer + np.where(enough, noise, np.nan)
     back = np.exp if log else np.asarray
-    score = np.where(zero, 0.0, back(effects.layer))
+    low, high, joint_low, joint_high = map(back, bounds)
     return Fit(
-        score, back(low), back(high), effects.layer, samples, noise, n_eff, rho,
-        counts, float(np.sqrt(np.nanmean(residuals**2))) if counts.any() else float("nan"),
+        np.where(zero, 0.0, back(effects.layer)), low, high, effects.layer, samples, noise,
+        found.n_eff, found.rho, counts,
+        float(np.sqrt(np.nanmean(residuals**2))) if counts.any() else float("nan"),
         _block_means(residuals, effects.layer, block), length,
         _halves(series, block, remove_common and log), log, effects.adjusted, zero, zeros,
+        joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
+        found.fresh, over_depth, labels is not None,
     )  # fmt: skip
 
 
-def condense(
-    series: NDArray[np.floating], clusters: NDArray[np.int64] | None
-) -> tuple[NDArray[np.floating], NDArray[np.int64] | None]:
-    """Average neighbouring rows (never across an activation interval) down to about MAX_ROWS."""
-    n = len(series)
-    if n <= MAX_ROWS:
-        return series, clusters
-    width = -(-n // MAX_ROWS)
-    starts = np.arange(n) % width == 0
-    if clusters is not None:
-        changes = np.concatenate([[True], np.diff(clusters) != 0])
-        begin = np.maximum.accumulate(np.where(changes, np.arange(n), 0))
-        starts = (np.arange(n) - begin) % width == 0
-    rows = np.flatnonzero(starts)
-    means = np.empty((len(rows), series.shape[1]))
-    # A few thousand rows at a time: the working set stays in the cache, and no copy is made.
-    edges = [*rows.tolist(), n]
-    for first in range(0, len(rows), 256):
-        last = min(first + 256, len(rows))
-        block = series[edges[first] : edges[last]]
-        known = np.isfinite(block)
-        cuts = rows[first:last] - edges[first]
-        total = np.add.reduceat(np.where(known, block, 0), cuts, axis=0, dtype=np.float64)
-        count = np.add.reduceat(known, cuts, axis=0, dtype=np.int64)
-        means[first:last] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return means, None if clusters is None else clusters[rows]
+def _size(series: NDArray[np.floating]) -> Array:
+    """Root mean square of every column: the scale that its noise is compared on."""
+    observed = np.isfinite(series)
+    squares = np.where(observed, series, 0.0).astype(np.float64) ** 2
+    size = np.sqrt(squares.sum(axis=0) / np.maximum(observed.sum(axis=0), 1))
+    return np.where(size > 0, size, 1.0)
 
 
-def _zeros(values: NDArray[np.floating]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which layers are zero whenever they were observed, and how often every layer is."""
-    is_zero = values == 0
-    known = np.isfinite(values)
-    zero = known.any(axis=0) & (is_zero | ~known).all(axis=0)
-    # A learning rate of 0 says nothing of a layer.
-    together = known.sum(axis=1)
-    idle = (together > 1) & (is_zero.sum(axis=1) == together)
-    return zero, np.where(zero, known.sum(axis=0), is_zero[~idle].sum(axis=0))
-
-
-def _level(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Divide quantities that may be negative by their common size at each step.
-
-    When layers are observed at different times, a plain mean would credit those drawn while all
-    of them were large. What they share is fitted to ln|x|; identical layers come out equal.
-    """
-    size = np.abs(values)
-    with np.errstate(divide="ignore"):
-        logs = np.where(size > 0, np.log(size), np.nan)
-    common = st.additive_effects(logs).common
-    return values / np.exp(common)[:, None]
-
-
-def _cluster_size(
-    residuals: Array, labels: NDArray[np.int64], counts: NDArray[np.int64]
+def _multiples(
+    shape: er.Deviates | None, found: er.Errors, known: NDArray[np.bool_], confidence: float
 ) -> tuple[Array, Array]:
-    """Effective size and number of activation intervals of every layer."""
-    _, per_cluster = st.autocorrelation.cluster_sums(residuals, labels)
-    visits = (per_cluster > 0).sum(axis=0).astype(np.float64)
-    shared = st.intraclass_correlation(residuals, labels)
-    size = counts / np.maximum(visits, 1)
-    # Design effect of a cluster sample (Kish 1965).
-    return counts / (1 + (np.maximum(size, 1) - 1) * shared), visits
+    """How many standard errors the pointwise and the joint bounds reach, shape (layers,) each.
+
+    The joint one is the max-t: the level at which the largest of the deviates of a sample is
+    reached with the wanted confidence, as a quantile of each layer's own t.
+    """
+    degrees = np.where(known, found.degrees, np.inf)
+    point = st.t_quantile(0.5 + confidence / 2, degrees)
+    if shape is None or not known.any():
+        return point, point
+    largest = float(np.quantile(np.abs(shape.both[:, known]).max(axis=1), confidence))
+    upper = min(max(NormalDist().cdf(largest), 0.5 + confidence / 2), 1 - 1e-9)
+    return point, st.t_quantile(upper, degrees)
 
 
 def _noise(
-    residuals: Array,
-    labels: NDArray[np.int64] | None,
-    length: int,
-    inverse: Array,
-    rng: np.random.Generator,
-    replicates: int,
+    shape: er.Deviates | None, found: er.Errors, known: NDArray[np.bool_], rng: np.random.Generator
 ) -> Array | None:
-    """Deviations of the layer effects in bootstrap samples."""
-    filled = np.nan_to_num(residuals)
-    if len(filled) < 4:
+    """Errors of the effects, stretched as Student's t is: their size was estimated as well."""
+    if shape is None:
         return None
-    if labels is None:
-        totals = st.block_totals(filled, length, rng, replicates)
-    else:
-        totals = st.cluster_totals(filled, labels, rng, replicates)
-    return np.asarray(totals @ inverse.T)
+    degrees = float(np.median(found.degrees[known])) if known.any() else 2.0
+    return np.asarray(shape.stretched(degrees, rng) * found.error)
 
 
-def _stretch(noise: Array, units: Array) -> Array:
-    """Samples with the variance that the small number of units took away."""
-    units = np.maximum(units, 2.0)
-    return noise * np.sqrt(units / (units - 1))
-
-
-def _bounds(
-    effect: Array,
-    noise: Array | None,
-    units: Array,
-    enough: NDArray[np.bool_],
-    confidence: float,
-) -> tuple[Array, Array]:
-    if noise is None:
-        return np.full(effect.shape, np.nan), np.full(effect.shape, np.nan)
-    low, high = st.expanded_interval(effect, effect + noise, units, confidence)
-    return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
+def _parts(residuals: Array, effect: Array, scale: Array) -> Parts | None:
+    """Both halves of a run with the errors that what varies within them leads to expect."""
+    n = len(residuals) // 2
+    if n < er.MIN_ROWS or np.isfinite(effect).sum() < 2:
+        return None
+    known = [np.isfinite(part) for part in (residuals[:n], residuals[-n:])]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = [
+            np.where(seen, part, 0.0).sum(axis=0) / seen.sum(axis=0)
+            for seen, part in zip(known, (residuals[:n], residuals[-n:]), strict=True)
+        ]
+    within = er.of_memory(of_halves(residuals), known[0].sum(axis=0).astype(np.float64), scale)
+    return Parts(effect + means[0], effect + means[1], within.error, within.degrees)
 
 
 def _block_means(residuals: Array, effect: Array, block: NDArray[np.int64]) -> Array:

@@ -1,4 +1,4 @@
-"""The depth profile in words: U, inverted U, ramp, flat, or undecided."""
+"""The depth profile in words: U, inverted U, ramp, and single layers above such a course."""
 
 from dataclasses import dataclass, replace
 
@@ -25,10 +25,13 @@ class Shape:
     left, right
         Slopes of the two lines that meet in the middle layer.
     verdict
-        ``U``, ``inverted U``, ``ramp``, ``flat`` or ``undecided``.
+        ``U``, ``U with a spike``, ``inverted U``, ``ramp``, ``spikes``, ``uneven``, ``flat``,
+        ``drifting`` or ``undecided``.
     rests_on
         Position among the tested layers of the one without which a U, its inverse or a ramp
         would not hold (the verdict is then not given); None otherwise.
+    spikes
+        Positions of the layers that the verdict calls spikes.
     """
 
     curvature: Interval
@@ -37,6 +40,7 @@ class Shape:
     right: Interval
     verdict: str
     rests_on: int | None = None
+    spikes: tuple[int, ...] = ()
 
 
 def depth(layers: int) -> Array:
@@ -89,8 +93,9 @@ def u_shape(
     -------
     Shape
         ``U`` needs curvature and *both* arms, so that a ramp with a bend does not pass. Every
-        shape must hold without any single layer; `flat` is left to the caller, who knows the
-        headroom.
+        shape must hold without any single layer, and a U without the best layer of both arms at
+        once: two high ends are no bowl. The other words are left to the caller, who knows which
+        layers stand out.
     """
     if len(estimate) < MIN_LAYERS:
         unknown = Interval(float("nan"))
@@ -106,7 +111,32 @@ def u_shape(
     if found.verdict == "undecided":
         return found
     rests_on = _indispensable(found, estimate, samples, x, tail, material)
+    if rests_on is None and found.verdict != "ramp":
+        rests_on = _two_ends(found, estimate, samples, x, tail, material)
     return found if rests_on is None else replace(found, verdict="undecided", rests_on=rests_on)
+
+
+def above_the_course(estimate: Array, error: Array, x: Array, reach: Array) -> NDArray[np.bool_]:
+    """Layers above a smooth course through the others: spikes of a U.
+
+    Parameters
+    ----------
+    estimate, error, x
+        Shape (layers,): log-scores, their standard errors and depths.
+    reach
+        Shape (layers,): standard errors that a layer must be above.
+
+    Returns
+    -------
+    ndarray
+        Layers whose distance from the quadratic through all the others is beyond what is usual
+        among the layers (three times the robust standard deviation) and its own error.
+    """
+    basis = np.stack([np.ones_like(x), x, x**2], axis=1)
+    taken = np.einsum("ij,ji->i", basis, np.linalg.pinv(basis))
+    away = (estimate - basis @ quadratic_fit(estimate, x)) / np.maximum(1 - taken, 1e-9)
+    usual = 1.4826 * float(np.median(np.abs(away - np.median(away))))
+    return np.asarray(away > 3 * usual + reach * error)
 
 
 def _coefficients(estimate: Array, x: Array) -> tuple[Array, Array, Array, float]:
@@ -153,6 +183,23 @@ def _indispensable(
         if not holds:
             return int(layer)
     return None
+
+
+def _two_ends(
+    found: Shape, estimate: Array, samples: Array, x: Array, tail: float, material: float
+) -> int | None:
+    """Best layer of all, where the arms do not turn without the best of each; else None."""
+    _, _, _, split = _coefficients(estimate, x)
+    height = estimate if found.verdict == "U" else -estimate
+    best = [
+        int(side[np.argmax(height[side])]) for side in map(np.flatnonzero, (x < split, x > split))
+    ]
+    kept = np.ones(len(x), dtype=bool)
+    kept[best] = False
+    if kept.sum() < MIN_LAYERS:
+        return max(best, key=lambda layer: height[layer])
+    rest = _test(estimate[kept], samples[:, kept], x[kept], tail, material)
+    return None if rest.verdict == found.verdict else max(best, key=lambda layer: height[layer])
 
 
 def sign(interval: Interval) -> int:

@@ -25,11 +25,15 @@ METHODS = {
 
 # What a shape says in words; "score" because a metric may be of gradients or of weights.
 SHAPES: Mapping[str, str] = {
-    "U": "The ends of the stack score highest",
-    "inverted U": "The middle of the stack scores highest",
+    "U": "The ends of the stack score above its middle",
+    "U with a spike": "The ends of the stack score above its middle, with a spike between them",
+    "inverted U": "The middle of the stack scores above its ends",
     "ramp": "One end of the stack scores higher than the other",
+    "spikes": "Single layers stand out",
+    "uneven": "The layers are unequal, without a course over depth",
+    "drifting": "The layers changed during the run",
     "flat": "The layers score alike",
-    "undecided": "No shape can be claimed from these data",
+    "undecided": "No difference between the layers can be told from noise",
 }
 
 # A profile by module holds (steps × modules) numbers per column: not for the longest logs.
@@ -86,7 +90,11 @@ class RunContent:
         """The verdict in a few words."""
         if self.profile is None:
             return "No profile"
-        verdict = self.profile.verdict
+        verdict, profile = self.profile.verdict, self.profile
+        if verdict == "undecided" and len(profile.unknown) == profile.n_layers:
+            return f"Nothing can be said of single layers yet ({verdict})"
+        if verdict == "undecided" and profile.above + profile.below:
+            return "Single layers stand apart, without a course over depth"
         return f"{SHAPES[verdict]} ({verdict})" if verdict in SHAPES else verdict
 
     @property

@@ -143,7 +143,7 @@ def test_bounds_of_all_layers_hold_together(examples):
     """Layers of no worth: at least one is called different from nothing in about 5 %."""
     wrong = 0
     for seed in range(200):
-        low, high = together(fitted(np.zeros(12), seed, examples), 0.95)
+        low, high = together(fitted(np.zeros(12), seed, examples))
         wrong += bool(((low > 0) | (high < 0)).any())
     assert wrong <= 20
 

@@ -1,0 +1,349 @@
+"""How long the layers of a run remember: one pooled autocorrelation, and layers that differ.
+
+A course that is stationary and reversible has an autocovariance that is a mixture of decays ρᵏ
+with weights that are not negative, the strictest of the sequences by which Geyer (1992, "Practical
+Markov chain Monte Carlo") ends an empirical one. The mixture is fitted here to the power of the
+layers' residuals by frequency, pooled over layers, and not to lags: white noise with a slow course
+(every log of norms) shows at the lowest frequencies long before a lag by lag sum sees it, and
+the mean of a run that is short beside its course needs no correction of its own.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lisa_analysis.statistics.autocorrelation import MAX_RHO
+from lisa_analysis.statistics.moderation import moderated_variance
+
+Array = NDArray[np.float64]
+
+# Fewer rows than these tell nothing about their own course.
+MIN_ROWS = 8
+DECAYS = 24
+BANDS = 40
+# A band of many frequencies counts like one of these, or the fast ones would decide the fit.
+MOST_IN_BAND = 20
+ITERATIONS = 400
+# What lasts longer than this share of the run cannot be told from a difference between layers.
+SLOW = 0.2
+# A run shows less than there is of a course as slow as that: its share is raised by so much.
+ALLOWANCE = 0.5
+# A layer that was seen at fewer of the rows has no spectrum of its own.
+SEEN = 0.9
+PASSES = 3
+# A decay below this leaves nothing worth speaking of to the next row.
+FORGOTTEN = 0.1
+# Waves that what layers have in common is read from.
+MIN_WAVES, MOST_WAVES = 3, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Persistence:
+    """What one observation after another is worth.
+
+    Attributes
+    ----------
+    stretch
+        Shape (layers,): n · Var(mean) over the variance of one observation; 1 for independent
+        observations, (1 + ρ)/(1 − ρ) for a long AR(1). n over it is the effective number.
+    variance
+        Shape (layers,): variance of one observation, the part that went into the mean added back.
+    worth
+        Shape (layers,): degrees of freedom behind `stretch`.
+    degrees
+        Degrees of freedom of a layer's `variance` for every row that it was seen.
+    neighbours
+        Shape (layers,): correlation of neighbouring observations.
+    slow
+        Share of the variance of a mean that comes from courses slower than a fifth of the run.
+    departs
+        Shape (layers,): whether a layer keeps another memory than the others, and has its own.
+    together
+        How many layers' worth of independent courses there are.
+    fresh
+        Share of an observation's variance that the next one knows nothing of.
+    slowest
+        Shape (waves, layers): the course at its slowest frequencies, as deviates of variance 1,
+        which show what the errors of the layers' means have in common; 0 for layers without any.
+    """
+
+    stretch: Array
+    variance: Array
+    worth: Array
+    degrees: Array
+    neighbours: Array
+    slow: Array
+    departs: NDArray[np.bool_]
+    together: float
+    fresh: float = 1.0
+    slowest: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    """Weights of the decays, summing to one."""
+
+    decays: Array
+    weights: Array
+    power: Array
+    error: Array
+    rows: int
+
+    @property
+    def stretch(self) -> float:
+        return float(self.weights @ self.error) * (1 + ALLOWANCE * self.slow)
+
+    @property
+    def shares(self) -> Array:
+        """Of the variance of a mean, by decay."""
+        parts = self.weights * self.error
+        return np.asarray(parts / parts.sum())
+
+    @property
+    def slow(self) -> float:
+        lasting = (1 + self.decays) / (1 - self.decays) > SLOW * self.rows
+        return float(self.shares[lasting].sum())
+
+    @property
+    def fresh(self) -> float:
+        return float(self.weights[self.decays < FORGOTTEN].sum())
+
+    @property
+    def pieces(self) -> float:
+        """Independent pieces of the course in the run."""
+        lasting = (1 + self.decays) / (1 - self.decays)
+        return self.rows / float(self.shares @ lasting)
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of the variance per row, 1/(1 + 2 Σ ρ_k²)."""
+        squares = self.weights @ (1 / (1 - np.outer(self.decays, self.decays))) @ self.weights
+        return 1 / float(2 * squares - 1)
+
+
+def persistence(residuals: Array) -> Persistence:
+    """Fit the memory of residuals from one row to the next.
+
+    Parameters
+    ----------
+    residuals
+        Shape (n, layers), each column centred; NaN where a layer was not observed.
+
+    Returns
+    -------
+    Persistence
+        All NaN below `MIN_ROWS` rows, and for layers that do not vary.
+    """
+    residuals = np.asarray(residuals, dtype=np.float64)
+    n, layers = residuals.shape
+    observed = np.isfinite(residuals)
+    counts = observed.sum(axis=0)
+    filled = np.where(observed, residuals, 0.0)
+    raw = np.einsum("ij,ij->j", filled, filled) / np.maximum(counts, 1)
+    usable = (counts >= np.maximum(MIN_ROWS, SEEN * n)) & (raw > 0)
+    nothing = np.full(layers, np.nan)
+    if n < MIN_ROWS or not usable.any():
+        none = np.zeros(layers, dtype=bool)
+        return Persistence(nothing, nothing, nothing, nothing, nothing, nothing, none, 1.0)
+    columns = np.flatnonzero(usable)
+    waves = _cosines(filled[:, columns])
+    relative = waves**2 / raw[columns]
+    departs = np.zeros(len(columns), dtype=bool)
+    for _ in range(PASSES):
+        common = _fit(relative[:, ~departs].mean(axis=1), n)
+        found = departs | _others(relative, common, departs)
+        if (found == departs).all() or found.sum() > len(columns) // 3:
+            break
+        departs = found
+    return _spread(common, relative, waves, columns, departs, raw, counts, n)
+
+
+def _spread(
+    common: _Mixture,
+    relative: Array,
+    waves: Array,
+    columns: NDArray[np.int64],
+    departs: NDArray[np.bool_],
+    raw: Array,
+    counts: NDArray[np.int64],
+    n: int,
+) -> Persistence:
+    """Give every layer the common memory, or its own."""
+    layers = len(raw)
+    low = _lowest(common)
+    level = relative[:low] / _power(common)[:low, None]
+    shared = moderated_variance(
+        np.where(departs, np.nan, level.mean(axis=0)), np.full(len(columns), float(low))
+    )
+    together = _independent_layers(waves[:, ~departs], _power(common))
+    behind = together * common.pieces
+    stretch = np.full(layers, common.stretch)
+    worth = np.full(layers, behind)
+    neighbours = np.full(layers, float(common.weights @ common.decays))
+    slow, degrees = np.full(layers, common.slow), np.full(layers, common.degrees)
+    apart = np.zeros(layers, dtype=bool)
+    apart[columns] = departs
+    if np.isfinite(shared.prior) and np.isfinite(shared.prior_degrees):
+        own = shared.variance / shared.prior
+        stretch[columns] *= own
+        worth[columns] = 1 / (1 / behind + 1 / shared.degrees)
+    for place in np.flatnonzero(departs):
+        layer, mixture = columns[place], _fit(relative[:, place], n)
+        stretch[layer], worth[layer] = mixture.stretch, mixture.pieces
+        neighbours[layer], slow[layer] = mixture.weights @ mixture.decays, mixture.slow
+        degrees[layer] = mixture.degrees
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lost = np.minimum(stretch / np.maximum(counts, 1), 0.9)
+        variance = np.where((raw > 0) & (counts > 1), raw / (1 - lost), np.nan)
+    return Persistence(
+        stretch, variance, worth, degrees, neighbours, slow, apart, together, common.fresh,
+        _slowest(waves, raw, columns, common),
+    )  # fmt: skip
+
+
+def _slowest(waves: Array, raw: Array, columns: NDArray[np.int64], common: _Mixture) -> Array:
+    low = max(MIN_WAVES, min(_lowest(common, share=0.25), MOST_WAVES))
+    unit = waves[:low] / np.sqrt(_power(common)[:low, None])
+    found = np.zeros((len(unit), len(raw)))
+    found[:, columns] = unit / np.sqrt(raw[columns])
+    return found
+
+
+def of_halves(residuals: Array) -> Persistence:
+    """Memory within the halves of a run, by which a drift between them is told; one per layer."""
+    n = len(residuals) // 2
+    halves = np.hstack([residuals[:n], residuals[-n:]])
+    known = np.isfinite(halves)
+    mean = np.where(known, halves, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    found = persistence(halves - mean)
+    layers = residuals.shape[1]
+    both = {
+        name: np.asarray(getattr(found, name)).reshape(2, layers)
+        for name in ("stretch", "variance", "worth", "degrees", "neighbours", "slow")
+    }
+    return replace(
+        found, departs=np.asarray(found.departs.reshape(2, layers).any(axis=0)),
+        **{name: value.mean(axis=0) for name, value in both.items()},
+    )  # fmt: skip
+
+
+def _cosines(filled: Array) -> Array:
+    """Orthonormal cosine transform (DCT-II) of every column without the mean, (n − 1, columns)."""
+    n = len(filled)
+    whole = np.fft.rfft(np.concatenate([filled, filled[::-1]]), axis=0)[1:n]
+    turn = np.exp(-0.5j * np.pi * np.arange(1, n) / n)[:, None]
+    return np.asarray((whole * turn).real / np.sqrt(2 * n))
+
+
+@lru_cache(maxsize=64)
+def _model(n: int) -> tuple[Array, NDArray[np.int64], Array, Array, Array]:
+    """Decays, first frequency and size of every band, expected power, n · Var(mean) of each."""
+    lasting = np.concatenate([[np.inf], 1 / np.geomspace(0.3, n / 2, DECAYS)])
+    decays = np.exp(-lasting)
+    frequency = np.pi * np.arange(1, n) / n
+    power = (1 - decays**2) / (1 + decays**2 - 2 * np.outer(np.cos(frequency), decays))
+    first = np.unique(np.round(np.geomspace(1, n, BANDS)).astype(np.int64))[:-1] - 1
+    size = np.diff(np.append(first, n - 1))
+    banded = np.add.reduceat(power, first, axis=0) / size[:, None]
+    error = (1 + decays) / (1 - decays) - 2 * decays * (1 - decays**n) / (n * (1 - decays) ** 2)
+    return decays, first, size.astype(np.float64), banded, error
+
+
+def of_each(series: Array) -> tuple[Array, Array]:
+    """Standard errors of the means of single series, each by its own memory.
+
+    Parameters
+    ----------
+    series
+        Shape (n, columns), without gaps.
+
+    Returns
+    -------
+    tuple of ndarray
+        Standard errors and their degrees of freedom, (columns,) each; NaN below `MIN_ROWS` rows.
+    """
+    n, columns = series.shape
+    raw = series.var(axis=0)
+    error, degrees = np.full(columns, np.nan), np.full(columns, np.nan)
+    known = np.flatnonzero(raw > 0)
+    if n < MIN_ROWS or not len(known):
+        return error, degrees
+    relative = _cosines(series[:, known] - series[:, known].mean(axis=0)) ** 2 / raw[known]
+    for column, found in zip(known, _fits(relative, n), strict=True):
+        lost = min(found.stretch / n, 0.9)
+        error[column] = np.sqrt(raw[column] / (1 - lost) * found.stretch / n)
+        degrees[column] = found.pieces
+    return error, degrees
+
+
+def _fit(relative: Array, n: int) -> _Mixture:
+    """Mixture of one spectrum."""
+    return _fits(relative[:, None], n)[0]
+
+
+def _fits(relative: Array, n: int) -> list[_Mixture]:
+    """Weights that are not negative, by Whittle's likelihood of power in bands of frequencies.
+
+    The steps are multiplicative (expectation–maximisation of a mixture of variances), from equal
+    weights: where frequencies do not decide, the decays share.
+    """
+    decays, first, size, power, error = _model(n)
+    found = np.add.reduceat(relative, first, axis=0) / size[:, None]
+    count = np.minimum(size, MOST_IN_BAND)[:, None]
+    weights = np.full((len(decays), relative.shape[1]), 1 / len(decays))
+    for _ in range(ITERATIONS):
+        expected = np.maximum(power @ weights, 1e-300)
+        weights = weights * (power.T @ (count * found / expected**2))
+        weights /= np.maximum(power.T @ (count / expected), 1e-300)
+    expected = power @ weights
+    return [
+        _Mixture(decays, column / column.sum(), spectrum, error, n)
+        for column, spectrum in zip(weights.T, expected.T, strict=True)
+    ]
+
+
+def _power(mixture: _Mixture) -> Array:
+    """Expected power by frequency of a layer of variance 1."""
+    _, _, size, _, _ = _model(mixture.rows)
+    return np.repeat(mixture.power, size.astype(np.int64))[: mixture.rows - 1]
+
+
+def _lowest(mixture: _Mixture, share: float = 0.5) -> int:
+    """Frequencies at which the course that decides the error of a mean stands out."""
+    power = _power(mixture)
+    high = power >= power[0] * share
+    return max(2, int(np.argmin(high)) if not high.all() else len(high))
+
+
+def _others(relative: Array, common: _Mixture, departs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Layers whose slow power is beyond what all layers together lead to expect."""
+    expected = _power(common)
+    found = departs.copy()
+    # A layer with a longer memory than the others shows at frequencies where they are flat.
+    for low in {_lowest(common), max(2, min(_lowest(common), round(len(expected) ** (1 / 3))))}:
+        level = (relative[:low] / expected[:low, None]).mean(axis=0)
+        judged = moderated_variance(level, np.full(len(level), float(low)))
+        found |= judged.departs
+    return found
+
+
+def _independent_layers(waves: Array, expected: Array, most: int = 8) -> float:
+    """How many layers there are by their slowest courses: L/(1 + (L − 1) r²), r² without noise."""
+    layers = waves.shape[1]
+    low = min(most, len(waves))
+    if layers < 3 or low < 3:
+        return 1.0
+    scaled = waves[:low] / np.sqrt(expected[:low, None])
+    scaled = scaled / np.maximum(np.sqrt((scaled**2).mean(axis=0)), 1e-300)
+    correlation = scaled.T @ scaled / low
+    square = (float((correlation**2).sum()) - layers) / (layers * (layers - 1))
+    alike = float(np.clip((square - 1 / low) / (1 - 1 / low), 0.0, 1.0))
+    return layers / (1 + (layers - 1) * alike)
+
+
+def lag_correlation(found: Persistence) -> float:
+    """Correlation of neighbouring observations that most layers have, in [0, 0.999]."""
+    known = found.neighbours[np.isfinite(found.neighbours)]
+    return float(np.clip(np.median(known), 0.0, MAX_RHO)) if len(known) else 0.0

@@ -13,7 +13,9 @@ from lisa_analysis.profiles.thresholds import Thresholds
 
 X = np.linspace(-1, 1, 12)
 ONE_RUN = [
-    name for name, metric in METRICS.items() if not metric.compares and metric.rows == "steps"
+    name
+    for name, metric in METRICS.items()
+    if not metric.compares and metric.rows == "steps" and "grad_noise" not in metric.needs
 ]
 
 

@@ -24,7 +24,7 @@ class TestThresholds:
         assert strict.to_frame()["low"].isna().all()
         assert "50 needed" in strict.statement
         assert lenient.sufficient >= usual.sufficient
-        long = make_run(profile=np.exp(0.4 * X), steps=200)
+        long = make_run(profile=np.exp(0.7 * X), steps=200)
         demanding = la.importance(long, thresholds=Thresholds(headroom=9.0))
         assert la.importance(long).verdict == "ramp"
         assert la.sampling_probabilities(la.importance(long)).justified

@@ -35,8 +35,9 @@ class TrainConfig:
     output_dir
         The run directory. None makes a new one, `runs/<method>-<date>-<time>`.
     task
-        ``causal-lm``, ``text-classification`` or ``token-classification``; ``auto`` is what the
-        head of the model is for.
+        ``causal-lm``, ``seq2seq-lm``, ``text-classification``, ``token-classification``,
+        ``image-classification`` or ``speech-recognition``; ``auto`` is what the model's head is
+        for.
     model_revision
         Branch, tag or commit of a hub model.
     dtype

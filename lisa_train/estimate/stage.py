@@ -94,6 +94,43 @@ class Stage:
                 labels[name] = -1
         return labels
 
+    def _images(self, count: int) -> dict[str, Any]:
+        """Images of the size that the model's configuration names, and a class for each."""
+        size = getattr(self.base.config, "image_size", None)
+        if size is None:
+            raise ConfigError(
+                f"the configuration of {type(self.base).__name__} names no image_size, so that its "
+                "training step cannot be run on shapes."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(self.base.config, "num_channels", 3)
+        dtype = next(self.base.parameters()).dtype
+        with self.mode:
+            return {
+                "pixel_values": torch.zeros((count, channels, height, width), dtype=dtype),
+                "labels": torch.zeros(count, dtype=torch.long),
+            }
+
+    def _sounds(self, setting: Setting) -> dict[str, Any]:
+        """Sounds as long as the encoder hears, and texts as long as asked for, or as it writes."""
+        config = self.base.config
+        try:
+            frames = 2 * config.max_source_positions  # Whisper's convolutions halve them
+            shape = (setting.batch_size, config.num_mel_bins, frames)
+            length = min(setting.sequence_length, config.max_target_positions)
+        except AttributeError as error:
+            raise ConfigError(
+                f"the configuration of {type(self.base).__name__} does not say how long its sounds "
+                f"are ({error}), so that its training step cannot be run on shapes."
+            ) from error
+        dtype = next(self.base.parameters()).dtype
+        with self.mode:
+            return {
+                "input_features": torch.zeros(shape, dtype=dtype),
+                "labels": torch.zeros((setting.batch_size, length), dtype=torch.long),
+                "use_cache": False,
+            }
+
     def wide_states(self, setting: Setting) -> frozenset[int]:
         """Identities of the parameters whose state an 8-bit optimizer holds in 32 bits."""
         if setting.eight_bit_states is None:  # transformers: the embeddings
@@ -105,6 +142,10 @@ class Stage:
     def batch(self, setting: Setting) -> dict[str, Any]:
         """Full sequences without padding, and the labels that make the model compute its loss."""
         accepted = inspect.signature(self.base.forward).parameters
+        if {"pixel_values", "labels"} <= set(accepted) and "input_ids" not in accepted:
+            return self._images(setting.batch_size)
+        if {"input_features", "labels"} <= set(accepted):
+            return self._sounds(setting)
         if not {"input_ids", "labels"} <= set(accepted):
             raise ConfigError(
                 f"{type(self.base).__name__} takes no input_ids and labels, so that its training "

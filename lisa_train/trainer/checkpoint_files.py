@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.model.module_tree import unwrap
 from lisa_train.trainer.lisa_callback import STATE_KEY, TENSORS_FILE
+from lisa_train.trainer.renamed_weights import is_renamed
 
 STATE = "trainer_state.json"
 
@@ -33,12 +35,15 @@ class Checkpoint:
         How many processes wrote it, as far as its files tell.
     missing
         What it lacks, each in words.
+    renamed
+        Whether its weights bear other names than the model's, so that Trainer passes them over.
     """
 
     path: Path
     state: dict[str, Any]
     processes: int | None
     missing: tuple[str, ...]
+    renamed: bool = False
 
 
 def examine(trainer: Trainer, path: Path, lisa: LisaConfig | None) -> Checkpoint:
@@ -68,7 +73,9 @@ def examine(trainer: Trainer, path: Path, lisa: LisaConfig | None) -> Checkpoint
             missing.append(f"LISA's weights and optimizer state in fp32 ({TENSORS_FILE})")
     if trainer.args.ignore_data_skip:
         missing.append("the place in the data (ignore_data_skip is set)")
-    return Checkpoint(path, state, processes, tuple(missing))
+    whole = isinstance(unwrap(trainer.model), PreTrainedModel) and not _sharded(trainer)
+    renamed = whole and is_renamed(trainer.model, path)
+    return Checkpoint(path, state, processes, tuple(missing), renamed)
 
 
 def _state(path: Path) -> dict[str, Any]:

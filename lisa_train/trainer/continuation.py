@@ -21,9 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.model.module_tree import unwrap
 from lisa_train.model.run_entries import plain
 from lisa_train.model.sharding import is_sharded
 from lisa_train.trainer.checkpoint_files import Checkpoint, examine
+from lisa_train.trainer.renamed_weights import load_renamed
 
 INPUTS_KEY = "lisa_toolkit_inputs"
 # What may differ with a word: sums over another number of parts, another place in the data.
@@ -117,6 +119,8 @@ class Continuation(TrainerCallback):
         now = self._inputs(args, state)
         if self._checkpoint is not None:
             self._compare(now)
+            if self._checkpoint.renamed:
+                load_renamed(unwrap(self._trainer.model), self._checkpoint.path)
         state.stateful_callbacks[INPUTS_KEY] = now
 
     def parts(self, args: TrainingArguments) -> dict[str, Any]:

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
 # name -> module of this room and class in it; loaded when it is asked for.
 TASKS: dict[str, tuple[str, str]] = {
     "causal-lm": ("text", "CausalLM"),
+    "seq2seq-lm": ("seq2seq", "Seq2SeqLM"),
     "text-classification": ("text_classification", "TextClassification"),
     "token-classification": ("token_classification", "TokenClassification"),
+    "speech-recognition": ("speech_recognition", "SpeechRecognition"),
+    "image-classification": ("image_classification", "ImageClassification"),
 }
 AUTO = "auto"
 

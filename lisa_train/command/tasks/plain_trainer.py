@@ -29,6 +29,7 @@ from lisa_train.methods.adapter_heads import train_heads_whole
 from lisa_train.model.source import read_config
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
 
@@ -58,9 +59,19 @@ class TaskWithHead(Task):
 
     # ------------------------------------------------------------------ data
 
+    def splits(self, config: TrainConfig) -> Any:
+        """Read the data, with the columns named as `columns` says."""
+        return read_splits(config)
+
+    def arrange(self, dataset: "Dataset", config: TrainConfig) -> "Dataset":
+        """Return the rows of a split in the columns that the task needs."""
+        return dataset
+
     def parts(self, config: TrainConfig) -> tuple[Part, Part | None]:
         """Read the data, part them, and check that every part has its columns and a row."""
-        splits = read_splits(config)
+        splits = self.splits(config)
+        for name in splits:
+            splits[name] = self.arrange(splits[name], config)
         whole = splits[config.dataset_train_split]
         missing = [column for column in self.needed if column not in whole.column_names]
         if missing:
@@ -137,7 +148,7 @@ class TaskWithHead(Task):
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # that a head is new is said by the task
         try:
-            with refusals(partial(_cannot_be_loaded, "model", config)):
+            with refusals(partial(cannot_be_loaded, "model", config)):
                 model, info = getattr(transformers, auto_class).from_pretrained(
                     config.model_name_or_path,
                     dtype=dtype,
@@ -162,7 +173,7 @@ class TaskWithHead(Task):
         """Load the tokenizer, with something to fill up short rows with."""
         from transformers import AutoTokenizer
 
-        with refusals(partial(_cannot_be_loaded, "tokenizer", config)):
+        with refusals(partial(cannot_be_loaded, "tokenizer", config)):
             tokenizer = AutoTokenizer.from_pretrained(
                 config.model_name_or_path,
                 revision=config.model_revision,
@@ -272,6 +283,14 @@ def tokenized(
     return found
 
 
+def ended(ids: Sequence[int], tokenizer: Any, most: int | None = None) -> list[int]:
+    """Return the tokens of a text with the sign that ends it, so that the model learns to stop."""
+    end = tokenizer.eos_token_id
+    if end is None or (len(ids) and ids[-1] == end):
+        return list(ids)
+    return [*(ids if most is None else ids[: most - 1]), end]
+
+
 def longest_input(model: Any, tokenizer: Any, config: TrainConfig) -> int | None:
     """Return the most tokens of a row: what the settings, the tokenizer and the model allow."""
     limits = [config.max_length, tokenizer.model_max_length]
@@ -322,7 +341,8 @@ def _likely(column: str, columns: Sequence[str]) -> list[str]:
     return [c for c in columns if c.lower() in kin.get(column, ())]
 
 
-def _cannot_be_loaded(what: str, config: TrainConfig, reason: str) -> str:
+def cannot_be_loaded(what: str, config: TrainConfig, reason: str) -> str:
+    """Say that a part of a model cannot be loaded."""
     return (
         f"The {what} of model_name_or_path {config.model_name_or_path!r} cannot be loaded "
         f"({reason[:200]}); give a folder written by save_pretrained, or a hub id that this "

@@ -1,0 +1,269 @@
+"""Text to text, images and speech by every method; and images and sounds that are not right."""
+
+import dataclasses
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_models import write_jsonl
+from helpers_tasks import (
+    RATE,
+    build_t5,
+    build_vit,
+    build_whisper,
+    write_images,
+    write_pairs,
+    write_speech,
+    write_tone,
+)
+
+import lisa_analysis as la
+import lisa_train as lt
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.command.cli import main
+from lisa_train.command.tasks.image_classification import read_image
+from lisa_train.command.tasks.sound import read_sound
+from lisa_train.command.training import PreparedRun, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore:.*delta_norm.*")
+# What IA³ scales in each architecture, and the score of the task.
+TASKS: dict[str, tuple[list[str], str]] = {
+    "seq2seq-lm": (["k", "v"], "token_accuracy"),
+    "image-classification": (["k_proj", "v_proj"], "accuracy"),
+    "speech-recognition": (["k_proj", "v_proj"], "word_error_rate"),
+}
+METHODS = ("full", "lora", "lisa", "peft", "select")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Model and data of every task."""
+    home = tmp_path_factory.mktemp("inputs")
+    return {
+        "seq2seq-lm": (build_t5(home / "t5"), write_pairs(home / "pairs.jsonl")),
+        "image-classification": (build_vit(home / "vit"), write_images(home / "images")),
+        "speech-recognition": (build_whisper(home / "whisper"), write_speech(home / "speech")),
+    }
+
+
+def settings(
+    inputs: dict[str, tuple[Path, Path]], out: Path, task: str, method: str, **more: Any
+) -> lt.TrainConfig:
+    model, data = inputs[task]
+    scaled = {"peft_type": "ia3", "target_modules": TASKS[task][0], "feedforward_modules": []}
+    groups = ("head",) if task == "image-classification" else ()
+    own: dict[str, dict[str, Any]] = {
+        "lora": {"lora": {"r": 4}},
+        "lisa": {"lisa": lt.LisaConfig(1, 2)},
+        "peft": {"peft": scaled, "learning_rate": 3e-2},
+        "select": {"select": lt.SelectConfig(last=1, groups=groups)},
+    }
+    given: dict[str, Any] = {
+        "max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_length": 32,
+        "eval_size": 8, "record": lt.RecordConfig(every=1), "progress_bar": False,
+    }  # fmt: skip
+    given |= own.get(method, {}) | more
+    return lt.TrainConfig(str(model), str(data), method, str(out), task=task, **given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_method_learns_and_what_rests_keeps_its_bits(
+    task: str, method: str, inputs: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import torch
+
+    seen: dict[str, Any] = {}
+    original = PreparedRun.train
+
+    def watched(prepared: PreparedRun) -> None:
+        parameters = dict(prepared.trainer.model.named_parameters())
+        before = {n: p.detach().clone() for n, p in parameters.items() if not p.requires_grad}
+        original(prepared)
+        seen["same"] = all(torch.equal(parameters[n], p) for n, p in before.items())
+        seen["norms"] = {n: float(p.detach().double().norm()) for n, p in parameters.items()}
+
+    monkeypatch.setattr(PreparedRun, "train", watched)
+    run = la.load(train(settings(inputs, tmp_path / "run", task, method)))
+    assert seen["same"]
+    result = run.manifest["result"]
+    assert result["last_held_out_loss"] < result["first_held_out_loss"]
+    assert next(iter(result["last_held_out_scores"])) == TASKS[task][1]
+    assert (run.manifest["task"], run.method, run.n_layers) == (task, method, 4)
+    names = run.parameters.set_index("param_id")["name"]
+    last = run.metrics(["weight_norm"], steps=[12]).set_index("param_id")["weight_norm"].dropna()
+    assert len(last)
+    for number, norm in last.items():
+        assert norm == pytest.approx(seen["norms"][names[number]], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_resumed_run_equals_the_uninterrupted_one(task: str, inputs: Any, tmp_path: Path) -> None:
+    config = settings(inputs, tmp_path / "a", task, "lisa", max_steps=4, save_steps=2)
+    whole = la.load(train(config))
+    other = dataclasses.replace(config, output_dir=str(tmp_path / "b"))
+    train(other)
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "checkpoint-4")
+    resumed = la.load(train(other, resume=True))
+    assert list(resumed.scalars["loss"]) == list(whole.scalars["loss"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_probe_and_an_estimate(
+    task: str, inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(inputs, tmp_path / "run", task, "probe", probe=lt.ProbeConfig(3))
+    assert len(la.importance(la.load(train(config)), metric="grad_signal")) == 4
+    capsys.readouterr()
+    words = ["--estimate", "--model_name_or_path", str(inputs[task][0]), "--task", task,
+             "--method", "full", "--max_length", "16", "--optim", "sgd"]  # fmt: skip
+    assert main(words) == 0
+    assert "as configured" in capsys.readouterr().out
+
+
+def test_what_an_estimate_counts_of_images_is_what_a_step_keeps(inputs: Any) -> None:
+    """Twice the images, twice the activations; weights and gradients as they are."""
+    from transformers import AutoConfig
+
+    source = AutoConfig.from_pretrained(inputs["image-classification"][0])
+    source.architectures = ["ViTForImageClassification"]
+    one, two = (lt.estimate_memory(source, "full", batch_size=b, optim="sgd").fullest
+                for b in (8, 16))  # fmt: skip
+    assert two.weights == one.weights
+    assert two.gradients == one.gradients
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
+
+
+def test_instructions_are_answered(inputs: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {n}", "input": "", "output": "brown fox"} for n in range(40)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    both = {"seq2seq-lm": (inputs["seq2seq-lm"][0], data)}
+    config = settings(both, tmp_path / "run", "seq2seq-lm", "full", max_steps=2)
+    run = la.load(train(dataclasses.replace(config, task="auto")))
+    assert run.manifest["task"] == "seq2seq-lm"
+
+
+def test_the_word_error_rate_is_that_of_what_the_saved_model_writes(
+    inputs: Any, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditionalGeneration
+
+    from lisa_train.command.tasks.scores import word_error_rate
+
+    task = "speech-recognition"
+    folder = tmp_path / "speech"
+    write_speech(folder / "train", 24)
+    write_speech(folder / "test", 6)
+    both = {task: (inputs[task][0], folder)}
+    run = la.load(train(settings(both, tmp_path / "run", task, "full", max_steps=25)))
+    saved = run.path / "checkpoints" / "final"
+    model = WhisperForConditionalGeneration.from_pretrained(saved).eval()
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    extractor = AutoFeatureExtractor.from_pretrained(inputs[task][0])
+    said, meant = [], []
+    for n in range(6):
+        sound = read_sound(f"{n}.wav", folder / "test", RATE)
+        features = extractor(sound, sampling_rate=RATE, return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(features["input_features"], max_length=24)
+        said += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        meant.append(" ".join([("low", "high")[n % 2]] * 2))
+    found = run.manifest["result"]["last_held_out_scores"]["word_error_rate"]
+    assert found == pytest.approx(word_error_rate(said, meant))
+    first = run.events[run.events["event"] == "evaluate"]["metrics"].iloc[0]
+    assert found < first["eval_word_error_rate"]
+
+
+# ------------------------------------------------------------------ images and sounds
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_sounds_of_every_width_are_the_samples_that_were_written(
+    width: int, tmp_path: Path
+) -> None:
+    if width == 1:
+        import wave
+
+        with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+            file.setparams((1, 1, RATE, 0, "NONE", ""))
+            file.writeframes(bytes([128, 192, 64, 255]))
+        assert read_sound("a.wav", tmp_path, RATE).tolist() == [0, 0.5, -0.5, 127 / 128]
+        return
+    write_tone(tmp_path / "a.wav", 440, width=width)
+    time = np.arange(RATE // 2) / RATE
+    found = read_sound("a.wav", tmp_path, RATE)
+    assert found.dtype == np.float32
+    assert (
+        np.abs(found - 0.5 * np.sin(2 * np.pi * 440 * time)).max() < 2.0 ** (1 - 8 * width) + 1e-7
+    )
+
+
+def test_two_channels_are_averaged_and_arrays_are_taken(tmp_path: Path) -> None:
+    array = np.stack([np.ones(4), np.zeros(4)], axis=1)
+    found = read_sound({"array": array, "sampling_rate": RATE}, tmp_path, RATE)
+    assert found.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("slow.wav", r"8000 samples a second and the model expects 16000; convert"),
+        ("gone.wav", r"gone.wav cannot be read \(No such file"),
+        ("text.wav", r"text.wav is no WAV file of whole numbers .*install soundfile"),
+        (None, r"'None' is no sound"),
+        ({"array": [], "sampling_rate": RATE}, r"the sound has no samples"),
+    ],
+    ids=str,
+)
+def test_sounds_that_cannot_be_used(value: Any, expected: str, tmp_path: Path) -> None:
+    write_tone(tmp_path / "slow.wav", 440, rate=8000)
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(ConfigError, match=expected):
+        read_sound(value, tmp_path, RATE)
+
+
+def test_images_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"a.png cannot be read as an image"):
+        read_image("a.png", tmp_path)
+    with pytest.raises(ConfigError, match=r"None.* is no image"):
+        read_image({"path": None, "bytes": None}, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["image", "torn", "sound", "text"])
+def test_one_bad_row_is_named_before_anything_is_written(
+    fault: str, inputs: Any, tmp_path: Path
+) -> None:
+    task = "image-classification" if fault in ("image", "torn") else "speech-recognition"
+    if fault in ("image", "torn"):
+        folder = write_images(tmp_path / "d", 12)
+        path = folder / "train" / "dark" / "4.png"
+        path.write_bytes(path.read_bytes()[:200] if fault == "torn" else b"no image at all")
+        expected = r"of split 'train' of .*cannot be read as an image .*Replace it"
+    else:
+        folder = write_speech(tmp_path / "d", 12)
+        if fault == "sound":
+            write_tone(folder / "4.wav", 440, rate=8000)
+        else:
+            path = folder / "metadata.csv"
+            path.write_text(path.read_text().replace("4.wav,low low", "4.wav,"))
+        expected = r"row 5 of split 'train' .*" + ("8000 samples" if fault == "sound" else "'text'")
+    both = {task: (inputs[task][0], folder)}
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=expected):
+        train(settings(both, tmp_path / "run", task, "full", eval_size=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_of_sounds_with_their_columns_named(inputs: Any, tmp_path: Path) -> None:
+    task = "speech-recognition"
+    write_speech(tmp_path / "s", 12)
+    rows = [{"file": f"s/{n}.wav", "words": "low"} for n in range(12)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    both = {task: (inputs[task][0], data)}
+    columns = {"audio": "file", "text": "words"}
+    run = train(settings(both, tmp_path / "run", task, "full", max_steps=1, columns=columns))
+    assert la.load(run).manifest["dataset"]["train_examples"] == 4

@@ -109,6 +109,9 @@ def _undecided(profile: "ImportanceProfile", low: Array, high: Array, zero: list
     top = np.where(np.isfinite(high[known]), high[known], np.inf)
     if zero:
         bottom, top = np.append(bottom, 0.0), np.append(top, 0.0)
+    apart = {"above", "below", "zero"}
+    if "standing" in profile.layers and not apart & set(profile.layers["standing"]):
+        return "no layer is known to stand above or below the others"
     # Scores below zero count as zero: two of them are not apart.
     if np.maximum(bottom, 0.0).max() <= np.maximum(top, 0.0).min():
         return "no layer is known to stand above or below the others"

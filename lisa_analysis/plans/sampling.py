@@ -39,7 +39,7 @@ def sampling_probabilities(
     floor: float = 0.25,
     cap: float = 4.0,
     use_intervals: bool = True,
-    control: Control | None = None,
+    control: Control | None = "none",
     seed: int = 0,
 ) -> SamplingProbabilities:
     """Turn a profile into inclusion probabilities.

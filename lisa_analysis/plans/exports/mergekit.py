@@ -71,8 +71,10 @@ def mergekit(
         "dtype": dtype,
     }  # fmt: skip
     what = "t" if method == "slerp" else "density"
-    said = f"{what} from {shares.min():.3g} to {shares.max():.3g}, of mean {mean:g}."
-    notes = [f"{said[0].upper()}{said[1:]}"]
+    notes = [
+        f"Layers take between {shares.min():.3g} and {shares.max():.3g} of the tuned model "
+        f"({what}), {mean:g} on average."
+    ]
     if unnamed:
         notes.append(f"Like the first or last layer, for no filter tells it: {joined(unnamed)}.")
     return Content(values, tuple(notes), shares)

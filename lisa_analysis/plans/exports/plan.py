@@ -44,7 +44,8 @@ class Plan:
     evidence
         Its scores with bounds, or why it is undecided.
     strength, control, seed
-        See `lisa_analysis.sampling_probabilities`; a strength of None leaves it to the export.
+        See `lisa_analysis.sampling_probabilities`; None is the usual strength of what is made: 1
+        for shares, the layers above the mean for a choice.
     model
         Modules and shapes of the model, None where no run was given.
     """
@@ -106,22 +107,17 @@ class Plan:
         """Why everything is uniform; empty where it follows the scores."""
         return self.evidence.undecided
 
-    def multiples(
-        self, *, strength: float | str = 1.0, mean: float = 1.0, most: float = float("inf")
-    ) -> Stages:
+    def multiples(self, *, mean: float = 1.0, most: float = float("inf")) -> Stages:
         """Shares over layers by the stages of the probabilities, of a given mean.
 
         Parameters
         ----------
-        strength
-            Where the caller gave none.
         mean, most
-            Mean of the shares, and their upper end. An undecided profile gives the mean to all.
+            Mean of the shares, and their upper end. An undecided profile gives the mean to all,
+            a pool too: it needs layers that stand out.
         """
-        return multiples_from_scores(
-            self.evidence.score, self.evidence.low, self.evidence.high, mean=mean, most=most,
-            strength=self._strength(strength), control=self.control, seed=self.seed,
-        )  # fmt: skip
+        given = 1.0 if self.strength is None else self.strength
+        return self._stages(0.0 if self.undecided else given, mean, most)
 
     def chosen(self, layers: int | None) -> NDArray[np.bool_]:
         """Which layers are chosen: the best ones, or all of an undecided profile.
@@ -142,19 +138,22 @@ class Plan:
             raise ProbabilitiesError(
                 f"layers is {layers}: expected a number from 1 to {len(self.layers)}."
             )
-        if layers is not None and self.strength is not None:
+        pool = self.strength if isinstance(self.strength, str) else None
+        if layers is not None and pool is not None:
             raise ProbabilitiesError(
-                f"layers is {layers} and strength {self.strength!r}: both say how many; give one."
+                f"layers is {layers} and strength {pool!r}: both say how many; give one."
             )
         if self.undecided:
             return np.ones(len(self.layers), dtype=bool)
-        strength = self._strength("pool" if layers is None else f"pool={layers}")
-        return np.asarray(self.multiples(strength=strength).pi > 0)
+        # A power chooses no layers: which ones are the best does not depend on it.
+        chosen = pool or ("pool" if layers is None else f"pool={layers}")
+        return np.asarray(self._stages(chosen, 1.0, float("inf")).pi > 0)
 
-    def _strength(self, default: float | str) -> float | str:
-        given = default if self.strength is None else self.strength
-        # A pool needs layers that stand out; the uniform choice of an undecided profile does not.
-        return 0.0 if self.undecided else given
+    def _stages(self, strength: float | str, mean: float, most: float) -> Stages:
+        return multiples_from_scores(
+            self.evidence.score, self.evidence.low, self.evidence.high, mean=mean, most=most,
+            strength=strength, control=self.control, seed=self.seed,
+        )  # fmt: skip
 
     def names(self, chosen: NDArray[np.bool_]) -> list[str]:
         """Names of chosen layers."""

@@ -208,6 +208,8 @@ def _statement(plan: Plan, made: Content) -> str:
         )
     elif plan.evidence.doubt:
         said.append(f"The scores are taken as certain, although {plan.evidence.doubt}.")
+    if plan.profile.reliability.drift and not plan.undecided:
+        said.append("The profile drifted during the run: its scores are averages of stages.")
     if plan.control is not None:
         said.append(f"A {plan.control} control: a placebo, not meant to be better than uniform.")
     return " ".join([*said, *made.notes])

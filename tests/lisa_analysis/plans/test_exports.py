@@ -102,6 +102,11 @@ class TestChoice:
         assert by_layers.values == by_strength.values
         assert by_layers.values["train"]["layers"] == [9, 10, 11]
 
+    def test_a_power_chooses_no_layers(self, known):
+        for strength in (0, 2.0):
+            made = la.export(known, "freeze", layers=3, strength=strength)
+            assert made.values["train"]["layers"] == [9, 10, 11]
+
     def test_a_reversed_control_takes_the_worst(self, known):
         made = la.export(known, "freeze", layers=3, control="reversed")
         assert made.values["train"]["layers"] == [0, 1, 2]

@@ -475,6 +475,17 @@ class TestEvidence:
         together = la.sampling_probabilities(profile, 1)
         assert set(together.inclusion_probabilities) == {0.25}
 
+    def test_a_profile_that_says_that_none_stands_apart_is_believed(self):
+        score = np.array([1.0, 1.3, 1.0, 1.0])
+        profile = self.profile(score, score - 0.01, score + 0.01)
+        assert not la.sampling_probabilities(profile, 1).undecided
+        profile.layers["standing"] = ["within", "within", "unknown", "within"]
+        made = la.sampling_probabilities(profile, 1)
+        assert made.undecided == "no layer is known to stand above or below the others"
+        assert set(made.inclusion_probabilities) == {0.25}
+        profile.layers["standing"] = ["within", "above", "within", "within"]
+        assert la.sampling_probabilities(profile, 1).inclusion_probabilities[1] > 0.25
+
     def test_scores_alone_are_undecided_until_they_are_taken_as_certain(self):
         profile = self.profile([1.0, 2, 3, 4])
         assert la.sampling_probabilities(profile, 1).undecided

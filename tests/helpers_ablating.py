@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from helpers_architectures import MODELS, inputs
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from lisa_train.measure.ablation.change import LearnedChange
 from lisa_train.measure.ablation.losses import ExampleLosses, Rows, choose_examples
@@ -61,8 +62,8 @@ def stored(model: Any, folder: Path) -> StoredWeights:
     return StoredWeights(model, find_checkpoint(str(folder)))
 
 
-def change_of(trained: Any, folder: Path, **options: Any) -> LearnedChange:
-    return LearnedChange(trained, stored(trained, folder / "base"), **options)
+def change_of(model: Any, folder: Path, **options: Any) -> LearnedChange:
+    return LearnedChange(model, stored(model, folder / "base"), **options)
 
 
 def prepared(model: Any, rows: Rows, tokens: int = 32, most: int | None = None) -> Any:
@@ -95,3 +96,46 @@ def mixed(base: Any, trained: Any, names: Any, start: str) -> Any:
         for name in names:
             own[name].copy_(other[name])
     return model
+
+
+QV = ["q_proj", "v_proj", "down_proj"]
+ADAPTERS = {
+    "plain": ("llama", {"target_modules": QV}),
+    "dora": ("llama", {"target_modules": QV, "use_dora": True}),
+    "rank_pattern": (
+        "llama",
+        {
+            "target_modules": QV,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+    "modules_to_save": ("llama", {"target_modules": QV, "modules_to_save": ["lm_head", "norm"]}),
+    "biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tokens": ("llama", {"target_modules": QV, "trainable_token_indices": [5, 9]}),
+    "pissa": ("llama", {"target_modules": QV, "init_lora_weights": "pissa"}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}),
+    "bert": ("bert", {"target_modules": ["query", "dense"]}),
+    "t5": ("t5", {"target_modules": ["q", "v", "wo"]}),
+}
+
+
+def trained_adapter(tmp_path: Path, name: str) -> tuple[str, Any, Any]:
+    """Base on disk, adapter on disk, and the model that is loaded from both."""
+    architecture, settings = ADAPTERS[name]
+    model = build(architecture)
+    model.save_pretrained(tmp_path / "base")
+    kind = type(model)
+    torch.manual_seed(2)
+    base = kind.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, **settings))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    fresh = kind.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    return architecture, kind.from_pretrained(tmp_path / "base").eval(), loaded

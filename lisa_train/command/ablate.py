@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         "that it buys is printed: four times as many halve the intervals",
     )
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16: faster where the processor has it, and less precise",
+    )
+    parser.add_argument(
         "--restore",
         metavar="LAYERS",
         help="write the model or adapter with these put back, as 3,17,20-22,embed; 'auto': those "
@@ -110,8 +115,11 @@ def _check(arguments: argparse.Namespace) -> None:
             "--output", "--restore LAYERS"
         )  # fmt: skip
         raise ConfigError(f"{given} needs {missing} beside it.")
-    if arguments.restore is not None and (arguments.range or arguments.by != "layer"):
-        raise ConfigError("--restore writes weights and measures no units: leave --by and --range.")
+    measuring = arguments.range or arguments.by != "layer" or arguments.bf16
+    if arguments.restore is not None and measuring:
+        raise ConfigError(
+            "--restore writes weights and measures no units: leave out --by, --range and --bf16."
+        )
     if arguments.max_examples != "all" and not arguments.max_examples.isdecimal():
         raise ConfigError(
             f"--max_examples is {arguments.max_examples!r}; expected a number of examples, or all."
@@ -134,7 +142,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from lisa_train.command.ablate_run import ablate
 
-    print(ablate(arguments.run_dir, by=arguments.by, ranges=arguments.range, **shared))
+    units = {"by": arguments.by, "ranges": arguments.range}
+    print(ablate(arguments.run_dir, **units, bf16=arguments.bf16, **shared))
 
 
 def _quiet() -> None:

@@ -1,6 +1,7 @@
 """`restore(run_dir, layers, out)`: the trained model or adapter with some layers put back."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -293,9 +294,21 @@ def _write_adapter(trained: TrainedRun, parts: "Sequence[Part]", folder: Path) -
             elif canonical_name(key) in tensors:
                 value = values[tensors[canonical_name(key)]]
             state[key] = value.contiguous().clone()
+    _forget_patterns(settings, {module_of(key) for key in state})
     save_file(state, str(folder / _ADAPTER), metadata)
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _forget_patterns(settings: dict[str, Any], modules: set[str]) -> None:
+    """Take out ranks and scales of modules that are no longer there: PEFT warns of them."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        settings[name] = {
+            pattern: value
+            for pattern, value in patterns.items()
+            if any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules)
+        }
 
 
 def _is_copy(module: Any) -> bool:

@@ -63,6 +63,7 @@ def ablate(
     model: "nn.Module | str | Path | None" = None,
     base: str | Path | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    bf16: bool = False,
     progress: bool | None = None,
 ) -> Ablation:
     """Measure what every layer's change was worth, on held-out examples and on general text.
@@ -96,6 +97,9 @@ def ablate(
         Folder or hub id of the base, where it is not where config.yaml says.
     collate
         With examples: makes a batch of some of them; None stacks those of equal shapes.
+    bf16
+        Compute in that precision by autocast: faster where the processor has it, good enough for
+        ``keep`` and coarse for ``reset`` (`docs/ablation.md` has figures).
     progress
         True shows a bar, false nothing; None a bar on a terminal, and a few lines elsewhere.
 
@@ -124,7 +128,7 @@ def ablate(
     try:
         trained = load_trained(run, model, base)
         units = make_units(trained.change.parts, trained.change.kinds, by, ranges)
-        losses, examples = prepare_examples(trained, data, general, max_examples, collate)
+        losses, examples = prepare_examples(trained, data, general, max_examples, collate, bf16)
         measured = {name: one.measured for name, one in examples.items()}
         file = AblationFile(run.path, trained.about, measured)
         cost = ablate_units(
@@ -142,6 +146,7 @@ def prepare_examples(
     general: str | Path | bool | None,
     max_examples: int | None,
     collate: Callable[[list[Any]], Any] | None = None,
+    bf16: bool = False,
 ) -> "tuple[ExampleLosses, dict[str, Examples]]":
     """Return how losses are taken, and the examples of ``held_out`` and ``general``."""
     from lisa_train.measure.ablation.losses import ExampleLosses, choose_examples
@@ -149,7 +154,9 @@ def prepare_examples(
     with trained.change.as_found():
         rows = {"held_out": held_out_rows(trained, data, collate)}
         trained.model.eval()
-        losses = ExampleLosses(trained.model, rows["held_out"])
+        losses = ExampleLosses(trained.model, rows["held_out"], bf16=bf16)
+        if bf16:
+            trained.about["dtype"] += " computed in bfloat16"
         of_text = losses.rule == "next" and trained.tokenizer is not None
         if general is None:
             general = of_text

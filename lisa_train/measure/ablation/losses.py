@@ -85,6 +85,8 @@ class ExampleLosses:
         The model.
     rows
         Examples to try it on.
+    bf16
+        Compute in that precision by autocast.
 
     Raises
     ------
@@ -92,13 +94,14 @@ class ExampleLosses:
         When the examples have no labels, or the model makes no loss of them.
     """
 
-    def __init__(self, model: nn.Module, rows: Rows) -> None:
+    def __init__(self, model: nn.Module, rows: Rows, *, bf16: bool = False) -> None:
         bare: Any = unwrap(model)
         config = getattr(bare, "config", None)
         # It makes the decoder's inputs of the labels.
         self._needs_labels = bool(getattr(config, "is_encoder_decoder", False))
         self._options = {"use_cache": False} if hasattr(config, "use_cache") else {}
         self._device = next(model.parameters()).device
+        self._bf16 = bf16
         count = 2 if rows.padded and len(rows.rows) > 1 else 1
         tried = [rows.rows[i] for i in range(count)]  # a data set's own slice is no list of rows
         batch = self.on_device(rows.collate(tried))
@@ -111,7 +114,7 @@ class ExampleLosses:
 
     def _find_rule(self, model: nn.Module, batch: Mapping[str, Any], count: int) -> Rule:
         with torch.no_grad():
-            output = model(**batch, **self._options)
+            output = self._forward(model, batch)
         own = _part(output, "loss")
         if own is None or own.numel() != 1:
             raise LisaError(
@@ -135,11 +138,15 @@ class ExampleLosses:
         """Return the loss of every example of a batch, float64 on the CPU."""
         labels = batch["labels"]
         if self.rule == "own":
-            own = _part(model(**batch, **self._options), "loss").double().reshape(1)
+            own = _part(self._forward(model, batch), "loss").double().reshape(1)
             return (own * self._own_count(labels)).cpu()
         given = batch if self._needs_labels else {k: v for k, v in batch.items() if k != "labels"}
-        logits = _part(model(**given, **self._options), "logits")
+        logits = _part(self._forward(model, given), "logits")
         return _sums(logits, labels, self.rule).cpu()
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return model(**inputs, **self._options)
 
     def counts(self, labels: torch.Tensor, rule: Rule | None = None) -> torch.Tensor:
         """Return how many labels count in every example."""

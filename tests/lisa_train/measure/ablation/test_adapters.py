@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers_ablating import build, prepared, rows_of, stored
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers_ablating import ADAPTERS, build, prepared, rows_of, stored, trained_adapter
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -18,47 +18,6 @@ from lisa_train.measure.ablation.file import AblationFile, Key
 from lisa_train.measure.ablation.units import AblatedUnit, make_units
 
 ABOUT = {"model": "adapter", "base": "b", "dtype": "float32", "device": "cpu", "unmeasured": []}
-QV = ["q_proj", "v_proj", "down_proj"]
-SETTINGS = {
-    "plain": ("llama", {"target_modules": QV}),
-    "dora": ("llama", {"target_modules": QV, "use_dora": True}),
-    "rank_pattern": (
-        "llama",
-        {
-            "target_modules": QV,
-            "rank_pattern": {"layers.1.self_attn.q_proj": 5},
-            "use_rslora": True,
-        },
-    ),
-    "modules_to_save": ("llama", {"target_modules": QV, "modules_to_save": ["lm_head", "norm"]}),
-    "biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
-    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
-    "tokens": ("llama", {"target_modules": QV, "trainable_token_indices": [5, 9]}),
-    "pissa": ("llama", {"target_modules": QV, "init_lora_weights": "pissa"}),
-    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}),
-    "bert": ("bert", {"target_modules": ["query", "dense"]}),
-    "t5": ("t5", {"target_modules": ["q", "v", "wo"]}),
-}
-
-
-def trained_adapter(tmp_path, name):
-    """Base on disk, adapter on disk, and the model that is loaded from both."""
-    architecture, settings = SETTINGS[name]
-    model = build(architecture)
-    model.save_pretrained(tmp_path / "base")
-    kind = type(model)
-    torch.manual_seed(2)
-    base = kind.from_pretrained(tmp_path / "base")
-    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, **settings))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p += 0.1 * torch.randn(p.shape, generator=generator)
-    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    fresh = kind.from_pretrained(tmp_path / "base")
-    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
-    return architecture, kind.from_pretrained(tmp_path / "base").eval(), loaded
 
 
 def ablate(tmp_path, change, rows, units, folder="run", **options):
@@ -99,7 +58,7 @@ def without(model, base, layers):
     return model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(tmp_path, name):
     architecture, base, loaded = trained_adapter(tmp_path, name)
     rows = rows_of(architecture)

@@ -1,0 +1,92 @@
+"""Losses of single examples: the rule that fits a model, the examples that are taken, batches."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_ablating import build, by_hand, rows_of, stack
+from torch import nn
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_train.measure.ablation.losses import ExampleLosses, Rows, choose_examples
+from lisa_train.measure.ablation.summary import effect
+
+RULES = {
+    "llama": "next", "gpt2": "next", "mixtral": "next", "bert": "same", "t5": "same",
+    "whisper": "same", "bert_classifier": "class", "vit": "class", "llama_reward": "own",
+    "wav2vec2": "own",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rule_is_the_model_s_own(name):
+    model, rows = build(name), rows_of(name)
+    losses = ExampleLosses(model, rows)
+    assert losses.rule == RULES[name]
+    examples = choose_examples(losses, rows, None, 40)
+    found = np.empty(len(rows.rows))
+    with torch.no_grad():
+        for batch in examples.batches:
+            found[list(batch.examples)] = losses(model, batch.inputs)
+    np.testing.assert_allclose(found, by_hand(model, rows), rtol=1e-5)
+
+
+def test_examples_are_spread_and_those_without_labels_left_out():
+    rows = rows_of("llama", copies=6)
+    for number in (3, 8):
+        rows.rows[number]["labels"][:] = -100
+    losses = ExampleLosses(build("llama"), rows)
+    few = choose_examples(losses, rows, 4, 24)
+    assert few.measured.about["examples"] == 3  # of 0, 3, 6, 9
+    assert few.measured.about["available"] == 12
+    every = choose_examples(losses, rows, None, 24)
+    numbers = [n for batch in every.batches for n in batch.examples]
+    assert sorted(numbers) == list(range(10))
+    assert max(len(batch.examples) for batch in every.batches) == 3
+    assert few.measured.about["digest"] != every.measured.about["digest"]
+    again = choose_examples(losses, rows, 4, 8)
+    assert few.measured.about["digest"] == again.measured.about["digest"]
+
+
+def test_unequal_examples_share_no_batch_unless_they_are_padded():
+    row = rows_of("llama").rows[0]
+    short = {k: v[:5] for k, v in row.items()}
+    rows = Rows("x", [row, short, row, short, short], stack, 5, padded=False)
+    losses = ExampleLosses(build("llama"), rows)
+    examples = choose_examples(losses, rows, None, 100)
+    assert sorted(batch.examples for batch in examples.batches) == [(0, 2), (1, 3, 4)]
+
+
+def test_without_labels_or_loss():
+    rows = rows_of("llama")
+    bare = Rows("bare", [{"input_ids": rows.rows[0]["input_ids"]}], stack, 1)
+    with pytest.raises(LisaError, match="examples of bare have no `labels`, only input_ids"):
+        ExampleLosses(build("llama"), bare)
+    masked = Rows("masked", [{k: v * 0 - 100 if k == "labels" else v for k, v in r.items()}
+                             for r in rows.rows], stack, 6)  # fmt: skip
+    losses = ExampleLosses(build("llama"), rows)
+    with pytest.raises(LisaError, match="none of 6 examples of masked has a label"):
+        choose_examples(losses, masked, None, 40)
+
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, labels):
+            return {"logits": torch.zeros(*input_ids.shape, 4)}
+
+    with pytest.raises(LisaError, match="Silent gives no loss"):
+        ExampleLosses(Silent(), rows)
+
+
+def test_intervals_against_a_bootstrap():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(5, 60, 80)
+    before = 3.0 * tokens + generator.standard_normal(80) * np.sqrt(tokens)
+    after = before + 0.05 * tokens + 0.4 * generator.standard_normal(80) * np.sqrt(tokens)
+    found = effect(after, before, tokens)
+    assert found.value == pytest.approx((after - before).sum() / tokens.sum())
+    picks = generator.integers(0, 80, (4000, 80))
+    resampled = (after - before)[picks].sum(1) / tokens[picks].sum(1)
+    assert found.margin == pytest.approx(1.96 * resampled.std(), rel=0.08)
+    assert np.isnan(effect(after[:1], before[:1], tokens[:1]).margin)

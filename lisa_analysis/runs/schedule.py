@@ -15,6 +15,18 @@ def schedule_grid(run: Run) -> LayerGrid:
     return LayerGrid("active", steps, active, np.zeros_like(active, dtype=bool))
 
 
+def probability_grid(run: Run) -> LayerGrid:
+    """Layers × draws, π of each draw over that of uniform sampling; no steps unless π moves."""
+    found = [(step, pi) for step, _, pi in draw_events(run) if pi is not None]
+    values = np.array([pi for _, pi in found]).reshape(len(found), run.n_layers).T
+    if not len(found) or not np.ptp(values, axis=1).max() > 1e-9:
+        found, values = [], values[:, :0]
+    uniform = values.sum(axis=0, keepdims=True) / run.n_layers
+    steps = np.array([step for step, _ in found], dtype=np.int64)
+    shown = values / uniform if len(found) else values
+    return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))
+
+
 def visit_counts(run: Run) -> pd.DataFrame:
     """Return layer, draws that chose it, and the draws that its probabilities add up to.
 

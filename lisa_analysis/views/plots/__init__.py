@@ -2,6 +2,7 @@
 
 from lisa_analysis.views.plots.grids import heatmap as heatmap
 from lisa_analysis.views.plots.grids import kind_grid as kind_grid
+from lisa_analysis.views.plots.grids import learned_probabilities as learned_probabilities
 from lisa_analysis.views.plots.grids import schedule as schedule
 from lisa_analysis.views.plots.lines import bands as bands
 from lisa_analysis.views.plots.lines import curves as curves

@@ -10,7 +10,7 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 
 from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
-from lisa_analysis.runs.schedule import schedule_grid, visit_counts
+from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
 from lisa_analysis.views.plots import style
 
 COLUMN_TITLES = {
@@ -112,6 +112,35 @@ def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Ax
     side.set_xlim(0, float(np.nanmax(visits[["observed", "expected"]])) * 1.08)
     style.finish(side, grid="x")
     side.spines["left"].set_visible(False)
+    return ax
+
+
+def learned_probabilities(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
+    """Draw the inclusion probabilities of every draw, as multiples of those of uniform sampling.
+
+    Colour is logarithmic and white at 1: red layers are drawn more often than uniform sampling
+    would, blue ones less. Runs whose probabilities do not move get a note instead.
+    """
+    grid = probability_grid(run)
+    ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
+    if not len(grid):
+        return style.note(ax, "The probabilities of this run do not move.")
+    shown, group = grid.thinned(most)
+    positive = shown.values[shown.values > 0]
+    far = max(1.25, float(np.exp(np.abs(np.log(positive)).max())))
+    ax.set_facecolor(style.FROZEN)
+    image = ax.imshow(
+        np.ma.masked_less_equal(shown.values, 0),
+        norm=LogNorm(1 / far, far, clip=True),
+        cmap=mpl.colormaps[style.DIVERGING].with_extremes(bad=(0, 0, 0, 0)),
+        **_raster(shown.values.shape),
+    )
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=18)
+    bar.outline.set_visible(False)
+    bar.set_label("probability over k/L")
+    _label_colors(bar, image.norm)
+    _label_layers(ax, run.n_layers)
+    _label_steps(ax, shown.steps, group, what="draw at step", unit="draws")
     return ax
 
 

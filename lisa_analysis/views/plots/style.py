@@ -35,6 +35,8 @@ FROZEN = "#d4d4d4"
 NON_FINITE = "#e5004d"
 # Viridis has no grey of its own, so a grey cell can only mean "frozen".
 COLORMAP = "viridis"
+# White in the middle, where nothing differs.
+DIVERGING = "RdBu_r"
 
 
 def look(position: int) -> tuple[str, str | tuple[int, tuple[int, ...]], str]:

@@ -54,6 +54,7 @@ class RunContent:
     profile_figures: list[ReportFigure]
     heatmaps: list[ReportFigure]
     schedule: ReportFigure | None
+    learned: ReportFigure | None
     curves: list[ReportFigure]
     worth_words: list[str] = field(default_factory=list)
     worth_figures: list[ReportFigure] = field(default_factory=list)
@@ -120,6 +121,8 @@ class RunContent:
         yield from self.heatmaps
         if self.schedule is not None:
             yield self.schedule
+        if self.learned is not None:
+            yield self.learned
         yield from self.curves
 
 
@@ -168,9 +171,10 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
     grids = analysis.grids(columns)
     names = run.layer_names
     heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
-    schedule = None
+    schedule = learned = None
     if analysis.drew_layers:
         schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
+        learned = figures.learned_figure(f"{slug}-learned", run, names, budget)
     return RunContent(
         run,
         slug,
@@ -182,6 +186,7 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
         _profile_figures(analysis, slug, alone=alone),
         heatmaps,
         schedule,
+        learned,
         _curves(analysis, slug, budget) if alone else [],
         worth_words(analysis.worth, analysis.worth_by_module),
         worth_figures(slug, analysis.worth, analysis.worth_by_module, names),
@@ -250,7 +255,10 @@ def _method(run: Any) -> str:
     lisa, lora = mapping(run.manifest, "lisa"), mapping(run.manifest, "lora")
     if run.method == "lisa" and lisa:
         k, interval = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
-        return f"LISA, {k} layers for {interval} steps at a time"
+        how = ", probabilities learned meanwhile" if lisa.get("learn") else ""
+        if lisa.get("control", "none") != "none":
+            how += f" ({lisa['control']} control)"
+        return f"LISA, {k} layers for {interval} steps at a time{how}"
     if run.method == "lora" and lora:
         return f"LoRA, r = {lora.get('r', '?')}"
     peft, select = mapping(run.manifest, "peft"), mapping(run.manifest, "select")

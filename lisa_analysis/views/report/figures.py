@@ -18,7 +18,7 @@ from lisa_analysis.metrics.layer_grid import (
 )
 from lisa_analysis.metrics.thinning import thin
 from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
-from lisa_analysis.runs.schedule import visit_counts
+from lisa_analysis.runs.schedule import probability_grid, visit_counts
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
 from lisa_analysis.views.report import svg
 from lisa_analysis.views.report.format import count, number
@@ -196,6 +196,37 @@ def schedule_figure(
         layer="layer",
     )
     return ReportFigure(slug, title, caption, image, table)
+
+
+def learned_figure(
+    slug: str, run: Any, layer_names: Sequence[str], budget: Budget
+) -> ReportFigure | None:
+    """Probabilities over time; None where they do not move."""
+    grid = probability_grid(run)
+    if not len(grid):
+        return None
+    lisa = run.manifest.get("lisa")
+    control = lisa.get("control", "none") if isinstance(lisa, dict) else "none"
+    title = "What was learned: probabilities over time"
+    with svg.ink(slug):
+        ax = canvas(WIDE, _grid_height(run.n_layers), right=0.85, top=0.1)
+        plots.learned_probabilities(run, ax=ax, most=budget.columns)
+        svg.mark_layers(ax, run.n_layers)
+        last = pd.Series(grid.values[:, -1])
+        text = _extremes("Colour map, layers upwards, draws to the right; last column:", last)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
+    caption = (
+        "Probability of each layer in every draw, over that of uniform sampling: red is drawn more "
+        "often, blue less. It moves at most twofold from draw to draw."
+    )
+    if control != "none":
+        caption += (
+            f" A control: the learned probabilities are {control}, so that they are those of other "
+            "layers."
+        )
+    shown, group = grid.thinned(budget.columns)
+    caption += thinned(group, "column")
+    return ReportFigure(slug, title, caption, image, grid_table(title, shown))
 
 
 _CURVE_NOTES = {

@@ -62,6 +62,15 @@ def agreements():
     return SimpleNamespace(to_frame=lambda: pd.DataFrame([row, row | {"metric": "depth"}]))
 
 
+def moving(run):
+    """The same run with probabilities that wander."""
+    events = run.events.copy()
+    draws = events["event"] == "lisa_draw"
+    wander = [list(np.roll(np.linspace(0.1, 0.3, 12), n)) for n in range(draws.sum())]
+    events.loc[draws, "inclusion_probabilities"] = pd.Series(wander, events.index[draws])
+    return SimpleNamespace(events=events, n_layers=run.n_layers)
+
+
 def everything(runs):
     run = runs["lisa"]
     scored = SimpleNamespace(scores=np.linspace(0, 1, 12), metric="forgetting",
@@ -76,6 +85,7 @@ def everything(runs):
         "bands": lambda ax: plots.bands(run, ax=ax),
         "update_ratio": lambda ax: plots.update_ratio(run, ax=ax),
         "schedule": lambda ax: plots.schedule(run, ax=ax),
+        "learned_probabilities": lambda ax: plots.learned_probabilities(moving(run), ax=ax),
         "probabilities": lambda ax: plots.probabilities(probabilities(), ax=ax),
         "strengths": lambda ax: plots.strengths(strengths(), ax=ax),
         "kind_grid": lambda ax: plots.kind_grid(kinds, ax=ax),
@@ -97,7 +107,8 @@ def test_every_public_plot_is_covered(runs):
 
 
 @pytest.mark.parametrize("name", ["profile", "profiles", "heatmap", "trajectories", "bands",
-                                  "update_ratio", "schedule", "probabilities", "strengths",
+                                  "update_ratio", "schedule", "learned_probabilities",
+                                  "probabilities", "strengths",
                                   "kind_grid", "rank_stability", "curves",
                                   "comparison", "worth", "gain_and_forgetting",
                                   "validity"])  # fmt: skip

@@ -16,6 +16,7 @@ from lisa_train.methods.lisa.learning.step_metrics import STEP_METRICS
 from lisa_train.methods.lisa.learning.visits import Visits
 from lisa_train.methods.lisa.schedule import Schedule
 from lisa_train.model.parallel import processes
+from lisa_train.model.sharding import is_sharded
 
 
 class Learning:
@@ -57,6 +58,13 @@ class Learning:
         # The draw before which a measuring pass was made last.
         self._probed = 0
         self._visits: Visits | None = None
+        split = [is_sharded(p) for i in range(self._layers) for p in units[i]]
+        if any(split) and (settings.metric in ("signal", "probe") or not all(split)):
+            raise ConfigError(
+                f"lisa.learn.metric is {settings.metric!r} with weights that FSDP2 splits over "
+                "processes, where it is not known to be right; choose 'grad_rms' (with all layers "
+                "split), or train with DDP."
+            )
         if settings.metric == "probe":
             if probe is None:
                 raise ConfigError(
@@ -67,7 +75,7 @@ class Learning:
         else:
             metric = STEP_METRICS[settings.metric]()
             metric.watch({i: units[i] for i in range(self._layers)})
-            self._visits = Visits(metric, units, self._layers)
+            self._visits = Visits(metric, units, self._layers, sharded=any(split))
 
     # ------------------------------------------------------------------ around a step
 

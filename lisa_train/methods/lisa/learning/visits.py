@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,12 +30,20 @@ class Visits:
         Tensors of every layer.
     layers
         Number of layers.
+    sharded
+        Whether the tensors are split over processes, each of which sees its part.
     """
 
     def __init__(
-        self, metric: StepMetric, units: Mapping[Any, Sequence[nn.Parameter]], layers: int
+        self,
+        metric: StepMetric,
+        units: Mapping[Any, Sequence[nn.Parameter]],
+        layers: int,
+        *,
+        sharded: bool = False,
     ) -> None:
         self._metric = metric
+        self._sharded = sharded
         self._sizes = [sum(p.numel() for p in units[i]) for i in range(layers)]
         self._fresh: frozenset[int] = frozenset()
         self._now: dict[int, list[torch.Tensor]] = {}
@@ -60,6 +69,11 @@ class Visits:
         # A fused optimizer takes off the loss scale of fp16 itself, and skips what overflowed.
         scale = getattr(optimizer, "grad_scale", None)
         self._skipped = getattr(optimizer, "found_inf", None)
+        if self._sharded and numbers:
+            # Sums over parts of tensors; all processes step at the same time.
+            sums = stacked([numbers[layer] for layer in numbers])
+            dist.all_reduce(sums)
+            numbers = dict(zip(numbers, sums.unbind(), strict=True))
         for layer, number in numbers.items():
             if scale is not None:
                 number = number / scale.to(number.device).double() ** self._metric.degree

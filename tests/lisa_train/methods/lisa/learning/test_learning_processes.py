@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 
 WORLD, STEPS, LAYERS = 2, 30, 4
@@ -86,6 +87,14 @@ def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):
     }
 
 
+def shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def process(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -105,6 +114,14 @@ def process(rank, port, folder):
         again = train(model, wrapped, [rank], metric, saved=saved, state=half["optimizer"])
         again["draws"] = half["draws"] + again["draws"]
         found[metric]["again"] = again
+    for metric in ("grad_rms", "descent"):
+        model = shard(build())
+        sharded = train(model, model, [rank], metric)
+        found[f"sharded {metric}"] = {n: sharded[n] for n in ("draws", "learned", "state")}
+    for metric in ("signal", "probe"):
+        model = shard(build())
+        with pytest.raises(ConfigError, match="FSDP2 splits over processes"):
+            train(model, model, [rank], metric)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -141,12 +158,16 @@ def test_resumed_inside_an_interval_they_go_on_to_the_bit(ranks, metric):
             assert torch.equal(weight, again["weights"][name])
 
 
-@pytest.mark.parametrize("metric", ["grad_rms"])
+@pytest.mark.parametrize("metric", ["grad_rms", "descent"])
 def test_what_they_learn_is_what_one_process_learns_of_both_batches(ranks, metric):
+    """With a copy of the model in each, and with one that FSDP2 splits between them."""
     model = build()
     alone = train(model, model, [0, 1], metric)
-    for (step, values), (mine, both) in zip(
-        alone["learned"][:5], ranks[0][metric]["learned"][:5], strict=True
-    ):
-        assert step == mine
-        np.testing.assert_allclose(values, both, rtol=1e-4)
+    for name in (f"sharded {metric}", *([metric] if metric in ranks[0] else ())):
+        assert json.dumps(ranks[0][name]["learned"]) == json.dumps(ranks[1][name]["learned"])
+        assert ranks[0][name]["draws"] == ranks[1][name]["draws"]
+        for (step, values), (mine, both) in zip(
+            alone["learned"][:5], ranks[0][name]["learned"][:5], strict=True
+        ):
+            assert step == mine
+            np.testing.assert_allclose(values, both, rtol=1e-4, err_msg=name)

@@ -1,6 +1,6 @@
 """What was measured per step and layer, and each question that can be put to it."""
 
-from lisa_analysis.metrics import ablation, changes, gradients, probed, two_runs, updates
+from lisa_analysis.metrics import ablation, changes, gradients, probed, two_runs, updates, weights
 from lisa_analysis.metrics.gradients import GradSnr
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import (
@@ -27,4 +27,5 @@ __all__ = [
     "probed",
     "two_runs",
     "updates",
+    "weights",
 ]

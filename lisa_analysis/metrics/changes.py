@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import AtStart, metric
 from lisa_analysis.metrics.series import at_the_end, ratio
+from lisa_analysis.metrics.weights import change_norm, norm_before
 
 Array = NDArray[np.float64]
 
@@ -30,13 +31,18 @@ def weight_norm(data: Measurements) -> NDArray[Any]:
     "‖ΔW‖/‖W_0‖ at the end of the run, with LISA divided by the layer's activations, weighted by "
     "their learning rates, to the power at which this run's changes grew with them (1 directed, ½ "
     "random).",
-    needs=("delta_norm",),
+    needs=(("delta_norm", "weights.change"),),
 )
 def delta_rel(data: Measurements) -> NDArray[Any]:
     """Relative change of the weights per activation."""
     table = data.table
-    relative = at_the_end(data, table.final_delta / table.initial_base)
-    if data.interval is None or not len(relative):
+    if data.has("delta_norm"):
+        relative = at_the_end(data, table.final_delta / table.initial_base)
+    else:  # the run did not record it; what it left behind tells
+        if not data.has("weights.base"):
+            raise KeyError(data.lacks("weights.base"))
+        relative = at_the_end(data, ratio(change_norm(data), norm_before(data, changed=True)))
+    if data.interval is None or not len(table.steps):
         return relative
     power = 1.0
     if "delta_norm" in table:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.rundir.events import chosen, draws, learning_rates, ruling_draws
@@ -62,6 +63,8 @@ class Measurements:
         """Whether the run recorded a column."""
         if column == "probes":
             return not self.run.probes.empty
+        if column.startswith("weights."):
+            return self._weights(column) == ""
         if column == "ablation":
             return not self.run.ablation.empty
         if column == "micro_batches":
@@ -82,8 +85,28 @@ class Measurements:
 
     def lacks(self, column: str) -> str:
         """Say that a column was not recorded, and what was."""
+        if column.startswith("weights."):
+            return self._weights(column)
         hint = _HOW.get(column) or f"recorded: {', '.join(self.table.measures) or 'nothing'}"
         return f"{column} was not recorded ({hint})"
+
+    def _weights(self, column: str) -> str:
+        """Why weights on disk do not have what a metric needs; empty where they do."""
+        from lisa_analysis.metrics.weights import weights
+
+        try:
+            found = weights(self.run).of.values()
+        except LisaError as error:
+            return str(error).rstrip(".")
+        part = {"base": "before", "change": "change", "adapter": "factors"}[column[8:]]
+        if any(getattr(change, part) is not None for change in found):
+            return ""
+        return {
+            "before": "the weights before are not known (lisa_analysis.load(…, base=…), or --base)",
+            "change": "no weights after training are there, or none before that they could be "
+            "compared with",
+            "factors": "there is no LoRA adapter",
+        }[part]
 
     def exposure(self, power: float = 1.0) -> NDArray[Any]:
         """Training behind every group at every recorded step, shape (n, groups).

@@ -15,9 +15,9 @@ from lisa_analysis.metrics.log import Measurements
 Array = NDArray[np.float64]
 # log: a geometric mean over steps; linear: an arithmetic mean; total: the state at the end.
 Scale = Literal["log", "linear", "total"]
-# The recorded optimizer steps, the measuring passes, the independent batches of a probe, or the
-# independent examples of an ablation.
-Rows = Literal["steps", "probes", "batches", "examples"]
+# The recorded optimizer steps, the measuring passes, the independent batches of a probe, the
+# independent examples of an ablation, or a single look at weights on disk.
+Rows = Literal["steps", "probes", "batches", "examples", "weights"]
 Need = str | tuple[str, ...]
 Subject = TypeVar("Subject", bound=Callable[..., Any])
 
@@ -60,7 +60,7 @@ class Metric:
         Its score at step 0, or None where it has none (nothing has changed at step 0).
     rows
         What its rows are: ``steps``, ``probes``, or independent repetitions, ``batches`` of a
-        probe or ``examples`` of an ablation.
+        probe or ``examples`` of an ablation; of ``weights`` on disk there is one row.
     compares
         Whether it compares the run with another one.
     below_zero
@@ -103,7 +103,8 @@ class Metric:
         """Return values of shape (rows, groups); `KeyError` names a column that is missing."""
         for need in self.needs:
             if not any(data.has(name) for name in _either(need)):
-                raise KeyError(data.lacks(_either(need)[-1]))
+                lacking = dict.fromkeys(data.lacks(name) for name in _either(need))
+                raise KeyError("; ".join(lacking))
         found = self.function(data, self.reference) if self.compares else self.function(data)
         return np.asarray(found)
 

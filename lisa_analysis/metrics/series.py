@@ -25,7 +25,8 @@ def ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[Any]:
 
 
 def at_the_end(data: Measurements, values: Array) -> NDArray[Any]:
-    """Values of the end of the run as a series that knows nothing before it."""
-    series = np.full(data.table.trained.shape, np.nan, dtype=np.float32)
+    """Values of the end of the run as a series that knows nothing before it, of one row or more."""
+    rows, width = data.table.trained.shape
+    series = np.full((max(rows, 1), width), np.nan, dtype=np.float32)
     series[-1:] = values
     return series

@@ -13,7 +13,7 @@ from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import Grouping
-from lisa_analysis.profiles import ablated
+from lisa_analysis.profiles import ablated, of_weights
 from lisa_analysis.profiles.cost import cadence, cost_words
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
 from lisa_analysis.profiles.profile import ImportanceProfile
@@ -21,6 +21,7 @@ from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.weights.plain import PlainWeights
 from lisa_analysis.statistics.estimate import Fit, fit_series
 
 Array = NDArray[np.float64]
@@ -31,6 +32,8 @@ DEFAULT_METRIC = "grad_rms"
 
 def default_metric(run: Any) -> str:
     """Metric that a run is profiled by unless another one is asked for."""
+    if isinstance(run, PlainWeights):
+        return run.default_metric
     return "grad_signal" if run.method == "probe" else DEFAULT_METRIC
 
 
@@ -134,6 +137,8 @@ def importance(
         said = ablated.statement(
             chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
         )
+    elif chosen.rows == "weights" or isinstance(run, PlainWeights):
+        said = of_weights.statement(run, chosen.id, by, groups.names, fit, judged, stacks)
     else:
         spent = cost_words(
             fit, judged, thresholds.reliable, by,
@@ -200,7 +205,9 @@ def _evaluate(chosen: Metric, data: Measurements) -> NDArray[np.floating]:
             f"{error.args[0]}; choose another metric or record the column."
         ) from None
     expected = (data.table.trained.shape, data.table.probe.shape)
-    if not chosen.independent and values.shape not in expected:
+    # The state at the end is a single look.
+    one_look = chosen.scale == "total" and values.shape == (1, expected[0][1])
+    if not chosen.independent and not one_look and values.shape not in expected:
         raise LisaError(
             f"importance metric {chosen.id!r} returned an array of shape {values.shape}: expected "
             f"(recorded steps, groups) = {data.table.trained.shape}."

@@ -42,15 +42,18 @@ if TYPE_CHECKING:
 Layers = int | slice | Sequence[int]
 
 
-def load(path: str | Path) -> "Run":
-    """Open a run directory.
+def load(path: str | Path, *, base: str | Path | None = None) -> "Run":
+    """Open a run directory, or weights alone.
 
-    Cheap: reads run.json only; tables are read when they are asked for.
+    Cheap: reads run.json, or the headers of the weights; the rest is read when it is asked for.
 
     Parameters
     ----------
     path
-        Folder that `lisa-train` or a recorder wrote.
+        Folder that `lisa-train` or a recorder wrote; or a PEFT adapter, or a model's safetensors.
+    base
+        The model before: with it a tuned model or an adapter is compared tensor by tensor. Of a
+        run, where its base model is, when it is not where the run says.
 
     Returns
     -------
@@ -60,8 +63,18 @@ def load(path: str | Path) -> "Run":
     ------
     RunDirectoryError
         One sentence, when the folder is missing, torn, foreign or of another major version.
+    LisaError
+        When weights cannot be read, or have nothing in common with their base.
     """
-    return Run(Path(path))
+    path = Path(path)
+    if (path.is_dir() and not (path / MANIFEST).exists()) or path.suffix == ".safetensors":
+        from lisa_analysis.rundir.weights.plain import PlainWeights, is_weights
+
+        if is_weights(path):
+            return PlainWeights(path, None if base is None else Path(base))
+    run = Run(path)
+    run.base = None if base is None else Path(base)
+    return run
 
 
 class Run:
@@ -80,9 +93,16 @@ class Run:
         ``running`` but whose process is gone is ``interrupted``.
     layer_names : tuple of str
         Canonical module path of every layer, by index.
+    base : Path or None
+        Where the base model is, when that was said at `load`.
+    has_course : bool
+        Whether there was a training to look at, not weights alone.
     warnings : list of str
         What was left out or looks wrong so far, in sentences; grows as tables are read.
     """
+
+    base: Path | None = None
+    has_course: bool = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +118,7 @@ class Run:
         if not (path / MANIFEST).exists():
             raise RunDirectoryError(
                 f"{path} holds no {MANIFEST}: it is not a run directory, give the folder that "
-                "lisa-train wrote (its output_dir)."
+                "lisa-train wrote (its output_dir), an adapter's or a model's."
             )
         self.manifest, self.warnings = read_manifest(path / MANIFEST)
         self.run_id: str = self.manifest["run_id"]

@@ -25,6 +25,8 @@ examples:
   lisa-analyze runs/pilot --export peft-rank,r=8:lora.json
   lisa-analyze runs/seed-1 runs/seed-2 runs/seed-3 --probabilities probabilities.json
   lisa-analyze runs/uniform runs/learned -o comparison.html
+  lisa-analyze my-adapter
+  lisa-analyze tuned-model --base base-model
 """
 
 
@@ -37,11 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directory")
+    parser.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR",
+        help="run directory; or a PEFT adapter's or a model's folder, of which weights are all "
+        "there is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base", metavar="DIR",
+        help="the model before, in safetensors: what a tuned model or an adapter is compared with, "
+        "and where a run's base model is",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="FILE",
         help="report to write (default: report.html in RUN_DIR, or in the folder that holds "
-        "several)",
+        "several; of weights NAME-report.html here)",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything machine-readable")
     parser.add_argument("--metric", metavar="NAME", help="importance metric (default: grad_rms)")
@@ -129,7 +140,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
     exports = [AskedExport.read(text) for text in arguments.export]
     strength = None if arguments.strength is None else Strength.read(arguments.strength)
     analysis = Analysis.of(
-        [load(path) for path in arguments.run_dirs],
+        [load(path, base=arguments.base) for path in arguments.run_dirs],
         arguments.metric,
         activated_layers=arguments.activated_layers,
         use_intervals=not arguments.ignore_intervals,
@@ -191,6 +202,8 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
 
 def _default_output(analysis: "Analysis") -> Path:
     path = analysis.runs[0].run.path
+    if not analysis.runs[0].run.has_course:  # nothing is put into somebody's adapter or model
+        return Path(f"{path.resolve().name}-report.html")
     return path / "report.html" if analysis.alone else path.resolve().parent / "report.html"
 
 

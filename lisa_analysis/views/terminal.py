@@ -70,6 +70,8 @@ def findings(run: "Run", diagnostics: "Diagnostics") -> str:
         "  " + ", ".join(f"{len(f)} {state}" for state, f in by_state.items() if f)
         if diagnostics.findings
         else "  no diagnostics"
+        if run.has_course
+        else "  weights alone: no course of a training to check"
     )
     return "\n".join(lines) + "\n"
 
@@ -149,7 +151,7 @@ def ends_to_middle(profile: "ImportanceProfile") -> str:
     if not math.isfinite(ratio.value):
         return "Bottom and top against the middle: unknown, too few layers were seen."
     known = ratio.low is not None and ratio.high is not None
-    interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if known else " (no interval: too few steps)"
+    interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if known else " (no interval)"
     return (
         f"Bottom and top eighth of the layers score ×{ratio.value:.2f}{interval} the middle half."
     )

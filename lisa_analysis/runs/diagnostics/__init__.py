@@ -92,6 +92,8 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     run = opened(run, "diagnose")
     evidence = Evidence(run)
     chosen = [rule() for rule in RULES] if rules is None else _rules(rules)
+    if not run.has_course:  # weights alone: nothing over time is there to be unhealthy
+        chosen = []
     findings = [rule(evidence) for rule in chosen if rule.applies(run)]
     findings.sort(key=lambda finding: STATES.index(finding.state))
     return Diagnostics(str(run.run_id), tuple(findings))

@@ -12,6 +12,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics import METRICS
 from lisa_analysis.metrics.ablation import per_example
 from lisa_analysis.metrics.log import measurements
+from lisa_analysis.metrics.weights import OF_BASE, OF_CHANGES, weights
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.statistics import association
 from lisa_analysis.statistics.association import Cells
@@ -22,6 +23,8 @@ Array = NDArray[np.float64]
 # What an ablation can tell a metric by, in the order of the table.
 TARGETS = ("ablation_keep", "ablation_reset")
 # Layers as wholes; each kind of module in each layer; and layers within each kind.
+# Operations of singular values that a comparison takes unasked: a minute or two on one core.
+MOST_WORK = 3e11
 LEVELS = ("layer", "module", "within kind")
 
 
@@ -98,6 +101,23 @@ def _levels(
     return parts
 
 
+def _too_long(run: Any, name: str) -> str:
+    """Why the spectra of all weights are not taken unasked; empty where they may be."""
+    what = "change" if name in OF_CHANGES else "base" if name in OF_BASE else None
+    if what is None:
+        return ""
+    try:
+        work = weights(run).work(what)
+    except LisaError:
+        return ""  # the metric itself says what is missing
+    if work <= MOST_WORK:
+        return ""
+    return (
+        f"{name} takes the singular values of every matrix, about {work / 2e9 / 60:,.0f} minutes: "
+        f"call importance(run, {name!r}) first, and it is compared"
+    )
+
+
 def _resampled(rows: Array, replicates: int = 500, seed: int = 0) -> Array | None:
     """Means of bootstrap samples of the examples, shape (replicates, cells); None for too few.
 
@@ -135,6 +155,9 @@ def _sides(run: Any, by: str, missing: dict[str, str], seed: int) -> dict[str, S
     found = {}
     for name, metric in METRICS.items():
         if metric.compares or metric.rows == "examples":
+            continue
+        if why := _too_long(run, name):
+            missing.setdefault(name, why)
             continue
         try:
             profile = importance(run, name, by=by, seed=seed)

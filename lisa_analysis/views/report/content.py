@@ -79,6 +79,8 @@ class RunContent:
         for state in ("fail", "warn"):
             if any(state == found for found, _ in self.counts):
                 return state
+        if not self.run.has_course:
+            return "ok"
         return "ok" if any(state in ("ok", "info") for state, _ in self.counts) else "could not run"
 
     @property
@@ -170,6 +172,8 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
     columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
     grids = analysis.grids(columns)
     names = run.layer_names
+    if not run.has_course:
+        columns = []
     heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     schedule = learned = None
     if analysis.drew_layers:
@@ -280,6 +284,8 @@ def _limits(run: Any, table: StepTable) -> list[str]:
     limits = [str(warning) for warning in run.warnings]
     if run.status != "finished":
         limits.append(f"The run is {run.status}: everything here is as far as it got.")
+    if not run.has_course:
+        return [*limits, "There are weights alone: no step, loss or gradient of their training."]
     if not len(table.steps):
         return [*limits, "No training step was recorded."]
     seen = set(table.measures)

@@ -1,0 +1,46 @@
+"""What a profile of weights on disk says: one look, no interval, and the words for that."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lisa_analysis.metrics.weights import weights
+from lisa_analysis.profiles.sentences import name_rows, shape_words
+from lisa_analysis.profiles.verdict import Judgement
+from lisa_analysis.statistics.estimate import Fit
+
+
+def statement(
+    run: Any, metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement, stacks: int
+) -> str:
+    """What a person should take away, in sentences."""
+    said = []
+    unknown = ~(fit.seen | fit.zero)
+    if metric in ("delta_norm", "delta_rel") and _did_nothing(run):
+        said.append(
+            "This adapter did nothing: B is zero in every module, as it was made."
+            if run.method == "adapter"
+            else "Nothing changed: both sides hold the same numbers."
+        )
+    elif fit.zero.any():
+        rows = name_rows(by, names, fit.zero)
+        said.append(f"{rows[0].upper()}{rows[1:]}: exactly as before.")
+    if unknown.all():
+        return " ".join([*said, f"No {by} has a score: nothing is known about {metric}."])
+    if unknown.any():
+        why = "Without an adapter, or not known" if run.method == "adapter" else "Not known"
+        said.append(f"{why}: {name_rows(by, names, unknown)}.")
+    if fit.seen.any():
+        said.append(
+            "One set of weights is one observation: no interval, and nothing says how sure the order "
+            "is; importance([a, b, c]) over seeds of the same training would."
+        )
+        said.append(shape_words(judged, by, stacks))
+    return " ".join(said)
+
+
+def _did_nothing(run: Any) -> bool:
+    """Whether every change that is known is exactly zero."""
+    squares = [s for s in weights(run).sum_of_squares("change").values() if not np.isnan(s)]
+    return bool(squares) and not any(squares)

@@ -1,0 +1,1 @@
+"""Weights on disk, without a run: checkpoints and adapters, streamed from safetensors, no torch."""

@@ -15,13 +15,6 @@ def effective_rank(values: Array) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def stable_rank(values: Array) -> float:
-    """‖M‖²/‖M‖₂²; NaN of a matrix of zeros."""
-    return (
-        float(values @ values / values[0] ** 2) if len(values) and values[0] > 0 else float("nan")
-    )
-
-
 def snr(values: Array, rows: int, columns: int) -> float:
     """Spectrum's SNR: Σσ above the threshold over Σσ up to it, over the largest σ.
 

@@ -229,8 +229,8 @@ def spectrum_snr(data: Measurements) -> NDArray[Any]:
 @metric(
     "total",
     "Heavy-tail α of the base weights, 1 + n/Σ ln(λ_i/λ_min) over the larger half of the "
-    "eigenvalues λ = σ² (Hill's estimator at the median, PL_Alpha_Hill of AlphaLoRA and TempBalance; "
-    "not WeightWatcher's fitted cut); mean over the layer's matrices.",
+    "eigenvalues λ = σ² (Hill's estimator at the median, PL_Alpha_Hill of AlphaLoRA and "
+    "TempBalance; not WeightWatcher's fitted cut); mean over the layer's matrices.",
     needs=("weights.base",),
     rows="weights",
 )

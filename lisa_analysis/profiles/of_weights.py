@@ -33,8 +33,8 @@ def statement(
         said.append(f"{why}: {name_rows(by, names, unknown)}.")
     if fit.seen.any():
         said.append(
-            "One set of weights is one observation: no interval, and nothing says how sure the order "
-            "is; importance([a, b, c]) over seeds of the same training would."
+            "One set of weights is one observation: no interval, and nothing says how sure the "
+            "order is; importance([a, b, c]) over seeds of the same training would."
         )
         said.append(shape_words(judged, by, stacks))
     return " ".join(said)

@@ -68,13 +68,11 @@ class Factors:
 
     def singular_values(self) -> list[Array]:
         """Singular values of s·BA per expert: those of R_B R_Aᵀ after two QR decompositions."""
-        return [
-            abs(self.scale)
-            * np.linalg.svd(
-                np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T, compute_uv=False
-            )
-            for a, b in zip(self.a, self.b, strict=True)
-        ]
+        found = []
+        for a, b in zip(self.a, self.b, strict=True):
+            left, right = np.linalg.qr(b)[1], np.linalg.qr(a.T)[1]
+            found.append(abs(self.scale) * np.linalg.svd(left @ right.T, compute_uv=False))
+        return found
 
     @property
     def squares(self) -> float:
@@ -105,8 +103,8 @@ class Dora:
         """Rows of the change."""
         weight = self.base.read(first, last)
         moved = weight + self._product(first, last)
-        lengths = self._lengths
-        found = self.factors.magnitude / lengths
+        assert self.factors.magnitude is not None
+        found = self.factors.magnitude / self._lengths
         if self.factors.transposed:
             return moved * found - weight
         return moved * found[first:last, None] - weight
@@ -178,7 +176,8 @@ def open_adapter(path: Path) -> Adapter:
         raise LisaError(f"{path / CONFIG} cannot be read: save the adapter again.") from None
     if kind != "LORA":
         raise LisaError(
-            f"{path} holds an adapter of the kind {kind}: those of LoRA (and DoRA, rsLoRA) are read."
+            f"{path} holds an adapter of the kind {kind}: those of LoRA (DoRA, rsLoRA too) are "
+            "read."
         )
     start = config.get("init_lora_weights", True)
     if start not in _FROM_ZERO and start is not False:
@@ -199,6 +198,8 @@ def open_adapter(path: Path) -> Adapter:
             left.append(canonical)
         else:
             whole[canonical] = tensor
+    # An adapted embedding is saved with the weight that it adapts.
+    whole = {name: t for name, t in whole.items() if name.removesuffix(".weight") not in parts}
     factors = {}
     for module, found in parts.items():
         made = _factors(module, found, config, path)
@@ -208,9 +209,7 @@ def open_adapter(path: Path) -> Adapter:
             factors[module] = made
     remarks = [f"Not read: {_some(left)}."] if left else []
     if start is False:
-        remarks.append(
-            "init_lora_weights is false: BA did not begin as zero, and not all of it was learned."
-        )
+        remarks.append("init_lora_weights is false: BA did not begin as zero, nor was all learned.")
     return Adapter(config, factors, whole, tuple(remarks))
 
 

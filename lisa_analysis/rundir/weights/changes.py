@@ -152,7 +152,10 @@ def of_checkpoints(
 ) -> tuple[list[Changed], list[str]]:
     """Compare two checkpoints; what has no counterpart is listed, and compared with nothing."""
     after, before = Lookup(tuned), Lookup(base)
-    found, used, lone, odd = [], set(), [], []
+    found: list[Changed] = []
+    used: set[str] = set()
+    lone: list[str] = []
+    odd: list[str] = []
     for name, tensor in tuned.items():
         if not tensor.is_float:
             continue
@@ -178,15 +181,17 @@ def of_checkpoints(
                 lone = [other for other in lone if other not in names]
                 missing.remove(name)
                 matrices = [Joined([m for part in row for m in part.matrices()]) for row in parts]
-                old = base[name]
-                found.append(_compared(name, old.shape, old.dtype, matrices, old.matrices()))
+                # By the tuned model's names: its layers are those of the other weights.
+                first, old = parts[0][0].name, base[name]
+                own = first.removesuffix(plain_name(first)) + plain_name(name)
+                found.append(_compared(own, old.shape, old.dtype, matrices, old.matrices()))
     remarks = []
-    for names, words in (
+    for left, words in (
         (lone, "only in the tuned weights"), (missing, "only in the base"),
         (odd, "of another shape than in the base"),
     ):  # fmt: skip
-        if names:
-            remarks.append(f"Not compared, since {words}: {_some(names)}.")
+        if left:
+            remarks.append(f"Not compared, since {words}: {_some(left)}.")
     return found, remarks
 
 

@@ -102,7 +102,7 @@ def _scaled(tensor: Stored, scale: Stored, sides: Any) -> Scaled:
     rows, columns = tensor.shape
     if scale.numel == 1:
         return Scaled(tensor, factors.reshape(1, 1), (rows, columns))
-    if scale.numel == rows:
+    if scale.shape in ((rows,), (rows, 1)):
         return Scaled(tensor, factors.reshape(rows, 1), (1, columns))
     if len(scale.shape) == 2:
         down, across = scale.shape

@@ -68,6 +68,10 @@ def open_run(run_dir: str | Path) -> Run:
         When there is none, it is being trained, or it trained nothing.
     """
     run = load(Path(at_home(str(run_dir))))
+    if not run.has_course:
+        raise RunDirectoryError(
+            f"{run.path} holds weights alone, no run: give the folder that lisa-train wrote."
+        )
     if run.status == "running":
         raise RunDirectoryError(
             f"{run.path} is being trained at the moment: wait until the run ends to ablate it."

@@ -117,6 +117,10 @@ class TestChoice:
         profile = la.ImportanceProfile.from_scores(
             [5.0, 5.1, 0.1], names, [0.2, 0.2, 0.05], [9.0, 9, 0.15]
         )
+        # Only the last one is known to stand apart, below the others.
+        profile.layers["joint_low"] = [0.2, 0.2, 0.05]
+        profile.layers["joint_high"] = [9.0, 9, 0.15]
+        profile.layers["standing"] = ["within", "within", "below"]
         with pytest.raises(ProbabilitiesError, match=r"pool of 0 of 3 .*as 'pool=4'"):
             la.export(profile, "freeze")
 

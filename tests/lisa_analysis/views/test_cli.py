@@ -232,7 +232,8 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "--export", "lr,heads=1:f"], "Did you mean 'head'"),
         (["{run}", "--export", "freeze,layers=9:{tmp}/f"], "layers is 9"),
         (["{run}", "--export", "lr:{tmp}/no/such/f"], "no/such"),
-        (["{run}", "--strength", "pool=1"], "activated_layers is 2"),
+        (["{run}", "--strength", "pool=1", "--ignore-intervals"], "activated_layers is 2"),
+        (["{run}", "--strength", "pool"], "names no layers for a pool"),
         (["{run}", "-o", "{tmp}/no/such/folder/r.html"], "no/such/folder"),
     ],
 )

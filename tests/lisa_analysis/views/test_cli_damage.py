@@ -118,11 +118,13 @@ def test_a_loss_too_large_for_a_number_is_left_out(run, capsys):
 def test_reading_and_writing_are_told_apart(run, capsys):
     assert main([str(run), "-o", str(run / "none" / "report.html")]) == 2
     assert f"cannot write {run / 'none' / 'report.html'}" in capsys.readouterr().err
+    other = shutil.copytree(run, run.parent / "other")
     (run / "config.yaml").unlink()
     (run / "config.yaml").mkdir()
-    code, errors = analyse(run, capsys)
-    assert code == 2
-    assert "config.yaml cannot be read (Is a directory)" in errors
+    # A run alone is no repetition of another: its settings are not asked for.
+    assert analyse(run, capsys)[0] == 0
+    assert main([str(run), str(other)]) == 2
+    assert "config.yaml cannot be read (Is a directory)" in capsys.readouterr().err
 
 
 def test_a_table_of_tensors_that_is_empty_or_absurd(run, capsys):

@@ -44,9 +44,9 @@ class Agreement:
         Jensen–Shannon divergence of the shares, and what noise alone reaches when both have the
         same true profile.
     beyond_noise
-        Whether the divergence is above the floor.
+        Whether the divergence, of the layers with an interval, is above the floor.
     layers
-        Layers that were compared, those that both know; 0 where the two are of different layers.
+        Layers that both know; 0 where the two are of different layers.
     """
 
     kendall: float = _NAN
@@ -79,10 +79,6 @@ def agree(
     if tuple(a.layers["name"]) != tuple(b.layers["name"]):
         return Agreement()
     known = np.isfinite(a.scores) & np.isfinite(b.scores)
-    # Layers without an interval take no part where most others have one.
-    sure = known & _resampled(a) & _resampled(b)
-    resampled = bool(sure.sum() >= max(3.0, _MOST * known.sum()))
-    known = sure if resampled else known
     layers = int(known.sum())
     if layers < 3:
         return Agreement(layers=layers)
@@ -92,17 +88,20 @@ def agree(
     if positive:
         divergence = float(st.jensen_shannon(np.maximum(x, 0), np.maximum(y, 0)))
     tau, floor, beyond = NoisyTau(st.kendall_tau(x, y)), _NAN, None
-    if resampled and a.samples is not None and b.samples is not None:
+    # Noise is known of the layers with an interval; where most have one they speak for the rest.
+    sure = known & _resampled(a) & _resampled(b)
+    enough = sure.sum() >= max(3.0, _MOST * layers)
+    if enough and a.samples is not None and b.samples is not None:
         rng = np.random.default_rng(seed)
-        first, second = a.samples[:, known], b.samples[:, known]
-        measured = [_with_noise(scores, samples) for scores, samples in ((x, first), (y, second))]
-        tau = noisy_tau(
-            measured[0][0], measured[1][0], measured[0][1], measured[1][1], confidence, rng
-        )
-        if positive:
+        x, y, first, second = a.scores[sure], b.scores[sure], a.samples[:, sure], b.samples[:, sure]
+        (one, noise_one), (other, noise_other) = _with_noise(x, first), _with_noise(y, second)
+        tau = noisy_tau(one, other, noise_one, noise_other, confidence, rng, measured=tau.measured)
+        if positive and (x > 0).any() and (y > 0).any():
             rows = rng.integers(0, (len(first), len(second)), size=(PAIRS, 2))
             floor = _noise_floor(x, y, first[rows[:, 0]], second[rows[:, 1]], confidence)
-            beyond = bool(divergence > floor)
+            apart = float(st.jensen_shannon(np.maximum(x, 0), np.maximum(y, 0)))
+            beyond = bool(apart > floor)
+    x, y = a.scores[known], b.scores[known]
     return Agreement(
         tau.measured, tau.measured_low, tau.measured_high, tau.true, tau.true_low, tau.true_high,
         tau.reliability, st.spearman(x, y), st.top_jaccard(x, y), divergence, floor, beyond, layers,

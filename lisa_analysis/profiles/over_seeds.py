@@ -386,6 +386,8 @@ def _said(seeds: Seeds) -> Seeds:
             text += f", where one run states {within:.1%} for itself"
             if seeds.ratio > _MORE:
                 text += ": the interval of a single run speaks of its own seed only"
+            elif seeds.ratio < 1 / _MORE:
+                text += ": it cannot know that other seeds take the same slow course"
         words.append(text + ".")
     if np.isfinite(seeds.kendall):
         reach = f" ({seeds.kendall_low:.2f} … {seeds.kendall_high:.2f})"

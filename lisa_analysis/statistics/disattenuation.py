@@ -43,7 +43,14 @@ class NoisyTau:
 
 
 def noisy_tau(
-    a: Array, b: Array, noise_a: Array, noise_b: Array, confidence: float, rng: np.random.Generator
+    a: Array,
+    b: Array,
+    noise_a: Array,
+    noise_b: Array,
+    confidence: float,
+    rng: np.random.Generator,
+    *,
+    measured: float | None = None,
 ) -> NoisyTau:
     """Estimate both, with intervals from resampled noise.
 
@@ -55,6 +62,8 @@ def noisy_tau(
         Shape (samples, layers): deviations of resampled measurements from them, on their scale.
     confidence, rng
         Of the intervals and their resampling.
+    measured
+        τ of the two where some layers have no noise to resample, and `a` and `b` lack them.
 
     Returns
     -------
@@ -66,7 +75,7 @@ def noisy_tau(
         over resampled pairs about its own middle, for resampling adds noise a second time and
         lowers τ twice. `true` is unknown where less than `MIN_RELIABILITY` of a variance is real.
     """
-    measured = kendall_tau(a, b)
+    measured = kendall_tau(a, b) if measured is None else measured
     if not np.isfinite(measured):
         return NoisyTau(measured)
     rows = rng.integers(0, (len(noise_a), len(noise_a), len(noise_b), len(noise_b)), (PAIRS, 4))

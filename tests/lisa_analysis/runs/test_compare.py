@@ -150,10 +150,11 @@ class TestAgreement:
         assert beyond <= 3
 
     def test_short_runs_have_no_interval(self, make_run):
-        runs = [make_run(steps=20, seed=seed) for seed in (1, 2)]
+        runs = [make_run(steps=2, seed=seed) for seed in (1, 2)]
         pair = la.compare(runs).rank_agreement.iloc[0]
         assert np.isfinite(pair["kendall"])
         assert np.isnan(pair["kendall_low"])
+        assert np.isnan(pair["agreement"])
         assert pair["beyond_noise"] is None
 
     def test_other_layers_are_not_aligned(self, make_run):

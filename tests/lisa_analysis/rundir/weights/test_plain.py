@@ -1,6 +1,7 @@
 """Plain weights: changes against PEFT's own and dense arithmetic, names matched or listed."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -257,9 +258,15 @@ def test_an_export_and_a_report_come_from_it(tmp_path, capsys, monkeypatch):
     assert "Importance of each layer: delta_norm" in html
     assert "There are weights alone" in html
     assert "recorded no" not in html
+    assert 'href="#heatmaps"' not in html
+    assert "Training curves" not in html
     assert not (tmp_path / "adapter" / "report.html").exists()
     found = la.sampling_probabilities(la.importance(tmp_path / "adapter"), use_intervals=False)
     assert sum(found.inclusion_probabilities) == pytest.approx(2)
+    weights = la.load(tmp_path / "adapter")
+    ranks = la.export(la.importance(weights), "peft-rank", run=weights, use_intervals=False)
+    path = ranks.save(tmp_path / "ranks.json")
+    assert LoraConfig(**json.loads(path.read_text())).rank_pattern
 
 
 def test_bad_input_is_a_sentence(tmp_path, capsys):

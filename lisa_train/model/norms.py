@@ -229,18 +229,34 @@ class _Pack:
         for (_, rows), pieces in zip(self.owners, self._pieces, strict=True):
             n = pieces[0].numel()
             sizes += (n, rows * _ROW - n)
-        filled = used == sum(sizes[::2])
         result = []
         for i in range(len(self._pieces[0])):
             if i == len(self._buffers):
                 self._buffers.append(torch.empty(self._size))
             buffer = self._buffers[i][:used]
-            if not filled:
-                buffer.zero_()
-            torch._foreach_copy_(list(buffer.split(sizes)[::2]), [p[i] for p in self._pieces])
+            _fill(buffer, [pieces[i] for pieces in self._pieces], sizes)
             result.append(buffer.view(-1, _ROW))
         owners, self.owners, self._pieces, self.room = self.owners, [], [], self._size
         return owners, result
+
+
+_ZEROS = torch.zeros(_ROW)
+
+
+def _fill(buffer: torch.Tensor, pieces: list[torch.Tensor], sizes: list[int]) -> None:
+    """Put pieces one after the other, each with zeros behind it: `sizes` of both in turn."""
+    if all(x.dtype == torch.float32 for x in pieces):
+        # One call that copies memory; `_foreach_copy_` makes a call for every piece.
+        parts: list[torch.Tensor] = []
+        for piece, gap in zip(pieces, sizes[1::2], strict=True):
+            parts.append(piece)
+            if gap:
+                parts.append(_ZEROS[:gap])
+        torch.cat(parts, out=buffer)
+        return
+    if sum(sizes[1::2]):
+        buffer.zero_()
+    torch._foreach_copy_(list(buffer.split(sizes)[::2]), pieces)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

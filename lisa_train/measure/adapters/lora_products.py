@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_train.measure.adapters.factor_norms import gram_square, merged_square, rescaled_squares
+from lisa_train.measure.adapters.factor_norms import (
+    gram_square,
+    gram_squares,
+    merged_square,
+    rescaled_squares,
+)
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import local, squares, stacked, wide
 from lisa_train.model.sharding import is_sharded, local_slices, shards
@@ -121,6 +126,13 @@ class LoraPair:
         if getattr(module, "merged_adapters", ()) or getattr(module, "disable_adapters", False):
             return False
         return _acting(module) == [self.adapter]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its change is sBA as it stands: one product that began as zero."""
+        began_as_zero = self.start is None or self.start.a is None
+        extra = self.diagonal is not None or self.magnitude is not None
+        return self.start_known and began_as_zero and self.experts == 1 and not extra
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -279,8 +291,10 @@ def product_squares(
     """
     whole = whole_factors(pairs, processes)
     products = Products([], [])
-    for pair in pairs:
-        delta, square = _squares_of(pair, pair.now(whole), merged, dense)
+    now = [pair.now(whole) if pair.alone else None for pair in pairs]
+    plain = _plain_deltas(pairs, now)
+    for i, pair in enumerate(pairs):
+        delta, square = _squares_of(pair, now[i], plain.get(i), merged, dense)
         parts = shards(pair.b)
         if square is not None or pair.magnitude is not None:  # sums over this process's part of W
             share = 1.0 if pair.weight is None else shards(pair.weight) / parts
@@ -293,17 +307,44 @@ def product_squares(
 
 
 def _squares_of(
-    pair: LoraPair, now: Factors, merged: bool, dense: bool
+    pair: LoraPair,
+    now: Factors | None,
+    delta: torch.Tensor | None,
+    merged: bool,
+    dense: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if not pair.alone:
+    if now is None:
         return None, None
     if pair.magnitude is not None:
         found = pair.rescaled_squares(now) if dense else None
         if found is None:
             return None, None
         return (found[0] if pair.start_known else None), (found[1] if merged else None)
-    delta = pair.delta_square(now) if pair.start_known else None
+    if delta is None and pair.start_known:
+        delta = pair.delta_square(now)
     return delta, (pair.merged_square(now) if merged else None)
+
+
+def _plain_deltas(
+    pairs: Sequence[LoraPair], now: Sequence[Factors | None]
+) -> dict[int, torch.Tensor]:
+    """‖sBA‖² of the pairs that began with a product of zero, by place; all of one shape at once."""
+    alike: dict[tuple[Any, ...], list[tuple[int, Factors]]] = {}
+    for i, (pair, factors) in enumerate(zip(pairs, now, strict=True)):
+        if factors is None or factors.a is None or factors.b is None or not pair.plain:
+            continue
+        a, b = factors.a, factors.b
+        key = (a.shape, b.shape, a.dtype, b.dtype, a.device)
+        alike.setdefault(key, []).append((i, factors))
+    found: dict[int, torch.Tensor] = {}
+    for group in alike.values():
+        squares = gram_squares(
+            [f.a.flatten(1) for _, f in group if f.a is not None],
+            [f.b.flatten(1) for _, f in group if f.b is not None],
+        )
+        for (i, factors), square in zip(group, squares.unbind(), strict=True):
+            found[i] = square * factors.scale_beside(square) ** 2
+    return found
 
 
 def whole_factors(pairs: Sequence[LoraPair], processes: Processes) -> dict[int, torch.Tensor]:

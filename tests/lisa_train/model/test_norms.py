@@ -205,3 +205,42 @@ def test_products_keep_their_digits_whatever_the_setting(value):
     after = m * (w + product) / (w + product).norm(dim=1, keepdim=True)
     exact = (after - m * w / w.norm(dim=1, keepdim=True)).square().sum()
     torch.testing.assert_close(moved, exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_gram_squares_of_a_batch_are_those_of_float64(size):
+    from lisa_train.measure.adapters.factor_norms import gram_squares
+
+    generator = torch.Generator().manual_seed(4)
+    first = [torch.randn(16, 700, generator=generator) for _ in range(5)]
+    second = [size * torch.randn(300, 16, generator=generator) for _ in range(5)]
+    exact = [(b.double() @ a.double()).square().sum() for a, b in zip(first, second, strict=True)]
+    torch.testing.assert_close(gram_squares(first, second), torch.stack(exact), rtol=5e-6, atol=0)
+    half = [x.bfloat16() for x in first]
+    exact = [(b.double() @ a.double()).square().sum() for a, b in zip(half, second, strict=True)]
+    torch.testing.assert_close(gram_squares(half, second), torch.stack(exact), rtol=5e-6, atol=0)
+
+
+def test_gram_squares_that_cancel_are_taken_in_double_precision():
+    from lisa_train.measure.adapters.factor_norms import gram_squares
+
+    generator = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(n, 8, generator=generator) for n in (500, 300))
+    # Sixteen columns of which the second eight take away what the first ones bring.
+    first = torch.cat([a.T, a.T + 1e-4 * torch.randn(8, 500, generator=generator)])
+    second = torch.cat([b, -b], dim=1)
+    plain = torch.randn(16, 500, generator=generator)
+    exact = torch.stack([(second.double() @ x.double()).square().sum() for x in (first, plain)])
+    assert exact[0] < 1e-7 * exact[1]
+    found = gram_squares([first, plain], [second, second])
+    torch.testing.assert_close(found, exact, rtol=5e-6, atol=0)
+    nothing = gram_squares([plain], [torch.zeros(300, 16)])
+    assert nothing.tolist() == [0.0]
+
+
+def test_a_long_factor_is_taken_in_double_precision():
+    from lisa_train.measure.adapters.factor_norms import gram_square, gram_squares
+
+    a, b = torch.full((2, 70_000), 1 / 3), torch.randn(10, 2)
+    found = gram_squares([a], [b])
+    torch.testing.assert_close(found[0], gram_square(a, b), rtol=1e-9, atol=0)

@@ -113,7 +113,9 @@ def importance(
     fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
-    start = compare_with_start(chosen, data, scores, initial, thresholds)
+    # What is forgotten within a fifth of the run is noise of a step, what lasts longer a change.
+    batch = fit.within**2 * fit.passing
+    start = compare_with_start(chosen, data, scores, initial, thresholds, batch)
     # An encoder and a decoder have no common depth.
     stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
     judged = judge(

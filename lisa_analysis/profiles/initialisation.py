@@ -23,9 +23,17 @@ def initial_scores(metric: Metric, data: Measurements, values: NDArray[np.floati
 
 
 def compare_with_start(
-    metric: Metric, data: Measurements, scores: Array, initial: Array, limits: Thresholds
+    metric: Metric,
+    data: Measurements,
+    scores: Array,
+    initial: Array,
+    limits: Thresholds,
+    noise: float = 0.0,
 ) -> Initialisation | None:
     """Compare a profile with the one at step 0; None when that is unknown.
+
+    `noise` is the variance that one step's batch gives a log-score: no change, and so taken off the
+    difference from the first gradient (weights have none).
 
     The share is R² of the final log-profile given the initial one with slope 1, over layers and
     the groups outside the stack: 1 when training left the differences as they were. A profile is
@@ -47,7 +55,8 @@ def compare_with_start(
     layers = known & (np.arange(len(known)) < inside)
     change = final[known] - start[known]
     level = float(min(np.exp(-abs(change.mean())), 1.0))
-    share = _share(final[known], start[known], limits.material)
+    one_step = noise if gradients and np.isfinite(noise) else 0.0
+    share = _share(final[known], start[known], limits.material, one_step)
     if gradients and np.isnan(share):
         return None
     raw_adapters = not gradients and has_low_rank(data.run)
@@ -58,7 +67,7 @@ def compare_with_start(
     expected = default_lora_norms(data) if raw_adapters else np.full(len(scores), np.nan)
     statement = (
         f"{share:.0%} of the spread of this profile is that of the first gradient, which belongs "
-        "to the untrained weights (one step, its noise included)."
+        "to the untrained weights (that one step's noise taken off)."
         if gradients
         else _words(share, alone, level, explained, raw_adapters, limits)
     )
@@ -67,13 +76,15 @@ def compare_with_start(
     return Initialisation(share, level, explained, expected[:inside], statement)
 
 
-def _share(final: Array, start: Array, material: float) -> float:
+def _share(final: Array, start: Array, material: float, noise: float = 0.0) -> float:
     """R² of log-scores given those at step 0, slope 1; NaN where the scores do not differ."""
     spread = float(final.var()) if len(final) else 0.0
     # Differences of a few per cent are no profile: their share at step 0 would be that of noise.
     if spread <= material**2:
         return float("nan")
-    return float(np.clip(1 - (final - start).var() / spread, 0, 1))
+    # What the layers share is no part of a profile, and takes its share of the noise with it.
+    changed = float((final - start).var()) - noise * (1 - 1 / len(final))
+    return float(np.clip(1 - max(changed, 0.0) / spread, 0, 1))
 
 
 def default_lora_norms(data: Measurements) -> Array:

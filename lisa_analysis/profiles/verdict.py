@@ -77,16 +77,16 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
     layers are equal (the bootstrap deviations alone): inside that distribution the interval
     reaches down to equality, and elsewhere the bootstrap bias is taken off (basic bootstrap).
     """
-    # What is known is what can be compared: a layer without an interval takes no part.
-    part = fit.known if fit.samples is not None else fit.seen
+    part = fit.seen
     scores = fit.score[part]
     if not len(scores) or not (np.maximum(scores, 0) > 0).any():
         nothing = Interval(float("nan"))
         return Concentration(*[nothing] * 7)
     samples = noise = None
-    if fit.samples is not None:
-        deviations = fit.samples[:, part] - fit.effect[part]
-        samples = fit.scale(fit.samples[:, part])
+    if fit.samples is not None and fit.noise is not None:
+        # Layers without an interval keep their place and, where they have one, their error.
+        deviations = np.nan_to_num(fit.noise[:, part])
+        samples = fit.scale(fit.effect[part] + deviations)
         # Relative noise about a flat profile at the level of this one.
         noise = fit.scale(fit.effect[part].mean() + deviations)
 

@@ -25,8 +25,8 @@ class Concentration:
     effective_layers
         exp of the entropy: the number of equal layers that would be as concentrated.
     cv, headroom
-        Coefficient of variation, and 1 + CV²: the most that sampling in proportion to the
-        scores can gain over uniform sampling.
+        Coefficient of variation, and the spread of the scores 1 + CV²: the summed score of one
+        draw in proportion to the scores over that of a uniform one, no promise of a gain.
     """
 
     ends_to_middle: Interval

@@ -47,7 +47,7 @@ class Errors:
         Shape (layers,): visits of each layer, or rows where all are seen together.
     fresh
         Share of an observation's variance that the next one knows nothing of.
-    slowest
+    passing, slowest
         See `Persistence`; None where the rows are no course in time.
     """
 
@@ -59,6 +59,7 @@ class Errors:
     departs: NDArray[np.bool_]
     units: Array
     fresh: float = 1.0
+    passing: float = 1.0
     slowest: Array | None = None
 
 
@@ -106,7 +107,7 @@ def of_memory(found: Persistence, observed: Array, scale: Array) -> Errors:
     return Errors(
         np.where(known, error, np.nan), np.where(known, both, np.nan),
         np.where(known, n_eff, np.minimum(observed, 1)), found.neighbours, found.slow,
-        found.departs, observed, found.fresh, found.slowest,
+        found.departs, observed, found.fresh, found.passing, found.slowest,
     )  # fmt: skip
 
 

@@ -87,6 +87,8 @@ class Fit:
         `noise` with what neighbouring layers share: for courses over depth.
     adjusted_by_visits
         Whether layers were seen in activation intervals only (LISA).
+    passing
+        Share of an observation's variance that is forgotten within a fifth of the run.
     """
 
     score: Array
@@ -116,6 +118,7 @@ class Fit:
     fresh: float = 1.0
     over_depth: Array | None = None
     adjusted_by_visits: bool = False
+    passing: float = 1.0
 
     @property
     def seen(self) -> NDArray[np.bool_]:
@@ -233,7 +236,7 @@ def fit_series(
         _block_means(residuals, effects.layer, block), length,
         _halves(series, block, remove_common and log), log, effects.adjusted, zero, zeros,
         joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
-        found.fresh, over_depth, labels is not None,
+        found.fresh, over_depth, labels is not None, found.passing,
     )  # fmt: skip
 
 

@@ -64,6 +64,8 @@ class Persistence:
         How many layers' worth of independent courses there are.
     fresh
         Share of an observation's variance that the next one knows nothing of.
+    passing
+        Share of it that is forgotten within a fifth of the run.
     slowest
         Shape (waves, layers): the course at its slowest frequencies, as deviates of variance 1,
         which show what the errors of the layers' means have in common; 0 for layers without any.
@@ -78,6 +80,7 @@ class Persistence:
     departs: NDArray[np.bool_]
     together: float
     fresh: float = 1.0
+    passing: float = 1.0
     slowest: Array | None = None
 
 
@@ -109,6 +112,11 @@ class _Mixture:
     @property
     def fresh(self) -> float:
         return float(self.weights[self.decays < FORGOTTEN].sum())
+
+    @property
+    def passing(self) -> float:
+        lasting = (1 + self.decays) / (1 - self.decays) > SLOW * self.rows
+        return float(self.weights[~lasting].sum())
 
     @property
     def pieces(self) -> float:
@@ -199,7 +207,7 @@ def _spread(
         variance = np.where((raw > 0) & (counts > 1), raw / (1 - lost), np.nan)
     return Persistence(
         stretch, variance, worth, degrees, neighbours, slow, apart, together, common.fresh,
-        _slowest(waves, raw, columns, common),
+        common.passing, _slowest(waves, raw, columns, common),
     )  # fmt: skip
 
 

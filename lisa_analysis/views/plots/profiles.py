@@ -25,7 +25,8 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        Bars are scores, whiskers their intervals, the grey part was there before training.
+        Bars are scores, whiskers their intervals, thin where they hold for all layers at once (by
+        which layers are compared), the grey part was there before training.
         A layer without an interval (too little data) has an open mark instead of a whisker;
         a layer without a score has a cross on the axis.
     """
@@ -43,6 +44,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
                 bar.set_gid(f"layer-{int(position)}")
     _initial_part(ax, frame, place, score)
     _score_marks(ax, place, score, _floats(frame["low"]), _floats(frame["high"]))
+    _joint_band(ax, place, _floats(frame["joint_low"]), _floats(frame["joint_high"]))
     mean, dashes = float(np.nanmean(score)), (0, (4, 3))
     ax.axhline(mean, color=style.MUTED, linewidth=0.9, linestyle=dashes, label="mean")
     if profile.by == "layer":
@@ -52,6 +54,14 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(style.literal(profile.metric))
     style.legend(ax)
     return ax
+
+
+def _joint_band(ax: Axes, place: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """Thin whiskers that hold for all layers at once."""
+    known = np.isfinite(low) & np.isfinite(high)
+    if known.any():
+        look: Any = {"color": style.SERIES[0], "linewidth": 0.6, "label": "all layers at once"}
+        ax.vlines(place[known], low[known], high[known], **look)
 
 
 def _score_marks(

@@ -1,0 +1,115 @@
+"""What a profile says in words: layers by name, spikes, drift, what more costs, and of what."""
+
+import numpy as np
+import pytest
+
+import lisa_analysis as la
+
+X = np.linspace(-1, 1, 12)
+DEEP = np.linspace(-1, 1, 32)
+
+
+def probed(make_run, monkeypatch, profile, batches=32):
+    """Give a run the rows of a probe: batches whose gradients agree on the profile."""
+    rng = np.random.default_rng(0)
+    values = profile * (1 + 0.2 * rng.standard_normal((batches, len(profile))))
+    run = make_run(profile=len(profile), steps=5)
+
+    @la.metrics.metric("linear", "Made up.", id="made_up", rows="batches")
+    def made_up(log):
+        return np.hstack([values, np.full((batches, 2), 1.0)])
+
+    la.METRICS.remove("made_up")
+    return la.importance(run, made_up)
+
+
+class TestWords:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_two_high_ends_are_spikes(self, make_run, seed):
+        """S8: undecided in 30 of 30, where the data show it clearly."""
+        truth = np.ones(32)
+        truth[[0, 31]] = 2.0
+        profile = la.importance(make_run(profile=truth, steps=200, rho=0.5, seed=seed))
+        assert profile.verdict == "spikes"
+        assert profile.above == (0, 31)
+        assert "Layers 0 and 31 stand above the others" in profile.statement
+        assert "not of a course over depth" in profile.statement
+
+    def test_a_bowl_with_a_spike(self, make_run):
+        truth = np.exp(0.6 * DEEP**2)
+        truth[11] *= 2
+        profile = la.importance(make_run(profile=truth, steps=400))
+        assert (profile.verdict, profile.shape.spikes) == ("U with a spike", (11,))
+        assert "with a spike at layer 11" in profile.statement
+
+    def test_the_spread_is_no_promise(self, make_run):
+        """S6: 1 + CV² was called the most that sampling in proportion can gain."""
+        profile = la.importance(make_run(profile=np.exp(0.6 * X), steps=100))
+        assert "the spread of the scores, 1 + CV², is" in profile.statement
+        assert "could gain" not in profile.statement
+
+    def test_an_unknown_layer_is_named(self, make_run):
+        draws = [[i % 5, (i + 1) % 5] for i in range(40)] + [[0, 5]]
+        run = make_run(method="lisa", steps=410, draws=draws, profile=7)
+        profile = la.importance(run)
+        assert profile.unknown == (5, 6)
+        assert "layers 5 and 6 are unknown" in profile.statement
+        assert "Layer 5 has no interval (seen in fewer than 2 activation intervals)" in (
+            profile.statement
+        )
+        assert profile.concentration.headroom.sufficient
+
+    def test_a_profile_that_drifted_has_no_shape_but_parts(self, make_run):
+        def swap(frame):
+            late = (frame["step"] > 200) & frame["param_id"].isin([1, 2])
+            frame.loc[late, "grad_norm"] *= 4.0
+            return frame
+
+        profile = la.importance(make_run(profile=np.exp(0.4 * X**2), steps=400, edit=swap))
+        assert profile.verdict == "drifting"
+        assert "No shape is named" in profile.statement
+        assert "in the second half layer" in profile.statement
+
+    def test_what_more_costs_says_steps_cadence_and_probe(self, make_run):
+        truth = np.exp(0.05 * np.random.default_rng(5).standard_normal(24))
+        run = make_run(profile=truth, steps=400, every=10, noise=0.3, seed=1)
+        text = la.importance(run).statement
+        assert "more steps at every=10" in text
+        assert "at every=1, or no training but a probe (`--config probe`, 32 batches" in text
+        update = la.importance(run, "update_norm").statement
+        assert "--config probe" not in update
+
+    def test_the_batches_are_those_of_the_recipe(self):
+        from pathlib import Path
+
+        from lisa_analysis.profiles.cost import PROBE_BATCHES
+
+        recipe = Path(la.__file__).parents[1] / "lisa_train" / "command" / "recipes" / "probe.yaml"
+        assert f"batches: {PROBE_BATCHES}\n" in recipe.read_text(encoding="utf-8")
+
+
+class TestEstimand:
+    def test_it_is_said_wherever_there_are_intervals(self, make_run, monkeypatch):
+        course = la.importance(make_run(steps=100))
+        assert "process that this run is one course of" in course.statement
+        assert course.to_frame().attrs["estimand"] == course.estimand
+        batches = probed(make_run, monkeypatch, np.r_[np.ones(11), 2.0])
+        assert "over batches at these weights" in batches.statement
+        assert la.importance(make_run(steps=100), "delta_rel").estimand == ""
+
+    def test_a_probe_with_tight_whiskers_is_not_called_undecided(self, make_run, monkeypatch):
+        profile = probed(make_run, monkeypatch, np.r_[np.ones(11), 2.0])
+        assert 11 in profile.above
+        assert profile.verdict == "spikes"
+        assert profile.reliability.drift is None
+
+
+def test_one_steps_noise_is_no_change(make_run):
+    """S7: a profile that never changed showed 74 % to 85 % of its spread at the first gradient."""
+    shares = [
+        la.importance(
+            make_run(profile=np.exp(0.3 * DEEP), steps=200, rho=0.5, noise=0.15, seed=seed)
+        ).initialisation.share
+        for seed in range(8)
+    ]
+    assert np.mean(shares) > 0.88

@@ -18,7 +18,7 @@ from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
 
 if TYPE_CHECKING:
-    from lisa_analysis.profiles.over_seeds import Seeds
+    from lisa_analysis.profiles.seeds import Seeds
 
 Array = NDArray[np.float64]
 

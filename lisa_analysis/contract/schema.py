@@ -290,6 +290,7 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "inclusion_probabilities": "π of every layer for this draw",
         "scores": "scores that π was learned from, before the control; null for a layer not "
         "known, and while nothing is learned",
+        "update_factors": "with lisa.correct_lr: factors on the updates of the layers drawn",
         "visits": "draws of every layer so far, this one included",
         "groups": "groups (embed, head) that were drawn like layers",
         "trainable_share": "part of the model's parameters that train in the interval",

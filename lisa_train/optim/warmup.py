@@ -21,23 +21,24 @@ class Warmup:
         self._steps = steps
         self._before: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
-    def before_step(self, tensors: Iterable[tuple[torch.Tensor, int]]) -> None:
-        """Note the weights of the tensors that have made fewer than n steps.
+    def before_step(self, tensors: Iterable[tuple[torch.Tensor, int, float]]) -> None:
+        """Note the weights of the tensors whose updates are to be scaled.
 
         Parameters
         ----------
         tensors
-            Pairs of a tensor and the number of steps since its activation.
+            A tensor, the number of steps since its activation, and a factor of its own that it
+            keeps after the warm-up.
         """
-        self._before = [
-            (tensor, tensor.detach().clone(), (age + 1) / (self._steps + 1))
-            for tensor, age in tensors
-            if age < self._steps
-        ]
+        scaled = (
+            (tensor, own * min(1.0, (age + 1) / (self._steps + 1) if age < self._steps else 1.0))
+            for tensor, age, own in tensors
+        )
+        self._before = [(t, t.detach().clone(), factor) for t, factor in scaled if factor != 1.0]
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Shorten the updates of the noted tensors."""
+        """Scale the updates of the noted tensors."""
         for tensor, before, factor in self._before:
             tensor.copy_(torch.lerp(before, tensor, factor))
         self._before = []

@@ -247,6 +247,7 @@ def draw_fields(draw: Draw) -> dict[str, Any]:
         "groups": draw.groups,
         "inclusion_probabilities": draw.inclusion_probabilities,
         "scores": draw.scores,
+        "update_factors": draw.update_factors,
         "visits": draw.visits,
         "trainable_share": draw.trainable_share,
         "state_bytes": draw.state_bytes,

@@ -169,8 +169,13 @@ def check_units(
 
 
 def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig) -> None:
-    """`ConfigError` for a warm-up that an averaging optimizer would undo."""
+    """`ConfigError` for scaled updates that an averaging optimizer would undo."""
     for optimizer in optimizers:
+        if config.correct_lr and is_schedule_free(optimizer):
+            raise ConfigError(
+                f"lisa.correct_lr is {config.correct_lr:g}, but {type(optimizer).__name__} keeps "
+                "its weights as an average, which scaled updates would break; set it to 0."
+            )
         if config.warmup_steps and is_schedule_free(optimizer):
             raise ConfigError(
                 f"warmup_steps is {config.warmup_steps}, but {type(optimizer).__name__} keeps its "

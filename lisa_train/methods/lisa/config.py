@@ -82,6 +82,11 @@ class LisaConfig:
         layers. ``permuted`` at random, once for the whole run; ``reversed`` in rank; ``uniform``.
     control_seed
         Seed of the permutation; None takes that of the schedule.
+    correct_lr
+        Power ρ, from 0 to 1: the update of a drawn layer is multiplied by ((k/L)/π)^ρ, the ratio
+        between 1/4 and 4. At 0, layers drawn more often move more; at 1 they move alike on
+        average, and only how evenly changes. On the update, because Adam divides a factor on the
+        gradient out; it takes a copy of the layers that train.
     """
 
     activated_layers: int = 2
@@ -100,6 +105,7 @@ class LisaConfig:
     learn: LearnConfig | None = None
     control: ControlKind = "none"
     control_seed: int | None = None
+    correct_lr: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -176,6 +182,15 @@ class LisaConfig:
 
     def _check_learning(self) -> None:
         one_of("lisa.control", self.control, get_args(ControlKind))
+        power = real("lisa.correct_lr", self.correct_lr, "a number from 0 to 1")
+        object.__setattr__(self, "correct_lr", power)
+        if not 0.0 <= power <= 1.0:
+            raise ConfigError(f"lisa.correct_lr is {power:g}, but must be a number from 0 to 1.")
+        if power and self.learn is None and self.probabilities is None:
+            raise ConfigError(
+                f"lisa.correct_lr is {power:g}, but without lisa.probabilities or lisa.learn every "
+                "layer is drawn alike and there is nothing to correct; leave it out."
+            )
         if self.learn is None:
             if self.control != "none" and self.probabilities is None:
                 raise ConfigError(

@@ -232,6 +232,7 @@ class Lisa:
             draw,
             trainable_share=sum(p.numel() for p in self._active) / self._size,
             state_bytes=self._state.bytes(),
+            update_factors=self._schedule.update_factors(),
         )
         notices.log_draw(draw)
         if self._on_draw is not None:
@@ -402,7 +403,7 @@ class Lisa:
         self._write_check.before_step(optimizer, frozen)
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
-            (p, age)
+            (p, age, self._schedule.update_factor(unit))
             for unit, age in self._schedule.ages().items()
             for p in self._units[unit]
             if p.grad is not None and self._state.owners.get(p) is optimizer

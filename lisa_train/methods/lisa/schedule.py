@@ -18,6 +18,8 @@ from lisa_train.model.layer_map import Unit as Unit
 
 # First word of the key of a group's draws; the layers' stream is another.
 _STREAM = 0x115B
+# Bound of (k/L)/π and of its inverse.
+MOST_CORRECTION = 4.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Draw:
     from, None for a layer that is not known, and None altogether while nothing is. The engine adds
     `trainable_share`, the part of the model's parameters that train from now on, and `state_bytes`,
     the optimizer state that is held when the draw has been made: what left is freed or on the host,
-    what came has none yet.
+    what came has none yet; and with `correct_lr` the factors on the updates of the `layers`.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Draw:
     scores: tuple[float | None, ...] | None = None
     trainable_share: float | None = None
     state_bytes: int | None = None
+    update_factors: tuple[float, ...] | None = None
 
 
 class Schedule:
@@ -178,6 +181,21 @@ class Schedule:
         """Whether a draw is due after `step` completed steps, which follows another one."""
         return self.index is not None and self.draw_of(step) != self.index
 
+    def update_factor(self, unit: Unit) -> float:
+        """Factor on the updates of a drawn unit, ((k/L)/π)^ρ; 1 for groups."""
+        power = self._config.correct_lr
+        if not power or not isinstance(unit, int):
+            return 1.0
+        pi = self.inclusion_probabilities
+        ratio = self._config.activated_layers / pi.size / float(pi[unit])
+        return float(min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio)) ** power)
+
+    def update_factors(self) -> tuple[float, ...] | None:
+        """Return the factors of the layers drawn now; None without a correction."""
+        if not self._config.correct_lr:
+            return None
+        return tuple(self.update_factor(layer) for layer in self.layers)
+
     def ages(self) -> dict[Unit, int]:
         """Steps since the activation of every drawn unit."""
         return {unit: self.step - at for unit, at in self._activated_at.items()}
@@ -261,6 +279,7 @@ def _settings(config: LisaConfig) -> dict[str, Any]:
         "warmup_steps": config.warmup_steps,
         "precision": config.precision,
         "control": config.control,
+        "correct_lr": config.correct_lr,
         "learn": None if config.learn is None else config.learn.metric,
     }
 

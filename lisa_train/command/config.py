@@ -97,6 +97,9 @@ class TrainConfig:
         With an 8-bit `optim` of bitsandbytes: the groups whose optimizer state is 8-bit, any of
         ``layers``, ``embed``, ``head``, ``norm``, ``other``; that of the rest is 32-bit. None
         leaves it to transformers: embeddings in 32 bits, everything else in 8.
+    lr_multipliers
+        File of multipliers of the learning rate by layer, as `lisa-analyze --export lr:FILE` writes
+        it, for every method that trains.
     gradient_checkpointing
         Recompute activations in the backward pass instead of keeping them.
     bf16, fp16
@@ -178,6 +181,7 @@ class TrainConfig:
     optim: str = "adamw_torch_fused"
     step_in_backward: bool = False
     eight_bit_states: tuple[str, ...] | None = None
+    lr_multipliers: str | None = None
     gradient_checkpointing: bool = False
     bf16: bool = False
     fp16: bool = False

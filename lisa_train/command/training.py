@@ -146,6 +146,7 @@ class PreparedRun:
             record=dataclasses.replace(config.record, run_dir=str(self.run_dir)),
             step_in_backward=config.step_in_backward,
             eight_bit_states=config.eight_bit_states,
+            lr_multipliers=config.lr_multipliers,
             manifest=self.manifest,
             config_yaml=self.config_yaml,
             resume=self.checkpoint is not None,

@@ -9,16 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import nn
 from transformers import Trainer
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.multipliers_file import read_multipliers
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
+from lisa_train.optim.layer_rates import set_layer_rates
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
-from lisa_train.trainer.events import TrainerEvents
+from lisa_train.trainer.events import TrainerEvents, patch
 from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.learning import check_learning
 from lisa_train.trainer.lisa_callback import LisaCallback
@@ -80,6 +83,7 @@ def attach(
     *,
     step_in_backward: bool = False,
     eight_bit_states: Sequence[str] | None = None,
+    lr_multipliers: str | os.PathLike[str] | None = None,
     manifest: dict[str, Any] | None = None,
     config_yaml: str | None = None,
     resume: bool = False,
@@ -105,6 +109,9 @@ def attach(
         With an 8-bit optimizer of bitsandbytes: the groups whose optimizer state is 8-bit, any of
         ``layers``, ``embed``, ``head``, ``norm``, ``other``. None leaves it to Trainer, which holds
         embeddings in 32 bits.
+    lr_multipliers
+        File of multipliers of the learning rate by layer (`lisa-analyze --export lr:FILE`), for the
+        optimizer that Trainer makes, or one that was given without a scheduler.
     manifest
         Entries of the run's `run.json` that the trainer does not know (dataset, command, …).
     config_yaml
@@ -136,6 +143,8 @@ def attach(
     plan = None if lisa is None else _plan(trainer, lisa, layers)
     continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
     trainer.add_callback(continuation)
+    if lr_multipliers is not None:
+        _multiply_rates(trainer, lr_multipliers, lisa.layers if lisa else None, layers)
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
@@ -167,6 +176,28 @@ def attach(
         functools.partial(_training, attachment, continuation, around=around)
     )
     return attachment
+
+
+def _multiply_rates(
+    trainer: Trainer, file: str | os.PathLike[str], path: str | None, layers: KnownLayers
+) -> None:
+    """Multiply the learning rates of layers once there is an optimizer, before its scheduler."""
+    read_multipliers(Path(file))  # a broken file is refused now
+    done: list[Any] = []
+
+    def multiplied(optimizer: Any, model: nn.Module) -> None:
+        if not any(optimizer is each for each in done):
+            set_layer_rates(optimizer, model, layers.of(model, path), Path(file))
+            done.append(optimizer)
+
+    def create(original: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = original(*args, **kwargs)
+        multiplied(trainer.optimizer, trainer.model)
+        return optimizer
+
+    if trainer.optimizer is not None:
+        multiplied(trainer.optimizer, trainer.model)
+    patch(trainer, "create_optimizer", create)
 
 
 def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | None:

@@ -21,7 +21,7 @@ help:  ## list the targets
 
 setup: .venv/ready  ## install everything into .venv
 
-demo: setup  ## the main job on a real model: pilot, analysis, LISA twice, report (MODEL=… DATA=…)
+demo: setup  ## the main job on a real model: probe, layers named, LoRA and LISA by them, report (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 demo-classify: setup  ## classify conversations: full, LoRA, LISA and the head alone (MODEL=… DATA=…)

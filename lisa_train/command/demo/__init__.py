@@ -1,1 +1,1 @@
-"""The main job on a real pretrained model: pilot -> analysis -> probabilities -> LISA -> report."""
+"""The main job on a real pretrained model: probe, layers and probabilities, training, report."""

@@ -11,7 +11,12 @@ from pathlib import Path
 from lisa_analysis.contract.errors import LisaError
 
 STEPS = 40
+PROBED = 16  # batches: a minute on two cores
+SHARE = 5  # adapters go into every fifth layer: six of SmolLM2's thirty
+SEED = 1  # of the placebo: which layers are drawn at random
 SETTINGS = str(resources.files("lisa_train.command.demo") / "demo.yaml")
+# run -> what it is compared with
+PAIRS = {"lora-named": "lora-random", "lisa-probe": "lisa-uniform"}
 
 
 def main() -> int:
@@ -38,8 +43,9 @@ def main() -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.steps < 20:
         raise LisaError(
-            f"--steps is {arguments.steps}; expected at least 20, or there is no profile."
+            f"--steps is {arguments.steps}; expected at least 20, or nothing can be told apart."
         )
+    import lisa_analysis as la
     from lisa_train.command.demo.chitchat import chitchat_folder
     from lisa_train.command.demo.smollm2 import smollm2_folder
 
@@ -47,38 +53,43 @@ def _demo(arguments: argparse.Namespace) -> int:
     data = arguments.data or str(chitchat_folder())
     folder = new_folder(Path(arguments.output_dir))
     folder.mkdir(parents=True)
-    precision = "--bf16=true" if _fast_bf16() else "--bf16=false"
     shared = [
         "--config", SETTINGS, "--model_name_or_path", model, "--dataset_name", data,
-        f"--max_steps={arguments.steps}", precision,
-        f"--max_train_samples={4 * arguments.steps}",  # what is never reached need not be read
+        "--bf16=true" if _fast_bf16() else "--bf16=false",
+        f"--max_train_samples={4 * max(arguments.steps, PROBED)}",  # the rest is never reached
     ]  # fmt: skip
-    pilot, uniform, learned = (
-        folder / "lora-pilot",
-        folder / "lisa-uniform",
-        folder / "lisa-learned",
-    )
-    probabilities = folder / "probabilities.json"
-    lisa = ["--learning_rate=2e-4", "--lisa.interval_steps=2", "--save_final_model=false"]
+    trained = [*shared, f"--max_steps={arguments.steps}", "--save_final_model=false"]
+    probe, probabilities = folder / "probe", folder / "probabilities.json"
     started = time.monotonic()
 
-    say("1  A LoRA pilot records what every layer does")
-    run_command("lisa-train", "--config", "lora", *shared, "--learning_rate=1e-3",
-         "--output_dir", str(pilot))  # fmt: skip
-    say("2  The analysis turns the log into importance and sampling probabilities")
-    # So short a pilot gives no intervals: the demo takes the scores as they are, and says so.
-    run_command(
-        "lisa-analyze", str(pilot), "--probabilities", str(probabilities), "--ignore-intervals"
-    )
-    say("3  LISA, two of the layers at a time, drawn uniformly")
-    run_command("lisa-train", "--config", "lisa", *shared, *lisa, "--output_dir", str(uniform))
-    say("4  LISA again: same data, steps and seed, layers drawn with those probabilities")
-    run_command("lisa-train", "--config", "lisa-learned", *shared, *lisa,
-         f"--lisa.probabilities={probabilities}", "--output_dir", str(learned))  # fmt: skip
-    say("5  Did it help? The three runs side by side")
-    run_command("lisa-analyze", str(pilot), str(uniform), str(learned),
-         "-o", str(folder / "report.html"))  # fmt: skip
-    _conclude(folder, time.monotonic() - started)
+    say("1  A probe measures the gradients of every layer; nothing trains")
+    run_command("lisa-train", "--config", "probe", *shared, f"--probe.batches={PROBED}",
+         "--output_dir", str(probe))  # fmt: skip
+    say("2  The analysis names layers, and writes files for the next run")
+    named, random = folder / "named.json", folder / "random.json"
+    some = max(1, len(la.load(probe).manifest["layers"]) // SHARE)
+    run_command("lisa-analyze", str(probe), "--probabilities", str(probabilities),
+         "--export", f"peft-layers,layers={some}:{named}")  # fmt: skip
+    answered = time.monotonic() - started
+    say(f"3  LoRA in the {some} layers of the highest scores, and in {some} drawn at random")
+    run_command("lisa-analyze", str(probe), "--control", "permuted", "--control-seed", str(SEED),
+         "--export", f"peft-layers,layers={some}:{random}",
+         "-o", str(folder / "random.html"), quietly=True)  # fmt: skip
+    for name, layers in (("lora-named", named), ("lora-random", random)):
+        run_command("lisa-train", "--config", "lora", *trained, "--learning_rate=1e-3",
+             "--lora", str(layers), "--output_dir", str(folder / name))  # fmt: skip
+    say("4  LISA, two of the layers at a time: uniform, and with the probe's probabilities")
+    lisa = [
+        "--config", "lisa", *trained, "--learning_rate=2e-4", "--lisa.interval_steps=2",
+        "--lisa.sampling=balanced",
+    ]  # fmt: skip
+    run_command("lisa-train", *lisa, "--output_dir", str(folder / "lisa-uniform"))
+    run_command("lisa-train", *lisa, "--lisa.probabilities", str(probabilities),
+         "--output_dir", str(folder / "lisa-probe"))  # fmt: skip
+    say("5  What came out, side by side")
+    runs = [str(folder / name) for pair in PAIRS.items() for name in pair]
+    run_command("lisa-analyze", str(probe), *runs, "-o", str(folder / "report.html"))
+    _conclude(folder, answered, time.monotonic() - started)
     return 0
 
 
@@ -103,11 +114,12 @@ def _fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def run_command(command: str, *words: str) -> None:
+def run_command(command: str, *words: str, quietly: bool = False) -> None:
     """Run one of the two commands as its user would, in the interpreter of this demo."""
     print(f"$ {shlex.join([command, *words])}", flush=True)
     module = {"lisa-train": "lisa_train", "lisa-analyze": "lisa_analysis"}[command]
-    subprocess.run([sys.executable, "-m", module, *words], check=True)
+    said = subprocess.DEVNULL if quietly else None
+    subprocess.run([sys.executable, "-m", module, *words], check=True, stdout=said)
 
 
 def say(title: str) -> None:
@@ -115,22 +127,30 @@ def say(title: str) -> None:
     print(f"\n── {title}", flush=True)
 
 
-def _conclude(folder: Path, seconds: float) -> None:
+def _conclude(folder: Path, answered: float, seconds: float) -> None:
     """Say what came out and where to look, without claiming more than one short run can show."""
     import lisa_analysis as la
 
-    runs = ("lora-pilot", "lisa-uniform", "lisa-learned")
-    results = {name: la.load(folder / name).manifest["result"] for name in runs}
+    names = [name for pair in PAIRS.items() for name in pair]
+    results = {name: la.load(folder / name).manifest["result"] for name in names}
     last = {name: result["last_held_out_loss"] for name, result in results.items()}
-    before = results["lisa-uniform"]["first_held_out_loss"]
-    print(f"\nDone in {seconds:.0f} s. Held-out loss {before:.3f} before training; after:")
+    before = results[names[0]]["first_held_out_loss"]
+    print(
+        f"\nDone in {seconds:.0f} s; the probe had answered after {answered:.0f} s. "
+        f"Held-out loss {before:.3f} before training; after:"
+    )
     for name, result in results.items():
         print(f"  {name:<13} {last[name]:.3f}   in {result['seconds']:.0f} s, evaluation included")
+    print()
+    for name, other in PAIRS.items():
+        print(f"{name} minus {other}: {last[name] - last[other]:+.3f}")
+    if (folder / "named.json").read_text() == (folder / "random.json").read_text():
+        print("The probe knows no layer to stand apart: the compared runs are of one kind.")
     print(
-        f"\nLearned minus uniform sampling: {last['lisa-learned'] - last['lisa-uniform']:+.3f}. "
-        "This is one seed and a short run:\nit shows that the loop works, not which sampler is "
-        "better; that takes several seeds and a\npermuted-profile control.\n\n"
-        f"Look at   {folder / 'report.html'}\nRuns in   {folder}"
+        "\nOne seed and a short run: it shows that the loop works. Whether a choice of layers is "
+        "better\nthan chance takes several seeds, and several random choices.\n\n"
+        f"Look at   {folder / 'probe' / 'report.html'}   (which layers, how surely)\n"
+        f"          {folder / 'report.html'}   (the runs side by side)\nRuns in   {folder}"
     )
 
 

@@ -1,5 +1,6 @@
 """The parts of the demo; the whole of it is `make demo`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,12 @@ def test_the_rotary_interleave_is_undone() -> None:
     np.testing.assert_array_equal(_undo_rotary_interleave(interleaved, heads), wanted)
 
 
-def test_the_shared_settings_are_valid_for_all_three_recipes() -> None:
+def test_the_shared_settings_are_valid_for_all_recipes() -> None:
     needed = ["--model_name_or_path", "m", "--dataset_name", "d"]
-    for recipe in ("lora", "lisa", "lisa-learned"):
+    for recipe in ("probe", "lora", "lisa"):
         config = parse(["--config", recipe, "--config", demo.SETTINGS, *needed]).config
         assert config.record.every == 1
-        assert config.method == recipe.split("-")[0]
+        assert config.method == recipe
 
 
 def test_an_earlier_demo_is_never_overwritten(tmp_path: Path) -> None:
@@ -72,7 +73,9 @@ def test_too_few_steps_are_refused() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "demo: --steps is 3; expected at least 20, or there is no profile.\n"
+    assert (
+        done.stderr == "demo: --steps is 3; expected at least 20, or nothing can be told apart.\n"
+    )
 
 
 @pytest.mark.slow
@@ -86,16 +89,25 @@ def test_the_whole_demo_runs_on_any_model_and_data(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "demo"
-    runs = {name: la.load(folder / name) for name in ("lora-pilot", "lisa-uniform", "lisa-learned")}
-    assert [run.status for run in runs.values()] == ["finished"] * 3
-    learned = la.SamplingProbabilities.load(folder / "probabilities.json")
-    draw = runs["lisa-learned"].events.query("event == 'lisa_draw'").iloc[0]
+    names = ("probe", "lora-named", "lora-random", "lisa-probe", "lisa-uniform")
+    runs = {name: la.load(folder / name) for name in names}
+    assert [run.status for run in runs.values()] == ["finished"] * 5
+    adapters = [json.loads((folder / f"{name}.json").read_text()) for name in ("named", "random")]
+    for run, wanted in zip((runs["lora-named"], runs["lora-random"]), adapters, strict=True):
+        kept = run.manifest["lora"]
+        assert kept["r"] == wanted["r"]
+        assert kept.get("layers_to_transform") == wanted.get("layers_to_transform")
+    probabilities = la.SamplingProbabilities.load(folder / "probabilities.json")
+    draw = runs["lisa-probe"].events.query("event == 'lisa_draw'").iloc[0]
     assert list(draw["inclusion_probabilities"]) == pytest.approx(
-        list(learned.inclusion_probabilities)
+        list(probabilities.inclusion_probabilities)
     )
-    assert len(set(learned.inclusion_probabilities)) > 1
-    assert (folder / "report.html").stat().st_size > 0
-    assert "not which sampler is better" in done.stdout
+    for report in (folder / "report.html", folder / "probe" / "report.html"):
+        assert report.stat().st_size > 0
+    assert "--ignore-intervals" not in "".join(
+        line for line in done.stdout.splitlines() if line.startswith("$")
+    )
+    assert "One seed and a short run" in done.stdout
 
 
 @pytest.mark.slow

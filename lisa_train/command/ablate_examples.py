@@ -58,32 +58,32 @@ def held_out_rows(trained: TrainedRun, data: Any, collate: Callable[..., Any] | 
             f"{trained.run.path} held no example out (eval_size is 0): give some with --data FILE "
             "(in Python data=)."
         )
-    return _prepared_rows(trained, config, None if data is None else at_home(str(data)))
+    return _prepared_rows(trained, config, given=data is not None)
 
 
-def _prepared_rows(trained: TrainedRun, config: "TrainConfig", data: str | None) -> "Rows":
-    """Let the run's own trainer make the rows into tokens."""
-    from lisa_train.command.tasks.data import load_data
-    from lisa_train.command.tasks.text import build_trainer
+def _prepared_rows(trained: TrainedRun, config: "TrainConfig", *, given: bool) -> "Rows":
+    """Let the run's own trainer make the rows into what the model takes."""
     from lisa_train.command.training import trainer_arguments
     from lisa_train.measure.ablation.losses import Rows
 
-    if data is not None:
-        config = dataclasses.replace(
-            config, dataset_name=data, eval_size=0, max_eval_samples=None, max_train_samples=None
-        )
-    loaded = load_data(config, chat=bool(getattr(trained.tokenizer, "chat_template", None)))
-    if loaded.held_out is None and data is None:
+    task = trained.task
+    assert trained.loaded is not None
+    assert task is not None
+    data = trained.loaded.data
+    if data.held_out is None and not given:
         raise ConfigError(
             f"{trained.run.path} held no example out: give some with --data FILE (in Python data=)."
         )
-    if loaded.held_out is not None:  # what was trained on need not be made into tokens
-        loaded = dataclasses.replace(loaded, train=loaded.train.select(range(1)))
+    if data.held_out is not None:  # what was trained on need not be prepared
+        data = dataclasses.replace(data, train=data.train.select(range(1)))
     with tempfile.TemporaryDirectory() as nowhere:
-        arguments = trainer_arguments(config, Path(nowhere))
-        trainer = build_trainer(arguments, trained.model, trained.tokenizer, loaded, None, config)
-    dataset = trainer.train_dataset if loaded.held_out is None else trainer.eval_dataset
-    return Rows(config.dataset_name, dataset, trainer.data_collator, len(dataset))
+        arguments = trainer_arguments(config, Path(nowhere), task.arguments())
+        loaded = dataclasses.replace(trained.loaded, data=data)
+        trainer: Any = task.build_trainer(loaded, arguments, None, config)
+        dataset = trainer.train_dataset if data.held_out is None else trainer.eval_dataset
+        # As an evaluation sees it: without the columns that the model does not take.
+        loader = trainer.get_eval_dataloader(dataset)
+    return Rows(config.dataset_name, loader.dataset, loader.collate_fn, len(loader.dataset))
 
 
 def general_rows(trained: TrainedRun, general: str | Path | None) -> "Rows":

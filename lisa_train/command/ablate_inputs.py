@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lisa_train.command.config import TrainConfig
+    from lisa_train.command.tasks.task import Loaded, Task
     from lisa_train.measure.ablation.change import LearnedChange
 
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
@@ -37,21 +38,29 @@ class TrainedRun:
         The trained model.
     folder
         Where its weights or its adapter are; None for a model that was handed over.
-    tokenizer
-        None where there is none.
+    loaded
+        Model, processor and data as the run's task loads them; None where another tool trained.
     change
         What it learned.
     about
         Metadata of the ablation, see `lisa_analysis.contract.schema.ABLATION_FIELDS`.
+    task
+        The task that loaded it; None where another tool trained.
     """
 
     run: Run
     config: "TrainConfig | None"
     model: Any
     folder: Path | None
-    tokenizer: Any
+    loaded: "Loaded | None"
     change: "LearnedChange"
     about: dict[str, Any]
+    task: "Task | None" = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of a language model; None without one."""
+        return None if self.loaded is None else self.loaded.processor
 
     @property
     def is_adapter(self) -> bool:
@@ -80,15 +89,14 @@ def open_run(run_dir: str | Path) -> Run:
         raise RunDirectoryError(
             f"{run.path} is a probe, which trains nothing: there is no change to ablate."
         )
-    if (task := run.manifest.get("task", "causal-lm")) != "causal-lm":
-        raise RunDirectoryError(
-            f"{run.path} was trained for {task}: only causal language models are ablated so far."
-        )
     return run
 
 
 def load_trained(
-    run: Run, model: "nn.Module | str | Path | None" = None, base: str | Path | None = None
+    run: Run,
+    model: "nn.Module | str | Path | None" = None,
+    base: str | Path | None = None,
+    data: Any = None,
 ) -> TrainedRun:
     """Load a run's trained model and find its base.
 
@@ -100,6 +108,8 @@ def load_trained(
         The trained model or its folder, where it is not in the run directory.
     base
         Folder or hub id of the base, where it is not as config.yaml names it.
+    data
+        A dataset in the place of the run's own; examples are no business of this function.
 
     Raises
     ------
@@ -121,7 +131,8 @@ def load_trained(
         about = _about(change, "a model that was handed over", base_name)
         return TrainedRun(run, config, model, None, None, change, about)
     folder = _trained_folder(run, model)
-    loaded, tokenizer = _load(run, config, folder, base_name)
+    config, task, found = _load(run, config, folder, base_name, data)
+    loaded = found.model
     trained = None
     if not (folder / ADAPTER_CONFIG).is_file():
         from lisa_train.measure.step.base_weights import find_checkpoint
@@ -136,7 +147,7 @@ def load_trained(
     inside = folder.resolve().is_relative_to(run.path.resolve())
     name = str(folder.resolve().relative_to(run.path.resolve())) if inside else str(folder)
     return TrainedRun(
-        run, config, loaded, folder, tokenizer, change, _about(change, name, base_name)
+        run, config, loaded, folder, found, change, _about(change, name, base_name), task
     )
 
 
@@ -235,8 +246,11 @@ def _trained_folder(run: Run, model: str | Path | None) -> Path:
     )
 
 
-def _load(run: Run, config: "TrainConfig | None", folder: Path, base: str) -> tuple[Any, Any]:
-    from lisa_train.command.tasks.text import load_model
+def _load(
+    run: Run, config: "TrainConfig | None", folder: Path, base: str, data: Any
+) -> "tuple[TrainConfig, Task, Loaded]":
+    """Load model, processor and data as the run's task does; with the settings for that."""
+    from lisa_train.command.tasks.task import choose_task
 
     if config is None:
         raise ConfigError(
@@ -244,14 +258,35 @@ def _load(run: Run, config: "TrainConfig | None", folder: Path, base: str) -> tu
             "model is loaded is not known: give the loaded model, lt.ablate(run_dir, model=…)."
         )
     adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not adapter and _has_processor(base) and not _has_processor(folder):
+        raise RunDirectoryError(
+            f"{folder} lacks the processor that {base} has (preprocessor_config.json): whole "
+            "models with one are not ablated so far, their adapters are; copy the file into the "
+            "folder to try it."
+        )
     source = base if adapter else str(folder)
-    revision = config.model_revision if adapter and base == config.model_name_or_path else None
-    model, tokenizer = load_model(
-        dataclasses.replace(config, model_name_or_path=source, model_revision=revision)
-    )
+    revision = config.model_revision if source == config.model_name_or_path else None
+    named = dataclasses.replace(config, model_name_or_path=source, model_revision=revision)
+    task = choose_task(named)
+    if isinstance(data, str | Path):
+        if adapter and task.name.endswith("classification"):
+            raise ConfigError(
+                f"--data cannot be read for {run.path}: only the run's own data say which class "
+                "has which number, an adapter does not; hand examples over in Python (data=[…])."
+            )
+        named = dataclasses.replace(
+            named, dataset_name=at_home(str(data)), eval_size=0, max_eval_samples=None,
+            max_train_samples=None,
+        )  # fmt: skip
+    found = task.load(named)
     if adapter:
-        model = _with_adapter(model, folder, base)
-    return model, tokenizer
+        found.model = _with_adapter(found.model, folder, base)
+    return named, task, found
+
+
+def _has_processor(folder: str | Path) -> bool:
+    names = ("preprocessor_config.json", "processor_config.json")
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def _with_adapter(model: Any, folder: Path, base: str) -> Any:

@@ -107,7 +107,7 @@ def restore(
     run = open_run(run_dir)
     lock = RunLock(run.path / LOCK)
     try:
-        trained = load_trained(run, model, base)
+        trained = load_trained(run, model, base, data)
         words = proposed(trained) if layers == "auto" else layers
         units, parts = choose_units(words, trained.change.parts, len(trained.change))
         if trained.is_adapter:

@@ -126,7 +126,7 @@ def ablate(
     read_ranges(ranges, run.n_layers)
     lock = RunLock(run.path / LOCK)  # one at a time, and no training beside it
     try:
-        trained = load_trained(run, model, base)
+        trained = load_trained(run, model, base, data)
         units = make_units(trained.change.parts, trained.change.kinds, by, ranges)
         losses, examples = prepare_examples(trained, data, general, max_examples, collate, bf16)
         measured = {name: one.measured for name, one in examples.items()}

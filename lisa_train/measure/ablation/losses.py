@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -191,25 +190,27 @@ def choose_examples(
     count = len(rows.rows) if most is None else min(most, len(rows.rows))
     numbers = [i * len(rows.rows) // count for i in range(count)]
     taken = [rows.rows[i] for i in numbers]
-    labels = [int(losses.counts(losses.on_device(rows.collate([r]))["labels"])) for r in taken]
-    kept = [row for row, n in zip(taken, labels, strict=True) if n]
-    if not kept:
+    alone = [losses.on_device(rows.collate([row])) for row in taken]
+    labels = [int(losses.counts(batch["labels"]).sum()) for batch in alone]
+    there = [i for i, n in enumerate(labels) if n]
+    if not there:
         raise LisaError(
             f"none of {len(taken)} examples of {rows.name} has a label that counts: there is no "
             "loss to measure."
         )
-    tokens = np.asarray([n for n in labels if n], np.int32)
-    alone = losses.rule == "own"
-    groups = _grouped(kept, tokens_a_batch, alone=alone, padded=rows.padded)
+    single = [alone[i] for i in there]
+    tokens = np.asarray([labels[i] for i in there], np.int32)
+    groups = _grouped(single, tokens_a_batch, alone=losses.rule == "own", padded=rows.padded)
     batches = [
-        Batch(group, losses.on_device(rows.collate([kept[i] for i in group]))) for group in groups
+        Batch(group, losses.on_device(rows.collate([taken[there[i]] for i in group])))
+        for group in groups
     ]
     about = {
         "name": rows.name,
-        "examples": len(kept),
+        "examples": len(there),
         "available": rows.available,
         "tokens": int(tokens.sum()),
-        "digest": _digest(kept),
+        "digest": _digest(single),
     }
     return Examples(Measured(about, tokens), tuple(batches))
 
@@ -233,13 +234,18 @@ def _grouped(
 
 
 def _shapes(row: Mapping[str, Any]) -> str:
-    return str(sorted((name, np.shape(value)) for name, value in row.items()))
+    return str(sorted((name, tuple(np.shape(value))) for name, value in row.items()))
 
 
 def _length(row: Mapping[str, Any]) -> int:
     """Positions of an example; without token ids a guess at a picture's or a sound's."""
-    ids = row.get("input_ids")
-    return len(ids) if ids is not None else 256
+    ids, labels = row.get("input_ids"), row.get("labels")
+    if not isinstance(ids, torch.Tensor) or ids.ndim < 2:
+        return 256
+    length = int(ids.shape[1])
+    if isinstance(labels, torch.Tensor) and labels.ndim == 2 and labels.shape != ids.shape:
+        length += int(labels.shape[1])
+    return length
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -259,16 +265,13 @@ def _part(output: Any, name: str) -> Any:
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Short hash of what is measured."""
+    """Short hash of what is measured, example by example."""
     found = hashlib.sha256()
     for row in rows:
-        for name in sorted(row):
-            values: NDArray[Any] = np.asarray(row[name])
-            found.update(f"{name}{values.shape}".encode())
-            found.update(np.ascontiguousarray(values).astype(_plain(values)).tobytes())
+        for name, tensor in sorted(row.items()):
+            if torch.is_tensor(tensor):
+                values = tensor.cpu()
+                whole = values.double() if values.is_floating_point() else values.long()
+                found.update(f"{name}{tuple(values.shape)}".encode())
+                found.update(whole.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def _plain(values: NDArray[Any]) -> Any:
-    """Whole numbers hash alike, however a data set stores them."""
-    return np.int64 if values.dtype.kind in "iub" else values.dtype

@@ -14,6 +14,8 @@ from lisa_analysis.contract.moved import redirect
 
 if TYPE_CHECKING:
     from lisa_analysis.metrics import METRICS as METRICS
+    from lisa_analysis.metrics import metric as metric
+    from lisa_analysis.metrics.norms import norms as norms
     from lisa_analysis.plans.exports import EXPORTS as EXPORTS
     from lisa_analysis.plans.exports import export as export
     from lisa_analysis.plans.sampling import SamplingProbabilities as SamplingProbabilities
@@ -48,6 +50,8 @@ _HOME = {
     "SamplingProbabilities": "plans.sampling",
     "sampling_probabilities": "plans.sampling",
     "METRICS": "metrics",
+    "metric": "metrics",
+    "norms": "metrics.norms",
     "Report": "views.report",
     "report": "views.report",
     "Run": "rundir.run",

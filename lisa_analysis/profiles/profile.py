@@ -1,7 +1,6 @@
 """ImportanceProfile and its parts: what a profile says, in numbers and in words."""
 
 import html
-import json
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,12 +11,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, ProfileRow, Reliability
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lisa_analysis.profiles.seeds import Seeds
 
 Array = NDArray[np.float64]
@@ -28,9 +29,10 @@ class ImportanceProfile:
     """Scores of layers under one metric, and what they are worth.
 
     Made by `importance` from a run, or by `from_scores`. A sequence of its rows:
-    ``profile[3].score``, ``len(profile)``. `to_frame()` has one row per layer: layer, name, score,
-    low, high, joint_low, joint_high, n_eff, visits, initial, rho, steps, zeros, standing; NaN is
-    unknown, never zero; a layer that was exactly zero throughout has the score 0 and no interval.
+    ``profile[3].score``, ``profile["embed"]``, ``len(profile)``. `to_frame()` has one row per
+    layer: layer, name, score, low, high, joint_low, joint_high, n_eff, visits, initial, rho,
+    steps, zeros, standing; NaN is unknown, never zero; a layer that was exactly zero throughout
+    has the score 0 and no interval.
     `low` and `high` hold a layer's score by itself, `joint_low` and `joint_high` those of all
     layers at once, of what `estimand` says; `standing` is ``above``, ``below`` or ``within`` the
     others, ``unknown`` or ``zero``. `outside` holds the same for the embedding, head and final
@@ -112,12 +114,12 @@ class ImportanceProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "ImportanceProfile":
-        """Read a profile that was saved as `.json`; bootstrap samples are not kept there.
+        """Read a profile that was saved as `.json` or `.parquet`, all but its bootstrap samples.
 
         Raises
         ------
         LisaError
-            When the file cannot be read or holds no profile.
+            When the file cannot be read or holds no profile: a `.csv` holds numbers alone.
         """
         from lisa_analysis.profiles.saved import read_profile
 
@@ -195,34 +197,54 @@ class ImportanceProfile:
         return (self[index] for index in range(len(self)))
 
     @overload
-    def __getitem__(self, index: int) -> ProfileRow: ...
+    def __getitem__(self, index: int | str) -> ProfileRow: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[ProfileRow, ...]: ...
-    def __getitem__(self, index: int | slice) -> ProfileRow | tuple[ProfileRow, ...]:
-        """Row of a layer, counted from 0 or from the end, or a tuple of rows.
+    def __getitem__(self, index: int | str | slice) -> ProfileRow | tuple[ProfileRow, ...]:
+        """Row of a layer, counted from 0 or from the end, or by its name; or a tuple of rows.
+
+        Names are those of `to_frame()`, and of `outside`: ``embed``, ``head``, ``norm``.
 
         Raises
         ------
         IndexError
             For a layer that is not there.
         LisaError
-            For anything but whole numbers and slices.
+            For an unknown name, and for anything but whole numbers, names and slices.
         """
         if isinstance(index, slice):
             return tuple(self[row] for row in range(len(self))[index])
+        if isinstance(index, str):
+            return self._named(index)
         try:
             row = operator.index(index)
         except TypeError:
             raise LisaError(
-                f"a profile is indexed by whole numbers and slices, got {index!r}: look names up "
-                "in to_frame()."
+                f"a profile is indexed by whole numbers, names and slices, got {index!r}: "
+                "to_frame() lists its rows."
             ) from None
         if not -len(self) <= row < len(self):
             raise IndexError(f"there is no {self.by} {row}: the profile has {len(self)}.")
-        values: dict[str, Any] = to_plain(self.layers.iloc[row].to_dict())
-        for name in NUMBERS:
-            values[name] = float("nan") if values[name] is None else values[name]
-        return ProfileRow(**values)
+        return _row(self.layers.iloc[row])
+
+    def _named(self, name: str) -> ProfileRow:
+        for frame in (self.layers, self.outside):
+            places = np.flatnonzero((frame["name"] == name).to_numpy())
+            if len(places) > 1:
+                raise LisaError(f"{len(places)} rows of the profile are called {name!r}: count.")
+            if len(places):
+                return _row(frame.iloc[places[0]])
+        known = [str(n) for frame in (self.layers, self.outside) for n in frame["name"]]
+        raise LisaError(
+            f"the profile has no row {name!r}: to_frame() lists its {len(self)} {self.by}s, "
+            f"outside the rest.{suggest(name, known)}"
+        )
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the profile, see `lisa_analysis.plots.profile`."""
+        from lisa_analysis import plots
+
+        return plots.profile(self, ax=ax)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ImportanceProfile):
@@ -264,23 +286,19 @@ class ImportanceProfile:
         return plain
 
     def save(self, path: str | Path) -> Path:
-        """Write the profile as `.csv` (layers, then outside) or `.json` (everything).
+        """Write the profile; the suffix of `path` says as what.
+
+        `.json` and `.parquet` hold everything (`load` reads both; a Parquet reader sees the rows,
+        layers first, then outside), `.csv` the rows, `.png` and `.svg` the picture of `plot`.
 
         Raises
         ------
         LisaError
             For any other suffix.
         """
-        path = Path(path)
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
-        elif path.suffix == ".csv":
-            frame = pd.concat([self.layers, self.outside])
-            frame.to_csv(path, index=False, encoding="utf-8")
-        else:
-            raise LisaError(f"cannot save a profile as {path.name!r}: use .csv or .json.")
-        return path
+        from lisa_analysis.profiles.saved import write_profile
+
+        return write_profile(self, Path(path))
 
     def __repr__(self) -> str:
         return (
@@ -296,6 +314,14 @@ class ImportanceProfile:
             f"<p>{html.escape(self.statement)}</p>"
             f"<details><summary>{self.n_layers} rows</summary>{table}</details></section>"
         )
+
+
+def _row(values: "pd.Series[Any]") -> ProfileRow:
+    """One row of `layers` or `outside`."""
+    plain: dict[str, Any] = to_plain(values.to_dict())
+    for name in NUMBERS:
+        plain[name] = float("nan") if plain[name] is None else plain[name]
+    return ProfileRow(**plain)
 
 
 def to_plain(value: Any) -> Any:

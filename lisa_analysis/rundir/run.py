@@ -225,6 +225,12 @@ class Run:
             table = table.set_column(index, "opt_steps", table["opt_steps"].cast(pa.float64()))
         return table.to_pandas()
 
+    def norms(self, column: str = "grad_norm", *, by: str = "layer") -> "pd.DataFrame":
+        """Return one measured column as a frame step × layer, see `lisa_analysis.norms`."""
+        import lisa_analysis
+
+        return lisa_analysis.norms(self, column, by=by)
+
     def iter_metrics(
         self,
         columns: Sequence[str] | None = None,

@@ -608,8 +608,39 @@ class TestProfileObject:
         assert len(saved["layers"]) == 12
         table = pd.read_csv(profile.save(tmp_path / "p.csv"))
         assert len(table) == 14
-        with pytest.raises(LisaError, match=r"use \.csv or \.json"):
+        with pytest.raises(LisaError, match=r"use \.json, \.csv, \.parquet, \.png or \.svg"):
             profile.save(tmp_path / "p.txt")
+        with pytest.raises(LisaError, match=r"numbers alone.*\.json or \.parquet"):
+            la.ImportanceProfile.load(tmp_path / "p.csv")
+
+    def test_parquet_holds_the_rows_for_all_and_the_profile_for_load(self, profile, tmp_path):
+        path = profile.save(tmp_path / "p.parquet")
+        rows = pd.read_parquet(path)
+        pd.testing.assert_frame_equal(rows.head(12), profile.layers)
+        assert rows["name"].tolist()[12:] == ["embed", "norm"]
+        assert la.ImportanceProfile.load(path) == profile
+        rows.to_parquet(tmp_path / "other.parquet")
+        with pytest.raises(LisaError, match="holds no profile"):
+            la.ImportanceProfile.load(tmp_path / "other.parquet")
+        (tmp_path / "torn.parquet").write_bytes(path.read_bytes()[:100])
+        with pytest.raises(LisaError, match="not a complete Parquet file"):
+            la.ImportanceProfile.load(tmp_path / "torn.parquet")
+        with pytest.raises(LisaError, match="cannot be read"):
+            la.ImportanceProfile.load(tmp_path / "none.parquet")
+
+    def test_it_is_saved_as_the_picture_that_plot_draws(self, profile, tmp_path):
+        axes = profile.plot()
+        heights = [bar.get_height() for bar in axes.patches[:12]]
+        assert heights == pytest.approx(profile.scores.tolist())
+        assert axes.get_ylabel() == profile.metric
+        picture = profile.save(tmp_path / "p.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        drawing = profile.save(tmp_path / "p.svg").read_bytes()
+        for layer in range(12):
+            assert f'id="layer-{layer}"'.encode() in drawing
+        assert profile.save(tmp_path / "again.svg").read_bytes() == drawing
+        with pytest.raises(LisaError, match="holds a picture"):
+            la.ImportanceProfile.load(tmp_path / "p.svg")
 
     def test_a_saved_profile_is_read_back(self, make_run, profile, tmp_path):
         short = la.importance(make_run(method="lora", steps=5), "weight_norm", by="module")
@@ -645,8 +676,18 @@ class TestProfileObject:
         assert profile[np.int64(2)].layer == 2
         with pytest.raises(IndexError, match="no layer 12: the profile has 12"):
             profile[12]
-        with pytest.raises(LisaError, match="whole numbers and slices"):
-            profile["model.layers.3"]
+        assert profile["model.layers.3"] == row
+        assert profile["embed"].score == profile.outside["score"][0]
+        with pytest.raises(
+            LisaError, match=r"no row 'model.layer.3'.*Did you mean 'model.layers.3'"
+        ):
+            profile["model.layer.3"]
+        with pytest.raises(LisaError, match="whole numbers, names and slices"):
+            profile[1.5]
+        twins = la.ImportanceProfile.from_scores([1.0, 2.0], by="kind")
+        twins.layers["name"] = "same"
+        with pytest.raises(LisaError, match="2 rows of the profile are called 'same'"):
+            twins["same"]
 
     def test_profiles_are_equal_when_they_say_the_same(self, make_run, profile):
         run = make_run(steps=60)

@@ -1,40 +1,25 @@
 """How long the layers of a run remember: one pooled autocorrelation, and layers that differ.
 
-A course that is stationary and reversible has an autocovariance that is a mixture of decays ρᵏ
-with weights that are not negative, the strictest of the sequences by which Geyer (1992, "Practical
-Markov chain Monte Carlo") ends an empirical one. The mixture is fitted here to the power of the
-layers' residuals by frequency, pooled over layers, and not to lags: white noise with a slow course
-(every log of norms) shows at the lowest frequencies long before a lag by lag sum sees it, and
-the mean of a run that is short beside its course needs no correction of its own.
+The memory is a mixture of decays, fitted to the power of the residuals by frequency, see `decays`;
+pooled over layers, but for those that keep another memory than the rest.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.statistics.autocorrelation import MAX_RHO
+from lisa_analysis.statistics.decays import Mixture, cosines, expected_power, fit, fits, lowest
 from lisa_analysis.statistics.moderation import moderated_variance
 
 Array = NDArray[np.float64]
 
 # Fewer rows than these tell nothing about their own course.
 MIN_ROWS = 8
-DECAYS = 24
-BANDS = 40
-# A band of many frequencies counts like one of these, or the fast ones would decide the fit.
-MOST_IN_BAND = 20
-ITERATIONS = 400
-# What lasts longer than this share of the run cannot be told from a difference between layers.
-SLOW = 0.2
-# A run shows less than there is of a course as slow as that: its share is raised by so much.
-ALLOWANCE = 0.5
 # A layer that was seen at fewer of the rows has no spectrum of its own.
 SEEN = 0.9
 PASSES = 3
-# A decay below this leaves nothing worth speaking of to the next row.
-FORGOTTEN = 0.1
 # Waves that what layers have in common is read from.
 MIN_WAVES, MOST_WAVES = 3, 64
 
@@ -84,53 +69,6 @@ class Persistence:
     slowest: Array | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Mixture:
-    """Weights of the decays, summing to one."""
-
-    decays: Array
-    weights: Array
-    power: Array
-    error: Array
-    rows: int
-
-    @property
-    def stretch(self) -> float:
-        return float(self.weights @ self.error) * (1 + ALLOWANCE * self.slow)
-
-    @property
-    def shares(self) -> Array:
-        """Of the variance of a mean, by decay."""
-        parts = self.weights * self.error
-        return np.asarray(parts / parts.sum())
-
-    @property
-    def slow(self) -> float:
-        lasting = (1 + self.decays) / (1 - self.decays) > SLOW * self.rows
-        return float(self.shares[lasting].sum())
-
-    @property
-    def fresh(self) -> float:
-        return float(self.weights[self.decays < FORGOTTEN].sum())
-
-    @property
-    def passing(self) -> float:
-        lasting = (1 + self.decays) / (1 - self.decays) > SLOW * self.rows
-        return float(self.weights[~lasting].sum())
-
-    @property
-    def pieces(self) -> float:
-        """Independent pieces of the course in the run."""
-        lasting = (1 + self.decays) / (1 - self.decays)
-        return self.rows / float(self.shares @ lasting)
-
-    @property
-    def degrees(self) -> float:
-        """Degrees of freedom of the variance per row, 1/(1 + 2 Σ ρ_k²)."""
-        squares = self.weights @ (1 / (1 - np.outer(self.decays, self.decays))) @ self.weights
-        return 1 / float(2 * squares - 1)
-
-
 def persistence(residuals: Array) -> Persistence:
     """Fit the memory of residuals from one row to the next.
 
@@ -156,11 +94,11 @@ def persistence(residuals: Array) -> Persistence:
         none = np.zeros(layers, dtype=bool)
         return Persistence(nothing, nothing, nothing, nothing, nothing, nothing, none, 1.0)
     columns = np.flatnonzero(usable)
-    waves = _cosines(filled[:, columns])
+    waves = cosines(filled[:, columns])
     relative = waves**2 / raw[columns]
     departs = np.zeros(len(columns), dtype=bool)
     for _ in range(PASSES):
-        common = _fit(relative[:, ~departs].mean(axis=1), n)
+        common = fit(relative[:, ~departs].mean(axis=1), n)
         found = departs | _others(relative, common, departs)
         if (found == departs).all() or found.sum() > len(columns) // 3:
             break
@@ -169,7 +107,7 @@ def persistence(residuals: Array) -> Persistence:
 
 
 def _spread(
-    common: _Mixture,
+    common: Mixture,
     relative: Array,
     waves: Array,
     columns: NDArray[np.int64],
@@ -180,12 +118,12 @@ def _spread(
 ) -> Persistence:
     """Give every layer the common memory, or its own."""
     layers = len(raw)
-    low = _lowest(common)
-    level = relative[:low] / _power(common)[:low, None]
+    low = lowest(common)
+    level = relative[:low] / expected_power(common)[:low, None]
     shared = moderated_variance(
         np.where(departs, np.nan, level.mean(axis=0)), np.full(len(columns), float(low))
     )
-    together = _independent_layers(waves[:, ~departs], _power(common))
+    together = _independent_layers(waves[:, ~departs], expected_power(common))
     behind = together * common.pieces
     stretch = np.full(layers, common.stretch)
     worth = np.full(layers, behind)
@@ -198,7 +136,7 @@ def _spread(
         stretch[columns] *= own
         worth[columns] = 1 / (1 / behind + 1 / shared.degrees)
     for place in np.flatnonzero(departs):
-        layer, mixture = columns[place], _fit(relative[:, place], n)
+        layer, mixture = columns[place], fit(relative[:, place], n)
         stretch[layer], worth[layer] = mixture.stretch, mixture.pieces
         neighbours[layer], slow[layer] = mixture.weights @ mixture.decays, mixture.slow
         degrees[layer] = mixture.degrees
@@ -211,9 +149,9 @@ def _spread(
     )  # fmt: skip
 
 
-def _slowest(waves: Array, raw: Array, columns: NDArray[np.int64], common: _Mixture) -> Array:
-    low = max(MIN_WAVES, min(_lowest(common, share=0.25), MOST_WAVES))
-    unit = waves[:low] / np.sqrt(_power(common)[:low, None])
+def _slowest(waves: Array, raw: Array, columns: NDArray[np.int64], common: Mixture) -> Array:
+    low = max(MIN_WAVES, min(lowest(common, share=0.25), MOST_WAVES))
+    unit = waves[:low] / np.sqrt(expected_power(common)[:low, None])
     found = np.zeros((len(unit), len(raw)))
     found[:, columns] = unit / np.sqrt(raw[columns])
     return found
@@ -237,28 +175,6 @@ def of_halves(residuals: Array) -> Persistence:
     )  # fmt: skip
 
 
-def _cosines(filled: Array) -> Array:
-    """Orthonormal cosine transform (DCT-II) of every column without the mean, (n − 1, columns)."""
-    n = len(filled)
-    whole = np.fft.rfft(np.concatenate([filled, filled[::-1]]), axis=0)[1:n]
-    turn = np.exp(-0.5j * np.pi * np.arange(1, n) / n)[:, None]
-    return np.asarray((whole * turn).real / np.sqrt(2 * n))
-
-
-@lru_cache(maxsize=64)
-def _model(n: int) -> tuple[Array, NDArray[np.int64], Array, Array, Array]:
-    """Decays, first frequency and size of every band, expected power, n · Var(mean) of each."""
-    lasting = np.concatenate([[np.inf], 1 / np.geomspace(0.3, n / 2, DECAYS)])
-    decays = np.exp(-lasting)
-    frequency = np.pi * np.arange(1, n) / n
-    power = (1 - decays**2) / (1 + decays**2 - 2 * np.outer(np.cos(frequency), decays))
-    first = np.unique(np.round(np.geomspace(1, n, BANDS)).astype(np.int64))[:-1] - 1
-    size = np.diff(np.append(first, n - 1))
-    banded = np.add.reduceat(power, first, axis=0) / size[:, None]
-    error = (1 + decays) / (1 - decays) - 2 * decays * (1 - decays**n) / (n * (1 - decays) ** 2)
-    return decays, first, size.astype(np.float64), banded, error
-
-
 def of_each(series: Array) -> tuple[Array, Array]:
     """Standard errors of the means of single series, each by its own memory.
 
@@ -278,59 +194,20 @@ def of_each(series: Array) -> tuple[Array, Array]:
     known = np.flatnonzero(raw > 0)
     if n < MIN_ROWS or not len(known):
         return error, degrees
-    relative = _cosines(series[:, known] - series[:, known].mean(axis=0)) ** 2 / raw[known]
-    for column, found in zip(known, _fits(relative, n), strict=True):
+    relative = cosines(series[:, known] - series[:, known].mean(axis=0)) ** 2 / raw[known]
+    for column, found in zip(known, fits(relative, n), strict=True):
         lost = min(found.stretch / n, 0.9)
         error[column] = np.sqrt(raw[column] / (1 - lost) * found.stretch / n)
         degrees[column] = found.pieces
     return error, degrees
 
 
-def _fit(relative: Array, n: int) -> _Mixture:
-    """Mixture of one spectrum."""
-    return _fits(relative[:, None], n)[0]
-
-
-def _fits(relative: Array, n: int) -> list[_Mixture]:
-    """Weights that are not negative, by Whittle's likelihood of power in bands of frequencies.
-
-    The steps are multiplicative (expectation–maximisation of a mixture of variances), from equal
-    weights: where frequencies do not decide, the decays share.
-    """
-    decays, first, size, power, error = _model(n)
-    found = np.add.reduceat(relative, first, axis=0) / size[:, None]
-    count = np.minimum(size, MOST_IN_BAND)[:, None]
-    weights = np.full((len(decays), relative.shape[1]), 1 / len(decays))
-    for _ in range(ITERATIONS):
-        expected = np.maximum(power @ weights, 1e-300)
-        weights = weights * (power.T @ (count * found / expected**2))
-        weights /= np.maximum(power.T @ (count / expected), 1e-300)
-    expected = power @ weights
-    return [
-        _Mixture(decays, column / column.sum(), spectrum, error, n)
-        for column, spectrum in zip(weights.T, expected.T, strict=True)
-    ]
-
-
-def _power(mixture: _Mixture) -> Array:
-    """Expected power by frequency of a layer of variance 1."""
-    _, _, size, _, _ = _model(mixture.rows)
-    return np.repeat(mixture.power, size.astype(np.int64))[: mixture.rows - 1]
-
-
-def _lowest(mixture: _Mixture, share: float = 0.5) -> int:
-    """Frequencies at which the course that decides the error of a mean stands out."""
-    power = _power(mixture)
-    high = power >= power[0] * share
-    return max(2, int(np.argmin(high)) if not high.all() else len(high))
-
-
-def _others(relative: Array, common: _Mixture, departs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _others(relative: Array, common: Mixture, departs: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Layers whose slow power is beyond what all layers together lead to expect."""
-    expected = _power(common)
+    expected = expected_power(common)
     found = departs.copy()
     # A layer with a longer memory than the others shows at frequencies where they are flat.
-    for low in {_lowest(common), max(2, min(_lowest(common), round(len(expected) ** (1 / 3))))}:
+    for low in {lowest(common), max(2, min(lowest(common), round(len(expected) ** (1 / 3))))}:
         level = (relative[:low] / expected[:low, None]).mean(axis=0)
         judged = moderated_variance(level, np.full(len(level), float(low)))
         found |= judged.departs

@@ -209,12 +209,3 @@ def _has_sign(column: "pa.Array") -> bool:
         return True
     values = np.frombuffer(column.buffers()[1], np.int32)
     return bool(values[column.offset : column.offset + len(column)].min() < 0)
-
-
-def empty_schema(names: Sequence[str]) -> "pa.Schema":
-    """Schema of the rows when there are none."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [(name, pa.type_for_alias(METRICS_TABLE[name].type)) for name in (*KEYS, *names)]
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import reprs as notebook
-from lisa_analysis.contract.errors import RunDirectoryError, suggest
+from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.contract.schema import (
     ABLATION,
     EVENTS,
@@ -14,17 +14,17 @@ from lisa_analysis.contract.schema import (
     LOCK,
     MANIFEST,
     METRICS_DIR,
-    METRICS_TABLE,
     PARAMETERS,
     PROBES_DIR,
     SCALARS,
     SCALARS_TABLE,
 )
 from lisa_analysis.rundir.ablation import read_ablation
+from lisa_analysis.rundir.columns import asked_columns, empty_schema, non_finite_values
 from lisa_analysis.rundir.events import usable_events
 from lisa_analysis.rundir.jsonl import lines_frame, read_lines
 from lisa_analysis.rundir.manifest import read_manifest, writer_lives
-from lisa_analysis.rundir.metrics_rows import MetricsRows, Wanted, empty_schema
+from lisa_analysis.rundir.metrics_rows import MetricsRows, Wanted
 from lisa_analysis.rundir.probes import read_probes
 from lisa_analysis.rundir.shards import (
     KEYS,
@@ -215,7 +215,7 @@ class Run:
         """
         import pyarrow as pa
 
-        names = self._columns(columns)
+        names = asked_columns(columns)
         batches = list(self.iter_metrics(names, layers, steps))
         schema = batches[0].schema if batches else empty_schema(names)
         table = pa.Table.from_batches(batches, schema=schema)
@@ -242,7 +242,7 @@ class Run:
         Batches come in the order of steps; within a batch the order is the file's. Rows that a
         resumed segment replaced are already left out. Arrow keeps null and NaN apart.
         """
-        names = self._columns(columns)
+        names = asked_columns(columns)
         param_ids = None if layers is None else self._param_ids(layers)
         return self._rows.read(names, Wanted(*step_bounds(steps), param_ids))
 
@@ -261,33 +261,7 @@ class Run:
         DataFrame
             `step`, `param_id`, `column`, `value`, in the order of steps.
         """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        found = []
-        names = [name for name in METRICS_TABLE.measured if METRICS_TABLE[name].type == "float32"]
-        for batch in self.iter_metrics(names):
-            for name in names:
-                mask = pc.invert(pc.is_finite(batch.column(name)))
-                rows = batch.filter(pc.fill_null(mask, False))
-                if rows.num_rows:
-                    label = pa.array([name] * rows.num_rows)
-                    found.append(
-                        pa.table(
-                            [
-                                rows.column("step"),
-                                rows.column("param_id"),
-                                label,
-                                rows.column(name),
-                            ],
-                            names=["step", "param_id", "column", "value"],
-                        )
-                    )
-        schema = pa.schema(
-            [("step", "int64"), ("param_id", "int32"), ("column", "string"), ("value", "float32")]
-        )
-        table = pa.concat_tables(found) if found else schema.empty_table()
-        return table.sort_by([(key, "ascending") for key in KEYS]).to_pandas()
+        return non_finite_values(self.iter_metrics)
 
     @cached_property
     def _event_lines(self) -> list[dict[str, Any]]:
@@ -322,19 +296,6 @@ class Run:
 
     def _warn(self, warnings: Sequence[str]) -> None:
         self.warnings.extend(w for w in warnings if w not in self.warnings)
-
-    def _columns(self, columns: Sequence[str] | None) -> list[str]:
-        known = METRICS_TABLE.measured
-        if columns is None:
-            return list(known)
-        names = [columns] if isinstance(columns, str) else list(columns)
-        for name in names:
-            if name not in METRICS_TABLE.names:
-                raise RunDirectoryError(
-                    f"The metrics have no column {name!r}: there are {', '.join(known)}."
-                    f"{suggest(name, known)}"
-                )
-        return [name for name in dict.fromkeys(names) if name not in KEYS]
 
     def _param_ids(self, layers: Layers) -> list[int]:
         wanted: list[int] = []

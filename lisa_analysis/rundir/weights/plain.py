@@ -17,6 +17,7 @@ from lisa_analysis.contract.schema import (
     SCHEMA_VERSION,
     Table,
 )
+from lisa_analysis.rundir.columns import asked_columns
 from lisa_analysis.rundir.run import Layers, Run
 from lisa_analysis.rundir.shards import Steps, arrow_schema
 from lisa_analysis.rundir.weights.adapter import CONFIG, open_adapter
@@ -161,7 +162,7 @@ class PlainWeights(Run):
         steps: Steps | None = None,
     ) -> "Iterator[pa.RecordBatch]":
         """No step was recorded."""
-        self._columns(columns)
+        asked_columns(columns)
         return iter(())
 
     @cached_property

@@ -29,7 +29,7 @@ from lisa_analysis.views.report.content import (
     reproduction,
     troubles,
 )
-from lisa_analysis.views.report.figures import Budget
+from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import count, loss, seconds, size, with_bounds
 from lisa_analysis.views.report.tables import Table, frame_table
 from lisa_analysis.views.report.worth import validity_figures
@@ -70,7 +70,7 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
     }
 
 
-def _strengths(analysis: Analysis, probabilities: Any) -> figures.ReportFigure | None:
+def _strengths(analysis: Analysis, probabilities: Any) -> ReportFigure | None:
     """What other strengths would give; None of a profile that decides nothing."""
     found = analysis.plan.strengths(analysis.profile, probabilities)
     if found is None:

@@ -16,15 +16,15 @@ from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.report import svg
 from lisa_analysis.views.report.content import METHODS, RunContent
-from lisa_analysis.views.report.figures import (
+from lisa_analysis.views.report.figure import (
     WIDE,
     Budget,
     ReportFigure,
     canvas,
-    profile_figure,
     short_label,
     thinned,
 )
+from lisa_analysis.views.report.figures import profile_figure
 from lisa_analysis.views.report.format import correlation, count, loss, signed
 from lisa_analysis.views.report.tables import Table, frame_table, series_table
 

@@ -13,7 +13,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
 from lisa_analysis.views.analysis import RunAnalysis
 from lisa_analysis.views.report import figures
-from lisa_analysis.views.report.figures import Budget, ReportFigure
+from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
 from lisa_analysis.views.report.worth import worth_figures, worth_words
 from lisa_analysis.views.states import STATES as STATES

@@ -1,14 +1,10 @@
 """The report's figures: a plot as SVG, a sentence on how to read it, and its data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lisa_analysis import plots
 from lisa_analysis.metrics.layer_grid import (
@@ -21,51 +17,18 @@ from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
 from lisa_analysis.runs.schedule import probability_grid, visit_counts
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
 from lisa_analysis.views.report import svg
+from lisa_analysis.views.report.figure import (
+    HALF,
+    WIDE,
+    Budget,
+    ReportFigure,
+    canvas,
+    extremes,
+    short_label,
+    thinned,
+)
 from lisa_analysis.views.report.format import count, number
 from lisa_analysis.views.report.tables import Table, frame_table, grid_table, series_table
-
-WIDE, HALF = 9.4, 4.9
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How finely figures are drawn: a report of many runs may not weigh more than it is worth."""
-
-    points: int
-    columns: int
-
-    @classmethod
-    def for_runs(cls, n_runs: int) -> "Budget":
-        """Full detail for one run, less for several."""
-        if n_runs == 1:
-            return cls(400, 400)
-        return cls(240, 240) if n_runs <= 3 else cls(120, 160)
-
-
-@dataclass(frozen=True)
-class ReportFigure:
-    """One figure of the page; without an `image` the caption says why there is none."""
-
-    slug: str
-    title: str
-    caption: str
-    image: Markup | None
-    table: Table | None
-    wide: bool = True
-
-
-def canvas(
-    width: float, height: float, *, left: float = 0.85, right: float = 0.15, top: float = 0.38
-) -> Axes:
-    """Axes of a new figure with margins in inches.
-
-    Fixed margins keep the axes of all figures in line down the page, and cost a fraction of the
-    time that matplotlib needs to find them.
-    """
-    figure = Figure(figsize=(width, height))
-    bottom = 0.52
-    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
-    return figure.add_subplot()
 
 
 def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> ReportFigure:
@@ -80,7 +43,7 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
     with svg.ink(slug):
         ax = canvas(WIDE, 3.3)
         plots.profile(profile, ax=ax)
-        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", scores), layer_names)
+        image = svg.to_svg(ax, slug, title, extremes("Bar chart.", scores), layer_names)
     caption = (
         f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals; an open "
         "circle means that the run is too short for one."
@@ -131,7 +94,7 @@ def kind_figure(slug: str, profile: Any) -> ReportFigure:
     with svg.ink(slug):
         ax = canvas(WIDE, 0.9 + 0.26 * max(kinds, 2), right=0.85, top=0.1)
         plots.kind_grid(frame, label=profile.metric, ax=ax)
-        image = svg.to_svg(ax, slug, title, _extremes("Colour map.", frame["score"]))
+        image = svg.to_svg(ax, slug, title, extremes("Colour map.", frame["score"]))
     wide = frame.pivot(index="layer", columns="kind", values="score").reset_index()
     table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
     return ReportFigure(slug, title, "Grey: no such module, or never measured.", image, table)
@@ -158,7 +121,7 @@ def heatmap_figure(
         ax = canvas(WIDE, _grid_height(len(grid.values)), right=0.85, top=0.15)
         plots.heatmap(grid, ax=ax, most=budget.columns)
         svg.mark_layers(ax, len(grid.values))
-        text = _extremes("Colour map, layers upwards, steps to the right.", shown.values)
+        text = extremes("Colour map, layers upwards, steps to the right.", shown.values)
         image = svg.to_svg(ax, slug, title, text, layer_names)
     caption = f"{_GRID_NOTES.get(grid.column, name)}, per layer and recorded step"
     caption += ", on a logarithmic colour scale. Grey: frozen or not measured."
@@ -183,7 +146,7 @@ def schedule_figure(
         ax = canvas(WIDE, _grid_height(run.n_layers), right=1.85, top=0.1)
         plots.schedule(run, ax=ax, most=budget.columns)
         svg.mark_layers(ax, run.n_layers)
-        text = _extremes("Raster of active layers with visit counts.", visits["observed"])
+        text = extremes("Raster of active layers with visit counts.", visits["observed"])
         image = svg.to_svg(ax, slug, title, text, layer_names)
     caption = (
         "Blue: active during the interval that begins at that step. Right: draws of each layer "
@@ -213,7 +176,7 @@ def learned_figure(
         plots.learned_probabilities(run, ax=ax, most=budget.columns)
         svg.mark_layers(ax, run.n_layers)
         last = pd.Series(grid.values[:, -1])
-        text = _extremes("Colour map, layers upwards, draws to the right; last column:", last)
+        text = extremes("Colour map, layers upwards, draws to the right; last column:", last)
         image = svg.to_svg(ax, slug, title, text, layer_names)
     caption = (
         "Probability of each layer in every draw, over that of uniform sampling: red is drawn more "
@@ -252,7 +215,7 @@ def curve_figure(slug: str, run: Any, quantity: str, budget: Budget) -> ReportFi
         ax = canvas(WIDE if wide else HALF, 3.2 if wide else 2.7)
         plots.curves(run, quantity, ax=ax, most=budget.points)
         short_label(ax)
-        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", frame["value"]))
+        image = svg.to_svg(ax, slug, title, extremes("Line chart.", frame["value"]))
     named = [("training" if quantity == "loss" else name, series)]
     if not held_out.empty:
         named.append(
@@ -278,7 +241,7 @@ def ratio_figure(slug: str, grid: LayerGrid, budget: Budget) -> ReportFigure | N
         ax = canvas(HALF, 2.7)
         plots.update_ratio(grid, ax=ax, most=budget.points)
         short_label(ax)
-        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", grid.values))
+        image = svg.to_svg(ax, slug, title, extremes("Line chart.", grid.values))
     caption = (
         "Thirds of the stack: mean and range of their layers. The dotted line at 10⁻³ is a rule "
         "of thumb for Adam, not a limit."
@@ -294,7 +257,7 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
     with svg.ink(slug):
         ax = canvas(WIDE, 3.0)
         plots.probabilities(probabilities, ax=ax)
-        image = svg.to_svg(ax, slug, title, _extremes("Bar chart.", pi), layer_names)
+        image = svg.to_svg(ax, slug, title, extremes("Bar chart.", pi), layer_names)
     frame = probabilities.to_frame()
     if "layer" not in frame:
         frame = frame.reset_index(names="layer")
@@ -314,7 +277,7 @@ def strengths_figure(
         ax = canvas(WIDE, 3.0)
         plots.strengths(strengths, ax=ax)
         most = [pi.max() for pi in strengths["pi"] if pi is not None]
-        image = svg.to_svg(ax, slug, title, _extremes("Line chart.", most), layer_names)
+        image = svg.to_svg(ax, slug, title, extremes("Line chart.", most), layer_names)
     columns: list[Any] = [
         ("strength", "strength"), ("least", "least π", number), ("most", "largest π", number),
         ("never_drawn", "layers never drawn", _whole), ("gain", "score of a draw", _times),
@@ -344,25 +307,3 @@ def _times(value: float) -> str:
 
 def _grid_height(n_layers: int) -> float:
     return float(np.clip(1.3 + 0.085 * n_layers, 2.7, 5.6))
-
-
-def short_label(ax: Axes) -> None:
-    """The caption tells of thinning; below a half-width figure the sentence would not fit."""
-    ax.set_xlabel("optimizer step")
-
-
-def thinned(group: int, what: str) -> str:
-    """Sentence for a caption when points or columns were merged."""
-    if group <= 1:
-        return ""
-    band = ", the band their range" if what == "point" else ""
-    return f" Thinned: each {what} is the mean of {count(group)} records{band}."
-
-
-def _extremes(lead: str, values: Any) -> str:
-    """Say the range of the data for those who cannot see it."""
-    values = np.asarray(values, dtype=np.float64).ravel()
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return lead
-    return f"{lead} Values from {number(values.min())} to {number(values.max())}."

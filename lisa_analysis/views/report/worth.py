@@ -8,7 +8,8 @@ import pandas as pd
 from lisa_analysis import plots
 from lisa_analysis.views.plots.worth import NAMES
 from lisa_analysis.views.report import svg
-from lisa_analysis.views.report.figures import HALF, WIDE, ReportFigure, canvas, kind_figure
+from lisa_analysis.views.report.figure import HALF, WIDE, ReportFigure, canvas
+from lisa_analysis.views.report.figures import kind_figure
 from lisa_analysis.views.report.format import correlation, number
 from lisa_analysis.views.report.tables import Table, frame_table
 

@@ -16,7 +16,7 @@ from lisa_analysis.metrics.thinning import Series
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.report import format as fmt
 from lisa_analysis.views.report import svg
-from lisa_analysis.views.report.figures import canvas
+from lisa_analysis.views.report.figure import canvas
 from lisa_analysis.views.report.tables import TABLE_COLUMNS, frame_table, grid_table, series_table
 
 

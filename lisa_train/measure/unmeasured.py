@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.layers import module_of, role_of
-from lisa_train.measure.adapters.lora_products import LoraPair
+from lisa_train.measure.adapters.lora_pairs import LoraPair
 from lisa_train.measure.adapters.search import adapter_types, no_product, stacked_tuners
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.processes import Processes

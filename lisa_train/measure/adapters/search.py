@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lisa_train.measure.adapters.lora_products import LoraPair
+from lisa_train.measure.adapters.lora_pairs import LoraPair
 
 # Variants of PEFT's LoRA whose weight is W + s·BA, or W + s·B diag(e) A, as it stands.
 _PLAIN = frozenset(

@@ -13,7 +13,8 @@ import torch
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import ADAPTER_START
 from lisa_analysis.rundir.run import load
-from lisa_train.measure.adapters.lora_products import Factors, LoraPair, whole_factors
+from lisa_train.measure.adapters.lora_pairs import Factors, LoraPair
+from lisa_train.measure.adapters.lora_products import whole_factors
 from lisa_train.measure.buffers import to_host
 from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.disk.storage import replace_file

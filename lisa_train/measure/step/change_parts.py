@@ -3,7 +3,8 @@
 import numpy as np
 from torch import nn
 
-from lisa_train.measure.adapters.lora_products import LoraPair, product_squares
+from lisa_train.measure.adapters.lora_pairs import LoraPair
+from lisa_train.measure.adapters.lora_products import product_squares
 from lisa_train.measure.adapters.search import find_lora_pairs
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.processes import Processes

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisa_train.measure.adapters.lora_products import LoraPair
+from lisa_train.measure.adapters.lora_pairs import LoraPair
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence
 from lisa_train.measure.config import RecordConfig

@@ -219,11 +219,8 @@ class _Estimator:
 
     def _result(self, pattern: Pattern, layers: tuple[int, ...]) -> MemoryEstimate:
         setting, stage = self.setting, self.stage
-        stepped = setting.step_in_backward
-        trace = record_step(
-            stage, setting, pattern,
-            scratch=self._scratch(pattern) if stepped else None,
-        )  # fmt: skip
+        scratch = self._scratch(pattern) if setting.step_in_backward else None
+        trace = record_step(stage, setting, pattern, scratch=scratch)
         kept, aside = self._with_state(pattern)
         held = [
             Held(stage.label(name), state.device, state.scratch if name in pattern.trainable else 0)

@@ -2,16 +2,13 @@
 
 from lisa_analysis.statistics.autocorrelation import (
     ar1,
-    block_deflation,
     block_length,
-    effective_size,
     intraclass_correlation,
 )
 from lisa_analysis.statistics.bootstrap import (
     Interval,
     block_totals,
     cluster_totals,
-    expanded_interval,
     t_quantile,
 )
 from lisa_analysis.statistics.concentration import (
@@ -54,15 +51,12 @@ __all__ = [
     "above_the_course",
     "additive_effects",
     "ar1",
-    "block_deflation",
     "block_length",
     "block_totals",
     "cluster_totals",
     "coefficient_of_variation",
     "effective_layers",
-    "effective_size",
     "ends_to_middle",
-    "expanded_interval",
     "gini",
     "headroom",
     "intraclass_correlation",

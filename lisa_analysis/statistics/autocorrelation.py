@@ -43,12 +43,6 @@ def ar1(residuals: Array) -> Array:
     return np.clip(rho, 0.0, MAX_RHO)
 
 
-def effective_size(n: Array | float, rho: Array | float) -> Array:
-    """Effective number of independent observations of an AR(1) mean, n(1 − ρ)/(1 + ρ)."""
-    rho = np.asarray(rho, dtype=np.float64)
-    return np.asarray(np.asarray(n, dtype=np.float64) * (1 - rho) / (1 + rho))
-
-
 def block_length(n: int, rho: float) -> int:
     """Block length of the circular block bootstrap of an AR(1) mean, in observations.
 
@@ -61,16 +55,6 @@ def block_length(n: int, rho: float) -> int:
     rho = float(np.clip(np.nan_to_num(rho), 0.0, MAX_RHO))
     optimal = (6 * n) ** (1 / 3) * (rho / (1 - rho**2)) ** (2 / 3)
     return int(np.clip(np.ceil(max(optimal, n / MAX_BLOCKS)), 1, max(n // 4, 1)))
-
-
-def block_deflation(rho: float, length: int) -> float:
-    """Share of the variance of an AR(1) mean that blocks of `length` can show.
-
-    Correlation across the edges of blocks is lost: 1 − (1/b) Σ|k|ρ^|k| / Σρ^|k| =
-    1 − 2ρ/((1 − ρ²) b), the leading bias of the block bootstrap (Künsch 1989). At least one half.
-    """
-    rho = float(np.clip(np.nan_to_num(rho), 0.0, MAX_RHO))
-    return max(1 - 2 * rho / ((1 - rho**2) * length), 0.5)
 
 
 def intraclass_correlation(residuals: Array, clusters: NDArray[np.int64]) -> float:

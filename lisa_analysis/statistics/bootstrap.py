@@ -112,36 +112,3 @@ def t_quantile(probability: float, degrees: Array | float) -> Array:
     alpha = 2 * probability - 1
     two = alpha * np.sqrt(2 / (1 - alpha**2))
     return np.where(v < 1.5, cauchy, np.where(v < 2.5, two, expanded))
-
-
-def expanded_interval(
-    estimate: Array, samples: Array, units: Array | float, confidence: float
-) -> tuple[Array, Array]:
-    """Percentile bounds of bootstrap `samples`, widened for a small number of units.
-
-    The bootstrap variance of a mean is too small by (m − 1)/m with m resampled units, and a
-    normal quantile ignores that it was estimated; the deviations from the estimate are stretched
-    by sqrt(m/(m − 1)) · t/z ("expanded percentile interval", Hesterberg 2015).
-
-    Parameters
-    ----------
-    estimate
-        Shape (columns,).
-    samples
-        Shape (replicates, columns).
-    units
-        Blocks or activation intervals behind every column.
-    confidence
-        Nominal coverage, as 0.95.
-
-    Returns
-    -------
-    tuple of ndarray
-        Lower and upper bounds, each (columns,).
-    """
-    upper = 0.5 + confidence / 2
-    units = np.maximum(np.asarray(units, dtype=np.float64), 2.0)
-    stretch = np.sqrt(units / (units - 1)) * t_quantile(upper, units - 1)
-    stretch = stretch / NormalDist().inv_cdf(upper)
-    low, high = np.quantile(samples, [1 - upper, upper], axis=0)
-    return estimate + stretch * (low - estimate), estimate + stretch * (high - estimate)

@@ -84,12 +84,6 @@ class TestAutocorrelation:
     def test_a_constant_series_has_no_autocorrelation(self):
         assert np.isnan(st.ar1(np.zeros((50, 1)))[0])
 
-    def test_effective_size_is_that_of_the_mean(self):
-        rho, n = 0.8, 1000
-        means = ar1_series(np.random.default_rng(5), n, 4000, rho).mean(axis=0)
-        assert 1 / means.var() == pytest.approx(float(st.effective_size(n, rho)), rel=0.1)
-        assert st.effective_size(1000, 0.8) == pytest.approx(111, abs=1)
-
     def test_block_length_follows_its_formula(self):
         expected = 6 ** (1 / 3) * (0.8 / 0.36) ** (2 / 3) * 1000 ** (1 / 3)
         assert st.block_length(1000, 0.8) == int(np.ceil(expected))
@@ -220,12 +214,6 @@ class TestBootstrap:
         degrees = np.array([1, 2, 3, 5, 10, 30, 200])
         expected = scipy.stats.t.ppf(probability, degrees)
         np.testing.assert_allclose(st.t_quantile(probability, degrees), expected, rtol=0.03)
-
-    def test_few_units_widen_the_interval(self):
-        samples = np.random.default_rng(5).standard_normal((4000, 1))
-        wide = st.expanded_interval(np.zeros(1), samples, 3, 0.95)
-        narrow = st.expanded_interval(np.zeros(1), samples, 1000, 0.95)
-        assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
 
 
 class TestShape:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import LisaError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ examples:
   lisa-analyze runs/pilot --export peft-rank,r=8:lora.json
   lisa-analyze runs/seed-1 runs/seed-2 runs/seed-3 --probabilities probabilities.json
   lisa-analyze runs/uniform runs/learned -o comparison.html
+  lisa-analyze runs
   lisa-analyze my-adapter
   lisa-analyze tuned-model --base base-model
 """
@@ -32,7 +34,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of `lisa-analyze`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Which layers mattered, is the run healthy, and how often should each layer "
         "be sampled next time?",
@@ -41,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR",
-        help="run directory; or a PEFT adapter's or a model's folder, of which weights are all "
-        "there is",
+        help="run directory, or a folder of them; or a PEFT adapter's or a model's folder, of "
+        "which weights are all there is",
     )  # fmt: skip
     parser.add_argument(
         "--base", metavar="DIR",
@@ -106,13 +108,12 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-analyze`; return 0, 1 (see `--fail-on`) or 2 for bad input."""
-    arguments = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows its code; a name must not end the analysis.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _analyze(arguments)
+        code = _analyze(build_parser().parse_args(argv))
         sys.stdout.flush()
         return code
     except LisaError as error:
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from lisa_analysis.plans.strength import Strength
+    from lisa_analysis.rundir.opening import runs_at
     from lisa_analysis.rundir.run import load
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
@@ -140,7 +142,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
     exports = [AskedExport.read(text) for text in arguments.export]
     strength = None if arguments.strength is None else Strength.read(arguments.strength)
     analysis = Analysis.of(
-        [load(path, base=arguments.base) for path in arguments.run_dirs],
+        [load(one, base=arguments.base) for path in arguments.run_dirs for one in runs_at(path)],
         arguments.metric,
         activated_layers=arguments.activated_layers,
         use_intervals=not arguments.ignore_intervals,

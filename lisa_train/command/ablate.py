@@ -6,22 +6,16 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
 
 PROG = "lisa-ablate"
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one sentence."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"{message}; see {PROG} --help.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `lisa-ablate`."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROG,
         description="Measure what every layer's change was worth: held-out loss with the change "
         "taken out of the trained model, and put into the base alone; and what it costs on general "

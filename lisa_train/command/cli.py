@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lisa_analysis.contract.command_line import version
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.words import (
@@ -33,6 +34,7 @@ _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jso
 NO_DATA = ""
 _SWITCHES = {
     "--resume": "continue the run in --output_dir, or that of --config RUN_DIR/config.yaml",
+    "--version": "print the version of this package",
     "--estimate": "train nothing: print the memory of every method, from config.json alone",
 }
 
@@ -52,8 +54,12 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-train`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--version" in words:  # before anything is loaded that training needs
+        print(f"{PROG} {version()}")
+        return 0
     try:
-        command = parse(sys.argv[1:] if argv is None else list(argv))
+        command = parse(words)
         if command.estimate:
             from lisa_train.command.estimate import estimate_table
 

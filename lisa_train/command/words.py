@@ -16,7 +16,19 @@ from lisa_train.command.config import TrainConfig
 from lisa_train.methods import METHODS
 
 # Options of the command itself: what it does, and no setting of a run.
-OF_THE_COMMAND = ("help", "config", "print_config", "resume", "estimate", "memory")
+OF_THE_COMMAND = ("help", "version", "config", "print_config", "resume", "estimate", "memory")
+
+# What other trainers call a setting, where its name is too far from ours to be found by spelling.
+MEANT = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "rank": "lora.r",
+}
 
 
 def recipes() -> dict[str, Path]:
@@ -106,7 +118,7 @@ def check_flags(argv: Sequence[str]) -> None:
         name = token[2:].split("=", 1)[0]
         if name in OF_THE_COMMAND:
             continue
-        _check_key(name.split("."), TrainConfig, where=f"--{name}")
+        _check_key(name.split("."), TrainConfig, where=f"--{name}", beside=OF_THE_COMMAND)
 
 
 def check_file(path: Path) -> None:
@@ -134,8 +146,11 @@ def _paths(content: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[
             yield from _paths(value, here)
 
 
-def _check_key(keys: list[str], cls: Any, *, where: str) -> None:
-    """Follow `keys` through nested dataclasses; free-form dicts accept any key here."""
+def _check_key(keys: list[str], cls: Any, *, where: str, beside: Sequence[str] = ()) -> None:
+    """Follow `keys` through nested dataclasses; free-form dicts accept any key here.
+
+    `beside` are words that may be meant at the top, though they are no settings.
+    """
     walked: list[str] = []
     for key in keys:
         if not is_dataclass(cls):
@@ -143,7 +158,12 @@ def _check_key(keys: list[str], cls: Any, *, where: str) -> None:
         known = {f.name: f for f in fields(cls)}
         if key not in known:
             scope = f" below {'.'.join(walked)}" if walked else ""
-            nearest = suggest(key, known)
+            meant = None if walked else MEANT.get(key.replace("-", "_"))
+            nearest = (
+                f" Did you mean {meant!r}?"
+                if meant
+                else suggest(key, known if walked else (*known, *beside))
+            )
             if walked and nearest:
                 nearest = nearest.replace("'", f"'{'.'.join(walked)}.", 1)
             raise ConfigError(
@@ -172,12 +192,25 @@ def _said_of_a_section(found: re.Match[str]) -> str:
     return f"{place}: {found['what']}" if place else found["what"]
 
 
+# What jsonargparse says of a word that is none of the choices.
+_CHOICE = re.compile(
+    r"Expected a typing\.Literal\[(?P<choices>[^]]+)\]\. Got value: (?P<given>.*)$"
+)
+
+
+def _said_of_a_choice(found: re.Match[str]) -> str:
+    choices = [word.strip().strip("'\"") for word in found["choices"].split(",")]
+    hint = suggest(found["given"], choices)
+    return f"expected one of {', '.join(choices)}, got {found['given']}.{hint}"
+
+
 def one_sentence(message: str) -> str:
     """Flatten jsonargparse's message: `Parser key "lisa.k": Expected a <class 'int'>. …`."""
     text = " ".join(message.split())
     text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
     text = _OF_A_SECTION.sub(_said_of_a_section, text)
     text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
+    text = _CHOICE.sub(_said_of_a_choice, text)
     text = re.sub(
         r"^the following arguments are required: (.+)$",
         lambda m: "missing " + ", ".join(f"--{n.strip()}" for n in m[1].split(",")) + ".",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lisa_analysis as la
+from lisa_analysis.rundir.opening import runs_at
 from lisa_analysis.views.cli import main
 from lisa_analysis.views.terminal import bar
 
@@ -79,6 +80,25 @@ def test_several_runs_are_put_side_by_side(
     assert "held-out loss" in printed
     assert "peak memory" in printed
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_folder_stands_for_the_runs_directly_in_it(
+    make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "all"
+    (runs / "notes").mkdir(parents=True)
+    (runs / "readme.txt").write_text("no run")
+    for name in ("b", "a"):
+        shutil.copytree(make_run(steps=20).path, runs / name)
+    (runs / "b" / "inner").mkdir()
+    shutil.copy(runs / "a" / "run.json", runs / "b" / "inner")  # within a run: not asked for
+    assert runs_at(runs) == [runs / "a", runs / "b"]
+    assert runs_at(runs / "b") == [runs / "b"]
+    assert main([str(runs)]) == 0
+    folder = capsys.readouterr().out
+    assert folder.rstrip().endswith(str(runs / "report.html"))
+    assert main([str(runs / "a"), str(runs / "b")]) == 0
+    assert capsys.readouterr().out == folder
 
 
 def test_the_metric_is_that_of_the_comparison_too(golden: Path, tmp_path: Path) -> None:
@@ -224,6 +244,11 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "--activated-layers", "9"], "9"),
         (["{run}", "--activated-layers", "0"], "expected at least 1"),
         (["{run}", "{run}", "--probabilities", "p.json"], "have the same seed"),
+        (["{tmp}"], "no folder directly in it does"),
+        (["{run}", "--fail-on", "wrn"], "one of never, warn, fail. Did you mean 'warn'?"),
+        (["{run}", "--fail_on", "warn"], "Did you mean '--fail-on'?"),
+        (["{run}", "--zzz"], "no option --zzz. See lisa-analyze --help."),
+        ([], "RUN_DIR; see lisa-analyze --help."),
         (["{run}", "--strength", "17"], "strength is 17.0: expected a number from 0 to 16"),
         (["{run}", "--strength", "pol"], "'pool' or 'pool=6'"),
         (["{run}", "--export", "peft-rank"], "expected KIND:FILE"),

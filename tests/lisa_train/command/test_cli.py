@@ -1,7 +1,9 @@
 """The command line: recipes by name, overrides at any depth, strict keys with suggestions."""
 
+import dataclasses
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,14 @@ import yaml
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse, recipes
+from lisa_train.command.words import MEANT
 from lisa_train.config import LisaConfig, TrainConfig
 
+PROGRAMS = {
+    "lisa_train": "lisa-train",
+    "lisa_train.command.ablate": "lisa-ablate",
+    "lisa_analysis": "lisa-analyze",
+}
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 
@@ -95,6 +103,15 @@ def test_any_lora_field_is_passed_on() -> None:
         (["--config", "lsia"], "Did you mean 'lisa'?"),
         (["--config", "nowhere.yaml"], "neither a file nor a recipe"),
         (["--zzz", "1"], "lisa-train --help"),
+        (["--resme"], "Did you mean 'resume'?"),
+        (["--dtype", "float23"], "float16, got float23. Did you mean 'float32'?"),
+        (["--lisa.sampling", "x"], "expected one of uniform, bernoulli, cyclic"),
+        (["--lr", "1e-4"], "Did you mean 'learning_rate'?"),
+        (["--batch_size=4"], "Did you mean 'per_device_train_batch_size'?"),
+        (["--batch-size", "4"], "Did you mean 'per_device_train_batch_size'?"),
+        (["--epochs", "3"], "Did you mean 'num_train_epochs'?"),
+        (["--model", "m"], "Did you mean 'model_name_or_path'?"),
+        (["--dataset", "d"], "Did you mean 'dataset_name'?"),
     ],
 )
 def test_bad_words_are_refused_in_one_sentence(
@@ -104,6 +121,28 @@ def test_bad_words_are_refused_in_one_sentence(
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
+
+
+def test_what_other_trainers_call_a_setting_is_none_of_ours_and_leads_to_one() -> None:
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    for word, meant in MEANT.items():
+        assert word not in known
+        assert meant.split(".")[0] in known
+
+
+@pytest.mark.parametrize("module", ["lisa_train", "lisa_train.command.ablate", "lisa_analysis"])
+def test_every_command_says_its_version_and_loads_no_training_for_it(module: str) -> None:
+    code = (
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'jsonargparse', 'pandas', 'pyarrow'}\n"
+        "atexit.register(lambda: print(*sorted(heavy & set(sys.modules))))\n"
+        "sys.argv[1:] = ['--version']\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, heavy = done.stdout.split("\n")[:2]
+    assert said.split() == [PROGRAMS[module], metadata.version("lisa-toolkit")]
+    assert heavy == ""
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import metric
 from lisa_analysis.metrics.step_table import Grouping
 from lisa_analysis.rundir.ablation import WHOLE
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float64]
 
@@ -90,7 +93,7 @@ class Totals:
     tokens: int
 
 
-def totals(run: Any, data: str = "held_out") -> Totals | None:
+def totals(run: "Run", data: str = "held_out") -> Totals | None:
     """Return what the whole training did on one text; None where it was not measured."""
     losses, tokens = _whole(run, data)
     if "base" not in losses or "trained" not in losses:
@@ -190,7 +193,7 @@ def _per_example(data: Measurements, mode: str, text: str) -> Array:
     return contributions(table if mode == "reset" else -table, tokens)
 
 
-def _groups(rows: Any, run: Any, groups: Grouping) -> NDArray[np.int64]:
+def _groups(rows: Any, run: "Run", groups: Grouping) -> NDArray[np.int64]:
     """Group of every row; −1 for a range of layers or a unit that the run does not know."""
     at = {name: index for index, name in enumerate(groups.names)}
 
@@ -208,7 +211,7 @@ def _groups(rows: Any, run: Any, groups: Grouping) -> NDArray[np.int64]:
     return np.array(found, dtype=np.int64)
 
 
-def _examples(run: Any, text: str) -> list[int]:
+def _examples(run: "Run", text: str) -> list[int]:
     """Examples of one text of which the whole models' losses are known, in order."""
     frame = run.ablation
     frame = frame[(frame["data"] == text) & frame["mode"].isin(WHOLE)]
@@ -216,7 +219,7 @@ def _examples(run: Any, text: str) -> list[int]:
     return sorted(int(example) for example in modes.index[modes == frame["mode"].nunique()])
 
 
-def _whole(run: Any, text: str) -> tuple[dict[str, Array], Array]:
+def _whole(run: "Run", text: str) -> tuple[dict[str, Array], Array]:
     """Losses of the whole models by mode, and the tokens, of the usable examples in order."""
     frame = run.ablation
     frame = frame[(frame["data"] == text) & frame["mode"].isin(WHOLE)]

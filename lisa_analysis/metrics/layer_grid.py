@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lisa_analysis.metrics.step_table import step_table
 from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 MAX_COLUMNS = 400
 
@@ -68,7 +71,7 @@ class LayerGrid:
         return LayerGrid(self.column, self.steps[starts], means, bad), group
 
 
-def layer_grids(run: Any, columns: Iterable[str]) -> dict[str, LayerGrid]:
+def layer_grids(run: "Run", columns: Iterable[str]) -> dict[str, LayerGrid]:
     """Layer × step grids of several metrics columns, summed over the tensors of each layer.
 
     Only tensors that were trained at a step count (`lisa_analysis.metrics.step_table`), so a layer

@@ -1,7 +1,7 @@
 """What a metric may look at: the table of norms, learning rates, visits and active steps."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,9 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.rundir.events import chosen, draws, learning_rates, ruling_draws
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float64]
 
@@ -50,7 +53,7 @@ class Measurements:
         was not logged.
     """
 
-    run: Any
+    run: "Run"
     table: StepTable = field(repr=False)
     learning_rate: Array = field(repr=False)
     visits: Array = field(repr=False)
@@ -80,7 +83,11 @@ class Measurements:
     def micro_batches(self) -> Array:
         """Micro-batches of every recorded step, shape (n,); NaN where they were not counted."""
         counted = self.run.scalars.set_index("step")["micro_batches"]
-        found = counted.reindex(self.table.steps).astype("Float64").to_numpy(np.float64, np.nan)
+        found = (
+            counted.reindex(self.table.steps)
+            .astype("Float64")
+            .to_numpy(np.float64, na_value=np.nan)
+        )
         return np.asarray(found)
 
     def lacks(self, column: str) -> str:
@@ -130,7 +137,7 @@ class Measurements:
         return exposure**power
 
 
-def measurements(run: Any, by: str = "layer") -> Measurements:
+def measurements(run: "Run", by: str = "layer") -> Measurements:
     """Read the table of `run` and what else the metrics need."""
     table = step_table(run, by)
     rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
@@ -147,7 +154,7 @@ def measurements(run: Any, by: str = "layer") -> Measurements:
 
 
 def _visits(
-    run: Any, table: StepTable, interval: NDArray[np.int64] | None
+    run: "Run", table: StepTable, interval: NDArray[np.int64] | None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Activation intervals and optimizer steps behind every group at every recorded step."""
     shape = table.trained.shape
@@ -165,13 +172,13 @@ def _visits(
     return visits, active
 
 
-def _last_step(run: Any, table: StepTable) -> int:
+def _last_step(run: "Run", table: StepTable) -> int:
     """Last step that was recorded or drawn for."""
     return int(max([0, *table.steps[-1:], *(step for step, _ in draws(run)[-1:])]))
 
 
 def _behind(
-    run: Any, table: StepTable, interval: NDArray[np.int64], total: NDArray[Any]
+    run: "Run", table: StepTable, interval: NDArray[np.int64], total: NDArray[Any]
 ) -> NDArray[Any]:
     """Sum over the steps that trained each layer up to each recorded step, shape (n, layers).
 

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,9 @@ from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import module_of
 from lisa_analysis.contract.schema import METRICS_TABLE
 from lisa_analysis.metrics.layer_sums import PROBE, Accumulator
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -46,7 +49,7 @@ class Grouping:
     of: Ids
 
 
-def grouping(run: Any, level: str = "layer") -> Grouping:
+def grouping(run: "Run", level: str = "layer") -> Grouping:
     """Assign every tensor of `run` to a group at `level`.
 
     Raises
@@ -61,7 +64,7 @@ def grouping(run: Any, level: str = "layer") -> Grouping:
         )
     frame = run.parameters
     ids = frame["param_id"].to_numpy(dtype=np.int64)
-    layers = frame["layer"].astype("Float64").fillna(-1).to_numpy(dtype=np.int64, na_value=-1)
+    layers = np.asarray(frame["layer"].astype("Float64").fillna(-1), dtype=np.int64)
     kinds, names = frame["kind"].astype(str).tolist(), frame["name"].astype(str).tolist()
     order = {(-1, kind): index for index, kind in enumerate(OUTSIDE)}
     keys: list[tuple[int, str]] = []
@@ -85,7 +88,7 @@ def grouping(run: Any, level: str = "layer") -> Grouping:
     return Grouping(level, tuple(labels), len(inside), np.array(layer_of, dtype=np.int64), of)
 
 
-def _label(run: Any, level: str, key: tuple[int, str]) -> str:
+def _label(run: "Run", level: str, key: tuple[int, str]) -> str:
     layer, part = key
     if level == "layer":
         return str(run.layer_names[layer])
@@ -179,7 +182,7 @@ class StepTable:
 _CACHE: weakref.WeakKeyDictionary[Any, dict[str, StepTable]] = weakref.WeakKeyDictionary()
 
 
-def step_table(run: Any, level: str = "layer") -> StepTable:
+def step_table(run: "Run", level: str = "layer") -> StepTable:
     """Read the whole fact table of `run` once, shard by shard, summed to `level`.
 
     Memory is that of the result, (steps × groups) float32 per measured column, plus one batch.
@@ -193,7 +196,7 @@ def step_table(run: Any, level: str = "layer") -> StepTable:
     return remembered[level]
 
 
-def _read(run: Any, level: str) -> StepTable:
+def _read(run: "Run", level: str) -> StepTable:
     groups = grouping(run, level)
     sums = Accumulator(groups.of, len(groups.names))
     for batch in run.iter_metrics(columns=METRICS_TABLE.measured):
@@ -228,7 +231,7 @@ def _read(run: Any, level: str) -> StepTable:
     )
 
 
-def _group_norms(run: Any, groups: Grouping, sums: Accumulator) -> dict[str, NDArray[np.float64]]:
+def _group_norms(run: "Run", groups: Grouping, sums: Accumulator) -> dict[str, NDArray[np.float64]]:
     """Elements and norms of single tensors before and after training, summed per group."""
     frame = run.parameters
     ids = frame["param_id"].to_numpy(dtype=np.int64)

@@ -6,7 +6,7 @@ Nothing of a run is needed but the files: an adapter, two checkpoints, a model a
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from lisa_analysis.rundir.weights.adapter import Factors
 from lisa_analysis.rundir.weights.changes import Changed
 from lisa_analysis.rundir.weights.of_run import weights_of
 from lisa_analysis.rundir.weights.spectra import cost, singular_values
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float64]
 
@@ -103,7 +106,7 @@ def _of_change(values: Array) -> _STEP:
 _CACHE: weakref.WeakKeyDictionary[Any, Weights | LisaError] = weakref.WeakKeyDictionary()
 
 
-def weights(run: Any) -> Weights:
+def weights(run: "Run") -> Weights:
     """Weights behind a run, opened once.
 
     Raises

@@ -1,7 +1,7 @@
 """What an ablation says of a run, in sentences: the gain, which layers it needs, interaction."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics import Interval, association
 from lisa_analysis.statistics.association import Cells
 from lisa_analysis.statistics.estimate import MIN_INDEPENDENT, Fit
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float64]
 
@@ -111,7 +114,7 @@ def statement(
     return " ".join(said)
 
 
-def whole(run: Any, text: str, confidence: float) -> str:
+def whole(run: "Run", text: str, confidence: float) -> str:
     """Say what the whole training gained or cost on one text."""
     found = totals(run, text)
     if found is None:

@@ -1,12 +1,15 @@
 """What it would cost to know more: steps, the cadence they are recorded at, or a probe."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics.estimate import Fit
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 # What `lisa-train --config probe` measures unless told otherwise (its recipe).
 PROBE_BATCHES = 32
@@ -34,7 +37,7 @@ class Cadence:
     batches: bool = False
 
 
-def cadence(run: Any, *, gradients: bool, batches: bool) -> Cadence:
+def cadence(run: "Run", *, gradients: bool, batches: bool) -> Cadence:
     """Read how a run was recorded, and how long its steps took."""
     recording = run.manifest.get("recording") or {}
     every = recording.get("every")
@@ -42,7 +45,7 @@ def cadence(run: Any, *, gradients: bool, batches: bool) -> Cadence:
     return Cadence(every, _batch_seconds(run), gradients, batches)
 
 
-def _batch_seconds(run: Any) -> float | None:
+def _batch_seconds(run: "Run") -> float | None:
     scalars = run.scalars
     if "step_seconds" not in scalars or run.method == "probe":
         return None

@@ -21,6 +21,7 @@ from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.weights.plain import PlainWeights
 from lisa_analysis.statistics.estimate import Fit, fit_series
 
@@ -30,7 +31,7 @@ Array = NDArray[np.float64]
 DEFAULT_METRIC = "grad_rms"
 
 
-def default_metric(run: Any) -> str:
+def default_metric(run: Run) -> str:
     """Metric that a run is profiled by unless another one is asked for."""
     if isinstance(run, PlainWeights):
         return run.default_metric
@@ -180,7 +181,7 @@ def importance(
     )
 
 
-def estimand(run: Any, chosen: Metric) -> str:
+def estimand(run: Run, chosen: Metric) -> str:
     """What the intervals of a profile are for, in words; empty where it has none."""
     if chosen.rows == "batches":
         return "the mean over batches at these weights: no training is part of it"

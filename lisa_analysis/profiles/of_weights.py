@@ -1,7 +1,7 @@
 """What a profile of weights on disk says: one look, no interval, and the words for that."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,9 +10,12 @@ from lisa_analysis.profiles.sentences import name_rows, shape_words
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics.estimate import Fit
 
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
+
 
 def statement(
-    run: Any, metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement, stacks: int
+    run: "Run", metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement, stacks: int
 ) -> str:
     """What a person should take away, in sentences."""
     said = []
@@ -40,7 +43,7 @@ def statement(
     return " ".join(said)
 
 
-def _did_nothing(run: Any) -> bool:
+def _did_nothing(run: "Run") -> bool:
     """Whether every change that is known is exactly zero."""
     squares = [s for s in weights(run).sum_of_squares("change").values() if not np.isnan(s)]
     return bool(squares) and not any(squares)

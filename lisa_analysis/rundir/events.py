@@ -14,15 +14,17 @@ from lisa_analysis.rundir.jsonl import NON_FINITE, short
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lisa_analysis.rundir.run import Run
+
 Ids = NDArray[np.int64]
 
 
-def draws(run: Any) -> list[tuple[int, tuple[int, ...]]]:
+def draws(run: "Run") -> list[tuple[int, tuple[int, ...]]]:
     """LISA's draws in order, (step, layers); the later of two draws at one step counts."""
     return [(step, layers) for step, layers, _ in draw_events(run)]
 
 
-def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64] | None]]:
+def draw_events(run: "Run") -> list[tuple[int, tuple[int, ...], NDArray[np.float64] | None]]:
     """LISA's draws with the inclusion probabilities π that were in force, None if not logged."""
     events = run.events
     if not len(events) or "event" not in events or "layers" not in events:
@@ -40,7 +42,7 @@ def draw_events(run: Any) -> list[tuple[int, tuple[int, ...], NDArray[np.float64
     return [(step, *found[step]) for step in sorted(found)]
 
 
-def chosen(run: Any) -> NDArray[np.bool_]:
+def chosen(run: "Run") -> NDArray[np.bool_]:
     """Whether a draw holds a layer, shape (draws, layers)."""
     drawn = draws(run)
     found = np.zeros((len(drawn), run.n_layers), dtype=bool)
@@ -49,13 +51,13 @@ def chosen(run: Any) -> NDArray[np.bool_]:
     return found
 
 
-def ruling_draws(run: Any, steps: Ids) -> Ids:
+def ruling_draws(run: "Run", steps: Ids) -> Ids:
     """Index of the draw that ruled every step (a draw at step d rules d+1 …), −1 before any."""
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)
 
 
-def held_out_losses(run: Any) -> "pd.DataFrame":
+def held_out_losses(run: "Run") -> "pd.DataFrame":
     """Return ``step`` and ``value`` of the evaluations that gave a held-out loss, in order.
 
     Of two evaluations at one step the later counts; one without a loss is left out.
@@ -72,7 +74,7 @@ def held_out_losses(run: Any) -> "pd.DataFrame":
     return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
-def held_out_scores(run: Any) -> dict[str, float]:
+def held_out_scores(run: "Run") -> dict[str, float]:
     """Return what the last evaluation was judged by beside its loss, see `HELD_OUT_SCORES`."""
     events = run.events
     if not len(events) or "metrics" not in events:
@@ -88,7 +90,7 @@ def held_out_scores(run: Any) -> dict[str, float]:
     return found
 
 
-def learning_rates(run: Any, steps: Ids) -> NDArray[np.float64] | None:
+def learning_rates(run: "Run", steps: Ids) -> NDArray[np.float64] | None:
     """Return the learning rate of `steps`, None when none was logged.
 
     A step that was not logged has that of the nearest one that was.

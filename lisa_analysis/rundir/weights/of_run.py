@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import ADAPTER_DIR, CHECKPOINTS_DIR
@@ -17,11 +17,14 @@ from lisa_analysis.rundir.weights.changes import (
 from lisa_analysis.rundir.weights.checkpoint import holds_weights, open_checkpoint
 from lisa_analysis.rundir.weights.plain import PlainWeights
 
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
+
 # The folder below a run in which `lisa-train` saves a model that was trained whole.
 FINAL = f"{CHECKPOINTS_DIR}/final"
 
 
-def weights_of(run: Any) -> dict[int, Changed]:
+def weights_of(run: "Run") -> dict[int, Changed]:
     """Weights of a run by param_id: before, and the change where the run saved what it made.
 
     Raises
@@ -41,7 +44,7 @@ def weights_of(run: Any) -> dict[int, Changed]:
     return {numbers[0]: change for numbers, change in ids if len(numbers) == 1}
 
 
-def _found(run: Any) -> list[Changed]:
+def _found(run: "Run") -> list[Changed]:
     base, why = _base(run)
     before = None if base is None else open_checkpoint(base)
     if (run.path / ADAPTER_DIR / CONFIG).exists():
@@ -58,7 +61,7 @@ def _found(run: Any) -> list[Changed]:
     return of_model(before)
 
 
-def _base(run: Any) -> tuple[Path | None, str]:
+def _base(run: "Run") -> tuple[Path | None, str]:
     """Folder of the base model, or why it is not known."""
     if run.base is not None:
         return run.base, ""

@@ -94,7 +94,7 @@ class NonFinite(Rule):
         if found:
             step, column, param = min(found, key=lambda f: (f[0], _CAUSES.index(f[1])))
             row = evidence.run.parameters.set_index("param_id").loc[param]
-            where = "" if pd.isna(row["layer"]) else f" of layer {int(row['layer'])}"
+            where: str = "" if pd.isna(row["layer"]) else f" of layer {int(row['layer'])}"
             layers = () if pd.isna(row["layer"]) else (int(row["layer"]),)
             parts.append(f"First {column} at step {step}: {row['name']}{where}.")
             others = sorted({c for _, c, _ in found} - {column})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.rundir.events import draw_events, learning_rates, ruling_draws
 from lisa_analysis.runs.diagnostics.finding import Finding, State
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[Any]
 
@@ -32,7 +35,7 @@ class Outcome:
 class Evidence:
     """One run, read once for all rules."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: "Run") -> None:
         self.run = run
 
     @cached_property
@@ -106,7 +109,7 @@ class Rule:
         """Look at a run; raise `CouldNotRunError` when the input is missing."""
         raise NotImplementedError
 
-    def applies(self, run: Any) -> bool:
+    def applies(self, run: "Run") -> bool:
         """Whether the rule means anything for this method of training; a probe trains nothing."""
         return run.method != "probe" if self.methods is None else run.method in self.methods
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.statistics import association
 from lisa_analysis.statistics.association import Cells
 from lisa_analysis.statistics.estimate import MIN_INDEPENDENT
+
+if TYPE_CHECKING:
+    from lisa_analysis.rundir.run import Run
 
 Array = NDArray[np.float64]
 
@@ -59,7 +62,7 @@ class Part:
 
 
 def parts_of(
-    run: Any, lenders: Sequence[tuple[str, Any]], missing: dict[str, str], confidence: float,
+    run: "Run", lenders: Sequence[tuple[str, Any]], missing: dict[str, str], confidence: float,
     seed: int,
 ) -> list[Part]:  # fmt: skip
     """Targets of one run at all levels that it was ablated at, with the metrics beside them."""
@@ -79,7 +82,7 @@ def parts_of(
 
 
 def _levels(
-    run: Any, by: str, target: str, profile: Any, rows: Array, sides: Mapping[Any, Side]
+    run: "Run", by: str, target: str, profile: Any, rows: Array, sides: Mapping[Any, Side]
 ) -> list[Part]:
     """Cells of a target that are complete, at each level that they are of."""
     frame = profile.to_frame()
@@ -101,7 +104,7 @@ def _levels(
     return parts
 
 
-def _too_long(run: Any, name: str) -> str:
+def _too_long(run: "Run", name: str) -> str:
     """Why the spectra of all weights are not taken unasked; empty where they may be."""
     what = "change" if name in OF_CHANGES else "base" if name in OF_BASE else None
     if what is None:
@@ -141,7 +144,7 @@ def _grid(frame: pd.DataFrame, known: NDArray[np.bool_]) -> tuple[NDArray[np.int
     return rows["row"].to_numpy(dtype=np.int64), int(layers), int(rows["kind"].nunique())
 
 
-def _profile(run: Any, metric: str, by: str, confidence: float, seed: int) -> Any:
+def _profile(run: "Run", metric: str, by: str, confidence: float, seed: int) -> Any:
     """Return a profile, None where the run does not have it."""
     try:
         profile = importance(run, metric, by=by, confidence=confidence, seed=seed)
@@ -150,7 +153,7 @@ def _profile(run: Any, metric: str, by: str, confidence: float, seed: int) -> An
     return profile if np.isfinite(profile.scores).any() else None
 
 
-def _sides(run: Any, by: str, missing: dict[str, str], seed: int) -> dict[str, Side]:
+def _sides(run: "Run", by: str, missing: dict[str, str], seed: int) -> dict[str, Side]:
     """Every metric that a run can give, but its ablation and those that take a second run."""
     found = {}
     for name, metric in METRICS.items():

@@ -1,6 +1,6 @@
 """Layer × step and layer × kind pictures: heat map, LISA schedule, module kinds."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,6 +12,9 @@ from matplotlib.colors import LogNorm, Normalize, to_rgba
 from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
 from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
 from lisa_analysis.views.plots import style
+
+if TYPE_CHECKING:
+    from lisa_analysis import Run
 
 COLUMN_TITLES = {
     "weight_norm": "weight norm",
@@ -25,7 +28,11 @@ COLUMN_TITLES = {
 
 
 def heatmap(
-    run: Any, column: str = "grad_norm", *, ax: Axes | None = None, most: int = MAX_COLUMNS
+    run: "Run | LayerGrid",
+    column: str = "grad_norm",
+    *,
+    ax: Axes | None = None,
+    most: int = MAX_COLUMNS,
 ) -> Axes:
     """Draw one metrics column as colour over layer × step.
 
@@ -80,7 +87,7 @@ def _mark_non_finite(ax: Axes, cells: np.ndarray) -> None:
     ax.plot(columns, np.full(len(columns), 1.02), "v", color=style.NON_FINITE, **above)
 
 
-def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
+def schedule(run: "Run", *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
     """Draw which layers LISA made active, with expected against observed visits at the right.
 
     The bars at the right are the draws in which a layer was active; the mark is what its
@@ -115,7 +122,7 @@ def schedule(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Ax
     return ax
 
 
-def learned_probabilities(run: Any, *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
+def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> Axes:
     """Draw the inclusion probabilities of every draw, as multiples of those of uniform sampling.
 
     Colour is logarithmic and white at 1: red layers are drawn more often than uniform sampling

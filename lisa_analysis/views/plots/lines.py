@@ -1,6 +1,6 @@
 """Pictures over optimizer steps: trajectories, depth bands, update ratio, training curves."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -19,8 +19,13 @@ from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
 
+if TYPE_CHECKING:
+    from lisa_analysis import Run
 
-def trajectories(run: Any, column: str = "weight_norm", *, ax: Axes | None = None) -> Axes:
+
+def trajectories(
+    run: "Run | LayerGrid", column: str = "weight_norm", *, ax: Axes | None = None
+) -> Axes:
     """Draw one line per layer over the steps, coloured from the bottom to the top of the stack.
 
     `run` is an opened run directory or a `LayerGrid`. Values are drawn on a logarithmic axis when
@@ -56,7 +61,11 @@ def _has_lone_points(values: np.ndarray) -> bool:
 
 
 def bands(
-    run: Any, column: str = "update_norm", *, ax: Axes | None = None, most: int = MAX_POINTS
+    run: "Run | LayerGrid",
+    column: str = "update_norm",
+    *,
+    ax: Axes | None = None,
+    most: int = MAX_POINTS,
 ) -> Axes:
     """Draw the bottom, middle and top third of the stack: mean line and range of the layers."""
     grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
@@ -73,7 +82,7 @@ def bands(
     return _finish(ax, COLUMN_TITLES.get(grid.column, grid.column), group)
 
 
-def update_ratio(run: Any, *, ax: Axes | None = None, most: int = MAX_POINTS) -> Axes:
+def update_ratio(run: "Run | LayerGrid", *, ax: Axes | None = None, most: int = MAX_POINTS) -> Axes:
     """Draw ‖update‖ / ‖weight‖ of the bottom, middle and top third of the stack.
 
     `run` is an opened run directory or the `LayerGrid` from `update_ratio_grid`. The dotted line
@@ -92,7 +101,7 @@ def update_ratio(run: Any, *, ax: Axes | None = None, most: int = MAX_POINTS) ->
 
 
 def curves(
-    run: Any, quantity: str = "loss", *, ax: Axes | None = None, most: int = MAX_POINTS
+    run: "Run", quantity: str = "loss", *, ax: Axes | None = None, most: int = MAX_POINTS
 ) -> Axes:
     """Draw one quantity of training over the steps.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
 from lisa_analysis.views.report.worth import worth_figures, worth_words
 from lisa_analysis.views.states import STATES as STATES
+
+if TYPE_CHECKING:
+    from lisa_analysis import Run
 
 METHODS = {
     "lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning", "peft": "another method of PEFT",
@@ -44,7 +47,7 @@ _MOST_MODULE_ROWS = 20_000_000
 class RunContent:
     """Everything that the page shows of one run."""
 
-    run: Any
+    run: "Run"
     slug: str
     name: str
     diagnostics: Diagnostics
@@ -223,12 +226,12 @@ def _profile_figures(analysis: RunAnalysis, slug: str, *, alone: bool) -> list[R
     return found
 
 
-def _has_adapters(run: Any) -> bool:
+def _has_adapters(run: "Run") -> bool:
     roles = run.parameters["role"]
     return bool((roles != "base").any())
 
 
-def _facts(run: Any) -> list[tuple[str, Any]]:
+def _facts(run: "Run") -> list[tuple[str, Any]]:
     """Who, what, where and when, from the manifest; what is unknown is left out."""
     manifest = run.manifest
     model = mapping(manifest, "model")
@@ -254,7 +257,7 @@ def _last_part(name: Any) -> str | None:
     return Path(str(name)).name if name and Path(str(name)).is_absolute() else name
 
 
-def _method(run: Any) -> str:
+def _method(run: "Run") -> str:
     """Name the method with the settings that define it."""
     lisa, lora = mapping(run.manifest, "lisa"), mapping(run.manifest, "lora")
     if run.method == "lisa" and lisa:
@@ -279,7 +282,7 @@ def mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _limits(run: Any, table: StepTable) -> list[str]:
+def _limits(run: "Run", table: StepTable) -> list[str]:
     """What the reader of this run must know was not seen."""
     limits = [str(warning) for warning in run.warnings]
     if run.status != "finished":
@@ -309,7 +312,7 @@ def _limits(run: Any, table: StepTable) -> list[str]:
     return limits
 
 
-def reproduction(run: Any) -> list[tuple[str, str]]:
+def reproduction(run: "Run") -> list[tuple[str, str]]:
     """Command, configuration and versions that repeat the run, secrets redacted."""
     found = []
     if run.manifest.get("command"):

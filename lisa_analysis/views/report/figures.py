@@ -1,7 +1,7 @@
 """The report's figures: a plot as SVG, a sentence on how to read it, and its data."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ from lisa_analysis.views.report.figure import (
 )
 from lisa_analysis.views.report.format import count, number
 from lisa_analysis.views.report.tables import Table, frame_table, grid_table, series_table
+
+if TYPE_CHECKING:
+    from lisa_analysis import Run
 
 
 def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> ReportFigure:
@@ -134,7 +137,7 @@ def heatmap_figure(
 
 
 def schedule_figure(
-    slug: str, run: Any, layer_names: Sequence[str], budget: Budget
+    slug: str, run: "Run", layer_names: Sequence[str], budget: Budget
 ) -> ReportFigure:
     """LISA's draws."""
     title = "Which layers LISA trained, and when"
@@ -162,7 +165,7 @@ def schedule_figure(
 
 
 def learned_figure(
-    slug: str, run: Any, layer_names: Sequence[str], budget: Budget
+    slug: str, run: "Run", layer_names: Sequence[str], budget: Budget
 ) -> ReportFigure | None:
     """Probabilities over time; None where they do not move."""
     grid = probability_grid(run)
@@ -201,7 +204,7 @@ _CURVE_NOTES = {
 }
 
 
-def curve_figure(slug: str, run: Any, quantity: str, budget: Budget) -> ReportFigure | None:
+def curve_figure(slug: str, run: "Run", quantity: str, budget: Budget) -> ReportFigure | None:
     """One quantity of training; None when the run did not log it."""
     frame = curve_frame(run, quantity)
     held_out = held_out_frame(run) if quantity == "loss" else frame.iloc[:0]

@@ -60,7 +60,7 @@ def grouping(run: "Run", level: str = "layer") -> Grouping:
     if level not in LEVELS:
         raise LisaError(
             f"profile by {level!r} is unknown: choose one of {', '.join(LEVELS)}."
-            f"{suggest(level, LEVELS)}"
+            f"{suggest(str(level), LEVELS)}"
         )
     frame = run.parameters
     ids = frame["param_id"].to_numpy(dtype=np.int64)
@@ -188,7 +188,7 @@ def step_table(run: "Run", level: str = "layer") -> StepTable:
     Memory is that of the result, (steps × groups) float32 per measured column, plus one batch.
     A run that has finished is read once and remembered for as long as the object lives.
     """
-    if run.status == "running":
+    if run.status == "running" or level not in LEVELS:  # an unknown one is refused there
         return _read(run, level)
     remembered = _CACHE.setdefault(run, {})
     if level not in remembered:

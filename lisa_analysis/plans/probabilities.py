@@ -11,6 +11,7 @@ import numpy as np
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.paths import as_path
 from lisa_analysis.contract.probabilities_file import check_vector, read_record
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 
@@ -97,7 +98,7 @@ class SamplingProbabilities:
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file that `lisa-train --lisa.probabilities` takes."""
-        path = Path(path)
+        path = as_path(path, "save")
         record = {"schema_version": self.schema_version, **asdict(self)}
         if math.isinf(self.cap):
             record["cap"] = None  # JSON has no infinity
@@ -115,7 +116,7 @@ class SamplingProbabilities:
             One sentence, when the file is missing, torn, of another major version, or holds
             numbers that are no inclusion probabilities.
         """
-        path = Path(path)
+        path = as_path(path, "SamplingProbabilities.load")
         record = read_record(path)
         names, k = record["layer_names"], record["activated_layers"]
         pi = record["inclusion_probabilities"]

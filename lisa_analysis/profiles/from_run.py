@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,10 @@ def importance(
     says so. See docs/statistics.md.
     """
     check_confidence(confidence)
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise LisaError(f"seed is {seed!r}: expected a whole number from 0.")
+    if not isinstance(thresholds, Thresholds):
+        raise LisaError(f"thresholds are a {type(thresholds).__name__}: expected Thresholds(…).")
     if isinstance(run, list | tuple):
         from lisa_analysis.profiles.over_seeds import importance_over_seeds
 

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError, suggest
+from lisa_analysis.contract.paths import as_path
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, ProfileRow, Reliability
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
@@ -123,7 +124,7 @@ class ImportanceProfile:
         """
         from lisa_analysis.profiles.saved import read_profile
 
-        return read_profile(Path(path))
+        return read_profile(as_path(path, "ImportanceProfile.load"))
 
     @property
     def run_id(self) -> str:
@@ -298,7 +299,7 @@ class ImportanceProfile:
         """
         from lisa_analysis.profiles.saved import write_profile
 
-        return write_profile(self, Path(path))
+        return write_profile(self, as_path(path, "save"))
 
     def __repr__(self) -> str:
         return (

@@ -23,6 +23,10 @@ def asked_columns(columns: Sequence[str] | None) -> list[str]:
     known = METRICS_TABLE.measured
     if columns is None:
         return list(known)
+    if not isinstance(columns, Iterable):
+        raise RunDirectoryError(
+            f"columns is {columns!r}: expected names of metrics columns, as {known[0]!r}."
+        )
     names = [columns] if isinstance(columns, str) else list(columns)
     for name in names:
         if name not in METRICS_TABLE.names:

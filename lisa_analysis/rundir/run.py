@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import RunDirectoryError
+from lisa_analysis.contract.paths import as_path
 from lisa_analysis.contract.schema import (
     ABLATION,
     EVENTS,
@@ -33,6 +34,7 @@ from lisa_analysis.rundir.shards import (
     list_shards,
     read_parameters,
     step_bounds,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -64,16 +66,17 @@ def load(path: str | Path, *, base: str | Path | None = None) -> "Run":
     RunDirectoryError
         One sentence, when the folder is missing, torn, foreign or of another major version.
     LisaError
-        When weights cannot be read, or have nothing in common with their base.
+        For what is no path; when weights cannot be read, or have nothing in common with their base.
     """
-    path = Path(path)
+    path = as_path(path, "load")
+    base = None if base is None else as_path(base, "base")
     if (path.is_dir() and not (path / MANIFEST).exists()) or path.suffix == ".safetensors":
         from lisa_analysis.rundir.weights.plain import PlainWeights, is_weights
 
         if is_weights(path):
-            return PlainWeights(path, None if base is None else Path(base))
+            return PlainWeights(path, base)
     run = Run(path)
-    run.base = None if base is None else Path(base)
+    run.base = base
     return run
 
 
@@ -302,8 +305,8 @@ class Run:
         if isinstance(layers, slice):
             wanted = list(range(self.n_layers))[layers]
         else:
-            for layer in [layers] if isinstance(layers, int) else layers:
-                index = int(layer) + (self.n_layers if layer < 0 else 0)
+            for layer in whole_numbers(layers, "layers"):
+                index = layer + (self.n_layers if layer < 0 else 0)
                 if not 0 <= index < self.n_layers:
                     raise RunDirectoryError(
                         f"There is no layer {layer} in {self.path}: it has {self.n_layers} "

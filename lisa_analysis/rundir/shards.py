@@ -1,5 +1,6 @@
 """The Parquet files of a run directory: which shards count, and reading them with filters."""
 
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,24 @@ def last_valid_steps(starts: Mapping[int, int], shards: Iterable[Shard]) -> dict
     return limits
 
 
+def whole_numbers(values: Any, name: str) -> list[int]:
+    """Return one whole number or several as a list.
+
+    Raises
+    ------
+    RunDirectoryError
+        For anything else.
+    """
+    try:
+        several = list(values) if isinstance(values, Iterable) else [values]
+        # Numbers of a frame with gaps are floats.
+        return [int(v) if v % 1 == 0 else operator.index(v) for v in several]
+    except TypeError:
+        raise RunDirectoryError(
+            f"{name} is {values!r}: expected a whole number, a slice or several numbers."
+        ) from None
+
+
 def step_bounds(steps: Steps | None) -> tuple[int, int, list[int] | None]:
     """Return first and last step (both included) and the listed steps, if they were listed."""
     top = 2**62
@@ -124,7 +143,7 @@ def step_bounds(steps: Steps | None) -> tuple[int, int, list[int] | None]:
         if steps.stop is None:
             raise RunDirectoryError("steps has a stride but no end: give slice(start, stop, step).")
         return first, last, list(range(first, steps.stop, steps.step))
-    listed = sorted({int(step) for step in steps})
+    listed = sorted(set(whole_numbers(steps, "steps")))
     return (listed[0], listed[-1], listed) if listed else (0, -1, [])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError, suggest
+from lisa_analysis.contract.paths import as_path
 from lisa_analysis.profiles.profile import to_plain
 
 # Columns of the table of runs that a notebook shows, and what it calls them.
@@ -111,7 +112,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write the table of runs as `.csv`, or everything as `.json`."""
-        path = Path(path)
+        path = as_path(path, "save")
         if path.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.events import draws
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.compare import compare
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
@@ -182,11 +183,11 @@ class Analysis:
             and `control_seed`.
         """
         plan = NextRun(**options)
-        opened = [load(run) if isinstance(run, str | Path) else run for run in runs]
+        found = [opened(run, "report") for run in runs]
         return cls(
             tuple(
                 RunAnalysis(run, name, metric, plan)
-                for run, name in zip(opened, labels(opened), strict=True)
+                for run, name in zip(found, labels(found), strict=True)
             ),
             metric,
             plan,

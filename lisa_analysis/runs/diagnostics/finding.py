@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import as_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +82,7 @@ class Diagnostics:
 
     def save(self, path: str | Path) -> Path:
         """Write the findings as `.json` or `.csv`."""
-        path = Path(path)
+        path = as_path(path, "save")
         if path.suffix == ".json":
             records = [asdict(finding) for finding in self.findings]
             content = {"run_id": self.run_id, "findings": records}
@@ -92,6 +93,28 @@ class Diagnostics:
         else:
             raise LisaError(f"cannot save findings as {path.name!r}: use .csv or .json.")
         return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Diagnostics":
+        """Read findings that were saved as `.json`.
+
+        Raises
+        ------
+        LisaError
+            When the file cannot be read or holds no findings.
+        """
+        path = as_path(path, "Diagnostics.load")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rows = [row | {"layers": tuple(row["layers"])} for row in record["findings"]]
+            return cls(str(record["run_id"]), tuple(Finding(**row) for row in rows))
+        except OSError as error:
+            raise LisaError(f"{path} cannot be read ({error.strerror or error}).") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise LisaError(
+                f"{path} holds no findings ({type(error).__name__}: {error}): give a file that "
+                "Diagnostics.save wrote as .json."
+            ) from None
 
     def __repr__(self) -> str:
         found = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)

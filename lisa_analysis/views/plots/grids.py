@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
 from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
 from lisa_analysis.views.plots import style
@@ -53,6 +54,8 @@ def heatmap(
         Colour is logarithmic when the values are positive. Grey cells were frozen or not
         measured, red cells hold a NaN or an infinity.
     """
+    if not isinstance(run, LayerGrid):
+        style.drawable(run, "iter_metrics", "heatmap", style.A_RUN)
     grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
     ax = style.axes_or_new(ax, (7.2, _height(len(grid.values))))
     title = COLUMN_TITLES.get(grid.column, grid.column)
@@ -93,7 +96,7 @@ def schedule(run: "Run", *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> 
     The bars at the right are the draws in which a layer was active; the mark is what its
     inclusion probabilities add up to. Runs without LISA draws get a note instead.
     """
-    drawn = schedule_grid(run)
+    drawn = schedule_grid(style.drawable(run, "events", "schedule", style.A_RUN))
     ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
     if not len(drawn):
         return style.note(ax, "This run drew no layers: LISA was not used.")
@@ -128,6 +131,7 @@ def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX
     Colour is logarithmic and white at 1: red layers are drawn more often than uniform sampling
     would, blue ones less. Runs whose probabilities do not move get a note instead.
     """
+    style.drawable(run, "events", "learned_probabilities", style.A_RUN)
     grid = probability_grid(run)
     ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
     if not len(grid):
@@ -151,18 +155,34 @@ def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX
     return ax
 
 
-def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = None) -> Axes:
+def kind_grid(scores: Any, *, label: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw a score as colour over module kind × layer.
 
     Parameters
     ----------
     scores
-        Columns ``layer``, ``kind`` and ``score``; missing combinations stay grey.
+        An `ImportanceProfile` by module, or a frame with the columns ``layer``, ``kind`` and
+        ``score``; missing combinations stay grey.
     label
-        What the score is, for the colour bar.
+        What the score is, for the colour bar; None takes the profile's metric.
     ax
         Where to draw; a new figure when None.
+
+    Raises
+    ------
+    LisaError
+        For a profile by anything else, or what is neither.
     """
+    if not isinstance(scores, pd.DataFrame):
+        by = style.drawable(scores, "by", "kind_grid", f"{style.A_PROFILE} or a frame").by
+        if by != "module":
+            raise LisaError(
+                f"plots.kind_grid draws a profile by module, got one by {by}: make it with "
+                "importance(run, by='module')."
+            )
+        label = label or scores.metric
+        frame = scores.to_frame()
+        scores = frame.assign(kind=frame["name"].astype(str).str.rsplit(" ", n=1).str[-1])
     scores = scores.dropna(subset=["layer", "kind"])
     kinds = sorted(scores["kind"].unique(), key=_kind_order)
     ax = style.axes_or_new(ax, (7.2, 0.9 + 0.26 * max(len(kinds), 2)))
@@ -178,7 +198,7 @@ def kind_grid(scores: pd.DataFrame, *, label: str = "score", ax: Axes | None = N
     image = ax.imshow(np.ma.masked_invalid(values), norm=_norm(values), cmap=_colormap(), **options)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=12)
     bar.outline.set_visible(False)
-    bar.set_label(style.literal(label))
+    bar.set_label(style.literal(label or "score"))
     _label_colors(bar, image.norm)
     ax.set_yticks(range(len(kinds)), [style.literal(kind) for kind in kinds])
     ax.set_xticks(style.layer_ticks(n_layers))

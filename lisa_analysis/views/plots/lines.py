@@ -31,7 +31,7 @@ def trajectories(
     `run` is an opened run directory or a `LayerGrid`. Values are drawn on a logarithmic axis when
     all are positive; a line has gaps where its layer was frozen.
     """
-    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    grid = _grid(run, column, "trajectories")
     ax = style.axes_or_new(ax)
     if not np.isfinite(grid.values).any():
         return style.note(ax, f"No {COLUMN_TITLES.get(grid.column, grid.column)} was recorded.")
@@ -54,6 +54,12 @@ def trajectories(
     return _finish(ax, COLUMN_TITLES.get(grid.column, grid.column), group, band=False)
 
 
+def _grid(run: "Run | LayerGrid", column: str, plot: str) -> LayerGrid:
+    if isinstance(run, LayerGrid):
+        return run
+    return layer_grids(style.drawable(run, "iter_metrics", plot, style.A_RUN), [column])[column]
+
+
 def _has_lone_points(values: np.ndarray) -> bool:
     """Whether some value stands between gaps, where a line alone would not show it."""
     known = np.concatenate([[False], np.isfinite(values), [False]])
@@ -68,7 +74,7 @@ def bands(
     most: int = MAX_POINTS,
 ) -> Axes:
     """Draw the bottom, middle and top third of the stack: mean line and range of the layers."""
-    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    grid = _grid(run, column, "bands")
     ax = style.axes_or_new(ax)
     if not np.isfinite(grid.values).any():
         return style.note(ax, f"No {COLUMN_TITLES.get(grid.column, grid.column)} was recorded.")
@@ -88,6 +94,8 @@ def update_ratio(run: "Run | LayerGrid", *, ax: Axes | None = None, most: int = 
     `run` is an opened run directory or the `LayerGrid` from `update_ratio_grid`. The dotted line
     at 10⁻³ is a rule of thumb for Adam, not a limit.
     """
+    if not isinstance(run, LayerGrid):
+        style.drawable(run, "iter_metrics", "update_ratio", style.A_RUN)
     grid = (
         run
         if isinstance(run, LayerGrid)
@@ -121,7 +129,7 @@ def curves(
     LisaError
         For any other quantity.
     """
-    frame = curve_frame(run, quantity)
+    frame = curve_frame(style.drawable(run, "scalars", "curves", style.A_RUN), quantity)
     ax = style.axes_or_new(ax)
     label = QUANTITIES[quantity]
     held_out = held_out_frame(run) if quantity == "loss" else pd.DataFrame({"step": []})

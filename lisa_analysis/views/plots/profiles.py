@@ -30,7 +30,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
         A layer without an interval (too little data) has an open mark instead of a whisker;
         a layer without a score has a cross on the axis.
     """
-    frame = profile.to_frame()
+    frame = style.drawable(profile, "to_frame", "profile", style.A_PROFILE).to_frame()
     ax = style.axes_or_new(ax)
     if frame.empty or not np.isfinite(_floats(frame["score"])).any():
         return style.note(ax, "No layer has a score: nothing was recorded for this metric.")
@@ -84,14 +84,15 @@ def _score_marks(
         ax.plot(place[~scored], nothing, "x", label="never measured", **look)
 
 
-def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+def profiles(profiles: Mapping[str, Any] | Sequence[Any], *, ax: Axes | None = None) -> Axes:
     """Draw several profiles over their own means, so that runs of any scale compare.
 
     Parameters
     ----------
     profiles
         Label -> `ImportanceProfile`, or the profiles of runs that differ in nothing but the seed:
-        these share a line, their mean, and a band from the smallest to the largest.
+        these share a line, their mean, and a band from the smallest to the largest. Or a list of
+        profiles, which are called by what differs: their runs, or their metrics.
     ax
         Where to draw; a new figure when None.
 
@@ -101,6 +102,8 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         The dashed line is a layer like the mean; models of different depth are laid over each
         other from the bottom (0) to the top (1).
     """
+    if not isinstance(profiles, Mapping):
+        profiles = _labelled(profiles)
     ax = style.axes_or_new(ax)
     frames = {name: relative_scores(item) for name, item in profiles.items()}
     frames = {name: frame for name, frame in frames.items() if frame["relative"].notna().any()}
@@ -134,6 +137,20 @@ def profiles(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _labelled(profiles: Any) -> dict[str, Any]:
+    """Profiles of a list by what tells them apart, numbered where nothing does."""
+    expected = f"a mapping or a list of {style.A_PROFILE.removeprefix('an ')}s"
+    several = list(style.drawable(profiles, "__iter__", "profiles", expected))
+    for item in several:
+        style.drawable(item, "metric", "profiles", expected)
+    runs, metrics = ([str(getattr(p, name)) for p in several] for name in ("run_id", "metric"))
+    both = [f"{metric} of {run}" for run, metric in zip(runs, metrics, strict=True)]
+    for names in (runs, metrics, both):
+        if len(set(names)) == len(names) and all(names):
+            return dict(zip(names, several, strict=True))
+    return {f"{n}: {name}": p for n, (name, p) in enumerate(zip(both, several, strict=True), 1)}
+
+
 def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
     """Draw inclusion probabilities per layer beside LISA's even choice.
 
@@ -142,6 +159,9 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
     the scores scaled to the same sum, before mixing, floor and cap.
     """
     ax = style.axes_or_new(ax)
+    style.drawable(
+        probabilities, "inclusion_probabilities", "probabilities", "sampling probabilities"
+    )
     pi = np.asarray(probabilities.inclusion_probabilities, dtype=np.float64)
     k = float(probabilities.activated_layers)
     layer = np.arange(len(pi))

@@ -40,6 +40,9 @@ def comparison(
         The line is the mean over a group's seeds, the band reaches from the smallest to the
         largest; a group of one has no band.
     """
+    style.drawable(runs, "__iter__", "comparison", f"several runs, each {style.A_RUN}")
+    for run in () if isinstance(runs, Mapping) else runs:
+        style.drawable(run, "scalars", "comparison", f"several runs, each {style.A_RUN}")
     groups = runs if isinstance(runs, Mapping) else by_arm(runs)
     ax = style.axes_or_new(ax)
     drawn, group = False, 1

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +10,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from lisa_analysis.contract.errors import LisaError
 
 # Seaborn's colour-blind palette; its yellow and pale pink are left out, they vanish on white.
 _PALETTE = sns.color_palette("colorblind").as_hex()
@@ -51,6 +53,23 @@ def look(position: int) -> tuple[str, str | tuple[int, tuple[int, ...]], str]:
         DASHES[(position + turn) % len(DASHES)],
         MARKERS[(position + turn) % len(MARKERS)],
     )
+
+
+def drawable(value: Any, attribute: str, plot: str, expected: str) -> Any:
+    """Return `value` where it has what `plot` draws.
+
+    Raises
+    ------
+    LisaError
+        Where it has not, a path for one: plots read no files.
+    """
+    if hasattr(value, attribute):
+        return value
+    raise LisaError(f"plots.{plot} draws {expected}, got a {type(value).__name__}.")
+
+
+A_RUN = "a run that lisa_analysis.load opened"
+A_PROFILE = "an importance profile"
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes:

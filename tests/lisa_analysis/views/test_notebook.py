@@ -3,7 +3,10 @@
 import json
 from html.parser import HTMLParser
 
+import pytest
+
 import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.reprs import facts, sentences
 
 
@@ -91,3 +94,92 @@ def test_equal_and_unequal_probabilities_are_told_apart(make_run) -> None:
 def facts_of(probabilities: la.SamplingProbabilities) -> dict[str, str]:
     """The facts above the table of all layers."""
     return dict(Cells(probabilities._repr_html_().split("<details>")[0]).rows)
+
+
+def test_findings_are_read_back(make_run, tmp_path) -> None:
+    found = la.diagnose(make_run(steps=30))
+    again = la.Diagnostics.load(found.save(tmp_path / "f.json"))
+    assert again == found
+    assert any(finding.layers for finding in found.findings) or len(found.findings) > 3
+    for text in ("[]", "{", '{"findings": [{}], "run_id": "x"}', "null"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(LisaError, match=r"bad\.json holds no findings"):
+            la.Diagnostics.load(tmp_path / "bad.json")
+    with pytest.raises(LisaError, match="cannot be read"):
+        la.Diagnostics.load(tmp_path / "none.json")
+
+
+WRONG = {
+    "load takes a path, got a int": lambda run, p: la.load(3),
+    "load takes a path, got a Run": lambda run, p: la.load(run),
+    "base takes a path, got a int": lambda run, p: la.load(run.path, base=3),
+    "by None is unknown": lambda run, p: la.importance(run, by=None),
+    "Did you mean 'layer'": lambda run, p: la.importance(run, by=["layer"]),
+    "seed is 'x': expected": lambda run, p: la.importance(run, seed="x"),
+    "thresholds are a int": lambda run, p: la.importance(run, thresholds=1),
+    "diagnose takes a run directory": lambda run, p: la.diagnose(p),
+    "compare takes": lambda run, p: la.compare([3, 4]),
+    "report takes a run directory": lambda run, p: la.report(p),
+    "plans are made from a profile": lambda run, p: la.sampling_probabilities(run),
+    "columns is 3": lambda run, p: run.metrics(3),
+    "layers is 1.5": lambda run, p: run.metrics(["grad_norm"], layers=1.5),
+    "layers is 'x'": lambda run, p: run.metrics(["grad_norm"], layers="x"),
+    "steps is 'x'": lambda run, p: run.metrics(["grad_norm"], steps="x"),
+    "save takes a path": lambda run, p: p.save(3),
+    "ImportanceProfile.load takes": lambda run, p: la.ImportanceProfile.load(3),
+    "SamplingProbabilities.load takes": lambda run, p: la.SamplingProbabilities.load(3),
+    "plots.profile draws": lambda run, p: la.plots.profile(run),
+    "plots.profiles draws": lambda run, p: la.plots.profiles(3),
+    "plots.profiles draws a mapping or a list": lambda run, p: la.plots.profiles([3]),
+    "plots.heatmap draws a run": lambda run, p: la.plots.heatmap(p),
+    "plots.schedule draws a run": lambda run, p: la.plots.schedule(str(run.path)),
+    "plots.learned_probabilities draws": lambda run, p: la.plots.learned_probabilities(3),
+    "plots.curves draws a run": lambda run, p: la.plots.curves(run.path),
+    "plots.bands draws a run": lambda run, p: la.plots.bands(p),
+    "plots.update_ratio draws a run": lambda run, p: la.plots.update_ratio(p),
+    "plots.trajectories draws a run": lambda run, p: la.plots.trajectories(p),
+    "plots.comparison draws several": lambda run, p: la.plots.comparison(3),
+    "plots.probabilities draws": lambda run, p: la.plots.probabilities(p),
+    "profile by module, got one by layer": lambda run, p: la.plots.kind_grid(p),
+    "plots.kind_grid draws": lambda run, p: la.plots.kind_grid(3),
+}
+
+
+def test_wrong_types_are_one_sentence(make_run) -> None:
+    run = make_run(steps=20)
+    profile = la.importance(run)
+    for words, call in WRONG.items():
+        with pytest.raises(LisaError) as caught:
+            call(run, profile)
+        assert words in str(caught.value)
+
+
+def test_numbers_of_a_frame_choose_layers_and_steps(make_run) -> None:
+    run = make_run(steps=20)
+    steps = run.metrics(["grad_norm"])["step"].unique()[1:3]
+    for chosen in (steps, steps.astype(float), list(steps)):
+        found = run.metrics(["grad_norm"], layers=[0, -1], steps=chosen)
+        assert sorted(found["step"].unique()) == sorted(steps)
+
+
+def test_a_profile_by_module_draws_itself_as_a_grid(make_run) -> None:
+    run = make_run(steps=20)
+    profile = la.importance(run, by="module")
+    axes = la.plots.kind_grid(profile)
+    drawn = axes.images[0].get_array()
+    kinds = [label.get_text() for label in axes.get_yticklabels()]
+    for row in profile:
+        kind = row.name.rsplit(" ", 1)[-1]
+        assert drawn[kinds.index(kind), row.layer] == row.score
+
+
+def test_profiles_of_a_list_are_called_by_what_differs(make_run) -> None:
+    run = make_run(steps=20)
+    a, b = la.importance(run), la.importance(run, "update_norm")
+
+    def names(profiles) -> list[str]:
+        axes = la.plots.profiles(profiles)
+        return [text.get_text() for text in axes.get_legend().get_texts()]
+
+    assert names([a, b]) == [a.metric, b.metric]
+    assert [name[:2] for name in names([a, a])] == ["1:", "2:"]

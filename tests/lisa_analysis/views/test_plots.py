@@ -39,6 +39,7 @@ def profile(n_layers=12, *, low=True, initial=True, unseen=()):
         {
             "layer": range(n_layers), "name": [f"model.layers.{i}" for i in range(n_layers)],
             "score": score, "low": score * 0.9 if low else np.nan, "high": score * 1.1,
+            "joint_low": score * 0.8 if low else np.nan, "joint_high": score * 1.2,
             "n_eff": 40.0, "visits": 3, "initial": 0.4 if initial else np.nan,
         }
     )  # fmt: skip
@@ -184,10 +185,11 @@ def test_profile_draws_bars_intervals_the_initial_part_and_the_unseen():
     initial = [bar for bar in ax.patches if bar.get_facecolor()[:3] == grey]
     assert [bar.get_height() for bar in bars] == frame["score"].dropna().tolist()
     assert [bar.get_height() for bar in initial] == [0.4] * 7
-    level, intervals = ax.collections
+    level, intervals, joint = ax.collections
     assert {path.vertices[0, 1] for path in level.get_paths()} == {0.4}
-    ends = [path.vertices[:, 1].tolist() for path in intervals.get_paths()]
-    assert ends == frame.dropna(subset=["score"])[["low", "high"]].to_numpy().tolist()
+    for lines, bounds in ((intervals, ["low", "high"]), (joint, ["joint_low", "joint_high"])):
+        ends = [path.vertices[:, 1].tolist() for path in lines.get_paths()]
+        assert ends == frame.dropna(subset=["score"])[bounds].to_numpy().tolist()
     labels = ax.get_legend_handles_labels()[1]
     assert "never measured" in labels
     assert "too little data for an interval" not in labels

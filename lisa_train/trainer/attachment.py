@@ -17,12 +17,12 @@ from lisa_analysis.contract.multipliers_file import read_multipliers
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
+from lisa_train.model.known_layers import known_layers
 from lisa_train.optim.layer_rates import set_layer_rates
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation
 from lisa_train.trainer.events import TrainerEvents, patch
-from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.learning import check_learning
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
@@ -139,24 +139,23 @@ def attach(
         From `trainer.train`: when a checkpoint cannot be continued as it was interrupted.
     """
     check("trainer", "trl head")
-    layers = KnownLayers()
-    plan = None if lisa is None else _plan(trainer, lisa, layers)
+    plan = None if lisa is None else _plan(trainer, lisa)
     continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
     trainer.add_callback(continuation)
     if lr_multipliers is not None:
-        _multiply_rates(trainer, lr_multipliers, lisa.layers if lisa else None, layers)
+        _multiply_rates(trainer, lr_multipliers, lisa.layers if lisa else None)
     if eight_bit_states is not None:
         groups, optim = tuple(eight_bit_states), trainer.args.optim
         check_eight_bit_states(groups, str(getattr(optim, "value", optim)))
         check("eight bit")
-        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None, layers))
+        trainer.add_callback(EightBitCallback(groups, lisa.layers if lisa else None))
     stepping = None
     if step_in_backward:
         stepping = StepCallback(trainer)
         trainer.add_callback(stepping)
     callback = None
     if lisa is not None:
-        callback = LisaCallback(lisa, trainer=trainer, plan=plan, layers=layers)
+        callback = LisaCallback(lisa, trainer=trainer, plan=plan)
         trainer.add_callback(callback)
     recorder = None
     if record is not None:
@@ -164,7 +163,7 @@ def attach(
 
         recorder = RecordCallback(
             trainer, record, lisa=callback, stepping=stepping, manifest=manifest,
-            config_yaml=config_yaml, resume=resume, continuation=continuation, layers=layers,
+            config_yaml=config_yaml, resume=resume, continuation=continuation,
         )  # fmt: skip
         trainer.add_callback(recorder)
     attachment = Attachment(callback, recorder, stepping)
@@ -178,16 +177,14 @@ def attach(
     return attachment
 
 
-def _multiply_rates(
-    trainer: Trainer, file: str | os.PathLike[str], path: str | None, layers: KnownLayers
-) -> None:
+def _multiply_rates(trainer: Trainer, file: str | os.PathLike[str], path: str | None) -> None:
     """Multiply the learning rates of layers once there is an optimizer, before its scheduler."""
     read_multipliers(Path(file))  # a broken file is refused now
     done: list[Any] = []
 
     def multiplied(optimizer: Any, model: nn.Module) -> None:
         if not any(optimizer is each for each in done):
-            set_layer_rates(optimizer, model, layers.of(model, path), Path(file))
+            set_layer_rates(optimizer, model, known_layers(model, path), Path(file))
             done.append(optimizer)
 
     def create(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,8 +197,8 @@ def _multiply_rates(
     patch(trainer, "create_optimizer", create)
 
 
-def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | None:
-    """Make the engine's checks that need not wait for training to begin; keep what they found."""
+def _plan(trainer: Trainer, config: LisaConfig) -> Plan | None:
+    """Make the engine's checks that need not wait for training to begin."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
     check_lisa_processes(trainer)
@@ -212,7 +209,6 @@ def _plan(trainer: Trainer, config: LisaConfig, layers: KnownLayers) -> Plan | N
     plan = Plan.make(trainer.model, config, seed=trainer.args.seed)
     if trainer.optimizer is not None:
         plan.check_optimizer(trainer.optimizer)
-    layers.keep(config.layers, plan.layer_map)
     return plan
 
 

@@ -14,10 +14,10 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa, Plan
 from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.model.known_layers import known_layers
 from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer
-from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.learning import ProbeSource, check_learning
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 
@@ -73,7 +73,6 @@ class LisaCallback(Listener, TrainerCallback):
         *,
         trainer: Trainer | None = None,
         plan: Plan | None = None,
-        layers: KnownLayers | None = None,
     ) -> None:
         check("exceptions")
         self.config = config or LisaConfig()
@@ -85,7 +84,6 @@ class LisaCallback(Listener, TrainerCallback):
         self._trainer = trainer
         # Not the plan itself, which would hold the tensors of a model that is replaced.
         self._planned = None if plan is None else (plan.layer_map, plan.loaded_config())
-        self._layers = layers or KnownLayers()
         self._starts = False
         self._events: TrainerEvents | None = None
         self._probe: ProbeSource | None = None
@@ -121,8 +119,9 @@ class LisaCallback(Listener, TrainerCallback):
             check_lisa_processes(trainer)
         probe = self._probe_source(trainer)
         self._starts = True
-        layer_map = self._layers.known(model, self.config.layers)
         planned, loaded = self._planned or (None, self.config)
+        # Where nothing is planned the engine looks for them, once it knows that the model will do.
+        layer_map = None if planned is None else known_layers(model, self.config.layers)
         self.engine = Lisa(
             model,
             optimizer,
@@ -136,7 +135,6 @@ class LisaCallback(Listener, TrainerCallback):
             probe=None if probe is None else probe.run,
         )
         self._starts = False
-        self._layers.keep(self.config.layers, self.engine.layer_map)
         if trainer is not None:
             from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
 

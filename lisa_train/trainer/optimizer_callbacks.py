@@ -12,11 +12,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.model.known_layers import known_layers
 from lisa_train.optim.eight_bit import set_eight_bit_states
 from lisa_train.optim.settings import check_step_settings
 from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.known_layers import KnownLayers
 
 
 class StepCallback(Listener, TrainerCallback):
@@ -140,14 +140,11 @@ class EightBitCallback(TrainerCallback):
         See `set_eight_bit_states`.
     path
         Path of the layers, where the model's structure leaves it open.
-    layers
-        Where they are found.
     """
 
-    def __init__(self, groups: tuple[str, ...], path: str | None, layers: KnownLayers) -> None:
+    def __init__(self, groups: tuple[str, ...], path: str | None) -> None:
         self._groups = groups
         self._path = path
-        self._layers = layers
 
     def on_train_begin(
         self,
@@ -160,7 +157,7 @@ class EightBitCallback(TrainerCallback):
     ) -> None:
         """Set it before the first step."""
         assert model is not None
-        layer_map = self._layers.of(model, self._path)
+        layer_map = known_layers(model, self._path)
         set_eight_bit_states(optimizer, model, layer_map, self._groups)
 
 

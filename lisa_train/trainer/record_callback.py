@@ -18,11 +18,11 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.engine import Draw
+from lisa_train.model.known_layers import known_layers
 from lisa_train.model.tensor_table import tensor_table
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.known_layers import KnownLayers
 from lisa_train.trainer.lisa_callback import ROUNDED, LisaCallback, draw_fields
 from lisa_train.trainer.optimizer_callbacks import StepCallback
 from lisa_train.trainer.parallel_checks import check_parallel
@@ -97,7 +97,6 @@ class RecordCallback(Listener, TrainerCallback):
         config_yaml: str | None = None,
         resume: bool = False,
         continuation: Continuation | None = None,
-        layers: KnownLayers | None = None,
     ) -> None:
         check_parallel(trainer, "the recorder", sharded=True)
         self._run = TrainerRun(
@@ -110,7 +109,6 @@ class RecordCallback(Listener, TrainerCallback):
         self._trainer = trainer
         self._events = TrainerEvents.of(trainer)
         self._stepping = stepping
-        self._layers = layers or KnownLayers()
         self._tally = Tally(trainer)
         self._probes = TrainerProbes(trainer, config, self._events.loss_scale)
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
@@ -140,7 +138,7 @@ class RecordCallback(Listener, TrainerCallback):
         if lisa is None:
             warn_of_losses(self._trainer, state, None)
         path = (lisa and lisa.layers) or self.config.layers
-        layer_map = self._layers.of(self._trainer.model, path)
+        layer_map = known_layers(self._trainer.model, path)
         table = tensor_table(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded

@@ -19,6 +19,12 @@ _SHOWN = {
     "loss_at_equal_steps": "at equal steps", "loss_at_equal_seconds": "at equal time",
 }  # fmt: skip
 
+# Tables in the file, and the attributes that hold them.
+_FRAMES = {
+    "runs": "table", "arms": "arms", "differences": "differences", "profiles": "profiles",
+    "rank_agreement": "rank_agreement", "curves": "curves",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -111,16 +117,51 @@ class Comparison:
         return plain
 
     def save(self, path: str | Path) -> Path:
-        """Write the table of runs as `.csv`, or everything as `.json`."""
+        """Write the table of runs as `.csv`, or everything as `.json`, which `load` reads."""
         path = as_path(path, "save")
         if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            record = self.to_dict() | {
+                "curves": to_plain(self.curves.to_dict("records")),
+                "columns": {n: list(getattr(self, attribute)) for n, attribute in _FRAMES.items()},
+            }
+            text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
             self.table.to_csv(path, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save a comparison as {path.name!r}: use .csv or .json.")
         return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Comparison":
+        """Read a comparison that was saved as `.json`.
+
+        Raises
+        ------
+        LisaError
+            When the file cannot be read or holds no comparison.
+        """
+        path = as_path(path, "Comparison.load")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            frames = {
+                attribute: pd.DataFrame(record[name], columns=record["columns"][name])
+                for name, attribute in _FRAMES.items()
+            }
+            concordance = record["concordance"]
+            return cls(
+                metric=record["metric"],
+                concordance=float("nan") if concordance is None else concordance,
+                statement=record["statement"],
+                **frames,
+            )
+        except OSError as error:
+            raise LisaError(f"{path} cannot be read ({error.strerror or error}).") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise LisaError(
+                f"{path} holds no comparison ({type(error).__name__}: {error}): give a file that "
+                "Comparison.save wrote as .json."
+            ) from None
 
     def __repr__(self) -> str:
         return f"<Comparison of {len(self.table)} runs in {len(self.arms)} arms by {self.metric}>"

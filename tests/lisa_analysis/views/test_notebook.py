@@ -3,6 +3,8 @@
 import json
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import lisa_analysis as la
@@ -107,6 +109,26 @@ def test_findings_are_read_back(make_run, tmp_path) -> None:
             la.Diagnostics.load(tmp_path / "bad.json")
     with pytest.raises(LisaError, match="cannot be read"):
         la.Diagnostics.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (1, 2, 3)])
+def test_a_comparison_is_read_back(seeds, make_run, tmp_path) -> None:
+    made = la.compare([make_run(steps=20, seed=seed) for seed in seeds])
+    again = la.Comparison.load(made.save(tmp_path / "c.json"))
+    assert again.to_dict() == made.to_dict()
+    for name in ("table", "arms", "differences", "profiles", "rank_agreement", "curves"):
+        assert list(getattr(again, name)) == list(getattr(made, name))
+        pd.testing.assert_frame_equal(
+            getattr(again, name).fillna(np.nan).astype(object),
+            getattr(made, name).reset_index(drop=True).fillna(np.nan).astype(object),
+            check_dtype=False,
+            check_column_type=False,
+        )
+    assert again._repr_html_().count("<table") == made._repr_html_().count("<table")
+    for text in ("[]", "{", "{}", "null"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(LisaError, match=r"bad\.json holds no comparison"):
+            la.Comparison.load(tmp_path / "bad.json")
 
 
 WRONG = {

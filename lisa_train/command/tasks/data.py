@@ -13,12 +13,10 @@ from lisa_train.command.tasks.literal_path import is_alias, literal_path
 from lisa_train.command.tasks.rows import (
     INSTRUCTION,
     MESSAGES,
-    PAIR,
-    TOKENS,
     Layout,
     check_rows,
     instruction_as_pair,
-    text_layout,
+    layout_of,
 )
 
 if TYPE_CHECKING:
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 _READERS = {
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
-_LAYOUTS = (
-    "`text`; `prompt` and `completion`; `instruction` and `output`; `messages`; or `input_ids`"
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def load_data(config: TrainConfig, *, chat: bool = False) -> TrainingData:
     """
     splits = read_splits(config)
     name = config.dataset_train_split
-    layout = _layout(splits[name], config)
+    layout = layout_of(splits[name], config)
     first = splits[name].select(range(1))  # before the data is found too small to be split
     _check_part(Part(first, name, range(1)), layout, config)
     parts = split_parts(splits, config)
@@ -259,43 +254,6 @@ def _read(config: TrainConfig) -> "DatasetDict":
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
     return str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
-
-
-def _layout(dataset: "Dataset", config: TrainConfig) -> Layout:
-    """Return the layout that the columns show; TRL prefers token ids to whatever else is there."""
-    columns, field = dataset.column_names, config.dataset_text_field
-    if not len(dataset):
-        raise ConfigError(
-            f"{config.dataset_name} has no example in split {config.dataset_train_split!r}; "
-            "expected at least one."
-        )
-    for layout in (TOKENS, MESSAGES, PAIR, INSTRUCTION):
-        if set(layout.needed) <= set(columns):
-            if layout is TOKENS and config.completion_only_loss:
-                _need_mask(columns, "completion_mask", config)
-            return layout
-    if field in columns:
-        if config.completion_only_loss:
-            raise ConfigError(
-                f"completion_only_loss is true but {config.dataset_name} is plain text; it needs "
-                "`prompt` and `completion`, or `messages`."
-            )
-        return text_layout(field)
-    hint = next(
-        (s for c in columns if (s := suggest(c, [field, "prompt", "completion", "messages"]))), ""
-    )
-    raise ConfigError(
-        f"{config.dataset_name} has the columns {', '.join(map(repr, columns))}; expected "
-        f"{_LAYOUTS}. Say with columns which is which, as columns: {{text: {columns[0]}}}." + hint
-    )
-
-
-def _need_mask(columns: Sequence[str], mask: str, config: TrainConfig) -> None:
-    if mask not in columns and "labels" not in columns:
-        raise ConfigError(
-            f"completion_only_loss is true but {config.dataset_name} holds token ids without "
-            f"{mask!r} or 'labels'; add the column."
-        )
 
 
 def split_parts(splits: "DatasetDict", config: TrainConfig) -> tuple[Part, Part | None]:

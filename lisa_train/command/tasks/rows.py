@@ -1,10 +1,11 @@
 """What a row of training data must look like in every layout; the first that does not is named."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.command.config import TrainConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,3 +159,43 @@ INSTRUCTION = Layout(
 TOKENS = Layout(
     "tokens", ("input_ids",), ("labels", "completion_mask", "assistant_masks"), _check_tokens
 )
+_LAYOUTS = (
+    "`text`; `prompt` and `completion`; `instruction` and `output`; `messages`; or `input_ids`"
+)
+
+
+def layout_of(dataset: "Dataset", config: TrainConfig) -> Layout:
+    """Return the layout that the columns show; TRL prefers token ids to whatever else is there."""
+    columns, field = dataset.column_names, config.dataset_text_field
+    if not len(dataset):
+        raise ConfigError(
+            f"{config.dataset_name} has no example in split {config.dataset_train_split!r}; "
+            "expected at least one."
+        )
+    for layout in (TOKENS, MESSAGES, PAIR, INSTRUCTION):
+        if set(layout.needed) <= set(columns):
+            if layout is TOKENS and config.completion_only_loss:
+                _need_mask(columns, "completion_mask", config)
+            return layout
+    if field in columns:
+        if config.completion_only_loss:
+            raise ConfigError(
+                f"completion_only_loss is true but {config.dataset_name} is plain text; it needs "
+                "`prompt` and `completion`, or `messages`."
+            )
+        return text_layout(field)
+    hint = next(
+        (s for c in columns if (s := suggest(c, [field, "prompt", "completion", "messages"]))), ""
+    )
+    raise ConfigError(
+        f"{config.dataset_name} has the columns {', '.join(map(repr, columns))}; expected "
+        f"{_LAYOUTS}. Say with columns which is which, as columns: {{text: {columns[0]}}}." + hint
+    )
+
+
+def _need_mask(columns: Sequence[str], mask: str, config: TrainConfig) -> None:
+    if mask not in columns and "labels" not in columns:
+        raise ConfigError(
+            f"completion_only_loss is true but {config.dataset_name} holds token ids without "
+            f"{mask!r} or 'labels'; add the column."
+        )

@@ -205,3 +205,22 @@ def test_profiles_of_a_list_are_called_by_what_differs(make_run) -> None:
 
     assert names([a, b]) == [a.metric, b.metric]
     assert [name[:2] for name in names([a, a])] == ["1:", "2:"]
+
+
+def test_a_metric_of_ones_own_is_one_decorator_away(make_run) -> None:
+    run = make_run(steps=20)
+
+    @la.metric("log", "Half of ‖g_t‖.", needs=("grad_norm",))
+    def half_gradient(log):
+        return log.table["grad_norm"] / 2
+
+    try:
+        assert "half_gradient" in la.METRICS
+        found = la.importance(run.path, "half_gradient")
+        steps = run.norms("grad_norm")[list(range(run.n_layers))]
+        expected = np.exp(np.log(steps.astype(float)).mean()) / 2
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+        with pytest.raises(LisaError, match="is built in"):
+            la.metric("log", "Not ours.", id="grad_rms")(lambda log: log.table["grad_norm"])
+    finally:
+        la.METRICS.remove("half_gradient")

@@ -108,7 +108,7 @@ def _key_numbers(analysis: Analysis) -> Table:
 def _profile_numbers(contents: Sequence[RunContent]) -> Table | None:
     """How unequal the layers are; each figure with its interval."""
     fields = [
-        ("headroom", "headroom"),
+        ("headroom", "spread, 1 + CV²"),
         ("ends_to_middle", "ends / middle"),
         ("effective_layers", "effective layers"),
         ("gini", "Gini"),
@@ -147,8 +147,8 @@ def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
             found.setdefault(column.name, column.meaning)
     for name in ("loss", "learning_rate", "clip_coef", "peak_memory_bytes"):
         found[name] = SCALARS_TABLE[name].meaning
-    found["headroom"] = (
-        "the spread of the layer scores, 1 + CV²: what a draw in proportion to them collects over "
+    found["spread, 1 + CV²"] = (
+        "of the layer scores (`headroom` in the data): what a draw in proportion to them collects over "
         "a uniform one, in score; no promise of a lower loss"
     )
     found["ends / middle"] = (

@@ -53,6 +53,7 @@ def signal_to_noise(data: Measurements, step: int | None = None) -> NDArray[Any]
     "micro-batches leaves in their mean; unbiased at every step, the root taken over all of them "
     "(record.grad_noise).",
     needs=("grad_norm", "grad_noise", "micro_batches"),
+    levels=False,
 )
 def step_signal(data: Measurements) -> NDArray[Any]:
     """Gradient that the micro-batches of a step agree on, per element."""

@@ -65,6 +65,9 @@ class Metric:
         Whether it compares the run with another one.
     below_zero
         What a layer did whose score is below zero, where the metric can tell.
+    levels
+        Whether a linear metric's values are sizes, to be divided by what all layers share in size
+        at a step. Pseudo-values, whose mean alone has a meaning, are not.
     reference
         The other run of a metric that compares.
     """
@@ -78,6 +81,7 @@ class Metric:
     rows: Rows = "steps"
     compares: bool = False
     below_zero: str = ""
+    levels: bool = True
     reference: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,6 +197,7 @@ def metric(
     rows: Rows = "steps",
     compares: bool = False,
     below_zero: str = "",
+    levels: bool = True,
 ) -> Callable[[Subject], Any]:
     """Make a function a metric and register it under its name, see `Metric`.
 
@@ -213,7 +218,7 @@ def metric(
         made = isinstance(subject, type)
         found = Metric(
             id or subject.__name__, definition, scale, subject() if made else subject, needs,
-            at_start, rows, compares, below_zero,
+            at_start, rows, compares, below_zero, levels,
         )  # fmt: skip
         METRICS.register(found)
         if not made:
@@ -226,7 +231,7 @@ def metric(
 
 
 # What a class or object of one's own may say of itself.
-_OWN = ("id", "definition", "scale", "needs", "at_start", "rows", "below_zero")
+_OWN = ("id", "definition", "scale", "needs", "at_start", "rows", "below_zero", "levels")
 
 
 def find_metric(metric: Any, reference: Any = None) -> Metric:

@@ -253,7 +253,7 @@ def _fits(
             values[:, columns], log=log, clusters=None if total else clusters,
             confidence=confidence, rng=rng, remove_common=log,
             min_effective=limits.min_effective, min_visits=limits.min_visits,
-            independent=chosen.independent,
+            independent=chosen.independent, levelled=chosen.levels,
         )  # fmt: skip
 
     inside = data.table.groups.inside

@@ -159,6 +159,7 @@ def fit_series(
     min_effective: float = MIN_EFFECTIVE,
     min_visits: float = MIN_VISITS,
     independent: bool = False,
+    levelled: bool = True,
 ) -> Fit:
     """Average over time and find out how well the average is known.
 
@@ -184,6 +185,8 @@ def fit_series(
     independent
         The rows are independent repetitions (batches of a probe), not a course over time: every
         row counts in full, and `min_effective` does not apply.
+    levelled
+        Divide values that are no logarithms by what all layers share in size at a step.
     """
     values = np.where(np.isfinite(values), values, np.nan)
     zero, zeros = find_zeros(values)
@@ -191,7 +194,7 @@ def fit_series(
     if log:
         values[values <= 0] = np.nan
         np.log(values, out=values)
-    elif not independent:
+    elif levelled and not independent:
         values = level(values)
     series, labels = condense(values, clusters)
     effects = st.additive_effects(series, remove_common=remove_common and log)

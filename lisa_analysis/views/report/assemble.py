@@ -148,8 +148,8 @@ def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
     for name in ("loss", "learning_rate", "clip_coef", "peak_memory_bytes"):
         found[name] = SCALARS_TABLE[name].meaning
     found["spread, 1 + CV²"] = (
-        "of the layer scores (`headroom` in the data): what a draw in proportion to them collects over "
-        "a uniform one, in score; no promise of a lower loss"
+        "of the layer scores (`headroom` in the data): what a draw in proportion to them collects "
+        "over a uniform one, in score; no promise of a lower loss"
     )
     found["ends / middle"] = (
         "mean of the first and last eighth of the layers over the median of the middle half"

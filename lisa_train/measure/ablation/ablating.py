@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 
 from lisa_analysis.contract.errors import LisaError
@@ -255,4 +254,6 @@ def _free(model: torch.nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
     return int(psutil.virtual_memory().available)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -206,4 +205,6 @@ def sums_fit(tensors: Sequence[torch.Tensor]) -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
     return int(psutil.virtual_memory().available)

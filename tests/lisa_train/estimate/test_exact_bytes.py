@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lisa_train as lt
+from lisa_train.methods.adapter_heads import train_heads_whole
+from lisa_train.model.module_tree import task_type_of
 
 LISA = lt.LisaConfig(activated_layers=2)
 
@@ -27,7 +29,11 @@ def real_step(config, method, optim, dtype, lora=None, lisa=LISA):
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(**{"target_modules": "all-linear", **lora}))
+        config = LoraConfig(
+            **{"target_modules": "all-linear", "task_type": task_type_of(model), **lora}
+        )
+        train_heads_whole(config, model)
+        model = get_peft_model(model, config)
     optimizer = optimizer_of(optim, [p for p in model.parameters() if p.requires_grad])
     engine = lt.Lisa(model, optimizer, lisa) if method == "lisa" else None
     if engine is not None:

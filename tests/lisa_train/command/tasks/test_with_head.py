@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers_models import write_jsonl
 from helpers_tasks import CLASSES, build_bert, classified, copy_with, write_tags, write_texts
@@ -333,10 +334,11 @@ def test_a_decoder_classifies_too(
     assert result["last_held_out_loss"] < result["first_held_out_loss"]
 
 
-def test_a_classifier_is_not_ablated_as_a_language_model(
+def test_a_classifier_is_ablated_as_a_classifier(
     bert: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     task = "text-classification"
     run = train(settings(bert, files[task], tmp_path / "run", task, "full", max_steps=1))
-    with pytest.raises(lt.LisaError, match=r"was trained for text-classification: only causal"):
-        lt.ablate(run)
+    lt.ablate(run, max_examples=4)
+    modes = set(pd.read_parquet(run / "ablation.parquet")["mode"])
+    assert modes == {"trained", "base", "reset", "keep"}

@@ -12,22 +12,18 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa import notices
+from lisa_train.methods.lisa.active import ActiveTensors
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_average import GradientAverage
 from lisa_train.methods.lisa.gradient_reach import GradientReach
-from lisa_train.methods.lisa.input_gradients import InputGradients
-from lisa_train.methods.lisa.learning.online import Learning
+from lisa_train.methods.lisa.learning.online import learning_of
 from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
-from lisa_train.methods.lisa.precision import MasterWeights, exact_tensors, load_exact_tensors
-from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.run_entries import announce, lisa_entries
-from lisa_train.model.sharding import is_sharded, reshard, settle_reductions
-from lisa_train.optim.frozen_state import FrozenState, on_load
-from lisa_train.optim.policies import POLICIES
+from lisa_train.optim.frozen_state import on_load
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
 from lisa_train.optim.write_check import WriteCheck
@@ -138,37 +134,16 @@ class Lisa:
             model, self.layer_map, self.config, self._units, self._schedule.excluded, missing,
             total_steps, seeds,
         )  # fmt: skip
-        place = POLICIES[self.config.optimizer_state].place
-        self._learning = (
-            Learning(model, config.learn, self._schedule, self._units,
-                     loses_state=place == "nowhere", probe=probe)
-            if config.learn is not None
-            else None
-        )  # fmt: skip
+        self._learning = learning_of(model, self.config, self._schedule, self._units, probe)
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._average = GradientAverage(model, wanted=averages)
-        self._sharded = model if any(is_sharded(p) for p in model.parameters()) else None
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._trainable = [p for p, flag in self._flags if flag]
-        self._active: set[nn.Parameter] = set()
-        self._size = sum(p.numel() for p, _ in self._flags)
+        self._active = ActiveTensors(
+            model, self.config, optimizers, self.layer_map, self._schedule.seed
+        )
+        self._state = self._active.state
         self._reach = GradientReach(self._units)
         self._write_check = WriteCheck()
-        self._master_weights = (
-            MasterWeights(model, self._trainable, self._schedule.seed)
-            if config.precision == "fp32_active"
-            else None
-        )
-        self._recomputation = (
-            Recomputation(model, self.layer_map) if config.recompute == "frozen" else None
-        )
-        self._state = FrozenState(optimizers, config.optimizer_state)
-        owners = self._state.owners
-        self._own = {o: [p for p in self._trainable if owners.get(p) is o] for o in optimizers}
         self._warmup = Warmup(config.warmup_steps)
-        self._input_gradients = InputGradients(
-            model, embeddings_train="embed" in config.always_active
-        )
         self._unhook: list[Callable[[], None]] = []
         for held in optimizers:
             self._unhook += [
@@ -226,11 +201,10 @@ class Lisa:
         self._notices.unreached(self._reach.found())
         self._reach.start(step)
         self._apply()
-        if self._learning is not None:
-            self._learning.start()
+        self._learning.start()
         draw = replace(
             draw,
-            trainable_share=sum(p.numel() for p in self._active) / self._size,
+            trainable_share=self._active.share(),
             state_bytes=self._state.bytes(),
             update_factors=self._schedule.update_factors(),
         )
@@ -245,13 +219,12 @@ class Lisa:
         of this step hold what was learned, and a measuring pass made while its batch is at hand.
         """
         self._reach.end_step(self._schedule.layers)
-        if self._learning is not None:
-            self._learning.finish(step)
-            self._notices.frozen(self._schedule.frozen)
+        self._learning.finish(step)
+        self._notices.frozen(self._schedule.frozen)
 
     def probes_at(self, step: int) -> bool:
         """Whether `finish_step(step)` or `begin_step(step)` is to make a measuring pass."""
-        return self._learning is not None and self._learning.probes_at(step)
+        return self._learning.probes_at(step)
 
     def learn(self, step: int, layer_scores: ArrayLike) -> None:
         """Hand the sampler what was measured of the layers, for the draws to come.
@@ -274,7 +247,7 @@ class Lisa:
         gradients are looked at or clipped. All processes do, together. In one process, and where
         `DistributedDataParallel` has done it, nothing happens.
         """
-        self._average.average([p for p in self._trainable if p in self._active])
+        self._average.average([p for p in self._active.trainable if p in self._active.now])
 
     def close(self) -> None:
         """Restore every `requires_grad` flag and leave the optimizer as a plain one."""
@@ -286,16 +259,8 @@ class Lisa:
         open_engines.discard(self)
         for unhook in self._unhook:
             unhook()
-        self._state.close()
-        if self._learning is not None:
-            self._learning.close()
-        if self._master_weights is not None:
-            self._master_weights.close(self._schedule.index or 0)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._input_gradients.restore()
-        if self._recomputation is not None:
-            self._recomputation.restore()
+        self._learning.close()
+        self._active.close(self._schedule.index or 0)
 
     def __enter__(self) -> Self:
         return self
@@ -305,10 +270,7 @@ class Lisa:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside model and optimizer, as JSON values."""
-        state = self._schedule.state_dict()
-        if self._learning is None:
-            return state
-        return state | {"learning": self._learning.state_dict()}
+        return self._schedule.state_dict() | self._learning.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, in the middle of an interval too.
@@ -317,8 +279,7 @@ class Lisa:
         ``precision="fp32_active"``: see `tensors`.
         """
         self._schedule.load_state_dict(state)
-        if self._learning is not None:
-            self._learning.load_state_dict(state["learning"])
+        self._learning.load_state_dict(state)
         self._reach.start(self._schedule.step)
         if self._schedule.index is not None:
             self._apply()
@@ -329,15 +290,15 @@ class Lisa:
         Save it beside the others with ``precision="fp32_active"``, and hand it to `load_tensors`
         after everything else is loaded.
         """
-        return exact_tensors(self._trainable, self._active, self._state)
+        return self._active.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Take up what `tensors` returned, to the bit; call it after `load_state_dict`."""
-        load_exact_tensors(tensors, self._trainable, self._active, self._state)
+        self._active.load_tensors(tensors)
 
     def rules(self, tensors: Set[torch.Tensor]) -> bool:
         """Whether this engine is open and decides about any of `tensors`."""
-        return not self._closed and any(p in tensors for p, _ in self._flags)
+        return not self._closed and self._active.rules(tensors)
 
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
@@ -349,37 +310,10 @@ class Lisa:
 
     def _apply(self) -> None:
         """Let exactly the active units require gradients; clear the rest out of the optimizer."""
-        if self._sharded is not None:
-            reshard(self._sharded)  # an evaluation leaves other tensors in their place
         units: list[Unit] = [*self._schedule.layers, *self.active_groups]
         wanted = {p for unit in units for p in self._units[unit]}
-        for parameter in self._trainable:
-            if parameter in wanted:
-                self._activate(parameter)
-            else:
-                self._freeze(parameter)
-        self._active = wanted
-        if self._sharded is not None:
-            settle_reductions(self._sharded)
+        self._active.choose(wanted, self._schedule.layers, self._schedule.index or 0)
         self._write_check.start(self._optimizers)
-        if self._recomputation is not None:
-            self._recomputation.spare(self._schedule.layers)
-
-    def _activate(self, parameter: nn.Parameter) -> None:
-        if parameter not in self._active:
-            self._state.thaw(parameter)
-        if self._master_weights is not None:
-            self._master_weights.upcast(parameter)
-        parameter.requires_grad_(True)
-
-    def _freeze(self, parameter: nn.Parameter) -> None:
-        parameter.requires_grad_(False)
-        # A loop that zeroes gradients instead of dropping them would otherwise go on moving the
-        # tensor by momentum and weight decay.
-        parameter.grad = None
-        self._state.freeze(parameter)
-        if self._master_weights is not None:
-            self._master_weights.downcast(parameter, self._schedule.index or 0)
 
     def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Drop gradients that somebody gave to frozen tensors; note where a warm-up starts."""
@@ -389,17 +323,16 @@ class Lisa:
                 "the forward pass of every optimizer step."
             )
         self.average_gradients()
-        frozen = [p for p in self._own[optimizer] if p not in self._active]
+        frozen = [p for p in self._active.of[optimizer] if p not in self._active.now]
         self._state.sort_loaded(optimizer, frozen)
         for parameter in frozen:
             parameter.grad = None
         if optimizer in self._schedule_free:
-            for parameter in self._own[optimizer]:
-                if parameter in self._active:
+            for parameter in self._active.of[optimizer]:
+                if parameter in self._active.now:
                     start_schedule_free(optimizer, parameter)
         self._reach.look(self._schedule.layers)
-        if self._learning is not None:
-            self._learning.before_step(optimizer, self._state.owners)
+        self._learning.before_step(optimizer, self._state.owners)
         self._write_check.before_step(optimizer, frozen)
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
@@ -412,6 +345,5 @@ class Lisa:
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Shorten the update of tensors in their warm-up; after a draw, check the frozen ones."""
         self._warmup.after_step()
-        if self._learning is not None:
-            self._learning.after_step(optimizer)
+        self._learning.after_step(optimizer)
         self._write_check.after_step(optimizer)

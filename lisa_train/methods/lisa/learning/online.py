@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.learning.all_layers import gradients_of_all
 from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.methods.lisa.learning.evidence import Array
@@ -17,9 +18,40 @@ from lisa_train.methods.lisa.learning.visits import Visits
 from lisa_train.methods.lisa.schedule import Schedule
 from lisa_train.model.parallel import processes
 from lisa_train.model.sharding import is_sharded
+from lisa_train.optim.policies import POLICIES
 
 
-class Learning:
+class NoLearning:
+    """What the engine asks around its steps where nothing is learned."""
+
+    def before_step(self, optimizer: Optimizer, owners: Mapping[Any, Optimizer]) -> None:
+        """Measure nothing."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Measure nothing."""
+
+    def finish(self, step: int) -> None:
+        """Hand on nothing."""
+
+    def probes_at(self, step: int) -> bool:
+        """Make no measuring pass."""
+        return False
+
+    def start(self) -> None:
+        """Begin no visit."""
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return entries of the engine's state: none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take nothing from the engine's state."""
+
+
+class Learning(NoLearning):
     """Measures the layers that train and hands the numbers to the schedule.
 
     Parameters
@@ -134,15 +166,30 @@ class Learning:
             self._visits.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is measured and not handed on yet, as JSON values."""
+        """Return what is measured and not handed on yet, as JSON values of the engine's state."""
         visits = None if self._visits is None else self._visits.state_dict()
-        return {"probed": self._probed, "visits": visits}
+        return {"learning": {"probed": self._probed, "visits": visits}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
-        self._probed = int(state["probed"])
+        """Take up what `state_dict` returned, out of the engine's state."""
+        learning = state["learning"]
+        self._probed = int(learning["probed"])
         if self._visits is not None:
-            self._visits.load_state_dict(state["visits"])
+            self._visits.load_state_dict(learning["visits"])
+
+
+def learning_of(
+    model: nn.Module,
+    config: LisaConfig,
+    schedule: Schedule,
+    units: Mapping[Any, Sequence[nn.Parameter]],
+    probe: Callable[[], object] | None,
+) -> NoLearning:
+    """Return what learns by `config.learn`, or what learns nothing, see `Learning`."""
+    if config.learn is None:
+        return NoLearning()
+    loses_state = POLICIES[config.optimizer_state].place == "nowhere"
+    return Learning(model, config.learn, schedule, units, loses_state=loses_state, probe=probe)
 
 
 def _of_the_first(values: Array) -> Array:

@@ -70,11 +70,19 @@ def statement(
 ) -> str:
     """What a person should take away, in sentences."""
     seen, unknown = fit.seen, ~(fit.seen | fit.zero)
-    sentences = []
     never, without = int((unknown & ~trained).sum()), int((unknown & trained).sum())
     if unknown.all():
         why = f"No {by} was observed training" if not without else "No recorded step gave a value"
         return f"{why}: nothing is known about {metric}."
+    # What is known comes first, what is not after it.
+    sentences: list[str] = []
+    if fit.samples is not None:
+        sentences.append(standing_words(by, names, judged.standing, confidence))
+    elif seen.any():
+        sentences.append(
+            f"The data are insufficient for intervals ({why_unknown(fit, seen, limits)}): "
+            f"differences between {by}s may be noise."
+        )
     if never:
         sentences.append(f"Never observed training, and so unknown: {never} of {len(seen)} {by}s.")
     if without:
@@ -84,20 +92,13 @@ def statement(
     sentences += special
     if not seen.any():
         return " ".join(sentences)
-    if fit.samples is None:
+    missing = seen & ~fit.known
+    if fit.samples is not None and missing.any():
+        rows = name_rows(by, names, missing)
         sentences.append(
-            f"The data are insufficient for intervals ({why_unknown(fit, seen, limits)}): "
-            f"differences between {by}s may be noise."
+            f"{rows[0].upper()}{rows[1:]} {'have' if missing.sum() > 1 else 'has'} no interval "
+            f"({why_unknown(fit, missing, limits)})."
         )
-    else:
-        sentences.append(standing_words(by, names, judged.standing, confidence))
-        missing = seen & ~fit.known
-        if missing.any():
-            rows = name_rows(by, names, missing)
-            sentences.append(
-                f"{rows[0].upper()}{rows[1:]} {'have' if missing.sum() > 1 else 'has'} no "
-                f"interval ({why_unknown(fit, missing, limits)})."
-            )
     if fit.departs.any() and fit.parts is not None:
         rows = name_rows(by, names, fit.departs & seen)
         verb = "vary" if (fit.departs & seen).sum() > 1 else "varies"
@@ -138,24 +139,37 @@ def why_unknown(fit: Fit, rows: NDArray[np.bool_], limits: Thresholds) -> str:
 def standing_words(
     by: str, names: Sequence[str], standing: Standing, confidence: float, limit: int = 8
 ) -> str:
-    """Name the rows that stand above and below the others, and those unknown."""
+    """Name the rows that stand above and below the others, and those unknown, in a sentence."""
+    said = named(by, names, standing.above, standing.below, standing.unknown, limit)
+    return f"{said} ({confidence:.0%} for all {by}s at once)."
+
+
+def named(
+    by: str,
+    names: Sequence[str],
+    above: NDArray[np.bool_],
+    below: NDArray[np.bool_],
+    unknown: NDArray[np.bool_],
+    limit: int = 8,
+) -> str:
+    """``Layers 0 and 29 stand above the others; layer 17 below; layer 9 is unknown``."""
 
     def rows(mask: NDArray[np.bool_]) -> str:
         return f"{by}{'s' if mask.sum() > 1 else ''} {listed(by, names, mask, limit)}"
 
     parts: list[str] = []
-    for mask, word in ((standing.above, "above"), (standing.below, "below")):
-        if mask.any():
+    for mask, word in ((above, "above"), (below, "below")):
+        if mask.any() and parts:
+            parts.append(f"{rows(mask)} {word}")
+        elif mask.any():
             verb = "stands" if mask.sum() == 1 else "stand"
-            the = " the others" if not parts else ""
-            parts.append(f"{rows(mask)} {verb if not parts else ''} {word}{the}".replace("  ", " "))
+            parts.append(f"{rows(mask)} {verb} {word} the others")
     if not parts:
-        parts.append(f"no {by} stands apart from the others")
-    if standing.unknown.any():
-        one = standing.unknown.sum() == 1
-        parts.append(f"{rows(standing.unknown)} {'is' if one else 'are'} unknown")
+        parts.append(f"no {by} is known to stand apart from the others")
+    if unknown.any():
+        parts.append(f"{rows(unknown)} {'is' if unknown.sum() == 1 else 'are'} unknown")
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]} ({confidence:.0%} for all {by}s at once)."
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def drift_words(judged: Judgement, by: str, names: Sequence[str], confidence: float) -> str:
@@ -219,10 +233,11 @@ def shape_words(judged: Judgement, by: str, stacks: int = 1) -> str:
         "uneven": "The layers are unequal, and follow no course over depth that has a name",
         "flat": "The profile is flat: no difference worth sampling for",
         "drifting": "No shape is named, since the profile drifted",
+        "apart": "No course over depth can be told from noise",
         "undecided": "No course over depth can be told from noise"
         if found.sufficient
         else "Nothing can be said of its shape",
     }[shape.verdict]
-    if shape.rests_on is not None and shape.verdict == "undecided":
+    if shape.rests_on is not None and shape.verdict in ("apart", "undecided"):
         words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
     return f"{words}; {spread}."

@@ -64,8 +64,7 @@ def judge(
     said = shape(fit, confidence, found, limits, has_depth, apart)
     if stable.drift:
         # One word for all of a run that changed its profile would be the word for none of it.
-        word = "drifting" if has_depth else "undecided"
-        said = replace(said, verdict=word, rests_on=None, spikes=())
+        said = replace(said, verdict="drifting", rests_on=None, spikes=())
     parts = standing_of_parts(fit, confidence, limits) if stable.drift else None
     return Judgement(found, said, stable, apart, parts)
 
@@ -161,8 +160,12 @@ def shape(
     """U-test on the log-scores of the known layers, and a word for what it leaves open.
 
     ``spikes`` where up to a quarter of the layers stand out clearly, ``uneven`` where more or other
-    layers stand apart, and ``flat`` when nothing worth sampling for can be there.
+    layers stand apart, ``flat`` when nothing worth sampling for can be there, and ``apart`` where
+    layers are named and no more can be said: equal layers have one named as often as a joint band
+    fails, a shape far less often. What is left is ``undecided``.
     """
+    apart = standing(fit, confidence, limits) if apart is None else apart
+    left_open = "apart" if apart.apart.any() else "undecided"
     seen = fit.known if fit.samples is not None else fit.seen
     n = len(seen)
     x = shapes.depth(n)[seen]
@@ -171,7 +174,7 @@ def shape(
     samples = None if fit.samples is None or noise is None else effect + noise[:, seen]
     if not has_depth or not len(effect):
         nothing = Interval(float("nan"))
-        return Shape(nothing, nothing, nothing, nothing, "undecided")
+        return Shape(nothing, nothing, nothing, nothing, left_open)
     # Of a stack with many unknown layers no course over depth can be told.
     if seen.sum() < KNOWN * (n - fit.zero.sum()):
         samples = None
@@ -189,7 +192,6 @@ def shape(
     result = st.u_shape(effect, samples, x, confidence, limits.material)
     if result.rests_on is not None:
         result = replace(result, rests_on=int(np.flatnonzero(seen)[result.rests_on]))
-    apart = standing(fit, confidence, limits) if apart is None else apart
     if result.verdict == "U" and error is not None:
         return _with_spikes(result, fit, effect, error, x, apart)
     if result.verdict != "undecided":
@@ -202,7 +204,7 @@ def shape(
     high = found.headroom.high
     if samples is not None and high is not None and high <= limits.headroom:
         return replace(result, verdict="flat", rests_on=None)
-    return result
+    return replace(result, verdict=left_open)
 
 
 def _with_spikes(

@@ -26,7 +26,7 @@ class Shape:
         Slopes of the two lines that meet in the middle layer.
     verdict
         ``U``, ``U with a spike``, ``inverted U``, ``ramp``, ``spikes``, ``uneven``, ``flat``,
-        ``drifting`` or ``undecided``.
+        ``apart``, ``drifting`` or ``undecided``.
     rests_on
         Position among the tested layers of the one without which a U, its inverse or a ramp
         would not hold (the verdict is then not given); None otherwise.

@@ -100,7 +100,7 @@ def layer_table(
         else:
             shown, drawn = f"{'unseen':>9}", ""
         lines.append(f"{name!s:<{name_width}}  {shown}  {chance}  {drawn}".rstrip())
-    said = [ends_to_middle(profile), profile.statement]
+    said = [profile.statement, ends_to_middle(profile)]
     if probabilities is not None:
         said.append(probabilities.statement)
         if probabilities.undecided:

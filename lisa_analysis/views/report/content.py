@@ -12,6 +12,7 @@ from lisa_analysis.metrics.step_table import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
 from lisa_analysis.views.analysis import RunAnalysis
+from lisa_analysis.views.headline import headline
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
@@ -25,19 +26,6 @@ METHODS = {
     "lisa": "LISA", "lora": "LoRA", "full": "full fine-tuning", "peft": "another method of PEFT",
     "select": "selected tensors",
 }  # fmt: skip
-
-# What a shape says in words; "score" because a metric may be of gradients or of weights.
-SHAPES: Mapping[str, str] = {
-    "U": "The ends of the stack score above its middle",
-    "U with a spike": "The ends of the stack score above its middle, with a spike between them",
-    "inverted U": "The middle of the stack scores above its ends",
-    "ramp": "One end of the stack scores higher than the other",
-    "spikes": "Single layers stand out",
-    "uneven": "The layers are unequal, without a course over depth",
-    "drifting": "The layers changed during the run",
-    "flat": "The layers score alike",
-    "undecided": "No difference between the layers can be told from noise",
-}
 
 # A profile by module holds (steps × modules) numbers per column: not for the longest logs.
 _MOST_MODULE_ROWS = 20_000_000
@@ -96,12 +84,7 @@ class RunContent:
         """The verdict in a few words."""
         if self.profile is None:
             return "No profile"
-        verdict, profile = self.profile.verdict, self.profile
-        if verdict == "undecided" and len(profile.unknown) == profile.n_layers:
-            return f"Nothing can be said of single layers yet ({verdict})"
-        if verdict == "undecided" and profile.above + profile.below:
-            return "Single layers stand apart, without a course over depth"
-        return f"{SHAPES[verdict]} ({verdict})" if verdict in SHAPES else verdict
+        return headline(self.profile)
 
     @property
     def why(self) -> str:

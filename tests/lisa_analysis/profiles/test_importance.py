@@ -357,7 +357,7 @@ class TestVerdicts:
         ]
         run = make_run(steps=200, profile=np.geomspace(1, 3, 8), manifest={"layers": layers})
         profile = la.importance(run)
-        assert profile.verdict == "undecided"
+        assert profile.verdict == "apart"
         assert "2 stacks" in profile.statement
         assert profile.concentration.headroom.low > 1.1
 

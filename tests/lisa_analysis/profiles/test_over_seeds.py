@@ -67,7 +67,7 @@ class TestRuns:
         false = 0
         for study in range(10):
             runs = [make_run(profile=12, steps=30, seed=10 * study + s) for s in range(3)]
-            false += "No layer stands apart" not in la.importance(runs).statement
+            false += "is known to stand apart" not in la.importance(runs).statement
         assert false <= 2
 
     def test_spread_within_runs_and_between_seeds_is_told_apart(self, make_run):

@@ -1,9 +1,18 @@
 """What a profile says in words: layers by name, spikes, drift, what more costs, and of what."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import lisa_analysis as la
+from lisa_analysis.profiles.thresholds import THRESHOLDS
+from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.statistics.estimate import fit_series
+from lisa_analysis.views.headline import headline
+from lisa_analysis.views.terminal import layer_table
+
+SKEW = Path(__file__).parents[3] / "reports" / "2026-11-23-skew" / "runs"
 
 X = np.linspace(-1, 1, 12)
 DEEP = np.linspace(-1, 1, 32)
@@ -86,6 +95,55 @@ class TestWords:
 
         recipe = Path(la.__file__).parents[1] / "lisa_train" / "command" / "recipes" / "probe.yaml"
         assert f"batches: {PROBE_BATCHES}\n" in recipe.read_text(encoding="utf-8")
+
+
+class TestUndecided:
+    """The word is kept for what nothing can be said of."""
+
+    def test_a_kept_run_names_its_layers_first(self):
+        """29 of 30 layers had tight intervals, and the word was "undecided"."""
+        profile = la.importance(la.load(SKEW / "full-1"))
+        assert profile.above
+        assert profile.verdict != "undecided"
+        for text in (profile.statement, headline(profile), layer_table(profile, None)):
+            assert "Layers 0 and 29 stand above the others" in " ".join(text.split())
+        assert profile.statement.startswith("Layers ")
+        assert headline(profile).startswith("Layers ")
+        assert profile.to_dict()["verdict"] == profile.verdict
+
+    def test_no_run_of_the_studies_is_undecided_and_names_layers(self):
+        for run in sorted(SKEW.parents[1].glob("*/runs/*")):
+            profile = la.importance(la.load(run))
+            named = bool(profile.above or profile.below)
+            assert named == (profile.verdict not in ("undecided", "flat"))
+            assert named == profile.statement.startswith("Layer")
+            assert ("stand" in headline(profile)) == named
+
+    def test_weak_evidence_for_layers_has_a_word_of_its_own(self):
+        """The joint band names layer 5, the stricter one of shapes does not."""
+        rng = np.random.default_rng(4)
+        truth = np.zeros(12)
+        truth[5] = 0.6
+        logs = truth + 0.8 * rng.standard_normal((40, 12))
+        fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
+        found = judge(fit, 0.95, THRESHOLDS, steps=np.arange(40), interval=None, rng=rng,
+                      has_depth=True)  # fmt: skip
+        assert found.standing.above.nonzero()[0].tolist() == [5]
+        assert found.shape.verdict == "apart"
+
+    def test_nothing_known_is_undecided(self, make_run):
+        profile = la.importance(make_run(steps=3, every=1))
+        assert profile.verdict == "undecided"
+        assert "undecided" in headline(profile)
+        assert profile.statement.startswith("The data are insufficient")
+
+    def test_tensors_that_stand_apart_are_named_without_depth(self, make_run):
+        truth = np.ones(12)
+        truth[3] = 3.0
+        profile = la.importance(make_run(profile=truth, steps=200), by="module")
+        assert profile.above
+        assert profile.verdict == "apart"
+        assert " stand" in headline(profile)
 
 
 class TestEstimand:

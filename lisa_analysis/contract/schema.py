@@ -315,6 +315,7 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     "warning": {
         "message": "what happened, in words",
         "traceback": "of a fault of lisa-toolkit's own; else absent",
+        "rule": "id of the rule of `la.diagnose` that found it while training; else absent",
     },
 }
 

@@ -114,6 +114,8 @@ def importance(
     run = opened(run, "importance")
     other = None if reference is None else opened(reference, "reference")
     chosen = find_metric(default_metric(run) if metric is None else metric, other)
+    if chosen.rows == "steps" and (waiting := run.waiting) is not None:
+        raise LisaError(f"{run.path} has no step to score: {waiting}.")
     data = measurements(run, by)
     values = _evaluate(chosen, data)
     fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)

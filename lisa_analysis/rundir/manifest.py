@@ -1,12 +1,20 @@
 """run.json, the manifest of a run directory: checked; and whether its writer still lives."""
 
 import contextlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.contract.schema import SCHEMA_VERSION, STATUSES, parse_version
+from lisa_analysis.contract.schema import (
+    MANIFEST,
+    METRICS_DIR,
+    SCALARS,
+    SCHEMA_VERSION,
+    STATUSES,
+    parse_version,
+)
 from lisa_analysis.rundir.jsonl import parse_object, read_bytes, short
 
 # Entries of run.json that hold named values, where they are there at all.
@@ -103,3 +111,29 @@ def writer_lives(lock: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def next_flush(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Say when a run that is being written will show its first step; None once it has.
+
+    Parameters
+    ----------
+    path
+        The run directory, whose writer lives.
+    manifest
+        Its run.json.
+    """
+    try:
+        if (path / SCALARS).exists() and (path / SCALARS).stat().st_size:
+            return None
+        files = [path / MANIFEST, *(path / METRICS_DIR).glob("*.parquet")]
+        written = max(file.stat().st_mtime for file in files)
+    except OSError:
+        return None
+    every = (manifest.get("recording") or {}).get("flush_seconds")
+    if isinstance(every, bool) or not isinstance(every, int | float):
+        return "nothing flushed yet: look again once the run has made some steps"
+    left = every - (time.time() - written)
+    if left <= 0:
+        return "nothing flushed yet: the next flush comes with the next step"
+    return f"nothing flushed yet: the next flush is in {max(1, round(left))} s"

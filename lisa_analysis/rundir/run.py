@@ -24,7 +24,7 @@ from lisa_analysis.rundir.ablation import read_ablation
 from lisa_analysis.rundir.columns import asked_columns, empty_schema, non_finite_values
 from lisa_analysis.rundir.events import usable_events
 from lisa_analysis.rundir.jsonl import lines_frame, read_lines
-from lisa_analysis.rundir.manifest import read_manifest, writer_lives
+from lisa_analysis.rundir.manifest import next_flush, read_manifest, writer_lives
 from lisa_analysis.rundir.metrics_rows import MetricsRows, Wanted
 from lisa_analysis.rundir.probes import read_probes
 from lisa_analysis.rundir.shards import (
@@ -130,6 +130,11 @@ class Run:
         self.status: str = self.manifest["status"]
         if self.status == "running" and not writer_lives(path / LOCK):
             self.status = "interrupted"
+
+    @property
+    def waiting(self) -> str | None:
+        """Of a run that is being written: that no step has reached the disk yet, and until when."""
+        return next_flush(self.path, self.manifest) if self.status == "running" else None
 
     @property
     def n_layers(self) -> int:

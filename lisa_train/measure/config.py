@@ -52,6 +52,17 @@ class RecordConfig:
         drawn anew from the training data, independent of those that train, and give signal and
         noise in `probes/`; the start and the end of training are probed as well. Nothing about
         the training changes.
+    report_layers
+        Show trackers (`report_to`) the gradient and update norm of every layer and whether it
+        trained (`trained/layer_07`), in the place of those of thirds of the stack, once for each
+        step that has been written: a tracker sees them up to `flush_seconds` later, beside the
+        `recorded_step` that they are of.
+    watch
+        Look at what was measured whenever it is written, by the rules of `la.diagnose`: values
+        that are not finite, layers that do not move, updates lost to half precision, adapters
+        that do nothing, a layer that is never drawn. A finding is one line in the log, a
+        `warning` among the run's events, and an alert of the tracker, once. Between two flushes
+        nothing is done.
     flush_seconds
         Longest time that measured values stay in memory only.
     on_record_error
@@ -72,6 +83,8 @@ class RecordConfig:
     grad_noise: bool = False
     probe_every: int = 0
     probe_batches: int = 1
+    report_layers: bool = False
+    watch: bool = True
     flush_seconds: float = 30.0
     on_record_error: Literal["warn", "raise"] = "warn"
 

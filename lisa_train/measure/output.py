@@ -7,6 +7,7 @@ from lisa_train.measure.cadence import FlushTimer
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.scalar_lines import ScalarLines
+from lisa_train.measure.watching import Watching
 from lisa_train.model.tensor_table import TensorTable
 
 # Rows that may lie on the device before they are written, however long the flush window is.
@@ -30,11 +31,15 @@ class Output:
         Longest time between two flushes.
     groups
         Numbers of the tensors of each group that trackers are shown, see `tensor_groups`.
+    watching
+        Gets what is written.
 
     Attributes
     ----------
     aggregates : dict
         Norms of the groups at the newest step that is written.
+    aggregated : int
+        That step.
     written : int
         The last step whose rows are complete on the disk; -1 before any.
     """
@@ -47,8 +52,10 @@ class Output:
         time: RecordingTime,
         seconds: float,
         groups: dict[str, np.ndarray],
+        watching: Watching,
     ) -> None:
         self.aggregates: dict[str, float] = {}
+        self.aggregated = 0
         self.written = -1
         self._buffer = buffer
         self._lines = lines
@@ -56,6 +63,7 @@ class Output:
         self._time = time
         self._timer = FlushTimer(seconds)
         self._groups = groups
+        self._watching = watching
 
     @property
     def due(self) -> bool:
@@ -65,8 +73,10 @@ class Output:
     def write(self, step: int, *, everything: bool) -> None:
         """Put on the disk what was measured before `step`, or (`everything`) in it as well."""
         for rows in self._buffer.take(None if everything else step):
-            self.aggregates = aggregates(rows, self._groups) or self.aggregates
+            if shown := aggregates(rows, self._groups):
+                self.aggregates, self.aggregated = shown, int(rows["step"][0])
             self._writer.write_metrics(rows)
+            self._watching.rows(rows)
         if everything:
             self.written = step
         self._time.settle()
@@ -74,18 +84,28 @@ class Output:
             self._time.written()
         for line in self._lines.take():
             self._writer.scalars(line)
+            self._watching.line(line)
         self._timer.flushed()
         self._writer.flush()
 
 
-def tensor_groups(table: TensorTable, n_layers: int) -> dict[str, np.ndarray]:
-    """Numbers of the tensors of each group that trackers are shown: thirds of the layers, rest."""
+def tensor_groups(
+    table: TensorTable, n_layers: int, *, layers: bool = False
+) -> dict[str, np.ndarray]:
+    """Numbers of the tensors of each group that trackers are shown.
+
+    These are thirds of the layers, or each of the `layers`, named so that they sort (`layer_07`),
+    and what lies outside the stack by its kind.
+    """
     groups: dict[str, list[int]] = {}
     thirds = ("first", "middle", "last")
+    digits = len(str(max(0, n_layers - 1)))
     for row in table.rows:
         if row["layer"] is None:
             outside = ("embed", "head", "norm", "prompt")
             name = row["kind"] if row["kind"] in outside else "other"
+        elif layers:
+            name = f"layer_{row['layer']:0{digits}d}"
         else:
             name = f"layers_{thirds[3 * row['layer'] // max(1, n_layers)]}"
         groups.setdefault(name, []).append(row["param_id"])
@@ -93,7 +113,10 @@ def tensor_groups(table: TensorTable, n_layers: int) -> dict[str, np.ndarray]:
 
 
 def aggregates(rows: dict[str, np.ndarray], groups: dict[str, np.ndarray]) -> dict[str, float]:
-    """Norms of a few groups of tensors at one step, for trackers; empty for a census."""
+    """Norms of groups of tensors at one step, for trackers; empty for a census.
+
+    Of each single layer it also says whether it trained at the step (`trained/layer_07`, 1 or 0).
+    """
     found: dict[str, float] = {}
     for column in ("grad_norm", "update_norm"):
         if column not in rows:
@@ -103,4 +126,8 @@ def aggregates(rows: dict[str, np.ndarray], groups: dict[str, np.ndarray]) -> di
             members = values[np.isin(rows["param_id"], ids)].compressed().astype(np.float64)
             if len(members):
                 found[f"{column}/{name}"] = float(np.sqrt((members**2).sum()))
+    if found:
+        single = [name for name in groups if name.startswith("layer_")]
+        trained = {key.split("/")[1] for key in found}
+        found |= {f"trained/{name}": float(name in trained) for name in single}
     return found

@@ -121,7 +121,7 @@ class NormRecorder(StepRecorder):
             session,
             RecordingTime(began),
             step,
-            tensor_groups(table, len(layer_map)),
+            tensor_groups(table, len(layer_map), layers=config.report_layers),
         )
         self._census_step: int | None = None
         self._stepping = step_in_backward
@@ -228,6 +228,7 @@ class NormRecorder(StepRecorder):
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Write an event, see `lisa_analysis.contract.schema.EVENT_FIELDS`."""
         self.writer.event(name, step, **fields)
+        self._watching.event(name, step, fields)
 
     def close(self, status: str = "finished", error: str | None = None, **result: Any) -> None:
         """Take the last census, write everything and say in run.json how the run ended.

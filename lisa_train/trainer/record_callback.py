@@ -28,6 +28,7 @@ from lisa_train.trainer.optimizer_callbacks import StepCallback
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.probe_pass import TrainerProbes
 from lisa_train.trainer.tally import Tally
+from lisa_train.trainer.trackers import alert
 from lisa_train.trainer.trainer_run import NO_BATCH, TrainerRun, need_batches
 
 P = ParamSpec("P")
@@ -113,6 +114,7 @@ class RecordCallback(Listener, TrainerCallback):
         self._probes = TrainerProbes(trainer, config, self._events.loss_scale)
         # Sharded and replicated tensors side by side are clipped in a way that shows no norm.
         self._sharded = bool(getattr(trainer, "is_fsdp_enabled", False))
+        self._shown = -1.0  # the step whose norms trackers were shown last
         self._lisa: LisaCallback | None = None
         self._hear(lisa)
 
@@ -163,6 +165,8 @@ class RecordCallback(Listener, TrainerCallback):
             began=began,
             session=session,
         )
+        self.recorder.on_finding.append(functools.partial(alert, self._trainer))
+        self._shown = -1.0
         self._events.subscribe(self)
         if state.global_step == 0:
             self._probes.begin(self.recorder)
@@ -323,7 +327,12 @@ class RecordCallback(Listener, TrainerCallback):
         """Give the trackers a few numbers of the newest step that is written."""
         if self.recorder is None or not self._trainer.args.report_to:
             return {}
-        return self.recorder.aggregates
+        found = self.recorder.aggregates
+        newest = found.get("recorded_step", 0.0)
+        if self.config.report_layers and newest == self._shown:
+            return {}  # these are in the log already
+        self._shown = newest
+        return found
 
     def evaluating(self, prefix: str) -> AbstractContextManager[object]:
         """Sum the held-out loss per label."""

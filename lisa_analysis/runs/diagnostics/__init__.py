@@ -8,6 +8,7 @@ from lisa_analysis.rundir.opening import opened
 from lisa_analysis.runs.diagnostics.finding import STATES, Diagnostics, Finding
 from lisa_analysis.runs.diagnostics.gradients import (
     ClipPressure,
+    DeadLayers,
     DepthImbalance,
     LossSpikes,
     NonFinite,
@@ -29,6 +30,7 @@ RULES: list[type[Rule]] = [
     ScheduleMismatch,
     NormMismatch,
     NonFinite,
+    DeadLayers,
     ClipPressure,
     Bf16Stall,
     UpdateRatio,
@@ -87,9 +89,13 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     Returns
     -------
     Diagnostics
-        Findings, worst first. A rule whose input is missing says ``could not run``, and why.
+        Findings, worst first. A rule whose input is missing says ``could not run``, and why. Of a
+        run whose first step has not reached the disk yet one finding, ``not_yet``, says when it
+        will.
     """
     run = opened(run, "diagnose")
+    if (waiting := run.waiting) is not None:
+        return Diagnostics(str(run.run_id), (_not_yet(waiting),))
     evidence = Evidence(run)
     chosen = [rule() for rule in RULES] if rules is None else _rules(rules)
     if not run.has_course:  # weights alone: nothing over time is there to be unhealthy
@@ -97,6 +103,19 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     findings = [rule(evidence) for rule in chosen if rule.applies(run)]
     findings.sort(key=lambda finding: STATES.index(finding.state))
     return Diagnostics(str(run.run_id), tuple(findings))
+
+
+def _not_yet(waiting: str) -> Finding:
+    """Say of a run that has just begun when there will be something to look at."""
+    return Finding(
+        id="not_yet",
+        state="info",
+        title="Just begun",
+        evidence=f"{waiting[0].upper()}{waiting[1:]}.",
+        threshold="a run that is being written, and no step of it on the disk",
+        meaning="What is measured is written every record.flush_seconds; until then there is none.",
+        advice="Look again then.",
+    )
 
 
 def _rules(given: Any) -> list[Rule]:

@@ -7,7 +7,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lisa_analysis.runs.diagnostics.rule import CouldNotRunError, Evidence, Outcome, Rule
+from lisa_analysis.runs.diagnostics.rule import (
+    CouldNotRunError,
+    Evidence,
+    Outcome,
+    Rule,
+    name_layers,
+)
 
 # Within one step a bad gradient comes before the update and the weights that it spoils.
 _CAUSES = ("probe_grad_norm", "grad_norm", "grad_norm_l1", "grad_noise", "descent", "update_norm",
@@ -104,6 +110,43 @@ class NonFinite(Rule):
             parts.append(f"The loss is not finite at {len(loss)} steps, first {loss[0]}.")
         first = min([s for s, _, _ in found] + loss[:1])
         return Outcome("fail", " ".join(parts), layers, first)
+
+
+@dataclass(frozen=True)
+class DeadLayers(Rule):
+    """Layers that train and never get a gradient."""
+
+    steps: int = 3
+    id: ClassVar[str] = "dead_layers"
+    title: ClassVar[str] = "Layers without a gradient"
+    meaning: ClassVar[str] = (
+        "A layer that is to train has a gradient of exactly zero at every recorded step: nothing "
+        "of the loss reaches it, and only weight decay moves it."
+    )
+    advice: ClassVar[str] = (
+        "Look for a detach, a no_grad block or a branch that the loss does not use; of a routed "
+        "layer, for tokens that never get there."
+    )
+
+    @property
+    def threshold(self) -> str:
+        """When the rule fires."""
+        return f"gradient = 0 at every recorded step of a layer, {self.steps} of them at least"
+
+    def check(self, evidence: Evidence) -> Outcome:
+        """Count the recorded steps of every layer, and those with a gradient."""
+        norms = evidence.layers("grad_norm")
+        measured = (~np.isnan(norms)).sum(axis=0)
+        zero = (norms == 0).sum(axis=0)
+        dead = np.flatnonzero((measured >= self.steps) & (zero == measured))
+        if not (measured >= self.steps).any():
+            raise CouldNotRunError(f"no layer was recorded at {self.steps} steps")
+        if not len(dead):
+            return Outcome("ok", "Every layer that trained had a gradient.")
+        layers = tuple(dead.tolist())
+        return Outcome(
+            "fail", f"{name_layers(layers)}: the gradient is 0 at every recorded step.", layers
+        )
 
 
 @dataclass(frozen=True)

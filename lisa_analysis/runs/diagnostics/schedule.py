@@ -78,8 +78,16 @@ class ScheduleMismatch(_ScheduleRule):
 
 @dataclass(frozen=True)
 class Coverage(_ScheduleRule):
-    """Layers that were never drawn."""
+    """Layers that were never drawn.
 
+    Parameters
+    ----------
+    chance
+        Leave alone the layers that independent draws with their π would have passed over until now
+        with at least this probability: of a run that goes on, those whose turn may still come.
+    """
+
+    chance: float = 1.0
     id: ClassVar[str] = "coverage"
     title: ClassVar[str] = "Layers never sampled"
     meaning: ClassVar[str] = (
@@ -94,7 +102,8 @@ class Coverage(_ScheduleRule):
     @property
     def threshold(self) -> str:
         """When the rule fires."""
-        return "any layer without a draw whose π is above 0"
+        late = f" and that chance passes over in less than {self.chance:g} of runs"
+        return "any layer without a draw whose π is above 0" + (late if self.chance < 1 else "")
 
     def check(self, evidence: Evidence) -> Outcome:
         """Count draws per layer."""
@@ -102,7 +111,14 @@ class Coverage(_ScheduleRule):
         visits = chosen(evidence.run).sum(axis=0)
         out = _left_out(draws, evidence.n_layers)
         but = f" ({name_layers(np.flatnonzero(out))} left out by π = 0)" if out.any() else ""
-        unseen = np.flatnonzero((visits == 0) & ~out)
+        waits = (visits == 0) & ~out
+        unseen = np.flatnonzero(
+            waits & (self._passed_over(draws, evidence.n_layers) <= self.chance)
+        )
+        if not len(unseen) and waits.any():
+            return Outcome(
+                "info", f"{int(waits.sum())} layers were not drawn yet in {len(draws)} draws{but}."
+            )
         if not len(unseen):
             least = int(visits[~out].min())
             return Outcome("ok", f"Every layer was drawn{but}, the least {least} times.")
@@ -114,6 +130,18 @@ class Coverage(_ScheduleRule):
             f"({name_layers(unseen)}){but}; independent uniform draws would leave {expected:.1f}.",
             tuple(unseen.tolist()),
         )
+
+    @staticmethod
+    def _passed_over(
+        draws: list[tuple[int, tuple[int, ...], NDArray | None]], n_layers: int
+    ) -> NDArray[np.float64]:
+        """Probability that independent draws never hold a layer, shape (layers,)."""
+        left = np.ones(n_layers)
+        for _, layers, pi in draws:
+            if pi is None or len(pi) != n_layers:
+                pi = np.full(n_layers, len(layers) / n_layers)
+            left *= 1 - pi
+        return left
 
 
 def _left_out(

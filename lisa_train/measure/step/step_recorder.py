@@ -8,7 +8,7 @@ census of the same step completes them, and what is flushed is never rewritten.
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ from lisa_train.measure.scalar_lines import ScalarLines, check_names
 from lisa_train.measure.session import RunSession
 from lisa_train.measure.step.step_measure import StepMeasure
 from lisa_train.measure.troubles import Troubles
+from lisa_train.measure.watching import Watching
 from lisa_train.model.tensor_table import TensorTable
+
+if TYPE_CHECKING:
+    from lisa_analysis.runs.diagnostics.finding import Finding
 
 S = TypeVar("S", bound="StepRecorder")
 P = ParamSpec("P")
@@ -104,9 +108,11 @@ class StepRecorder:
         self._troubles = Troubles(config, session, processes, self._cadence, self._measure.close)
         devices = list({p.device: None for _, p in table.tensors})
         self._lines = ScalarLines(optimizer, devices)
+        self._watching = Watching(config.watch, self.writer, table)
         self._output = Output(
-            self._buffer, self._lines, self.writer, time, config.flush_seconds, groups
-        )
+            self._buffer, self._lines, self.writer, time, config.flush_seconds, groups,
+            self._watching,
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -120,8 +126,20 @@ class StepRecorder:
 
     @property
     def aggregates(self) -> dict[str, float]:
-        """Norms of a few groups of tensors at the newest step that is written, for trackers."""
-        return self._output.aggregates
+        """Norms of a few groups of tensors at the newest step that is written, for trackers.
+
+        With `RecordConfig.report_layers` of every layer (``grad_norm/layer_07``), with
+        ``recorded_step``, the step that they are of.
+        """
+        found = self._output.aggregates
+        if found and self.config.report_layers:
+            found = {**found, "recorded_step": float(self._output.aggregated)}
+        return found
+
+    @property
+    def on_finding(self) -> "list[Callable[[int, Finding], object]]":
+        """Functions that get the step and each finding of `RecordConfig.watch`; add yours."""
+        return self._watching.listeners
 
     @property
     def _step(self) -> int:
@@ -266,6 +284,7 @@ class StepRecorder:
             self.flush()
         except RunDirectoryError as error:
             self._troubles.failed(error)  # the disk's trouble is no reason to miss this step
+        self._watching.look(self._step)
 
     def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:
         """Return the newest scalars: those that the host has, or with `wait` the last step's."""

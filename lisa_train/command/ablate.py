@@ -37,9 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--by",
-        choices=("layer", "kind"),
+        choices=("layer", "kind", "both"),
         default="layer",
-        help="layers and groups (embed, head, norm), or every layer's kinds (attn.q, …)",
+        help="layers and groups (embed, head, norm), every layer's kinds (attn.q, …), or both",
     )
     parser.add_argument(
         "--range",

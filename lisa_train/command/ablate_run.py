@@ -89,6 +89,7 @@ def ablate(
         times as many halve the intervals.
     by
         ``layer``: every layer, and embedding, head, norm; ``kind``: every layer's attn.q, mlp.up, …
+        (groups too); ``both``.
     ranges
         Runs of layers as well: 4 for every run of four, or ``["4-7", …]``.
     model

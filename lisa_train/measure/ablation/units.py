@@ -12,7 +12,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of, whole
 from lisa_train.model.layer_map import GROUPS
 
-By = Literal["layer", "kind"]
+By = Literal["layer", "kind", "both"]
 # An int: every run of so many layers. Otherwise the ranges themselves, "4-7" or (4, 7).
 Ranges = int | Sequence[str | tuple[int, int]] | None
 
@@ -78,7 +78,7 @@ def make_units(
     kinds
         Kinds of tensors that every layer has.
     by
-        ``layer``: layers and groups; ``kind``: every layer's kinds, and groups.
+        ``layer``: layers and groups; ``kind``: every layer's kinds, and groups; ``both``.
     ranges
         Runs of layers as well.
 
@@ -102,8 +102,9 @@ def make_units(
     changed = {part.kind for part in parts if isinstance(part.unit, int)}
     for layer in range(layers):
         here = of.get(layer, [])
-        if by == "layer":
+        if by != "kind":
             found.append(AblatedUnit(str(layer), None, tuple(here)))
+        if by == "layer":
             continue
         found += [
             AblatedUnit(str(layer), kind, tuple(part for part in here if part.kind == kind))

@@ -22,7 +22,7 @@ import yaml
 from lisa_analysis.contract.errors import LisaError
 
 KEPT = ("config.yaml", "parameters.parquet", "scalars.jsonl", "events.jsonl")
-OPTIONAL = ("ablation.parquet",)
+ABLATION = "ablation.parquet"
 TABLES = ("metrics", "probes")
 TASKS_PER_PROCESS = 30  # then a fresh one: what libraries hold on to does not grow without end
 
@@ -183,9 +183,8 @@ def keep(run_dir: Path, kept: Path, *, study: str) -> None:
     partial.mkdir(parents=True)
     for name in KEPT:
         shutil.copy(run_dir / name, partial)
-    for name in OPTIONAL:
-        if (run_dir / name).exists():
-            shutil.copy(run_dir / name, partial)
+    if (run_dir / ABLATION).exists():
+        _keep_ablation(run_dir / ABLATION, partial / ABLATION)
     for name in TABLES:
         if (run_dir / name).is_dir():
             shutil.copytree(run_dir / name, partial / name)
@@ -200,6 +199,20 @@ def keep(run_dir: Path, kept: Path, *, study: str) -> None:
     (partial / "run.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     (partial / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     partial.replace(kept)
+
+
+def _keep_ablation(source: Path, target: Path) -> None:
+    """Copy an ablation; its metadata name the base and the data, which may be folders."""
+    import pyarrow.parquet as pq
+
+    from lisa_train.measure.disk.encoding import write_parquet
+
+    table = pq.read_table(source)
+    about = json.loads(table.schema.metadata[b"ablation"])
+    about["base"] = Path(about["base"]).name
+    for data in about["data"].values():
+        data["name"] = Path(data["name"]).name
+    write_parquet(target, table, {"ablation": json.dumps(about, ensure_ascii=False)})
 
 
 def _without_folders(content: object, run_dir: Path, partial: Path) -> object:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.from_run import check_confidence
+from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.runs.validity.judging import judge
@@ -51,7 +52,8 @@ class Validity:
         -------
         DataFrame
             ``level`` (layer, module, within kind), ``target`` (the ablation), ``metric``,
-            ``source`` (empty: the run itself; else the run that lent it), ``spearman`` with ``low``
+            ``source`` (empty: the run itself; else the run that lent it, or ``a profile``),
+            ``spearman`` with ``low``
             and ``high`` (noise of examples and of the metric where it is known; over runs from
             three on), ``ceiling`` (what noise would leave of a perfect agreement), ``chance`` (|ρ|
             that 5 % of all orders of the layers reach), ``p`` and ``p_of_all`` (share of the orders
@@ -96,7 +98,9 @@ def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Va
     ----------
     run_or_runs
         A run with an ablation (`lisa-ablate RUN_DIR`), or several; runs and paths. A run without
-        one, such as a probe or a pilot of the same model, lends its metrics to those that have.
+        one, such as a probe or a pilot of the same model, lends its metrics to those that have; so
+        does an `ImportanceProfile` by layer or module, of scores from anywhere, for layers or
+        modules of the same names.
     confidence
         Coverage of the intervals.
     seed
@@ -109,7 +113,8 @@ def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Va
     Raises
     ------
     LisaError
-        When no run has an ablation, or none of layers or modules.
+        When no run has an ablation, or none of layers or modules, or two profiles are of one
+        metric.
 
     Notes
     -----
@@ -122,7 +127,11 @@ def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Va
     """
     check_confidence(confidence)
     given = run_or_runs if isinstance(run_or_runs, list | tuple) else [run_or_runs]
-    runs = [opened(run, "validity") for run in given]
+    profiles = [one for one in given if isinstance(one, ImportanceProfile)]
+    _check_profiles(profiles)
+    runs = [opened(run, "validity") for run in given if not isinstance(run, ImportanceProfile)]
+    if not runs:
+        raise LisaError("validity got profiles and no run: give a run with an ablation as well.")
     names = labels(runs)
     ablated = [i for i, run in enumerate(runs) if not run.ablation.empty]
     if not ablated:
@@ -137,7 +146,7 @@ def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Va
     for i in ablated:
         lenders = [(names[j], runs[j]) for j in lending
                    if runs[j].layer_names == runs[i].layer_names]  # fmt: skip
-        parts += parts_of(runs[i], lenders, missing, confidence, seed)
+        parts += parts_of(runs[i], lenders, profiles, missing, confidence, seed)
     if not parts:
         raise LisaError(
             "no run has an ablation of three layers, or of kinds within layers: run lisa-ablate "
@@ -165,3 +174,18 @@ def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Va
         tuple(names[j] for j in lending), confidence,
         sentences(table, reliability, len(ablated), confidence),
     )  # fmt: skip
+
+
+def _check_profiles(profiles: list[ImportanceProfile]) -> None:
+    """`LisaError` for two profiles of one metric: a row of the table is one of them."""
+    names = [(profile.metric, profile.by) for profile in profiles]
+    for metric, by in names:
+        if by not in ("layer", "module"):
+            raise LisaError(
+                f"validity compares layers and modules, and the profile of {metric} is by {by}."
+            )
+        if names.count((metric, by)) > 1:
+            raise LisaError(
+                f"validity got two profiles of {metric} by {by}: give each a metric of its own "
+                "name (ImportanceProfile.from_scores(…, metric=…))."
+            )

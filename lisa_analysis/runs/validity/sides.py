@@ -14,6 +14,7 @@ from lisa_analysis.metrics.ablation import per_example
 from lisa_analysis.metrics.log import measurements
 from lisa_analysis.metrics.weights import OF_BASE, OF_CHANGES, weights
 from lisa_analysis.profiles.from_run import importance
+from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.statistics import association
 from lisa_analysis.statistics.association import Cells
 from lisa_analysis.statistics.estimate import MIN_INDEPENDENT
@@ -29,6 +30,8 @@ TARGETS = ("ablation_keep", "ablation_reset")
 # Operations of singular values that a comparison takes unasked: a minute or two on one core.
 MOST_WORK = 3e11
 LEVELS = ("layer", "module", "within kind")
+# Where a metric comes from that was handed over as a profile.
+GIVEN = "a profile"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +65,8 @@ class Part:
 
 
 def parts_of(
-    run: "Run", lenders: Sequence[tuple[str, Any]], missing: dict[str, str], confidence: float,
-    seed: int,
+    run: "Run", lenders: Sequence[tuple[str, Any]], given: Sequence[ImportanceProfile],
+    missing: dict[str, str], confidence: float, seed: int,
 ) -> list[Part]:  # fmt: skip
     """Targets of one run at all levels that it was ablated at, with the metrics beside them."""
     found: list[Part] = []
@@ -75,6 +78,8 @@ def parts_of(
         for name, lender in lenders:
             lent = _sides(lender, by, missing, seed)
             sides |= {(name, metric): side for metric, side in lent.items()}
+        names = list(next(iter(truths.values())).layers["name"])
+        sides |= {(GIVEN, p.metric): _of_profile(p, names) for p in given if p.by == by}
         for target, profile in truths.items():
             rows = per_example(measurements(run, by), target.removeprefix("ablation_"), "held_out")
             found += _levels(run, by, target, profile, rows[:, : len(profile)], sides)
@@ -102,6 +107,16 @@ def _levels(
         reliability = association.reliability(cell, rows[:, where])
         parts.append(Part(level, target, tuple(run.layer_names), cell, truth, reliability, beside))
     return parts
+
+
+def _of_profile(profile: ImportanceProfile, names: Sequence[str]) -> Side:
+    """Scores of a profile for cells of these names; NaN for those that it does not know."""
+    at = {name: row for row, name in enumerate(profile.layers["name"])}
+    rows = np.array([at.get(name, -1) for name in names], dtype=np.int64)
+    samples = None if profile.samples is None else profile.samples[:, rows]
+    if samples is not None:
+        samples = np.where(rows < 0, np.nan, samples)
+    return Side(np.where(rows < 0, np.nan, profile.scores[rows]), samples)
 
 
 def _too_long(run: "Run", name: str) -> str:

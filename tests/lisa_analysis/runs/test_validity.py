@@ -133,6 +133,33 @@ def test_a_probe_lends_its_metrics(tmp_path):
     assert "grad_rms of pilot" in found.sentence
 
 
+def test_a_profile_of_scores_from_anywhere_is_compared(tmp_path):
+    run = la.load(ablated(tmp_path / "run", PLANTED / 10))
+    names = list(la.importance(run).layers["name"])
+    scores = np.random.default_rng(3).permutation(12).astype(float)
+    shuffled = np.random.default_rng(4).permutation(12)
+    mine = la.ImportanceProfile.from_scores(
+        scores[shuffled], [names[i] for i in shuffled], metric="mine"
+    )
+    strange = la.ImportanceProfile.from_scores(scores, metric="strange")
+    found = la.validity([run, mine, strange])
+    keep = la.importance(run, "ablation_keep")
+    expected = pd.Series(scores).corr(pd.Series(keep.scores), method="spearman")
+    assert row(found, "mine", source="a profile")["spearman"] == pytest.approx(expected)
+    assert "strange" not in {*found.to_frame()["metric"]}
+    assert found.lent == ()
+    mine.save(tmp_path / "mine.json")  # read again it has no samples, and the same scores
+    again = la.validity([run, la.ImportanceProfile.load(tmp_path / "mine.json")])
+    assert row(again, "mine", source="a profile")["spearman"] == pytest.approx(expected)
+    for given, match in (
+        ([run, mine, mine], "two profiles of mine by layer"),
+        ([mine], "profiles and no run"),
+        ([run, la.importance(run, by="kind")], "is by kind"),
+    ):
+        with pytest.raises(LisaError, match=match):
+            la.validity(given)
+
+
 def test_few_examples_give_no_interval(tmp_path):
     run = run_of(tmp_path / "run")
     write_ablation(run, ablation_rows(layers(PLANTED), layers(PLANTED), examples=4))

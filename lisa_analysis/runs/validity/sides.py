@@ -77,7 +77,8 @@ def parts_of(
         sides = {("", metric): side for metric, side in _sides(run, by, missing, seed).items()}
         for name, lender in lenders:
             lent = _sides(lender, by, missing, seed)
-            sides |= {(name, metric): side for metric, side in lent.items()}
+            sides |= {(name, metric): side for metric, side in lent.items()
+                      if not _same(side, sides.get(("", metric)))}  # fmt: skip
         names = list(next(iter(truths.values())).layers["name"])
         sides |= {(GIVEN, p.metric): _of_profile(p, names) for p in given if p.by == by}
         for target, profile in truths.items():
@@ -107,6 +108,11 @@ def _levels(
         reliability = association.reliability(cell, rows[:, where])
         parts.append(Part(level, target, tuple(run.layer_names), cell, truth, reliability, beside))
     return parts
+
+
+def _same(lent: Side, own: Side | None) -> bool:
+    """Whether a metric of the base (depth, norms, spectra) is that of the run itself."""
+    return own is not None and np.array_equal(lent.score, own.score, equal_nan=True)
 
 
 def _of_profile(profile: ImportanceProfile, names: Sequence[str]) -> Side:

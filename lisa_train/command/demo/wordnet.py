@@ -117,8 +117,8 @@ def _read(folder: Path) -> Mapping[str, str]:
         content = (folder / f"data.{part}").read_bytes()
         if hashlib.sha256(content).hexdigest() != expected:
             raise LisaError(
-                f"{folder / f'data.{part}'} is not that of WordNet 3.0 as {PACKAGE} has it (another "
-                "SHA-256): remove it to fetch it anew."
+                f"{folder / f'data.{part}'} is not that of WordNet 3.0 as {PACKAGE} has it: its "
+                "SHA-256 is another; remove it to fetch it anew."
             )
         found[part] = content.decode("utf-8")
     return found
@@ -126,9 +126,7 @@ def _read(folder: Path) -> Mapping[str, str]:
 
 def _fetch(kept: Path) -> None:
     """Let apt-get download the package, which takes no rights, and unpack its four files."""
-    by_hand = (
-        f"install {PACKAGE}, or put data.{', data.'.join(FILES)} of WordNet 3.0 into {kept}"
-    )
+    by_hand = f"install {PACKAGE}, or put data.{', data.'.join(FILES)} of WordNet 3.0 into {kept}"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise LisaError(f"WordNet is fetched with apt-get, which is not here: {by_hand}.")
     print(f"Fetching WordNet 3.0 ({PACKAGE}, 6 MB), licence WordNet …", flush=True)

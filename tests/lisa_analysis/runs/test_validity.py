@@ -130,6 +130,8 @@ def test_a_probe_lends_its_metrics(tmp_path):
     )
     assert lent["spearman"] == pytest.approx(expected)
     assert not (found.to_frame()["source"] == "other").any()
+    depths = found.to_frame()[found.to_frame()["metric"] == "depth"]
+    assert {*depths["source"]} == {""}  # what is the same of both is compared once
     assert "grad_rms of pilot" in found.sentence
 
 

@@ -25,6 +25,12 @@ def test_kinds_that_changed_somewhere_in_every_layer_that_has_them():
     }  # fmt: skip
 
 
+def test_layers_and_their_kinds_at_once():
+    both = named(make_units(PARTS, KINDS, "both", 2))
+    assert both == {**named(make_units(PARTS, KINDS, "layer", 2)),
+                    **named(make_units(PARTS, KINDS, "kind"))}  # fmt: skip
+
+
 def test_ranges():
     assert named(make_units(PARTS, KINDS, ranges=2)) | {} == {
         "0": "ab", "1": "", "2": "c", "head": "d", "0-1": "ab", "1-2": "c",

@@ -6,7 +6,6 @@ takes longer than everything else. A process alone calls the same functions with
 
 import contextlib
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -26,31 +25,7 @@ from lisa_train.model.layer_map import find_layers
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
 
-HERE = Path(__file__).parent
 STEPS, MICRO, EVERY, CLIP = 4, 2, 2, 0.5
-
-
-def launch(script, folder, world=2):
-    """Run a script of this folder as `script FOLDER RANK WORLD` in processes side by side."""
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE))),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(folder), str(rank), str(world)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(o[-4000:] for o in outputs)
 
 
 def main(folder, rank, world):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lisa_analysis.contract.command_line import version
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.together import LostProcessError, is_to_say, launched
 from lisa_train.command.words import (
     asks_for_estimate,
     check_file,
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_dir = train(command.config, resume=command.resume)
     except LisaError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        lost = isinstance(error, LostProcessError)
+        if is_to_say(str(error), consequence=lost):
+            print(f"{PROG}: {error}", file=sys.stderr, flush=True)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
@@ -84,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
+        if is_to_say("interrupted", consequence=True):
+            print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
     if _speaks():
         print(summary(run_dir))
@@ -102,7 +106,7 @@ def _quiet() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launched() > 1:
         # Trainer has DDP look for tensors without gradients, and DDP warns where there are none.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -15,6 +15,7 @@ from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks import AUTO
 from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.command.together import is_first
 from lisa_train.methods import METHODS
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
@@ -80,7 +81,13 @@ def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
 
 @contextlib.contextmanager
 def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
-    """Make the run directory, and take it away again when the run is refused before it starts."""
+    """Make the run directory, and take it away again when the run is refused before it starts.
+
+    Of several processes the first one does.
+    """
+    if not is_first():
+        yield
+        return
     new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

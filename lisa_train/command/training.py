@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import schema
-from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.output import (
     check_unfinished,
@@ -24,6 +24,7 @@ from lisa_train.command.output import (
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import check_dataset_name
 from lisa_train.command.tasks.text import about, complete
+from lisa_train.command.together import LostProcessError, agreed, all_are_done, launched
 from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
@@ -63,29 +64,50 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     _check_inputs(config)
     if resume:
         method.check_resume(config)
+    if launched() > 1:
+        from lisa_train.command.tasks.task import choose_task
+
+        # The trainer's arguments make the processes find each other: what follows is agreed on.
+        arguments = choose_task(config).arguments()
+        trainer_arguments(config, Path(config.output_dir or "runs"), arguments)
+    run_dir, checkpoint = agreed(lambda: _place(config, resume=resume))
+    try:
+        with no_trace_of_a_refused_run(run_dir):
+            prepared = _prepare(config, run_dir, checkpoint)
+            if checkpoint is not None:
+                check_unfinished(checkpoint)
+            _run(prepared)
+            all_are_done()
+    except Exception as error:
+        from lisa_train.model.parallel import lost_a_process
+
+        if not lost_a_process(error):
+            raise
+        raise LostProcessError(
+            f"another process ended, and this one cannot go on alone ({error}); what was "
+            f"recorded in {run_dir} is kept."
+        ) from error
+    return run_dir
+
+
+def _place(config: TrainConfig, *, resume: bool) -> tuple[Path, Path | None]:
+    """Return the run directory, and the checkpoint that a resumed run goes on from."""
     run_dir = find_run_dir(config, resume=resume)
     checkpoint = last_checkpoint(run_dir) if resume else None
-    with no_trace_of_a_refused_run(run_dir):
-        prepared = _prepare(config, run_dir, checkpoint)
-        if checkpoint is not None:
-            check_unfinished(checkpoint)
-        try:
-            method.run(prepared)
-        except Exception as error:
-            from lisa_train.model.parallel import lost_a_process
+    return run_dir, checkpoint
 
-            if lost_a_process(error):
-                raise LisaError(
-                    f"another process ended, and this one cannot go on alone ({error}); what was "
-                    f"recorded in {run_dir} is kept."
-                ) from error
-            if not is_storage_error(error):
-                raise
-            raise RunDirectoryError(
-                f"{run_dir} cannot be written any more ({error}); what was recorded is kept: free "
-                "some room and resume the run, or start it elsewhere."
-            ) from error
-    return run_dir
+
+def _run(prepared: "PreparedRun") -> None:
+    """Do what the method does; say in a sentence where the disk refuses what it writes."""
+    try:
+        METHODS[prepared.config.method].run(prepared)
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise RunDirectoryError(
+            f"{prepared.run_dir} cannot be written any more ({error}); what was recorded is kept: "
+            "free some room and resume the run, or start it elsewhere."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -173,8 +195,8 @@ def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> Pre
     found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
     _tell(trainer, [*about(manifest["dataset"]), *said, *remarks])
-    kept = keep_inputs(config, run_dir, resume=checkpoint is not None)
-    return PreparedRun(config, trainer, run_dir, manifest, to_yaml(kept), checkpoint)
+    kept = agreed(lambda: to_yaml(keep_inputs(config, run_dir, resume=checkpoint is not None)))
+    return PreparedRun(config, trainer, run_dir, manifest, kept, checkpoint)
 
 
 def _check_inputs(config: TrainConfig) -> None:

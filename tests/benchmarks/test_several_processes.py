@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from helpers_processes import ranks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,8 +59,6 @@ class Loop:
 
 
 def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     ways = {
         "own": lambda model: model,
         "DDP": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
@@ -72,15 +70,12 @@ def process(rank, folder):
         ids = torch.randint(3, 512, (2, 32), generator=generator)
         for name, loop in loops.items():
             times[name].append(loop.step(ids))
-    dist.destroy_process_group()
     if rank == 0:
         # what each holds beside weights: measured in a process of its own, see `bytes_of`
         Path(folder, "times.json").write_text(json.dumps(times))
 
 
 def bytes_of(rank, folder, name):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store-{name}", rank=rank, world_size=WORLD)
     if name == "DDP":
         loop = Loop(lambda model: DistributedDataParallel(model, find_unused_parameters=True))
     else:
@@ -93,13 +88,12 @@ def bytes_of(rank, folder, name):
     if rank == 0:
         found = {"above weights": peak() - loop.before - weights, "active": active}
         Path(folder, f"{name}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def test_own_all_reduce_is_no_slower_than_ddp_and_holds_less(tmp_path):
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=WORLD)
+    ranks(process, tmp_path)
     for name in ("own", "DDP"):
-        torch.multiprocessing.spawn(bytes_of, (str(tmp_path), name), nprocs=WORLD)
+        ranks(bytes_of, tmp_path, name)
     times = {k: np.array(v) for k, v in json.loads((tmp_path / "times.json").read_text()).items()}
     ratio = float(np.median(times["own"][2:] / times["DDP"][2:]))
     held = {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in ("own", "DDP")}

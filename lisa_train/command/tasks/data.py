@@ -18,6 +18,7 @@ from lisa_train.command.tasks.rows import (
     instruction_as_pair,
     layout_of,
 )
+from lisa_train.command.together import first_goes_first
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -152,7 +153,8 @@ def read_splits(config: TrainConfig) -> "DatasetDict":
         When they are missing or cannot be read, or have not the split or the columns named.
     """
     check_dataset_name(config.dataset_name)
-    splits = _read(config)
+    with first_goes_first():  # the others find what it has put into the cache
+        splits = _read(config)
     name = config.dataset_train_split
     if name not in splits:
         raise ConfigError(

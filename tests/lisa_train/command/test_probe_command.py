@@ -1,8 +1,6 @@
 """`method: probe` from the shell and from Python: what it measures, writes, says and refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from helpers_processes import torchrun
 
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.training import train
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(model: Path, data: Path, out: Path, **settings: Any) -> lt.TrainConfig:
@@ -184,11 +181,7 @@ def test_two_processes_measure_the_batches_that_one_measures(
 ) -> None:
     alone = train(config(tiny_model_dir, text_file, tmp_path / "alone"))
     words = ["--config", str(alone / "config.yaml"), "--probe.batches", "3"]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "lisa_train", *words, "--output_dir", str(tmp_path / "two")],
-        check=True, capture_output=True, cwd=ROOT,
-    )  # fmt: skip
+    torchrun(["-m", "lisa_train", *words, "--output_dir", tmp_path / "two"])
     one, two = la.load(alone), la.load(tmp_path / "two")
     assert two.manifest["hardware"]["processes"] == 2
     assert two.manifest["result"]["batches"] == one.manifest["result"]["batches"] == 6

@@ -1,14 +1,12 @@
 """`torchrun --nproc-per-node 2 -m lisa_train`: one run directory that equals one process's."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_processes import torchrun
 
 import lisa_analysis as la
 from lisa_train.command.cli import main
@@ -43,28 +41,12 @@ def data(tiny_model_dir, text_file):
     return [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={text_file}"]
 
 
-def launched(words, *, processes=2):
-    """Run something in several processes as a user would."""
-    tests = Path(__file__).parents[2]
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),
-    }  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [sys.executable, *launcher, *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, data):
     """Folder of the runs of two processes, and what they said."""
     folder = tmp_path_factory.mktemp("two")
     given = json.dumps([arguments(name, folder, data, 2) for name in RUNS])
-    done = launched([str(Path(__file__).with_name("several_processes.py")), given])
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, done
+    return folder, torchrun([Path(__file__).with_name("several_processes.py"), given])
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +109,15 @@ def test_one_process_speaks(two):
 
 
 def test_a_bad_setting_is_one_sentence_and_no_process_waits(data, tmp_path):
-    done = launched(
+    done = torchrun(
         ["-m", "lisa_train", "--config=lisa", "--lisa.activated_layers=99",
-         f"--output_dir={tmp_path / 'run'}", *data]
+         f"--output_dir={tmp_path / 'run'}", *data],
+        fails=True,
     )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.count("lisa.activated_layers") + done.stderr.count("activated_layers") >= 1
-    assert not (tmp_path / "run" / "metrics").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("lisa-train:")]
+    assert len(said) == 1, done.stderr
+    assert "activated_layers" in said[0]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "count"), [("1-gpu", 1), ("2-gpus", 2), ("8-gpus", 8)])
@@ -150,8 +134,7 @@ def test_the_files_for_accelerate_are_read_by_it(name, count):
 def test_a_process_that_dies_ends_the_run_readably(data, tmp_path):
     words = arguments("lisa", tmp_path, data, 2)
     script = Path(__file__).with_name("several_processes.py")
-    done = launched([str(script), json.dumps([words]), "3"])
-    assert done.returncode != 0
+    torchrun([script, json.dumps([words]), "3"], fails=True)
     run = la.load(tmp_path / "lisa")
     assert run.status == "interrupted"
     assert 2 <= len(run.scalars) <= 3

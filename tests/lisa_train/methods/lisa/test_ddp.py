@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from helpers_processes import ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
@@ -38,12 +36,9 @@ def batch(step, rank):
     return torch.randint(3, 64, (2, 8), generator=generator)
 
 
-def process(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def process(rank, folder):
     work(rank, folder)
     start(rank, folder)
-    dist.destroy_process_group()
 
 
 def work(rank, folder):
@@ -134,10 +129,7 @@ def sharded():
 def folder(tmp_path_factory):
     """What two processes left; launched once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=WORLD)
+    ranks(process, folder)
     return folder
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers_processes import ranks
 from helpers_ranks import batch, build
 from torch import nn
 
@@ -86,13 +86,10 @@ def loss_in_bf16(model, ids):
 
 def process(rank, folder):
     folder = Path(folder)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     for name, (_, half, _) in CASES.items():
         found = train(name, shard(build(), half=half), [rank], loss_of)
         torch.save(found, folder / f"{name}-{rank}.pt")
     torch.save(refused(), folder / f"refused-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def refused():
@@ -126,7 +123,7 @@ def refused():
 def folder(tmp_path_factory):
     """What two processes left; launched once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=WORLD)
+    ranks(process, folder)
     return folder
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers_allocations import Allocations
+from helpers_processes import ranks
 from helpers_ranks import batch, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,13 +57,10 @@ def train(name, model, shares, micro=1, *, checkpointing=False, clip=True):
 
 def process(rank, folder):
     folder = Path(folder)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     for name, (_, how, dtype) in CASES.items():
         copy = build(seed=rank).to(dtype)  # the first one's weights are everybody's
         torch.save(train(name, copy, [rank], **how), folder / f"{name}-{rank}.pt")
     torch.save(parts(rank), folder / f"parts-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def parts(rank):
@@ -112,7 +109,7 @@ def parts(rank):
 def folder(tmp_path_factory):
     """What two processes left; launched once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=WORLD)
+    ranks(process, folder)
     return folder
 
 

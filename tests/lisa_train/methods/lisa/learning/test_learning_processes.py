@@ -1,14 +1,13 @@
 """Two processes learn the same numbers at the same optimizer step, and draw alike."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_processes import ranks as launched
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
@@ -95,10 +94,7 @@ def shard(model):
     return fully_shard(model)
 
 
-def process(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def process(rank, folder):
     found = {}
     for metric in ("grad_rms", "signal", "probe"):
         model = build()
@@ -123,16 +119,12 @@ def process(rank, port, folder):
         with pytest.raises(ConfigError, match="FSDP2 splits over processes"):
             train(model, model, [rank], metric)
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learning")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder)), nprocs=WORLD)
+    launched(process, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -6,15 +6,23 @@ importing torch takes longer than some of the runs.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -24,7 +32,7 @@ from lisa_analysis.contract.errors import LisaError
 KEPT = ("config.yaml", "parameters.parquet", "scalars.jsonl", "events.jsonl")
 ABLATION = "ablation.parquet"
 TABLES = ("metrics", "probes")
-TASKS_PER_PROCESS = 30  # then a fresh one: what libraries hold on to does not grow without end
+ROUND = 30  # cells of a process, then a fresh one: what libraries hold on to does not grow
 
 
 @dataclass(frozen=True)
@@ -85,59 +93,99 @@ def run_cells(
     LisaError
         When cells fail; the others are run first.
     """
-    begun = time.monotonic()
-    waiting = {cell.name: cell for cell in cells if not (kept / cell.name).exists()}
     if len({cell.name for cell in cells}) < len(cells):
         raise LisaError("two cells of the plan have one name.")
-    total, failed, took = len(waiting), {}, {}
-    running: dict[Future[float], Cell] = {}
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=TASKS_PER_PROCESS
-    ) as pool:
-        while True:
-            over = seconds is not None and time.monotonic() - begun > seconds
-            for cell in [] if over else _ready(waiting, kept, jobs - len(running)):
-                del waiting[cell.name]
-                run_dir = work / cell.name
-                shutil.rmtree(run_dir, ignore_errors=True)  # one that was cut short
-                run_dir.parent.mkdir(parents=True, exist_ok=True)
-                future = pool.submit(_make, str(run_dir), tuple(cell.words()), cell.ablated)
-                running[future] = cell
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                error = future.exception()
-                if error is None:
-                    took.setdefault(cell.kind, []).append(future.result())
-                    keep(work / cell.name, kept / cell.name, study=kept.parent.name)
-                    shutil.rmtree(work / cell.name)
-                else:
-                    failed[cell.name] = str(error)
-                done = total - len(waiting) - len(running)
-                say(f"{done}/{total} {cell.name}: " + (f"failed, {error}" if error else
-                    f"{future.result():.0f} s") + _left(waiting, took, jobs))  # fmt: skip
-    if failed:
+    rounds = _Rounds(cells, kept, work, jobs, seconds, say)
+    while rounds.go_on():
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            rounds.run(pool)
+    if rounds.failed:
+        first = min(rounds.failed)
         raise LisaError(
-            f"{len(failed)} of {total} runs failed, first {min(failed)}: {failed[min(failed)]} "
-            f"(log: {work / min(failed)}.log). What was finished is kept; mend it and run again."
+            f"{len(rounds.failed)} of {rounds.total} runs failed, first {first}: "
+            f"{rounds.failed[first]} (log: {work / first}.log). What was finished is kept; mend it "
+            "and run again."
         )
-    return sorted(waiting)
+    return sorted(rounds.waiting)
 
 
-def _ready(waiting: Mapping[str, Cell], kept: Path, places: int) -> list[Cell]:
-    found = (c for c in waiting.values() if all((kept / name).exists() for name in c.after))
-    return [cell for cell, _ in zip(found, range(places), strict=False)]
+class _Rounds:
+    """What waits, runs and is done; processes are fresh for every round."""
 
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        kept: Path,
+        work: Path,
+        jobs: int,
+        seconds: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.waiting = {c.name: c for c in cells if not (kept / c.name).exists()}
+        self.total = len(self.waiting)
+        self.failed: dict[str, str] = {}
+        self.took: dict[str, list[float]] = {}
+        self.kept, self.work, self.jobs, self.say = kept, work, jobs, say
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
 
-def _left(waiting: Mapping[str, Cell], took: Mapping[str, Sequence[float]], jobs: int) -> str:
-    """Time left, by what cells of the kind took; of kinds not seen yet, the mean of all."""
-    every = [x for values in took.values() for x in values]
-    if not waiting or not every:
-        return ""
-    mean = {kind: statistics.fmean(values) for kind, values in took.items()}
-    seconds = sum(mean.get(c.kind, statistics.fmean(every)) for c in waiting.values()) / jobs
-    return f"; {len(waiting)} to go, about {seconds / 60:.0f} min"
+    def go_on(self) -> bool:
+        """Whether there is a cell to begin, and time for it."""
+        return time.monotonic() < self.end and bool(self._ready(1))
+
+    def run(self, pool: ProcessPoolExecutor) -> None:
+        """Run a round."""
+        running: dict[Future[float], Cell] = {}
+        begun = 0
+        while True:
+            places = min(self.jobs - len(running), self.jobs * ROUND - begun)
+            for cell in self._ready(places) if time.monotonic() < self.end else ():
+                running[self._begin(cell, pool)] = cell
+                begun += 1
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                self._end(running.pop(future), future, len(running))
+
+    def _ready(self, places: int) -> list[Cell]:
+        found = (
+            cell
+            for cell in self.waiting.values()
+            if all((self.kept / name).exists() for name in cell.after)
+        )
+        return list(islice(found, places))
+
+    def _begin(self, cell: Cell, pool: ProcessPoolExecutor) -> Future[float]:
+        del self.waiting[cell.name]
+        run_dir = self.work / cell.name
+        shutil.rmtree(run_dir, ignore_errors=True)  # one that was cut short
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        return pool.submit(_make, str(run_dir), tuple(cell.words()), cell.ablated)
+
+    def _end(self, cell: Cell, future: Future[float], running: int) -> None:
+        error = future.exception()
+        if isinstance(error, BrokenExecutor):
+            raise LisaError(
+                f"the process of {cell.name} was ended from outside, for want of memory perhaps: "
+                "what was finished is kept; run again, with fewer --jobs."
+            )
+        done = f"{self.total - len(self.waiting) - running}/{self.total} {cell.name}"
+        if error is not None:
+            self.failed[cell.name] = str(error)
+            self.say(f"{done}: failed, {error}")
+            return
+        self.took.setdefault(cell.kind, []).append(future.result())
+        keep(self.work / cell.name, self.kept / cell.name, study=self.kept.parent.name)
+        shutil.rmtree(self.work / cell.name)
+        self.say(f"{done}: {future.result():.0f} s{self._left()}")
+
+    def _left(self) -> str:
+        """Time left, by what cells of the kind took; of kinds not seen yet, the mean of all."""
+        if not self.waiting:
+            return ""
+        mean = {kind: statistics.fmean(values) for kind, values in self.took.items()}
+        other = statistics.fmean(x for values in self.took.values() for x in values)
+        seconds = sum(mean.get(cell.kind, other) for cell in self.waiting.values()) / self.jobs
+        return f"; {len(self.waiting)} to go, about {seconds / 60:.0f} min"
 
 
 def _make(run_dir: str, words: tuple[str, ...], ablated: tuple[str, ...] | None) -> float:

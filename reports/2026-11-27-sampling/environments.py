@@ -1,0 +1,157 @@
+"""What is trained: models, data, sizes. DESIGN.md says why."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RATES = (0.1, 0.316, 1.0, 3.16, 10.0)  # the grid, around the centre of a family
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A model and a task.
+
+    Parameters
+    ----------
+    name
+        As in DESIGN.md.
+    model, data
+        Give the folders, fetching them on first use.
+    stacks
+        Path of each stack of layers, as it stands in the names of modules, and its number of
+        layers; layers are numbered on from one stack to the next.
+    linear
+        Names of the linear maps within a layer.
+    few
+        Layers of each stack that train in question A: a fifth of them.
+    drawn, interval
+        k and K of question B.
+    steps, batch
+        Of a run.
+    words
+        Other settings of `lisa-train`.
+    centres
+        Learning rate in the middle of each family's grid.
+    head
+        Whether the model has a new head, which trains under every method.
+    seeds, secondary
+        Seeds of the arms of the primary contrasts, and of the others.
+    every_layer
+        Whether question A trains every layer alone, instead of named and random sets.
+    both_tuned
+        Whether a family's rate is looked for by profile arm and placebo on two seeds each, or by
+        one on one seed and the other on the other.
+    """
+
+    name: str
+    model: Callable[[], Path]
+    data: Callable[[], Path]
+    stacks: tuple[tuple[str, int], ...]
+    linear: tuple[str, ...]
+    few: int
+    drawn: int
+    interval: int
+    steps: int
+    batch: int
+    words: tuple[str, ...]
+    centres: dict[str, float] = field(default_factory=dict)
+    head: bool = True
+    seeds: int = 5
+    secondary: int = 5
+    every_layer: bool = False
+    both_tuned: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Layers of all stacks."""
+        return sum(size for _, size in self.stacks)
+
+    def targets(self, chosen: Sequence[int]) -> str:
+        """Return the pattern of the linear maps of some layers, for PEFT's `target_modules`."""
+        parts, first = [], 0
+        for path, size in self.stacks:
+            inside = [str(i - first) for i in chosen if first <= i < first + size]
+            if inside:
+                parts.append(rf"{path}\.({'|'.join(inside)})")
+            first += size
+        return rf".*({'|'.join(parts)})\..*({'|'.join(self.linear)})"
+
+    def top(self, scores: Sequence[float], *, lowest: bool = False) -> list[int]:
+        """Return the `few` layers of each stack with the highest scores, in order."""
+        chosen, first = [], 0
+        for _, size in self.stacks:
+            inside = range(first, first + size)
+            order = sorted(inside, key=lambda i: scores[i], reverse=not lowest)
+            chosen += order[: self.few]
+            first += size
+        return sorted(chosen)
+
+
+def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
+    """Return a copy of a data folder whose last training rows are a `validation` split."""
+    found = work / name
+    if not (found / "test.jsonl").exists():
+        found.mkdir(parents=True, exist_ok=True)
+        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
+            (found / f"{split}.jsonl").write_text("".join(part), encoding="utf-8")
+        shutil.copy(folder / "test.jsonl", found)
+        json.loads(lines[0])  # one example a line, or the split is nonsense
+    return found
+
+
+def environments(work: Path) -> dict[str, Environment]:
+    """Return the environments that the study can run here, by name."""
+    from lisa_train.command.demo.chitchat import chitchat_folder
+    from lisa_train.command.demo.smollm2 import smollm2_folder
+    from lisa_train.command.demo.sources import MINILM, fetch_folder
+    from lisa_train.command.demo.wordnet import definitions_folder, parts_of_speech_folder
+
+    data = work / "data"
+    llama = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    smol = {
+        "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5, "mild": 2e-4,
+        "strong": 2e-4,
+    }  # fmt: skip
+    text = (
+        "--max_length=48", "--per_device_eval_batch_size=16", "--max_eval_samples=256",
+        "--bf16=true",
+    )  # fmt: skip
+    found = [
+        Environment(
+            "pos",
+            model=lambda: fetch_folder(MINILM),
+            data=lambda: with_validation("pos", parts_of_speech_folder(), data, 1200),
+            stacks=((r"encoder\.layer", 6),),
+            linear=("query", "key", "value", "dense"),
+            few=1, drawn=1, interval=5, steps=150, batch=32,
+            words=(
+                "--task=text-classification", "--max_length=32",
+                "--per_device_eval_batch_size=64",
+            ),
+            centres={
+                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 5e-4, "full": 2e-4,
+                "mild": 5e-4, "strong": 5e-4, "head": 1e-2,
+            },
+            seeds=10, every_layer=True, both_tuned=True,
+        ),
+        Environment(
+            "define",
+            model=smollm2_folder,
+            data=lambda: with_validation("define", definitions_folder(), data, 1200),
+            stacks=((r"model\.layers", 30),),
+            linear=llama, few=6, drawn=2, interval=1, steps=60, batch=8,
+            words=text, centres=smol, head=False,
+        ),
+        Environment(
+            "chat",
+            model=smollm2_folder,
+            data=lambda: with_validation("chat", chitchat_folder(), data, 1000),
+            stacks=((r"model\.layers", 30),),
+            linear=llama, few=6, drawn=2, interval=1, steps=60, batch=8,
+            words=text, centres=smol, head=False,
+        ),
+    ]  # fmt: skip
+    return {environment.name: environment for environment in found}

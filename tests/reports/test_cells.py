@@ -1,0 +1,178 @@
+"""A plan of many runs: each once, in an order that its sources allow, on from where it stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers_models import build_tiny_model, sentence, write_jsonl
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_train.command.cli import main
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
+
+
+def module(path):
+    """A module of the studies, which are no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cells():
+    sys.path.insert(0, str(REPORTS))  # processes that train look it up there
+    yield module(REPORTS / "cells.py")
+    sys.path.remove(str(REPORTS))
+    del sys.modules["cells"]
+
+
+@pytest.fixture(scope="module")
+def sampling(cells):
+    """Environments and arms of the study of sampling."""
+    folder = REPORTS / "2026-11-27-sampling"
+    yield [module(folder / f"{name}.py") for name in ("environments", "arms")]
+    for name in ("environments", "arms"):
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run, and the words that made it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    model = folder.with_name("model")
+    build_tiny_model(model, layers=2)
+    rows = [{"text": sentence(n)} for n in range(20)]
+    data = write_jsonl(folder.with_name("data.jsonl"), rows)
+    words = [
+        "--method=full", f"--model_name_or_path={model}", f"--dataset_name={data}",
+        "--max_steps=2", "--max_length=16", "--progress_bar=false", "--record.every=2",
+        "--save_final_model=false",
+    ]  # fmt: skip
+    assert main([*words, f"--output_dir={folder}"]) == 0
+    return folder, words
+
+
+def test_what_is_kept_is_read_as_before_and_names_no_folder(cells, trained, tmp_path):
+    import lisa_analysis as la
+
+    run_dir, _ = trained
+    cells.keep(run_dir, tmp_path / "study" / "runs" / "a" / "s1", study="study")
+    kept = tmp_path / "study" / "runs" / "a" / "s1"
+    before, after = la.load(run_dir), la.load(kept)
+    assert after.status == "finished"
+    assert after.metrics().equals(before.metrics())
+    assert after.scalars.equals(before.scalars)
+    texts = [p.read_text() for p in kept.iterdir() if p.suffix in (".json", ".yaml", ".jsonl")]
+    assert not any(str(part) in text for text in texts for part in (run_dir.parent, "/tmp"))
+    config = yaml.safe_load((kept / "config.yaml").read_text())
+    assert config["model_name_or_path"] == "model"
+    assert [p.name for p in kept.parent.iterdir()] == ["s1"]
+
+
+def test_cells_run_once_after_their_sources_and_a_failed_one_ends_no_other(
+    cells, trained, tmp_path
+):
+    _, words = trained
+    order = []
+
+    def given(name, *more):
+        order.append(name)
+        return [*words, *more]
+
+    plan = [
+        cells.Cell("env/second/s1", lambda: given("second"), after=("env/first/s1",)),
+        cells.Cell("env/wrong/s1", lambda: given("wrong", "--learning_rate=-1")),
+        cells.Cell("env/first/s1", lambda: given("first")),
+        cells.Cell("env/never/s1", lambda: given("never"), after=("env/wrong/s1",)),
+    ]
+    kept, said = tmp_path / "study" / "runs", []
+    with pytest.raises(LisaError, match=r"1 of 4 runs failed, first env/wrong/s1: .*learning_rate"):
+        cells.run_cells(plan, kept, tmp_path / "work", jobs=1, say=said.append)
+    assert order == ["wrong", "first", "second"]
+    assert (kept / "env/second/s1/run.json").exists()
+    assert not (kept / "env/wrong").exists()
+    assert len(said) == 3
+    assert cells.run_cells(plan[::2], kept, tmp_path / "work", jobs=1, say=said.append) == []
+    assert len(said) == 3  # nothing was run again
+
+
+class TestSampling:
+    @pytest.fixture
+    def plan(self, sampling, trained, tmp_path):
+        """The plan of MiniLM without a log, and a function that makes up a finished run."""
+        environments, arms = sampling
+        environment = environments.environments(tmp_path)["pos"]
+        run_dir, _ = trained
+        kept = tmp_path / "runs"
+
+        def finish(cell, loss):
+            folder = kept / cell.name
+            folder.mkdir(parents=True)
+            manifest = json.loads((run_dir / "run.json").read_text())
+            manifest["result"]["last_held_out_loss"] = loss
+            (folder / "run.json").write_text(json.dumps(manifest))
+            for path in run_dir.iterdir():
+                if path.name != "run.json" and path.is_file():
+                    (folder / path.name).write_bytes(path.read_bytes())
+            (folder / "metrics").mkdir()
+            for path in (run_dir / "metrics").iterdir():
+                (folder / "metrics" / path.name).write_bytes(path.read_bytes())
+
+        return arms.Plan(environment, kept, tmp_path), finish
+
+    def test_rates_come_first_and_a_best_one_at_the_edge_moves_the_grid(self, plan):
+        plan, finish = plan
+        assert {c.name.split("/")[1] for c in plan.cells()} == {"probe", "rates"}
+        centre = plan.environment.centres["head"]
+        assert plan.tried("head") == pytest.approx([centre * f for f in (0.1, 0.316, 1, 3.16, 10)])
+        for rate in plan.tried("head"):
+            for cell in plan._tuning("head", rate):
+                finish(cell, 1 / rate)  # the largest is the best
+        assert len(plan.tried("head")) == 6
+        assert plan.tried("head")[-1] == pytest.approx(31.6 * centre)
+        for cell in plan._tuning("head", plan.tried("head")[-1]):
+            finish(cell, 1e9)
+        assert len(plan.tried("head")) == 6
+        assert plan.rate("head") == pytest.approx(10 * centre)
+        with pytest.raises(LisaError, match="rates of full are not complete"):
+            plan.rate("full")
+
+    def test_profile_arm_and_placebo_choose_the_rate_together(self, plan):
+        plan, _ = plan
+        names = [cell.name for cell in plan._tuning("mild", 1e-3)]
+        assert names == [
+            f"pos/rates/{arm}-0.001-s{s}" for arm in ("default", "uniform") for s in (101, 102)
+        ]
+
+    def test_every_arm_reads_runs_of_another_seed(self, plan):
+        plan, _ = plan
+        for arm in plan.arms.values():
+            for name in plan.cell(arm, 3).after:
+                assert name.endswith("/s4")
+
+    def test_patterns_name_the_layers_of_every_stack(self, sampling):
+        import re
+        from dataclasses import replace
+
+        environments, _ = sampling
+        pos = environments.environments(Path("nowhere"))["pos"]
+        pattern = pos.targets([1, 5])
+        assert re.fullmatch(pattern, "bert.encoder.layer.1.attention.self.query")
+        assert re.fullmatch(pattern, "bert.encoder.layer.5.output.dense")
+        assert not re.fullmatch(pattern, "bert.encoder.layer.2.output.dense")
+        assert not re.fullmatch(pattern, "bert.pooler.dense")
+        both = replace(
+            pos, stacks=((r"encoder\.layers", 4), (r"decoder\.layers", 4)), linear=("fc1",)
+        )
+        pattern = both.targets([0, 6])
+        assert re.fullmatch(pattern, "model.encoder.layers.0.fc1")
+        assert re.fullmatch(pattern, "model.decoder.layers.2.fc1")
+        assert not re.fullmatch(pattern, "model.encoder.layers.2.fc1")
+        assert both.top([3, 1, 2, 0, 5, 9, 7, 8]) == [0, 5]
+        assert both.top([3, 1, 2, 0, 5, 9, 7, 8], lowest=True) == [3, 4]

@@ -292,6 +292,11 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "known, and while nothing is learned",
         "update_factors": "with lisa.correct_lr: factors on the updates of the layers drawn",
         "visits": "draws of every layer so far, this one included",
+        "units": "with lisa.by half or module: indices of the parts of layers that are active, in "
+        "run.json's lisa.unit_names; `layers` are those that any of them is in",
+        "unit_probabilities": "then, in place of inclusion_probabilities: π of every part",
+        "unit_scores": "then, in place of scores: those of every part",
+        "unit_visits": "then, in place of visits: draws of every part so far",
         "groups": "groups (embed, head) that were drawn like layers",
         "trainable_share": "part of the model's parameters that train in the interval",
         "state_bytes": "bytes of optimizer state held after the draw: what left is freed or on the "
@@ -353,7 +358,8 @@ MANIFEST_FIELDS: dict[str, str] = {
     "dataset": "name, columns read and not read, number of examples trained on, held out, dropped",
     "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; "
     "last_held_out_scores by name, where the task has scores; with LISA "
-    "layer_visits (draws of every layer) and layers_never_drawn",
+    "layer_visits (draws of every layer) and layers_never_drawn, or with lisa.by unit_visits and "
+    "units_never_drawn",
     "error": "one sentence, when the status is failed",
 }
 

@@ -1,6 +1,6 @@
 """What a metric may look at: the table of norms, learning rates, visits and active steps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_sums import PROBE
 from lisa_analysis.metrics.step_table import StepTable, step_table
-from lisa_analysis.rundir.events import chosen, draws, learning_rates, ruling_draws
+from lisa_analysis.rundir.events import draws, learning_rates, ruling_draws
+from lisa_analysis.rundir.parts import drawn_share
 
 if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run
@@ -131,8 +132,8 @@ class Measurements:
         spent = np.cumsum(np.append(0.0, weights[1:]))
         exposure = self.visits.copy()
         columns = np.flatnonzero(self.table.groups.layer >= 0)
-        behind = _behind(self.run, self.table, self.interval, spent)
-        exposure[:, columns] = behind[:, self.table.groups.layer[columns]]
+        share = _share(self.run, self.table, columns)
+        exposure[:, columns] = _behind(self.run, self.table, self.interval, spent, share)
         exposure[:, columns] /= spent[-1] / len(drawn)
         return exposure**power
 
@@ -143,7 +144,7 @@ def measurements(run: "Run", by: str = "layer") -> Measurements:
     rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
     rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
     interval = ruling_draws(run, table.steps) if draws(run) else None
-    visits, active = _visits(run, table, interval)
+    visits, active, table = _visits(run, table, interval)
     frame = run.parameters
     group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]
     inside = (group >= 0) & (frame["role"] == "base").to_numpy()
@@ -155,21 +156,36 @@ def measurements(run: "Run", by: str = "layer") -> Measurements:
 
 def _visits(
     run: "Run", table: StepTable, interval: NDArray[np.int64] | None
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Activation intervals and optimizer steps behind every group at every recorded step."""
+) -> tuple[NDArray[Any], NDArray[Any], StepTable]:
+    """Activation intervals and optimizer steps behind every group at every recorded step.
+
+    And the table without what was measured of a group while only a part of it trained.
+    """
     shape = table.trained.shape
     visits: NDArray[Any] = np.broadcast_to(np.float32(1), shape)
     active: NDArray[Any] = np.broadcast_to(table.steps[:, None].astype(np.float32), shape)
     if interval is None or not len(table.steps):
-        return visits, active
+        return visits, active, table
     visits, active = visits.copy(), active.copy()
     columns = np.flatnonzero(table.groups.layer >= 0)
-    layer = table.groups.layer[columns]
-    drawn = np.cumsum(chosen(run), axis=0, dtype=np.float32)
-    visits[:, columns] = drawn[np.maximum(interval, 0)][:, layer]
+    share = _share(run, table, columns)
+    visits[:, columns] = np.cumsum(share, axis=0)[np.maximum(interval, 0)]
     count = np.arange(_last_step(run, table) + 1, dtype=np.float64)
-    active[:, columns] = _behind(run, table, interval, count)[:, layer]
-    return visits, active
+    active[:, columns] = _behind(run, table, interval, count, share)
+    ruling = share[np.maximum(interval, 0)]
+    partly = np.zeros(shape, dtype=bool)
+    partly[:, columns] = (ruling > 0) & (ruling < 1 - 1e-9) & (interval >= 0)[:, None]
+    if partly.any():
+        kept = {name: np.where(partly, np.nan, held) for name, held in table.measures.items()}
+        table = replace(table, measures=kept)
+    return visits, active, table
+
+
+def _share(run: "Run", table: StepTable, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of every group in `columns` that each draw took, see `drawn_share`."""
+    place = np.full(len(table.groups.names) + 1, -1, dtype=np.int64)
+    place[columns] = np.arange(columns.size)
+    return drawn_share(run, table.groups.layer[columns], place[table.groups.of])
 
 
 def _last_step(run: "Run", table: StepTable) -> int:
@@ -178,17 +194,22 @@ def _last_step(run: "Run", table: StepTable) -> int:
 
 
 def _behind(
-    run: "Run", table: StepTable, interval: NDArray[np.int64], total: NDArray[Any]
+    run: "Run",
+    table: StepTable,
+    interval: NDArray[np.int64],
+    total: NDArray[Any],
+    drawn: NDArray[np.float64],
 ) -> NDArray[Any]:
-    """Sum over the steps that trained each layer up to each recorded step, shape (n, layers).
+    """Sum over the steps that trained each group up to each recorded step, shape (n, groups).
 
-    `total` is the sum over all steps up to each, of whatever is summed.
+    `total` is the sum over all steps up to each, of whatever is summed; `drawn` the share of each
+    group that every draw took.
     """
-    drawn, now = chosen(run), np.maximum(interval, 0)
+    now = np.maximum(interval, 0)
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     ends = np.append(starts[1:], _last_step(run, table))
     whole = np.cumsum(drawn * (total[ends] - total[starts])[:, None], axis=0)
-    before = np.vstack([np.zeros(run.n_layers), whole])
+    before = np.vstack([np.zeros(drawn.shape[1]), whole])
     within = (total[table.steps] - total[starts[now]])[:, None] * drawn[now]
     result: NDArray[Any] = before[now] + within
     return result

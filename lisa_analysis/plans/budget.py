@@ -73,7 +73,9 @@ def inclusion_probabilities(
     return pi
 
 
-def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
+def allocate(
+    weights: Array, total: float, lower: float, upper: float, costs: Array | None = None
+) -> Array:
     """Share `total` out in proportion to the weights, between bounds.
 
     clip(λ·w, lower, upper) with λ such that the sum is `total`: the one engine behind whatever is
@@ -85,14 +87,17 @@ def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
     weights
         Shape (n,), finite and not negative; of any size.
     total
-        Between n·lower and n·upper.
+        Between Σcost·lower and Σcost·upper.
     lower, upper
         Bounds of every share.
+    costs
+        What one of each share costs of `total`, shape (n,), above 0; None is 1 for all. Shares are
+        in proportion to the weights all the same, and Σ cost·share is `total`.
 
     Returns
     -------
     ndarray
-        Shape (n,); sums to `total` up to rounding, which is checked.
+        Shape (n,); its cost is `total` up to rounding, which is checked.
 
     Raises
     ------
@@ -103,18 +108,21 @@ def allocate(weights: Array, total: float, lower: float, upper: float) -> Array:
     n = len(weights)
     if not (weights >= 0).all() or not np.isfinite(weights).all():
         raise ProbabilitiesError("weights of layers must be finite and not negative.")
-    upper = min(upper, max(total, lower))  # no share exceeds what all of them sum to
+    price = np.ones(n) if costs is None else np.asarray(costs, dtype=np.float64)
+    if costs is None:
+        upper = min(upper, max(total, lower))  # no share exceeds what all of them sum to
     positive = weights > 0
+    dear, free = math.fsum(price[positive]), math.fsum(price[~positive])
     if not positive.any() or upper - lower < 1e-15:
-        shares = np.full(n, total / n)
-    elif positive.sum() * upper + (~positive).sum() * lower <= total:
+        shares = np.full(n, total / (dear + free))
+    elif dear * upper + free * lower <= total:
         shares = np.full(n, upper)
         if not positive.all():
-            shares[~positive] = (total - positive.sum() * upper) / (~positive).sum()
+            shares[~positive] = (total - dear * upper) / free
     else:
-        shares = _proportional(weights, total, lower, upper)
+        shares = _proportional(weights, total, lower, upper, price)
     shares = np.clip(shares, lower, upper)
-    off = math.fsum(shares) - total
+    off = math.fsum(price * shares) - total
     if not abs(off) <= 1e-12 * max(1.0, abs(total)):
         raise ProbabilitiesError(
             f"no shares between {lower:.6g} and {upper:.6g} in proportion to the weights sum to "
@@ -185,7 +193,7 @@ def whole_shares(
     return shares.astype(np.int64)
 
 
-def _proportional(weights: Array, total: float, lower: float, upper: float) -> Array:
+def _proportional(weights: Array, total: float, lower: float, upper: float, price: Array) -> Array:
     """Shares where some λ gives the total. ln λ is found among its breakpoints, then exactly."""
     with np.errstate(divide="ignore"):
         logs, low, high = np.log(weights), np.log(lower), np.log(upper)
@@ -204,7 +212,7 @@ def _proportional(weights: Array, total: float, lower: float, upper: float) -> A
     first, last = 0, len(points) - 1
     while first < last:  # the first breakpoint at which the total is reached
         middle = (first + last) // 2
-        if math.fsum(shares_at(points[middle])) < total:
+        if math.fsum(price * shares_at(points[middle])) < total:
             first = middle + 1
         else:
             last = middle
@@ -215,8 +223,8 @@ def _proportional(weights: Array, total: float, lower: float, upper: float) -> A
     free = (leaves < inside) & (arrives > inside)
     if free.any():
         relative = weights[free] / weights[free].max()
-        rest = total - math.fsum(shares[~free])
-        shares[free] = relative * (rest / math.fsum(relative))
+        rest = total - math.fsum((price * shares)[~free])
+        shares[free] = relative * (rest / math.fsum(price[free] * relative))
     return shares
 
 
@@ -226,7 +234,11 @@ def in_units(scores: Array) -> Array:
 
 
 def apply_control(
-    shares: Array, control: str | None, seed: int, scores: Array | None = None
+    shares: Array,
+    control: str | None,
+    seed: int,
+    scores: Array | None = None,
+    costs: Array | None = None,
 ) -> Array:
     """Give the same shares to other layers, see `CONTROLS`; None leaves them, as ``none`` does.
 
@@ -240,6 +252,9 @@ def apply_control(
         Of the permutation.
     scores
         Shape (L,); settle the rank of layers with equal shares, the unknown (NaN) in the middle.
+    costs
+        What one of each share costs, shape (L,): shares then change places only with those that
+        cost the same, so that all together cost what they did.
 
     Raises
     ------
@@ -251,8 +266,16 @@ def apply_control(
             f"control is {control!r}: expected one of {', '.join(CONTROLS)}."
             + suggest(str(control), CONTROLS)
         )
+    if control in ("permuted", "reversed") and costs is not None:
+        result = np.array(shares, dtype=np.float64)
+        for number, cost in enumerate(np.unique(costs)):
+            alike = np.flatnonzero(costs == cost)
+            rank = None if scores is None else scores[alike]
+            result[alike] = apply_control(result[alike], control, seed + number, rank)
+        return result
     if control == "uniform":
-        return np.full(len(shares), shares.sum() / len(shares))
+        price = np.ones(len(shares)) if costs is None else costs
+        return np.full(len(shares), (price * shares).sum() / price.sum())
     if control == "permuted":
         return np.random.default_rng(seed).permutation(shares)
     if control == "reversed":

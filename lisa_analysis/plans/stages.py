@@ -55,7 +55,7 @@ def probabilities_from_scores(
     low: ArrayLike | None = None,
     high: ArrayLike | None = None,
     *,
-    k: int,
+    k: float,
     strength: float | str | Strength = 1.0,
     mix: float = 0.25,
     floor: float = 0.25,
@@ -63,6 +63,7 @@ def probabilities_from_scores(
     prior: ArrayLike | None = None,
     control: str | None = None,
     seed: int = 0,
+    costs: ArrayLike | None = None,
 ) -> Stages:
     """Turn scores into inclusion probabilities π with Σπ = k.
 
@@ -78,7 +79,7 @@ def probabilities_from_scores(
         Intervals of the scores, shape (L,); both None take the scores as certain. One missing
         bound (NaN or infinite) is open; both missing make a layer unknown.
     k
-        Layers in each draw, 1 … L.
+        Layers in each draw, 1 … L; with `costs` any number above 0 and below L.
     strength
         Power on the scores, ``"pool"`` or ``"pool=6"``, see `Strength`; or a `Strength`.
     mix, floor, cap
@@ -91,6 +92,10 @@ def probabilities_from_scores(
         ``none`` leaves them.
     seed
         Of the permutation.
+    costs
+        For parts of layers of different sizes: their sizes over the mean, shape (L,), of mean 1.
+        Σ cost·π = k then, and k/L is the share of all parameters that train. The prior's sum and
+        the controls go by it too.
 
     Returns
     -------
@@ -105,20 +110,25 @@ def probabilities_from_scores(
     """
     scores = np.asarray(scores, dtype=np.float64)
     n = len(scores)
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
+    price = None if costs is None else np.asarray(costs, dtype=np.float64)
+    if price is not None:
+        least = 1
+    elif isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
         raise ProbabilitiesError(
             f"activated_layers is {k!r}: expected a whole number from 1 to {n}, the number of "
             "layers."
         )
+    else:
+        least = int(k)
     if not isinstance(strength, Strength):
         strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
-    result = _stages(scores, low, high, float(k), 1.0, strength, prior, least=int(k))
+    result = _stages(scores, low, high, float(k), 1.0, strength, prior, least=least, price=price)
     if strength.pool is None and not (result.pi > 0).all():
         raise ProbabilitiesError(
             f"layer {int(np.argmin(result.pi))} would never be drawn: use a floor or a mix above "
             "0, or strength='pool' to leave layers out."
         )
-    return _controlled(result, control, seed)
+    return _controlled(result, control, seed, price)
 
 
 def multiples_from_scores(
@@ -178,11 +188,13 @@ def _stages(
     prior: ArrayLike | None,
     *,
     least: int = 1,
+    price: Array | None = None,
 ) -> Stages:
     """Every stage for shares that sum to `total`, none of them above `most`."""
     n = len(scores)
     uniform = total / n
-    shares = _prior(prior, n, total, most)
+    cost = np.ones(n) if price is None else price
+    shares = _prior(prior, n, total, most, cost)
     score, bottom, top, known = _known(scores, low, high)
     safe, power, mixed = (np.full(n, np.nan) for _ in range(3))
     if known.any():
@@ -192,18 +204,20 @@ def _stages(
         chosen = _pool(score, bottom, known, strength.pool, least)
         power[known] = chosen[known]
         mixed[known] = power[known] / chosen.sum()
-        shares = np.where(chosen, total / chosen.sum(), 0.0)
+        shares = np.where(chosen, min(most, total / math.fsum(cost[chosen])), 0.0)
     elif known.any():
         size = in_units(safe[known])
         power[known] = (size / size.mean()) ** strength.power if size.any() else 1.0
-        left, expected = total - math.fsum(shares[~known]), shares[known]
+        left, expected = total - math.fsum((cost * shares)[~known]), shares[known]
+        own = None if price is None else price[known]
         # What is certain to be drawn leaves the rest to the others before anything is mixed in:
         # else the mix takes over wherever a few scores stand far above all others.
-        part = allocate(power[known], left, 0.0, min(most, left))
-        mixed[known] = (1 - strength.mix) * part / left + strength.mix * expected / expected.sum()
+        part = allocate(power[known], left, 0.0, most if own is not None else min(most, left), own)
+        uniform_part = expected / (cost[known] * expected).sum()
+        mixed[known] = (1 - strength.mix) * part / left + strength.mix * uniform_part
         bounds = min(most, strength.floor * uniform), min(most, strength.cap * uniform)
-        shares[known] = allocate(mixed[known], left, *bounds)
-    off = math.fsum(shares) - total
+        shares[known] = allocate(mixed[known], left, *bounds, own)
+    off = math.fsum(cost * shares) - total
     if not abs(off) <= 1e-12 * max(1.0, total):
         raise ProbabilitiesError(
             f"shares of {n} layers miss their sum {total:g} by {off:.3g}: choose other bounds."
@@ -211,12 +225,12 @@ def _stages(
     return Stages(score, bottom, top, safe, power, mixed, shares, known, strength)
 
 
-def _prior(prior: ArrayLike | None, n: int, total: float, most: float) -> Array:
+def _prior(prior: ArrayLike | None, n: int, total: float, most: float, cost: Array) -> Array:
     if prior is None:
         return np.full(n, total / n)
     shares = np.array(prior, dtype=np.float64)
     inside = shares.shape == (n,) and bool(((shares > 0) & (shares <= most)).all())
-    if not inside or abs(math.fsum(shares) - total) > 1e-9 * max(1.0, total):
+    if not inside or abs(math.fsum(cost * shares) - total) > 1e-9 * max(1.0, total):
         raise ProbabilitiesError(
             f"the prior has the shape {shares.shape} and the sum {shares.sum():.6g}: expected "
             f"{n} numbers above 0 and at most {most:g} that sum to {total:g}."
@@ -303,8 +317,10 @@ def _pool(
     return chosen
 
 
-def _controlled(result: Stages, control: str | None, seed: int) -> Stages:
-    pi = apply_control(result.pi, control, seed, result.score)
+def _controlled(
+    result: Stages, control: str | None, seed: int, price: Array | None = None
+) -> Stages:
+    pi = apply_control(result.pi, control, seed, result.score, price)
     return Stages(
         result.score, result.low, result.high, result.safe, result.power, result.mixed, pi,
         result.known, result.strength,

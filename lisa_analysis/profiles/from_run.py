@@ -22,6 +22,7 @@ from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.parts import parts_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.weights.plain import PlainWeights
 from lisa_analysis.statistics.estimate import Fit, fit_series
@@ -160,6 +161,11 @@ def importance(
         )  # fmt: skip
         agrees, doubt = ablated.confirmed(data, fit.score)
         said = f"{said} {doubt}".rstrip()
+        if by == "layer" and chosen.rows == "steps" and parts_of(run) is not None:
+            said += (
+                " This run trained layers in parts (lisa.by): of a layer only steps count at which "
+                "all of it trained; look at the profile by module instead (by='module')."
+            )
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,

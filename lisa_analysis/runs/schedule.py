@@ -2,9 +2,11 @@
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.rundir.events import chosen, draw_events, draws
+from lisa_analysis.rundir.parts import Parts, part_draws, parts_of
 from lisa_analysis.rundir.run import Run
 
 
@@ -18,12 +20,47 @@ def schedule_grid(run: Run) -> LayerGrid:
 def probability_grid(run: Run) -> LayerGrid:
     """Layers × draws, π of each draw over that of uniform sampling; no steps unless π moves."""
     found = [(step, pi) for step, _, pi in draw_events(run) if pi is not None]
+    if (parts := parts_of(run)) is not None:
+        drawn = [(step, pi) for step, _, pi in part_draws(run, parts) if pi is not None]
+        return _grid_of_parts(drawn, parts, parts.layers, run.n_layers)
     values = np.array([pi for _, pi in found]).reshape(len(found), run.n_layers).T
     if not len(found) or not np.ptp(values, axis=1).max() > 1e-9:
         found, values = [], values[:, :0]
     uniform = values.sum(axis=0, keepdims=True) / run.n_layers
     steps = np.array([step for step, _ in found], dtype=np.int64)
     shown = values / uniform if len(found) else values
+    return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))
+
+
+def kind_probability_grid(run: Run) -> tuple[LayerGrid, tuple[str, ...]] | None:
+    """Kinds of parts × draws, as `probability_grid`, and their names; None for whole layers."""
+    parts = parts_of(run)
+    if parts is None:
+        return None
+    kinds = parts.kinds(tuple(map(str, run.layer_names)))
+    names = tuple(dict.fromkeys(kinds))
+    rows = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
+    drawn = [(step, pi) for step, _, pi in part_draws(run, parts) if pi is not None]
+    return _grid_of_parts(drawn, parts, rows, len(names)), names
+
+
+def _grid_of_parts(
+    found: list[tuple[int, NDArray[np.float64]]],
+    parts: Parts,
+    row: NDArray[np.int64],
+    rows: int,
+) -> LayerGrid:
+    """Parameters that train of every row on average, over what a uniform draw would train."""
+    pi = np.array([values for _, values in found]).reshape(len(found), len(parts.names))
+    if not len(found) or not np.ptp(pi, axis=0).max() > 1e-9:
+        found, pi = [], pi[:0]
+    members = np.zeros((rows, len(parts.names)))
+    members[row, np.arange(len(parts.names))] = parts.sizes
+    total = members.sum(axis=1, keepdims=True)
+    share = members @ pi.T / np.where(total > 0, total, np.nan)
+    uniform = (pi @ parts.sizes) / parts.sizes.sum()
+    steps = np.array([step for step, _ in found], dtype=np.int64)
+    shown = share / uniform[None, :]
     return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))
 
 

@@ -17,8 +17,10 @@ from lisa_train.estimate.patterns import (
     drawable,
     lisa_pattern,
     may_train,
+    part_costs,
     plain_pattern,
     some_draws,
+    turns_of,
     units_of,
 )
 from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
@@ -197,8 +199,15 @@ class _Estimator:
         if rotation is None:
             return self._result(plain_pattern(stage), ())
         if setting.active_layers is not None:
+            if rotation.by != "layer":
+                raise ConfigError(
+                    f"active_layers names whole layers, but lisa.by is {rotation.by!r}; leave it "
+                    "out, and the draw that costs the most is looked for."
+                )
             check_layers(stage, setting.active_layers)
             return self._of_layers(setting.active_layers)
+        if rotation.by != "layer":
+            return self._of_parts()
         draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
         costs = draw_costs(stage, setting, self._held)
         every = rotation.sampling == "bernoulli"
@@ -212,6 +221,28 @@ class _Estimator:
         if setting.devices > 1:
             return worst
         spared = max(0.0, costs.of(worst.active_layers, groups) - costs.mean(draws))
+        return replace(worst, mean=int(worst.total - spared))
+
+    def _of_parts(self) -> MemoryEstimate:
+        """Of the draws of halves or modules that may cost the most, the one that does."""
+        setting, stage = self.setting, self.stage
+        if setting.devices > 1 and setting.spread == "fsdp":
+            raise ConfigError(
+                f"lisa.by is {setting.lisa.by!r}, which FSDP2 (spread='fsdp') does not train; "
+                "estimate it on one device, or with spread='layers'."
+            )
+        draws = some_draws(stage, setting)
+        costs = part_costs(stage, setting, self._held)
+        among = drawable(stage, setting)
+        every = setting.lisa.sampling == "bernoulli"
+        candidates = [among] if every else costs.candidates(among)
+        results = {parts: self._result(lisa_pattern(stage, setting, parts), parts)
+                   for parts in candidates}  # fmt: skip
+        parts, worst = max(results.items(), key=lambda item: item[1].total)
+        worst = replace(worst, active_layers=costs.turns.layers_of(parts))
+        if setting.devices > 1:
+            return worst
+        spared = max(0.0, costs.of(parts) - costs.mean(draws))
         return replace(worst, mean=int(worst.total - spared))
 
     def _of_layers(self, layers: tuple[int, ...]) -> MemoryEstimate:
@@ -325,7 +356,12 @@ class _Estimator:
         k = len(layers) if rotation.sampling == "bernoulli" else rotation.activated_layers
         if setting.active_layers is not None:
             k = len(setting.active_layers)
-        units = units_of(self.stage)
+        turns = turns_of(self.stage, setting)
+        units = units_of(self.stage, turns)
+        if rotation.by != "layer" and rotation.sampling != "bernoulli":
+            # As many of the smallest as a draw has room for.
+            largest = part_costs(self.stage, setting, self._held).largest
+            k = int(largest // min(turns.sizes))
         rotating = {name for i in layers for name in units[i]}
         found = sum(state.paged for name, state in states.items() if name not in rotating)
         in_layers: defaultdict[int, list[int]] = defaultdict(list)

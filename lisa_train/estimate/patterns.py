@@ -11,18 +11,28 @@ from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import ACTIVATIONS
 from lisa_train.methods.lisa.checks import given_probabilities
-from lisa_train.methods.lisa.plan import units_of as tensors_by_unit
-from lisa_train.methods.lisa.schedule import Draw, Schedule
+from lisa_train.methods.lisa.plan import schedule_of
+from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import Unit
 
 # Draws over which the mean of a schedule is taken.
 _DRAWS = 256
 
 
-def units_of(stage: Stage) -> dict[Unit, tuple[str, ...]]:
-    """Names of the trainable tensors of every layer and group, as the LISA engine sees them."""
+def turns_of(stage: Stage, setting: Setting) -> Units:
+    """Layers, halves or modules: what takes turns."""
+    return Units.of(stage.base, stage.layer_map, setting.lisa.by)
+
+
+def units_of(stage: Stage, turns: Units | None = None) -> dict[Unit, tuple[str, ...]]:
+    """Names of the trainable tensors of every layer and group, as the LISA engine sees them.
+
+    With `turns`, of what takes turns in place of the layers.
+    """
     names = {id(p): name for name, p in stage.base.named_parameters()}
-    units = tensors_by_unit(stage.base, stage.layer_map)
+    turns = turns or Units.of(stage.base, stage.layer_map, "layer")
+    units = turns.parameters(stage.base, stage.layer_map)
     return {unit: tuple(names[id(p)] for p in tensors) for unit, tensors in units.items()}
 
 
@@ -32,8 +42,8 @@ def plain_pattern(stage: Stage) -> Pattern:
 
 
 def lisa_pattern(stage: Stage, setting: Setting, layers: Iterable[int]) -> Pattern:
-    """What trains in an interval with these layers and every group that may train."""
-    units = units_of(stage)
+    """What trains in an interval with these layers (or parts) and every group that may train."""
+    units = units_of(stage, turns_of(stage, setting))
     groups = (*setting.lisa.always_active, *setting.lisa.group_probabilities)
     chosen: list[Unit] = [*layers, *groups]
     active = frozenset(name for unit in chosen for name in units[unit])
@@ -42,8 +52,9 @@ def lisa_pattern(stage: Stage, setting: Setting, layers: Iterable[int]) -> Patte
 
 def drawable(stage: Stage, setting: Setting) -> tuple[int, ...]:
     """Layers that a draw may take: all but those with a probability of 0."""
-    pi = given_probabilities(setting.lisa, stage.layer_map)
-    count = len(stage.layer_map)
+    turns = turns_of(stage, setting)
+    pi = given_probabilities(setting.lisa, stage.layer_map, turns)
+    count = len(turns)
     # Another number of probabilities is refused where the draws are made.
     return tuple(i for i in range(count) if pi is None or len(pi) != count or pi[i] > 0)
 
@@ -135,6 +146,78 @@ def draw_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> Dr
     )
 
 
+@dataclass(frozen=True)
+class PartCosts:
+    """Bytes that drawn halves or modules add, and which draws may cost the most.
+
+    Attributes
+    ----------
+    each
+        Bytes of every part when it alone trains: gradient, state, what its layer keeps for it.
+    largest
+        Elements that a draw may have: the budget and one part more, by which it may be missed.
+    turns
+        The parts.
+    """
+
+    each: tuple[float, ...]
+    largest: float
+    turns: Units
+
+    def candidates(self, among: Sequence[int]) -> list[tuple[int, ...]]:
+        """Draws to look at: the dearest parts for their size, spread over layers and not.
+
+        From the bottom and from the top, where backward begins.
+        """
+        sizes, layers = self.turns.sizes, self.turns.layers
+        found = []
+        for upwards in (1, -1):
+            order = sorted(among, key=lambda i: (-self.each[i] / sizes[i], upwards * i))
+            dear = sorted(among, key=lambda i: (-self.each[i], upwards * i))
+            turn: dict[int, int] = {}
+            rank = {}
+            for i in order:
+                rank[i] = turn[layers[i]] = turn.get(layers[i], -1) + 1
+            spread = sorted(order, key=lambda i: rank[i])
+            found += [self._filled(some) for some in (order, dear, spread)]
+        return sorted(set(found))
+
+    def _filled(self, order: Sequence[int]) -> tuple[int, ...]:
+        left, chosen = self.largest, []
+        for i in order:
+            if self.turns.sizes[i] <= left:
+                chosen.append(i)
+                left -= self.turns.sizes[i]
+        return tuple(sorted(chosen))
+
+    def of(self, parts: Iterable[int]) -> float:
+        """Bytes that a draw adds, were nothing shared between its parts."""
+        return sum(self.each[i] for i in parts)
+
+    def mean(self, draws: Iterable[Draw]) -> float:
+        """Mean over draws."""
+        return float(np.mean([self.of(d.layers) for d in draws]))
+
+
+def part_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> PartCosts:
+    """Measure what the layers keep for their parts, for one part of every kind at a time."""
+    turns = turns_of(stage, setting)
+    units = units_of(stage, turns)
+    budget = schedule_of(setting.lisa, turns, None, seed=0).k * float(np.mean(turns.sizes))
+    base = frozenset(units["embed"]) or frozenset(units[0])
+    passing = _saved(stage, setting, base)
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for i, (name, layer) in enumerate(zip(turns.names, turns.layers, strict=True)):
+        kinds.setdefault((name[len(stage.layer_map.names[layer]) :], turns.sizes[i]), []).append(i)
+    each = [0.0] * len(turns)
+    for parts in kinds.values():
+        saved = _saved(stage, setting, base | {n for i in parts for n in units[i]})
+        for i in parts:
+            layer = turns.layers[i]
+            each[i] = max(0, saved[layer] - passing[layer]) + sum(map(held, units[i]))
+    return PartCosts(tuple(each), budget + max(turns.sizes), turns)
+
+
 def _passes_all(stage: Stage, setting: Setting, always: frozenset[str]) -> bool:
     """Whether tensors that always train lie below the layers: then the first one keeps something.
 
@@ -154,7 +237,8 @@ def _saved(stage: Stage, setting: Setting, trainable: frozenset[str]) -> list[in
 def some_draws(stage: Stage, setting: Setting) -> list[Draw]:
     """The first draws of the schedule that the setting describes."""
     config = setting.lisa
-    probabilities = given_probabilities(config, stage.layer_map)
-    schedule = Schedule(config, stage.layer_map.names, probabilities, seed=0)
+    turns = turns_of(stage, setting)
+    probabilities = given_probabilities(config, stage.layer_map, turns)
+    schedule = schedule_of(config, turns, probabilities, seed=0)
     steps = (n * config.interval_steps for n in range(_DRAWS))
     return [draw for step in steps if (draw := schedule.advance(step)) is not None]

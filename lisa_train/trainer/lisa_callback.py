@@ -240,15 +240,24 @@ def _has_ddp(model: nn.Module) -> bool:
 
 def draw_fields(draw: Draw) -> dict[str, Any]:
     """Fields of a run's event about a draw."""
-    return {
+    common = {
         "layers": draw.layers,
         "groups": draw.groups,
-        "inclusion_probabilities": draw.inclusion_probabilities,
-        "scores": draw.scores,
         "update_factors": draw.update_factors,
-        "visits": draw.visits,
         "trainable_share": draw.trainable_share,
         "state_bytes": draw.state_bytes,
+    }
+    if draw.units is not None:  # these are of parts then
+        return common | {
+            "units": draw.units,
+            "unit_probabilities": draw.inclusion_probabilities,
+            "unit_scores": draw.scores,
+            "unit_visits": draw.visits,
+        }
+    return common | {
+        "inclusion_probabilities": draw.inclusion_probabilities,
+        "scores": draw.scores,
+        "visits": draw.visits,
     }
 
 

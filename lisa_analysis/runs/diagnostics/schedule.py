@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.rundir.events import chosen
+from lisa_analysis.rundir.parts import part_draws, parts_of
 from lisa_analysis.runs.diagnostics.rule import (
     CouldNotRunError,
     Evidence,
@@ -180,18 +181,22 @@ class Visits(_ScheduleRule):
 
     def check(self, evidence: Evidence) -> Outcome:
         """Compare visits with Σπ over the draws."""
-        draws = self.draws(evidence)
-        pis = [pi for _, _, pi in draws if pi is not None and len(pi) == evidence.n_layers]
-        if len(pis) < len(draws):
+        draws, visits = self.draws(evidence), chosen(evidence.run).sum(axis=0)
+        names = [f"Layer {layer}" for layer in range(evidence.n_layers)]
+        if (parts := parts_of(evidence.run)) is not None:
+            draws, names = part_draws(evidence.run, parts), list(parts.names)
+            counted = [unit for _, units, _ in draws for unit in units]
+            visits = np.bincount(counted, minlength=len(names))
+        pis = [pi for _, _, pi in draws if pi is not None and len(pi) == len(names)]
+        if len(pis) < len(draws) or not draws:
             raise CouldNotRunError("inclusion probabilities were not logged with every draw")
-        visits = chosen(evidence.run).sum(axis=0)
         expected = np.sum(pis, axis=0)
         n = len(draws)
         # Two tails, all layers: a binomial is wider than the sum of draws with varying π.
-        limit = self.error / (2 * evidence.n_layers)
+        limit = self.error / (2 * len(names))
         odd = [
             layer
-            for layer in range(evidence.n_layers)
+            for layer in range(len(names))
             if min(
                 binomial_tail(n, float(expected[layer]) / n, int(visits[layer]), upper=True),
                 binomial_tail(n, float(expected[layer]) / n, int(visits[layer]), upper=False),
@@ -201,11 +206,14 @@ class Visits(_ScheduleRule):
         gap = np.abs(visits - expected)
         worst = int(odd[0]) if odd else int(np.argmax(gap))
         text = (
-            f"Layer {worst} was drawn {int(visits[worst])} times where {expected[worst]:.1f} were "
+            f"{names[worst]} was drawn {int(visits[worst])} times where {expected[worst]:.1f} were "
             f"expected in {n} draws"
         )
         if not odd:
             return Outcome("ok", f"Visits agree with π; largest gap: {text[0].lower()}{text[1:]}.")
+        if parts is not None:
+            layers = tuple(sorted({int(parts.layers[i]) for i in odd}))
+            return Outcome("warn", f"{text}; {len(odd)} parts are outside chance.", layers)
         return Outcome("warn", f"{text}; {len(odd)} layers are outside chance.", tuple(odd))
 
 

@@ -45,8 +45,12 @@ class LisaMethod(Method):
     def outcome(self, result: Mapping[str, Any]) -> str:
         """Say which layers no draw took, besides what any training did."""
         missed, visits = result.get("layers_never_drawn"), result.get("layer_visits")
+        what = "layers"
+        if result.get("unit_visits"):
+            missed, visits = result.get("units_never_drawn"), result.get("unit_visits")
+            what = "parts of layers"
         coverage = ""
         if missed and visits:
             names = ", ".join(map(str, missed))
-            coverage = f", {len(missed)} of {len(visits)} layers never drawn ({names})"
+            coverage = f", {len(missed)} of {len(visits)} {what} never drawn ({names})"
         return super().outcome(result) + coverage

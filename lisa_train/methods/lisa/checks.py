@@ -11,8 +11,10 @@ from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.learning.config import PRIORS
+from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
+from lisa_train.model.sharding import is_sharded
 from lisa_train.optim.frozen_state import tensors_of
 from lisa_train.optim.policies import POLICIES
 from lisa_train.optim.schedule_free import is_schedule_free
@@ -184,8 +186,48 @@ def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig
             )
 
 
-def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float, ...] | None:
+def refuse_sharded_parts(model: nn.Module, config: LisaConfig) -> None:
+    """`ConfigError` for parts of layers under FSDP2, which gathers and reduces whole layers."""
+    if config.by != "layer" and any(is_sharded(p) for p in model.parameters()):
+        raise ConfigError(
+            f"lisa.by is {config.by!r} with weights that FSDP2 splits over processes, where parts "
+            "of a layer are not known to train right; set lisa.by to 'layer', or train with DDP."
+        )
+
+
+def check_budget(config: LisaConfig, turns: Units) -> None:
+    """`ConfigError` for a budget that leaves intervals empty, or nothing at rest."""
+    given, total = config.budget, sum(turns.sizes)
+    if not turns.sizes:
+        raise ConfigError(
+            f"lisa.by is {config.by!r}, but no layer has a parameter that requires gradients; "
+            "unfreeze the model (requires_grad_(True)) before LISA starts."
+        )
+    if given is None:
+        if not 1 <= config.activated_layers < turns.count:
+            raise ConfigError(
+                f"activated_layers is {config.activated_layers}, whose share of {turns.count} "
+                "layers is the budget of every interval, and nothing would ever rest; lower it, or "
+                "set lisa.budget."
+            )
+        return
+    largest = max(range(len(turns)), key=turns.sizes.__getitem__)
+    if given * total < turns.sizes[largest]:
+        raise ConfigError(
+            f"lisa.budget is {given:g} of {total:,} parameters in the layers, which is "
+            f"{given * total:,.0f}, less than {turns.names[largest]} alone "
+            f"({turns.sizes[largest]:,}); set it to {turns.sizes[largest] / total:.2g} or more, or "
+            "lisa.by to 'module'."
+        )
+
+
+def given_probabilities(
+    config: LisaConfig, layer_map: LayerMap, turns: Units | None = None
+) -> tuple[float, ...] | None:
     """Inclusion probabilities of the configuration, checked against the model's layers.
+
+    Where halves or modules take turns (`turns`), a file of whole layers gives each of them the π
+    of its layer.
 
     Where they are learned: those of the prior's file or numbers, None for one that has a name.
     """
@@ -197,7 +239,14 @@ def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float,
     from lisa_analysis.plans.sampling import SamplingProbabilities
 
     loaded = SamplingProbabilities.load(given)
+    if config.control != "none" and loaded.control is not None:
+        raise ProbabilitiesError(
+            f"{given} holds a {loaded.control} control already, and lisa.control is "
+            f"{config.control!r}; give the probabilities themselves, or leave lisa.control out."
+        )
     names = tuple(loaded.layer_names)
+    if turns is not None and turns.by != "layer":
+        return _of_parts(given, names, loaded, config, layer_map, turns)
     if names != layer_map.names:
         ours = layer_map.names
         odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
@@ -211,9 +260,43 @@ def given_probabilities(config: LisaConfig, layer_map: LayerMap) -> tuple[float,
             f"{given} activates {loaded.activated_layers} layers, but "
             f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
         )
-    if config.control != "none" and loaded.control is not None:
-        raise ProbabilitiesError(
-            f"{given} holds a {loaded.control} control already, and lisa.control is "
-            f"{config.control!r}; give the probabilities themselves, or leave lisa.control out."
-        )
     return tuple(loaded.inclusion_probabilities)
+
+
+def _of_parts(
+    path: str,
+    names: tuple[str, ...],
+    loaded: Any,
+    config: LisaConfig,
+    layer_map: LayerMap,
+    turns: Units,
+) -> tuple[float, ...]:
+    """Probabilities of halves or modules, from a file of them or of whole layers.
+
+    A layer's π goes to all its parts, scaled to the budget where layers differ in size.
+    """
+    pi = loaded.inclusion_probabilities
+    if names == turns.names:
+        return tuple(pi)
+    if names != layer_map.names:
+        raise ProbabilitiesError(
+            f"{path} was made for {len(names)} layers or parts ({names[0]} …), but with "
+            f"lisa.by={turns.by!r} this model has {len(turns)} ({turns.names[0]} …) in "
+            f"{len(layer_map)} layers; make probabilities from a run of this model."
+        )
+    if config.budget is None and loaded.activated_layers != config.activated_layers:
+        raise ProbabilitiesError(
+            f"{path} activates {loaded.activated_layers} layers, but "
+            f"activated_layers is {config.activated_layers}; set it to {loaded.activated_layers}."
+        )
+    each = [pi[layer] for layer in turns.layers]
+    whole = config.activated_layers / turns.count
+    wanted = (whole if config.budget is None else config.budget) * sum(turns.sizes)
+    factor = wanted / sum(p * size for p, size in zip(each, turns.sizes, strict=True))
+    if max(each) * factor > 1 + 1e-9:
+        raise ProbabilitiesError(
+            f"{path}, scaled to the budget, draws layer {turns.layers[each.index(max(each))]} with "
+            f"probability {max(each) * factor:.3g}: lower lisa.budget or activated_layers, or make "
+            "the file with a lower cap."
+        )
+    return tuple(min(1.0, p * factor) for p in each)

@@ -16,6 +16,9 @@ Sampling = Literal[
 ]
 ActivePrecision = Literal["model", "fp32_active"]
 Recompute = Literal["all", "frozen"]
+By = Literal["layer", "half", "module"]
+# Schemes that can keep a budget of parameters.
+BUDGETED = ("uniform", "bernoulli", "balanced")
 ControlKind = Literal["none", "permuted", "reversed", "uniform"]
 # Σπ may miss k by the rounding of a file that keeps six decimals.
 SUM_TOLERANCE = 1e-5
@@ -82,6 +85,15 @@ class LisaConfig:
         layers. ``permuted`` at random, once for the whole run; ``reversed`` in rank; ``uniform``.
     control_seed
         Seed of the permutation; None takes that of the schedule.
+    by
+        What takes turns: whole layers; their attention and MLP ``half``; or every ``module``, a
+        single matrix with its bias (after MISA, arXiv 2511.00056). Norms go with what is nearest to
+        them. Halves and modules differ in size, so that a draw has a budget of parameters instead
+        of a number k: Σ π·size is the `budget` exactly, and a draw misses it by less than one unit.
+        With ``uniform``, ``balanced`` or ``bernoulli`` sampling.
+    budget
+        With ``by="half"`` or ``"module"``: share of the layers' parameters that trains in an
+        interval, between 0 and 1; None takes k/L, what `activated_layers` layers would have.
     correct_lr
         Power ρ, from 0 to 1: the update of a drawn layer is multiplied by ((k/L)/π)^ρ, the ratio
         between 1/4 and 4. At 0, layers drawn more often move more; at 1 they move alike on
@@ -106,6 +118,8 @@ class LisaConfig:
     control: ControlKind = "none"
     control_seed: int | None = None
     correct_lr: float = 0.0
+    by: By = "layer"
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -124,6 +138,7 @@ class LisaConfig:
                 "'model.layers', or None to find it."
             )
         self._check_registered_names()
+        self._check_units()
         one_of("lisa.precision", self.precision, get_args(ActivePrecision))
         one_of("lisa.recompute", self.recompute, get_args(Recompute))
         if isinstance(self.always_active, str):
@@ -179,6 +194,28 @@ class LisaConfig:
 
             added = (name for name in POLICIES if name not in built_in)
             one_of("lisa.optimizer_state", self.optimizer_state, (*built_in, *added))
+
+    def _check_units(self) -> None:
+        """`ConfigError` unless budget and sampling fit what takes turns."""
+        one_of("lisa.by", self.by, get_args(By))
+        if self.budget is not None:
+            words = "a number between 0 and 1, or None"
+            object.__setattr__(self, "budget", real("lisa.budget", self.budget, words))
+            if not 0.0 < self.budget < 1.0:
+                raise ConfigError(f"lisa.budget is {self.budget:g}, but must be {words}.")
+        if self.by == "layer":
+            if self.budget is not None:
+                raise ConfigError(
+                    f"lisa.budget is {self.budget:g}, but whole layers are drawn, of which "
+                    "activated_layers says how many; set lisa.by to 'module' or 'half', or leave "
+                    "lisa.budget out."
+                )
+        elif self.sampling not in BUDGETED:
+            raise ConfigError(
+                f"lisa.sampling is {self.sampling!r} with lisa.by={self.by!r}: it draws a fixed "
+                "number, and what differs in size needs a budget of parameters; choose one of "
+                f"{', '.join(BUDGETED)}."
+            )
 
     def _check_learning(self) -> None:
         one_of("lisa.control", self.control, get_args(ControlKind))
@@ -236,7 +273,8 @@ class LisaConfig:
                     f"lisa.probabilities[{i}] is {value:g}, but every inclusion probability must "
                     "lie between 0 (never drawn) and 1."
                 )
-        if abs(sum(values) - self.activated_layers) > SUM_TOLERANCE:
+        # Of halves and modules the sizes count, which the model knows.
+        if self.by == "layer" and abs(sum(values) - self.activated_layers) > SUM_TOLERANCE:
             raise ConfigError(
                 f"lisa.probabilities sum to {sum(values):.6g}, but activated_layers is "
                 f"{self.activated_layers}: they must be equal; scale the probabilities or set "

@@ -125,23 +125,25 @@ class Lisa:
         self.config = plan.config
         self.layer_map = plan.layer_map
         self._schedule = plan.schedule
+        self._turns = plan.turns
         self._units = plan.units
         self._on_draw = on_draw
         self._notices = Notices(on_notice)
         self.rotates = plan.rotates(model)
         missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
         self._notices.at_start(
-            model, self.layer_map, self.config, self._units, self._schedule.excluded, missing,
-            total_steps, seeds,
+            model, self.layer_map, self.config, self._units, self._turns, self._schedule.excluded,
+            missing, total_steps, seeds,
         )  # fmt: skip
-        self._learning = learning_of(model, self.config, self._schedule, self._units, probe)
+        measured = self._turns.measured(self._units)
+        self._learning = learning_of(model, self.config, self._schedule, measured, probe)
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._average = GradientAverage(model, wanted=averages)
         self._active = ActiveTensors(
             model, self.config, optimizers, self.layer_map, self._schedule.seed
         )
         self._state = self._active.state
-        self._reach = GradientReach(self._units)
+        self._reach = GradientReach(self._units, self._turns.part_names)
         self._write_check = WriteCheck()
         self._warmup = Warmup(config.warmup_steps)
         self._unhook: list[Callable[[], None]] = []
@@ -159,8 +161,13 @@ class Lisa:
 
     @property
     def active_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that train now; empty before the first step."""
-        return self._schedule.layers
+        """Indices of the layers that train now, whole or in part; empty before the first step."""
+        return self._turns.layers_of(self._schedule.layers)
+
+    @property
+    def active_units(self) -> tuple[str, ...]:
+        """Names of the layers, halves or modules that are drawn now."""
+        return tuple(self._turns.names[unit] for unit in self._schedule.layers)
 
     @property
     def active_groups(self) -> tuple[str, ...]:
@@ -169,22 +176,18 @@ class Lisa:
 
     @property
     def inclusion_probabilities(self) -> NDArray[np.float64]:
-        """π of every layer by which the present draw was taken, shape (L,)."""
+        """π of every layer (or part, with `lisa.by`) in the present draw, shape (L,)."""
         return self._schedule.inclusion_probabilities
 
     @property
     def visits(self) -> NDArray[np.int64]:
-        """Draws of every layer so far, shape (L,)."""
+        """Draws of every layer (or part, with `lisa.by`) so far, shape (L,)."""
         return self._schedule.visits.copy()
 
     @property
-    def coverage(self) -> dict[str, list[int]]:
-        """Draws of every layer so far, and the layers that no draw took: for a run's result."""
-        visits = self._schedule.visits.tolist()
-        return {
-            "layer_visits": visits,
-            "layers_never_drawn": [i for i, count in enumerate(visits) if count == 0],
-        }
+    def coverage(self) -> dict[str, list[Any]]:
+        """Draws of every layer so far, and what no draw took: for a run's result."""
+        return self._turns.coverage(self._schedule.visits)
 
     def begin_step(self, step: int) -> None:
         """Prepare the optimizer step after `step` completed ones; draws at 0, K, 2K and so on.
@@ -204,6 +207,8 @@ class Lisa:
         self._learning.start()
         draw = replace(
             draw,
+            layers=self.active_layers,
+            units=None if self._turns.by == "layer" else draw.layers,
             trainable_share=self._active.share(),
             state_bytes=self._state.bytes(),
             update_factors=self._schedule.update_factors(),
@@ -303,7 +308,9 @@ class Lisa:
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
         entries = lisa_entries(self.config, self._schedule.seed)
-        entries["lisa"] |= self._schedule.control.entries(len(self.layer_map))
+        entries["lisa"] |= self._turns.entries()
+        control = self._schedule.control
+        entries["lisa"] |= control.entries(len(self._turns), self._turns.weights)
         return entries
 
     # ------------------------------------------------------------------ the mechanism
@@ -312,7 +319,7 @@ class Lisa:
         """Let exactly the active units require gradients; clear the rest out of the optimizer."""
         units: list[Unit] = [*self._schedule.layers, *self.active_groups]
         wanted = {p for unit in units for p in self._units[unit]}
-        self._active.choose(wanted, self._schedule.layers, self._schedule.index or 0)
+        self._active.choose(wanted, self.active_layers, self._schedule.index or 0)
         self._write_check.start(self._optimizers)
 
     def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:

@@ -10,17 +10,21 @@ import torch
 class Unreached:
     """Layers of a draw that steps of its interval left without any gradient.
 
-    `layers` gives, for each of them, in how many of the `steps` since step `since` that was so.
+    `layers` gives, for each of them, in how many of the `steps` since step `since` that was so;
+    where parts of layers take turns, it counts parts, and `names` has what they are called.
     """
 
     since: int
     steps: int
     layers: Mapping[int, int]
+    names: Sequence[str] | None = None
 
     def __str__(self) -> str:
-        which = ", ".join(f"layer {i} in {n}" for i, n in sorted(self.layers.items()))
+        called = "layer {}".format if self.names is None else self.names.__getitem__
+        which = ", ".join(f"{called(i)} in {n}" for i, n in sorted(self.layers.items()))
+        what = "layers" if self.names is None else "parts of layers"
         return (
-            f"drawn layers had no gradient and did not move: {which} of the {self.steps} steps "
+            f"drawn {what} had no gradient and did not move: {which} of the {self.steps} steps "
             f"after step {self.since} (the model skipped them, or the loss did not reach them)"
         )
 
@@ -34,11 +38,18 @@ class GradientReach:
     Parameters
     ----------
     units
-        Tensors of every layer.
+        Tensors of every layer, or of every part that takes turns.
+    names
+        What the parts are called; None for whole layers.
     """
 
-    def __init__(self, units: Mapping[int | str, Sequence[torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        units: Mapping[int | str, Sequence[torch.Tensor]],
+        names: Sequence[str] | None = None,
+    ) -> None:
         self._units = units
+        self._names = names
         self._reached: set[int] = set()
         self._stepping = False
         self.start(0)
@@ -69,4 +80,4 @@ class GradientReach:
         """Return what the interval so far shows; None when every layer always had a gradient."""
         if not self._missed:
             return None
-        return Unreached(self._since, self._steps, dict(self._missed))
+        return Unreached(self._since, self._steps, dict(self._missed), self._names)

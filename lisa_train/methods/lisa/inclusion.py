@@ -12,7 +12,9 @@ from lisa_train.methods.lisa.config import SUM_TOLERANCE
 CERTAIN = 1.0 - 1e-12
 
 
-def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.float64]:
+def check_probabilities(
+    pi: ArrayLike, activated_layers: float, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Validate inclusion probabilities and remove the rounding from their sum.
 
     Parameters
@@ -22,6 +24,8 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
         π = 0 is never drawn.
     activated_layers
         k, the number of layers of a draw.
+    weights
+        Sizes over their mean, shape (L,), where parts of layers are drawn: Σ π·weight = k then.
 
     Returns
     -------
@@ -46,8 +50,15 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
             f"inclusion probability of layer {bad[0]} is {values[bad[0]]:g}, but every one must "
             "lie between 0 (the layer never trains) and 1; correct it or lower the cap."
         )
-    total = float(values.sum())
+    size = np.ones(values.size) if weights is None else weights
+    total = float((size * values).sum())
     if abs(total - activated_layers) > SUM_TOLERANCE:
+        if weights is not None:
+            raise ProbabilitiesError(
+                f"inclusion probabilities train {total / values.size:.6g} of the layers' "
+                f"parameters on average, but the budget is {activated_layers / values.size:.6g}: "
+                "the sum of π times size must be the budget; scale them or set lisa.budget."
+            )
         raise ProbabilitiesError(
             f"inclusion probabilities sum to {total:.6g}, but {activated_layers} layers are active "
             f"in each interval: they must sum to {activated_layers}; scale them or set "
@@ -55,15 +66,16 @@ def check_probabilities(pi: ArrayLike, activated_layers: int) -> NDArray[np.floa
         )
     certain = values >= CERTAIN
     values[certain] = 1.0
-    rest = activated_layers - int(certain.sum())
+    rest = activated_layers - float(size[certain].sum())
     open_ = ~certain & (values > 0.0)
-    if rest == 0 and open_.any():
+    if rest <= 1e-9 and open_.any():
         raise ProbabilitiesError(
-            f"inclusion probabilities of 1 already fill all {activated_layers} places, so "
+            f"inclusion probabilities of 1 already fill all {activated_layers:g} places, so "
             f"{int(open_.sum())} layers with probabilities above 0 never train; lower some of the "
             "former, or set the latter to 0."
         )
-    values[open_] *= rest / values[open_].sum() if rest else 1.0
+    if open_.any():
+        values[open_] *= rest / float((size * values)[open_].sum())
     return np.minimum(values, 1.0)
 
 
@@ -77,14 +89,20 @@ def equal_probabilities(layers: int, activated_layers: int) -> NDArray[np.float6
     return np.full(layers, activated_layers / layers)
 
 
-def resolve(pi: Sequence[float] | None, layers: int, k: int) -> NDArray[np.float64]:
-    """Inclusion probabilities of `layers` layers: the given ones, or equal ones."""
-    equal = equal_probabilities(layers, k)
+def resolve(
+    pi: Sequence[float] | None,
+    layers: int,
+    k: float,
+    weights: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Inclusion probabilities of `layers` layers (or parts): the given ones, or equal ones."""
+    equal = equal_probabilities(layers, int(k)) if weights is None else np.full(layers, k / layers)
     if pi is None:
         return equal
     if len(pi) != layers:
+        what = "layers" if weights is None else "units (halves or modules)"
         raise ProbabilitiesError(
-            f"{len(pi)} inclusion probabilities were given for a model of {layers} layers; give "
-            "one per layer."
+            f"{len(pi)} inclusion probabilities were given for a model of {layers} {what}; give "
+            "one each."
         )
-    return check_probabilities(pi, k)
+    return check_probabilities(pi, k, weights)

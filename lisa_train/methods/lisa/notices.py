@@ -11,6 +11,7 @@ from lisa_analysis.contract.layers import canonical_name
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_reach import Unreached
 from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.parallel import is_first
@@ -41,13 +42,16 @@ class Notices:
         layer_map: LayerMap,
         config: LisaConfig,
         units: Mapping[int | str, Sequence[torch.Tensor]],
+        turns: Units,
         excluded: Sequence[int],
         missing: Sequence[int],
         total_steps: int | None,
         seeds: Sequence[int],
     ) -> None:
         """Say what `at_start` finds, and that `seeds` of the processes differ."""
-        for text in at_start(model, layer_map, config, units, excluded, missing, total_steps):
+        for text in at_start(
+            model, layer_map, config, units, turns, excluded, missing, total_steps
+        ):
             self._say(text)
         if len(set(seeds)) > 1:
             self._say(
@@ -76,11 +80,13 @@ class Notices:
 
 def log_draw(draw: Draw) -> None:
     """Log what trains from now on."""
+    parts = "" if draw.units is None else f"{len(draw.units)} parts of "
     logger.info(
-        "step %d: training layers %s: %.1f %% of the parameters, %.1f MB of optimizer state "
-        "held; %d of %d layers visited so far",
-        draw.step, ", ".join(map(str, draw.layers)) or "none", 100 * (draw.trainable_share or 0),
-        (draw.state_bytes or 0) / 1e6, sum(n > 0 for n in draw.visits), len(draw.visits),
+        "step %d: training %slayers %s: %.1f %% of the parameters, %.1f MB of optimizer state "
+        "held; %d of %d %s visited so far",
+        draw.step, parts, ", ".join(map(str, draw.layers)) or "none",
+        100 * (draw.trainable_share or 0), (draw.state_bytes or 0) / 1e6,
+        sum(n > 0 for n in draw.visits), len(draw.visits), "parts" if parts else "layers",
     )  # fmt: skip
 
 
@@ -89,6 +95,7 @@ def at_start(
     layer_map: LayerMap,
     config: LisaConfig,
     units: Mapping[int | str, Sequence[torch.Tensor]],
+    turns: Units,
     excluded: Sequence[int],
     missing: Sequence[int],
     total_steps: int | None,
@@ -101,10 +108,12 @@ def at_start(
         The model, its layers, the settings.
     units
         Tensors with gradients of every layer and group.
+    turns
+        What takes turns: layers, or parts of them.
     excluded
-        Layers with a probability of 0.
+        Those of them with a probability of 0.
     missing
-        Other layers that the schedule of `total_steps` never reaches.
+        Others that the schedule of `total_steps` never reaches.
     total_steps
         Optimizer steps to come, if known.
     """
@@ -112,14 +121,15 @@ def at_start(
         unclassified(model, units["other"], active="other" in config.always_active),
         every_layer(model, layer_map, config),
         layer_drop(model),
-        never(layer_map, excluded),
+        never(turns, excluded),
     ]
     if missing:
         found.append(
-            f"{len(missing)} of {len(layer_map)} layers ({', '.join(map(str, missing))}) will "
+            f"{len(missing)} of {len(turns)} {_called(turns, missing)} will "
             f"never train: {total_steps} steps with interval_steps = {config.interval_steps} and "
-            f"activated_layers = {config.activated_layers} do not reach them; use a shorter "
-            "interval, more layers, or sampling='balanced' or 'cyclic'"
+            f"{_amount(config)} do not reach them; use a shorter "
+            f"interval, more {'layers' if turns.by == 'layer' else 'parameters'}, or "
+            f"sampling='balanced'{' or ' + repr('cyclic') if turns.by == 'layer' else ''}"
         )
     return [text for text in found if text]
 
@@ -171,7 +181,7 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
         shared = f" that {count + len(layer_map.repeats)} places of its stack share"
     elif config.layers is None and groups == count and counted > count:
         shared = f" that the {counted} hidden layers of its configuration share"
-    if config.activated_layers >= count:
+    if config.by == "layer" and config.activated_layers >= count:
         return (
             f"activated_layers is {config.activated_layers} and the model has {layers}{shared}: "
             "every layer trains in every interval, as in full fine-tuning"
@@ -179,12 +189,27 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
     return f"the model has {layers}{shared}" if shared else None
 
 
-def never(layer_map: LayerMap, excluded: Sequence[int]) -> str | None:
-    """Name the layers that the probabilities leave out."""
+def _called(turns: Units, which: Sequence[int]) -> str:
+    """Layers by their numbers, parts of layers by their names."""
+    if turns.by == "layer":
+        return f"layers ({', '.join(map(str, which))})"
+    names = [turns.names[i] for i in which[:_MOST]]
+    more = f" and {len(which) - _MOST} more" if len(which) > _MOST else ""
+    return f"{'halves' if turns.by == 'half' else 'modules'} ({', '.join(names)}{more})"
+
+
+def _amount(config: LisaConfig) -> str:
+    if config.budget is not None:
+        return f"a budget of {config.budget:g}"
+    return f"activated_layers = {config.activated_layers}"
+
+
+def never(turns: Units, excluded: Sequence[int]) -> str | None:
+    """Name what the probabilities leave out."""
     if not excluded:
         return None
     return (
-        f"{len(excluded)} of {len(layer_map)} layers ({', '.join(map(str, excluded))}) have "
+        f"{len(excluded)} of {len(turns)} {_called(turns, excluded)} have "
         "probability 0 and are never drawn: they keep their weights, and have neither gradients "
         "nor optimizer state"
     )

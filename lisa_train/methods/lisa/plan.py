@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,14 +12,17 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.checks import (
+    check_budget,
     check_optimizers,
     check_units,
     check_warmup,
     given_probabilities,
     refuse_adapters_and_quantization,
+    refuse_sharded_parts,
 )
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.schedule import Schedule
+from lisa_train.methods.lisa.units import Units
 from lisa_train.model.known_layers import known_layers
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, refuse_unproved, refuse_wrappers
@@ -30,13 +34,14 @@ from lisa_train.optim.paged_state import check_paged_state
 class Plan:
     """What is settled before anything changes: layers, schedule, and what may train.
 
-    `units` holds the tensors with gradients of every layer and group; `may_train` every tensor
-    that can become active, by name; `probabilities` are those of the settings, read from their
-    file, None for equal ones.
+    `turns` says what takes turns, `units` holds the tensors with gradients of each of it, by its
+    index, and of every group; `may_train` every tensor that can become active, by name;
+    `probabilities` are those of the settings, read from their file, None for equal ones.
     """
 
     config: LisaConfig
     layer_map: LayerMap
+    turns: Units
     schedule: Schedule
     units: dict[Unit, tuple[nn.Parameter, ...]]
     may_train: dict[str, nn.Parameter]
@@ -56,17 +61,19 @@ class Plan:
         _refuse_second_engine(model)
         refuse_adapters_and_quantization(model)
         layer_map = layer_map or known_layers(model, config.layers)
-        probabilities = given_probabilities(config, layer_map)
+        turns = Units.of(model, layer_map, config.by)
+        probabilities = given_probabilities(config, layer_map, turns)
         empty = [group for group, names in layer_map.groups.items() if not names]
-        schedule = Schedule(config, layer_map.names, probabilities, seed, empty_groups=empty)
-        units = units_of(model, layer_map)
-        drawn = [i for i in range(len(layer_map)) if i not in schedule.excluded]
+        schedule = schedule_of(config, turns, probabilities, seed, empty_groups=empty)
+        units = turns.parameters(model, layer_map)
+        drawn = [i for i in range(len(turns)) if i not in schedule.excluded]
         check_units(units, layer_map, config, drawn, may_draw_nothing=schedule.may_draw_nothing)
         chosen: list[Unit] = [*drawn, *config.always_active]
         chosen += list(config.group_probabilities)
         wanted = {p for unit in chosen for p in units[unit]}
         may_train = {name: p for name, p in model.named_parameters() if p in wanted}
-        plan = cls(config, layer_map, schedule, units, may_train, probabilities)
+        plan = cls(config, layer_map, turns, schedule, units, may_train, probabilities)
+        refuse_sharded_parts(model, config)
         refuse_unproved(model, config.precision, rotates=plan.rotates(model))
         return plan
 
@@ -109,7 +116,7 @@ class Plan:
         return config | {
             "seed": self.schedule.seed,
             "inclusion_probabilities": self.schedule.given.tolist(),
-            "layer_names": list(self.layer_map.names),
+            "layer_names": list(self.turns.names),
             "tensors": list(self.may_train),
         }
 
@@ -121,12 +128,24 @@ class Plan:
         return any(p.requires_grad and p not in always for p in model.parameters())
 
 
-def units_of(model: nn.Module, layer_map: LayerMap) -> dict[Unit, tuple[nn.Parameter, ...]]:
-    """Return the tensors with gradients of every layer and group, see `LayerMap.units`."""
-    return {
-        unit: tuple(p for p in tensors if p.requires_grad)
-        for unit, tensors in layer_map.units(model).items()
-    }
+def schedule_of(
+    config: LisaConfig,
+    turns: Units,
+    probabilities: Sequence[float] | None,
+    seed: int,
+    *,
+    empty_groups: Collection[str] = (),
+) -> Schedule:
+    """Return the schedule by which layers, halves or modules take turns."""
+    budget = None
+    if config.by != "layer":
+        check_budget(config, turns)
+        whole = config.activated_layers / turns.count
+        budget = whole if config.budget is None else config.budget
+    return Schedule(
+        config, turns.names, probabilities, seed,
+        empty_groups=empty_groups, weights=turns.weights, budget=budget,
+    )  # fmt: skip
 
 
 def agreed_plan(

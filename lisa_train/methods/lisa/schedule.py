@@ -20,6 +20,7 @@ from lisa_train.model.layer_map import Unit as Unit
 _STREAM = 0x115B
 # Bound of (k/L)/π and of its inverse.
 MOST_CORRECTION = 4.0
+_WORDS = {"layer": "layers", "half": "halves of layers", "module": "modules"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Draw:
     from, None for a layer that is not known, and None altogether while nothing is. The engine adds
     `trainable_share`, the part of the model's parameters that train from now on, and `state_bytes`,
     the optimizer state that is held when the draw has been made: what left is freed or on the host,
-    what came has none yet; and with `correct_lr` the factors on the updates of the `layers`.
+    what came has none yet; and with `correct_lr` the factors on the updates of what is drawn.
+
+    With ``lisa.by="half"`` or ``"module"``, `units` are the indices of what was drawn, `layers`
+    those of the layers that any of them is in, and π, visits, scores and factors are of units.
     """
 
     step: int
@@ -44,6 +48,7 @@ class Draw:
     trainable_share: float | None = None
     state_bytes: int | None = None
     update_factors: tuple[float, ...] | None = None
+    units: tuple[int, ...] | None = None
 
 
 class Schedule:
@@ -54,7 +59,8 @@ class Schedule:
     config
         The settings.
     layer_names
-        Names of the model's layers.
+        Names of the model's layers, or of the halves or modules that take turns in their place:
+        "layers" below are those then.
     probabilities
         Inclusion probabilities of the layers, of a file or of the prior of what is learned; None
         for those of the settings.
@@ -62,6 +68,8 @@ class Schedule:
         Seed of the schedule where `config.seed` is None.
     empty_groups
         Groups in which the model has no tensor: whether they are active makes no difference.
+    weights
+        Sizes of halves or modules over their mean; None where whole layers take turns.
     """
 
     def __init__(
@@ -72,8 +80,11 @@ class Schedule:
         seed: int,
         *,
         empty_groups: Collection[str] = (),
+        weights: NDArray[np.float64] | None = None,
+        budget: float | None = None,
     ) -> None:
-        layers, k = len(layer_names), config.activated_layers
+        layers = len(layer_names)
+        k = config.activated_layers if budget is None else budget * layers
         self.seed = seed if config.seed is None else config.seed
         control_seed = self.seed if config.control_seed is None else config.control_seed
         self.control = Control(config.control, control_seed)
@@ -82,20 +93,25 @@ class Schedule:
         self.layers: tuple[int, ...] = ()
         self.groups: tuple[str, ...] = ()
         self.visits: NDArray[np.int64] = np.zeros(len(layer_names), dtype=np.int64)
+        self.k = k
+        self.weights = weights
+        self._budget = budget
         self._config = config
         self._probabilities = probabilities
         self._empty_groups = frozenset(empty_groups)
         self._layer_names = list(layer_names)
         # Those of the settings, before the control.
         self.given: NDArray[np.float64] = (
-            resolve(probabilities, layers, k)
+            resolve(probabilities, layers, k, weights)
             if config.learn is None
-            else prior_probabilities(probabilities or config.learn.prior, layers, k)
+            else prior_probabilities(probabilities or config.learn.prior, layers, k, weights)
         )
         self._sampler: Sampler = (
-            make_sampler(config.sampling, self.control.of(self.given), k, self.seed)
+            make_sampler(
+                config.sampling, self.control.of(self.given, None, weights), k, self.seed, weights
+            )
             if config.learn is None
-            else LearnedSampler(self.given, k, self.seed, config.learn, self.control)
+            else LearnedSampler(self.given, k, self.seed, config.learn, self.control, weights)
         )
         self._activated_at: dict[Unit, int] = {}
 
@@ -142,6 +158,8 @@ class Schedule:
             self._probabilities,
             self.seed,
             empty_groups=self._empty_groups,
+            weights=self.weights,
+            budget=self._budget,
         )
 
     def advance(self, step: int) -> Draw | None:
@@ -187,7 +205,7 @@ class Schedule:
         if not power or not isinstance(unit, int):
             return 1.0
         pi = self.inclusion_probabilities
-        ratio = self._config.activated_layers / pi.size / float(pi[unit])
+        ratio = self.k / pi.size / float(pi[unit])
         return float(min(MOST_CORRECTION, max(1 / MOST_CORRECTION, ratio)) ** power)
 
     def update_factors(self) -> tuple[float, ...] | None:
@@ -225,12 +243,18 @@ class Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; another model or other settings are a `ConfigError`."""
+        saved_by = state.get("settings", {}).get("by", "layer")
+        if saved_by != self._config.by:
+            raise ConfigError(
+                f"the saved LISA state has by = {saved_by!r}, this run {self._config.by!r}; resume "
+                "with the setting that it was saved with."
+            )
         names = list(state["layer_names"])
         if names != self._layer_names:
             raise ConfigError(
-                f"the saved LISA state is of {len(names)} layers ({names[0]} …), this model has "
-                f"{len(self._layer_names)} ({self._layer_names[0]} …); resume with the model that "
-                "it was saved with."
+                f"the saved LISA state is of {len(names)} {_WORDS[self._config.by]} ({names[0]} "
+                f"…), this model has {len(self._layer_names)} ({self._layer_names[0]} …); resume "
+                "with the model that it was saved with."
             )
         interval = self._config.interval_steps
         if state["interval_steps"] != interval:
@@ -281,6 +305,7 @@ def _settings(config: LisaConfig) -> dict[str, Any]:
         "control": config.control,
         "correct_lr": config.correct_lr,
         "learn": None if config.learn is None else config.learn.metric,
+        "by": config.by,
     }
 
 

@@ -44,7 +44,18 @@ def test_every_recipe_is_valid(name: str) -> None:
 
 
 def test_the_recipes_that_the_docs_name_are_found() -> None:
-    named = {"full", "lora", "lisa", "lisa-lean", "lisa-learned", "probe", "peft", "head", "bitfit"}
+    named = {
+        "full",
+        "lora",
+        "lisa",
+        "lisa-lean",
+        "lisa-learned",
+        "lisa-modules",
+        "probe",
+        "peft",
+        "head",
+        "bitfit",
+    }
     assert named <= set(recipes())
 
 

@@ -57,7 +57,7 @@ class Evidence:
         See `LearnConfig`.
     """
 
-    def __init__(self, prior: Array, k: int, memory: float) -> None:
+    def __init__(self, prior: Array, k: float, memory: float) -> None:
         logs = np.log(np.asarray(prior, dtype=np.float64))
         self.prior = logs - logs.mean()
         layers = logs.size

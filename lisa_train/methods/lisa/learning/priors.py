@@ -10,8 +10,12 @@ from lisa_train.methods.lisa.learning.config import PRIORS
 from lisa_train.methods.lisa.learning.evidence import Array
 
 
-def prior_probabilities(prior: str | Sequence[float], layers: int, k: int) -> Array:
+def prior_probabilities(
+    prior: str | Sequence[float], layers: int, k: float, weights: Array | None = None
+) -> Array:
     """π of a prior that is one of `PRIORS` or one number per layer; shape (L,), Σπ = k.
+
+    With the `weights` of halves or modules, Σ π·weight = k; they stand in the order of the layers.
 
     ``depth`` is LayerSkip's rule with half the layers' worth (arXiv 2404.16710):
     1 − (2^(l/(L−1)) − 1)/2, from 1 in the first layer to 1/2 in the last.
@@ -27,4 +31,4 @@ def prior_probabilities(prior: str | Sequence[float], layers: int, k: int) -> Ar
                 f"lisa.learn.prior has {scores.size} numbers for a model of {layers} layers; give "
                 "one per layer."
             )
-    return allocate(scores / scores.max(), float(k), 0.0, 1.0)
+    return allocate(scores / scores.max(), float(k), 0.0, 1.0, weights)

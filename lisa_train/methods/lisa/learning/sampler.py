@@ -42,6 +42,8 @@ class LearnedSampler(Sampler):
         How to learn.
     control
         What is done to π before it is in force.
+    weights
+        Sizes of halves or modules over their mean; None for whole layers.
 
     Attributes
     ----------
@@ -52,7 +54,13 @@ class LearnedSampler(Sampler):
     scheme = "balanced"
 
     def __init__(
-        self, prior: ArrayLike, k: int, seed: int, settings: LearnConfig, control: Control
+        self,
+        prior: ArrayLike,
+        k: float,
+        seed: int,
+        settings: LearnConfig,
+        control: Control,
+        weights: Array | None = None,
     ) -> None:
         given = np.array(prior, dtype=np.float64)
         layers = given.size
@@ -67,8 +75,8 @@ class LearnedSampler(Sampler):
         )
         # Within the bounds, or what is left of a prior for the layers that are known may not be.
         lower, upper = (min(1.0, bound * k / layers) for bound in (strength.floor, strength.cap))
-        given = allocate(given, float(k), lower, upper)
-        super().__init__(control.of(given), k, seed)
+        given = allocate(given, float(k), lower, upper, weights)
+        super().__init__(control.of(given, None, weights), k, seed, weights)
         self._prior = given
         self._strength = strength
         self._settings = settings
@@ -77,7 +85,7 @@ class LearnedSampler(Sampler):
         self._start = cover if settings.start_after is None else settings.start_after
         self._evidence = Evidence(given, k, settings.memory)
         self._learner = LEARNERS[settings.learner](layers)
-        self._credits = BalancedSampler(np.full(layers, k / layers), k, seed)
+        self._credits = BalancedSampler(np.full(layers, k / layers), k, seed, weights)
         self._in_force: Array = self.inclusion_probabilities.copy()
         self._scores: Array | None = None
         self._next = 0
@@ -129,9 +137,10 @@ class LearnedSampler(Sampler):
             return self._in_force, self._scores
         found: Scores = learner.scores(self._evidence.belief())
         stages = probabilities_from_scores(
-            found.score, found.low, found.high, k=self.k, strength=self._strength, prior=self._prior
-        )
-        target = self._control.of(stages.pi, stages.score)
+            found.score, found.low, found.high, k=self.k, strength=self._strength,
+            prior=self._prior, costs=self.weights,
+        )  # fmt: skip
+        target = self._control.of(stages.pi, stages.score, self.weights)
         return _towards(self._in_force, target), found.score
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which layers train next: what a sampler is, and the exact schemes that are built in (numpy)."""
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lisa_train.methods.lisa.config import SUM_TOLERANCE
 from lisa_train.methods.lisa.inclusion import resolve as resolve
@@ -18,9 +18,16 @@ from lisa_train.methods.lisa.samplers.schemes import BernoulliSampler as Bernoul
 from lisa_train.methods.lisa.samplers.schemes import CyclicSampler as CyclicSampler
 from lisa_train.methods.lisa.samplers.schemes import SystematicSampler as SystematicSampler
 from lisa_train.methods.lisa.samplers.schemes import UniformSampler as UniformSampler
+from lisa_train.methods.lisa.samplers.within_budget import BudgetSampler as BudgetSampler
 
 
-def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
+def make_sampler(
+    sampling: str,
+    pi: ArrayLike,
+    k: float,
+    seed: int,
+    weights: NDArray[np.float64] | None = None,
+) -> Sampler:
     """Build the sampler called `sampling`.
 
     Parameters
@@ -34,7 +41,14 @@ def make_sampler(sampling: str, pi: ArrayLike, k: int, seed: int) -> Sampler:
         Layers per draw.
     seed
         Seed of the schedule.
+    weights
+        Sizes over their mean where parts of layers are drawn: see `Sampler`.
     """
+    if weights is not None:
+        schemes: dict[str, type[PureSampler]] = {
+            "uniform": BudgetSampler, "bernoulli": BernoulliSampler, "balanced": BalancedSampler
+        }  # fmt: skip
+        return schemes[sampling](pi, k, seed, weights)
     if sampling == "uniform" and np.ptp(np.asarray(pi, dtype=np.float64)) > SUM_TOLERANCE:
         sampling = "systematic"
     return SAMPLERS[sampling](pi, k, seed)

@@ -32,6 +32,9 @@ class Sampler(ABC):
         Layers per draw; the expected number where draws vary in size.
     seed
         Seed of the schedule.
+    weights
+        Where parts of layers are drawn: their sizes over the mean, shape (L,). Σ π·weight is k
+        then, a budget in parts of mean size. Only schemes that keep a budget are given any.
 
     Attributes
     ----------
@@ -56,10 +59,13 @@ class Sampler(ABC):
     scheme: ClassVar[str]
     may_draw_nothing: ClassVar[bool] = False
 
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
-        self.inclusion_probabilities = check_probabilities(pi, k)
+    def __init__(
+        self, pi: ArrayLike, k: float, seed: int, weights: NDArray[np.float64] | None = None
+    ) -> None:
+        self.inclusion_probabilities = check_probabilities(pi, k, weights)
         self.inclusion_probabilities.flags.writeable = False
         self.k = k
+        self.weights = weights
         self.seed = int(seed)
 
     def probabilities(self, index: int) -> NDArray[np.float64]:
@@ -123,13 +129,19 @@ class PureSampler(Sampler):
     Draw `index` is the same whenever and wherever it is asked for.
     """
 
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
-        super().__init__(pi, k, seed)
+    def __init__(
+        self, pi: ArrayLike, k: float, seed: int, weights: NDArray[np.float64] | None = None
+    ) -> None:
+        super().__init__(pi, k, seed, weights)
         # Certain layers are in every draw, excluded ones in none; the scheme decides the others.
         pi = self.inclusion_probabilities
         self._certain = np.flatnonzero(pi >= CERTAIN)
         self._open = np.flatnonzero((pi > 0.0) & (pi < CERTAIN))
-        self._open_k = k - self._certain.size
+        self._size = np.ones(pi.size) if weights is None else weights
+        # What is left for them: a number, or a budget.
+        left = k - float(self._size[self._certain].sum())
+        self._budget = left
+        self._open_k = round(left)
         self._drawn = 0
 
     def draw(self, index: int) -> tuple[int, ...]:

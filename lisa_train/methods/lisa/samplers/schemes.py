@@ -65,7 +65,7 @@ class CyclicSampler(PureSampler):
 
     scheme = "cyclic"
 
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
+    def __init__(self, pi: ArrayLike, k: float, seed: int) -> None:
         super().__init__(pi, k, seed)
         drawn = self.inclusion_probabilities[self.inclusion_probabilities > 0.0]
         low, high = drawn.min(), drawn.max()
@@ -98,7 +98,10 @@ class CyclicSampler(PureSampler):
 class BalancedSampler(PureSampler):
     """Error diffusion: the layers that are furthest behind their share train next.
 
-    Every draw adds π to each layer's credit, takes the k largest and charges them 1. The share
+    Every draw adds π to each layer's credit, takes the k largest and charges them 1. With a budget
+    of parameters, it takes the largest credits up to where their size is nearest to what is due:
+    the budget, and what the draws before have left or overdrawn, which is the sum of size times
+    credit. The share
     of draws of every layer is π with an error of at most about two visits at any time (measured;
     independent draws miss by the square root of their number), so that no layer waits long.
 
@@ -117,14 +120,20 @@ class BalancedSampler(PureSampler):
     # π = 0.001, needs 80 draws.
     _BURN_IN = 400
 
-    def __init__(self, pi: ArrayLike, k: int, seed: int) -> None:
-        super().__init__(pi, k, seed)
+    def __init__(
+        self, pi: ArrayLike, k: float, seed: int, weights: NDArray[np.float64] | None = None
+    ) -> None:
+        super().__init__(pi, k, seed, weights)
         self._restart()
 
     def _restart(self) -> None:
         # The last word tells this stream from draw 0's: numpy ignores zeros at a key's end.
         rng = np.random.default_rng([STREAM, seed_word(self.seed), 0, 1])
-        self.credit = _uniform_with_sum_zero(rng, self._open.size)
+        self.credit = (
+            _uniform_with_sum_zero(rng, self._open.size)
+            if self.weights is None
+            else _uniform_near_zero(rng, self.weights[self._open])
+        )
         for jitter in rng.random((self._BURN_IN, self._open.size)):
             self._advance(jitter)
         self._next = 0
@@ -147,16 +156,30 @@ class BalancedSampler(PureSampler):
         jitter = self._rng(index).random(pi.size)
         self.credit += pi
         urgent = self.credit + self._JITTER * jitter
-        ranked = np.argsort(-np.where(pi >= CERTAIN, np.inf, urgent), kind="stable")
-        self._last = ranked[: self.k]
+        certain = pi >= CERTAIN
+        urgent = np.where(certain, np.inf, np.where(pi == 0.0, -np.inf, urgent))
+        ranked = np.argsort(-urgent, kind="stable")
+        count = round(self.k) if self.weights is None else self._affordable(ranked, self.weights)
+        self._last = ranked[: min(max(count, int(certain.sum())), int((pi > 0.0).sum()))]
         self.credit[self._last] -= 1.0
         return np.sort(self._last)
 
     def _advance(self, jitter: NDArray[np.float64]) -> None:
         self.credit += self.inclusion_probabilities[self._open]
         ranked = np.argsort(-(self.credit + self._JITTER * jitter), kind="stable")
-        self._last = ranked[: self._open_k]
+        count = (
+            self._open_k
+            if self.weights is None
+            else self._affordable(ranked, self.weights[self._open])
+        )
+        self._last = ranked[:count]
         self.credit[self._last] -= 1.0
+
+    def _affordable(self, ranked: NDArray[np.intp], weights: NDArray[np.float64]) -> int:
+        """How many of the first have a size nearest to what is due."""
+        due = float(weights @ self.credit)
+        sizes = np.concatenate([[0.0], np.cumsum(weights[ranked])])
+        return int(np.argmin(np.abs(sizes - due)))
 
 
 def _uniform_with_sum_zero(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
@@ -166,4 +189,16 @@ def _uniform_with_sum_zero(rng: np.random.Generator, size: int) -> NDArray[np.fl
         values[-1] = -values[:-1].sum() % 1.0
         largest_first = np.argsort(-values)
         values[largest_first[: round(values.sum())]] -= 1.0
+    return values
+
+
+def _uniform_near_zero(
+    rng: np.random.Generator, weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Numbers that are uniform modulo 1 and whose weighted sum is near 0; shape (size,)."""
+    values = rng.random(weights.size)
+    if weights.size:
+        largest_first = np.argsort(-values)
+        sums = np.concatenate([[0.0], np.cumsum(weights[largest_first])])
+        values[largest_first[: int(np.argmin(np.abs(sums - weights @ values)))]] -= 1.0
     return values

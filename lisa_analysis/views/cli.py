@@ -30,12 +30,35 @@ examples:
   lisa-analyze my-adapter
   lisa-analyze tuned-model --base base-model
 """
+_FIRST = """\
+usage: lisa-analyze RUN_DIR [RUN_DIR ...] [options]
+
+Which layers mattered, is the run healthy, what to do next? RUN_DIR is what
+lisa-train wrote, a folder of such, an adapter, or a model with --base.
+
+  -o FILE                  the report (report.html in RUN_DIR)
+  --json FILE              everything machine-readable
+  --metric NAME            importance metric (grad_rms)
+  --base DIR               the model before, for weights alone
+  --probabilities FILE     how often LISA shall draw each layer next time
+  --activated-layers K     ... for K layers at a time
+  --strength S             ... from 0 (uniform) to 16, or pool
+  --export KIND:FILE       for other tools: peft-rank, peft-layers, freeze, lr,
+                           axolotl, llamafactory, mergekit, probabilities
+  --fail-on warn|fail      exit with 1 when a finding is as bad
+  -q, --quiet              print where the files are, and nothing else
+  -v, --verbose            print the rules that passed, too
+  --help all               every option in full, and examples
+
+Example: lisa-analyze runs/pilot --export peft-rank,r=8:lora.json
+         lisa-analyze runs/uniform runs/learned -o comparison.html"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser of `lisa-analyze`."""
     parser = Parser(
         prog=PROG,
+        first_screen=_FIRST,
         description="Which layers mattered, is the run healthy, and how often should each layer "
         "be sampled next time?",
         epilog=_EPILOG,
@@ -61,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fail-on", choices=("never", "warn", "fail"), default="never",
         help="exit with 1 when a finding is at least this bad (default: never)",
+    )  # fmt: skip
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument(
+        "-q", "--quiet", action="store_true", help="print where the files are, and nothing else"
+    )
+    volume.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="print every rule with its evidence and threshold, those that passed too",
     )  # fmt: skip
     parser.add_argument("--title", metavar="TEXT", help="title of the report")
     _add_plans(parser)
@@ -155,7 +186,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     if arguments.probabilities and not analysis.alone and analysis.why_not is not None:
         raise analysis.why_not
     made = [(asked, analysis.export(asked)) for asked in exports]
-    print(terminal.overview(analysis))
+    if not arguments.quiet:
+        print(terminal.overview(analysis, every_rule=arguments.verbose))
 
     written: list[tuple[str, Path]] = []
     if arguments.probabilities:
@@ -166,7 +198,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
         _write(Path(arguments.probabilities), analysis.probabilities.save)
         written.append(("probabilities", Path(arguments.probabilities)))
     for asked, export in made:
-        print(terminal.exported(export))
+        if not arguments.quiet:
+            print(terminal.exported(export))
         _write(asked.path, export.save)
         written.append((asked.kind, asked.path))
     if arguments.json:

@@ -25,14 +25,16 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 24
 
 
-def overview(analysis: "Analysis") -> str:
+def overview(analysis: "Analysis", *, every_rule: bool = False) -> str:
     """Findings of every run; of one alone its layers, of several the comparison.
+
+    With `every_rule` the rules that passed or could not run are named as well.
 
     Runs that are seeds of one arm have a profile over seeds, whose layers follow.
     """
     parts, side_by_side = [], analysis.comparison
     for one in analysis.runs:
-        parts.append(findings(one.run, one.diagnostics))
+        parts.append(findings(one.run, one.diagnostics, every_rule=every_rule))
         if one.profile is None:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
@@ -54,17 +56,19 @@ def _layers(analysis: "Analysis") -> str:
     return layer_table(analysis.profile, found, analysis.plan.strengths(analysis.profile, found))
 
 
-def findings(run: "Run", diagnostics: "Diagnostics") -> str:
+def findings(run: "Run", diagnostics: "Diagnostics", *, every_rule: bool = False) -> str:
     """Header of a run and what is wrong with it, worst first; rules that passed are counted."""
     model = (run.manifest.get("model") or {}).get("name", "unknown model")
     name = run.path.resolve().name
     lines = [f"{name}: {run.method} on {Path(str(model)).name}, {run.status}"]
     lines += [f"  {warning}" for warning in run.warnings]
     by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in STATES}
-    for state in ("fail", "warn", "info"):
+    for state in STATES if every_rule else ("fail", "warn", "info"):
         for finding in by_state[state]:
             lines.append(f"  {STATES[state][0]} {finding.title}: {finding.evidence}")
-            if state != "info":
+            if every_rule:
+                lines.append(f"      fires at: {finding.threshold}")
+            if state in ("fail", "warn"):
                 lines.append(f"      try: {finding.advice}")
     lines.append(
         "  " + ", ".join(f"{len(f)} {state}" for state, f in by_state.items() if f)

@@ -10,6 +10,25 @@ from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
 
 PROG = "lisa-ablate"
+_FIRST = """\
+usage: lisa-ablate RUN_DIR [options]
+       lisa-ablate RUN_DIR --restore 3,17 --output DIR
+
+What was every layer's change worth? Held-out loss with the change taken out of
+the trained model, and put into the base alone; what it costs on general text.
+
+  --data DATASET           examples to measure (what the run held out)
+  --general FILE|none      general text (64 passages of books)
+  --by layer|kind          units: layers, or the kinds within each (layer)
+  --range N                also every run of N layers
+  --max_examples N|all     examples of each data (64)
+  --bf16                   compute in bfloat16
+  --restore LAYERS         write the model with these put back, to --output DIR
+  --model DIR, --base DIR  where they are, if not where the run says
+  --help all               every option in full
+
+Example: lisa-ablate runs/lora-20260101-120000 --by kind
+Next: lisa-analyze RUN_DIR"""
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 
 
@@ -17,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `lisa-ablate`."""
     parser = Parser(
         prog=PROG,
+        first_screen=_FIRST,
         description="Measure what every layer's change was worth: held-out loss with the change "
         "taken out of the trained model, and put into the base alone; and what it costs on general "
         "text. The losses are written to RUN_DIR/ablation.parquet, and a table is printed.",

@@ -3,24 +3,28 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lisa_analysis.contract.command_line import version
+from lisa_analysis.contract.command_line import COMPLETION, SHELLS, completion, version
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.help import asked_help, screen
 from lisa_train.command.together import LostProcessError, is_to_say, launched
 from lisa_train.command.words import (
     asks_for_estimate,
     check_file,
     check_flags,
     config_files,
+    expand_estimate,
     expand_recipes,
     expand_sections,
     keep_words,
     one_sentence,
+    option_values,
 )
 from lisa_train.command.words import recipes as recipes
 from lisa_train.estimate.cards import Card, parse_cards
@@ -37,20 +41,27 @@ _SWITCHES = {
     "--resume": "continue the run in --output_dir, or that of --config RUN_DIR/config.yaml",
     "--version": "print the version of this package",
     "--estimate": "train nothing: print the memory of every method, from config.json alone",
+    "--quiet": "print the run directory and errors alone (-q)",
+    "--verbose": "print what the libraries say, and the traceback of what is refused (-v)",
+    "--schema": "print the JSON schema of a configuration file, for editors",
 }
+_SHORT = {"-q": "--quiet", "-v": "--verbose"}
 
 
 @dataclass(frozen=True)
 class Command:
     """What a command line asks for: a configuration, and what to do with it.
 
-    `resume` continues its run; `estimate` only predicts its memory, for `cards`.
+    `resume` continues its run; `estimate` only predicts its memory, for `cards`. `quiet` and
+    `verbose` say how much is printed.
     """
 
     config: TrainConfig
     resume: bool
     estimate: bool = False
     cards: tuple[Card, ...] = ()
+    quiet: bool = False
+    verbose: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,15 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(estimate_table(command.config, command.cards))
             return 0
-        _quiet()
+        _quiet(command)
         # A cluster ends a job with SIGTERM: the run is closed as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         from lisa_train.command.training import summary, train
 
-        run_dir = train(command.config, resume=command.resume)
+        run_dir = train(command.config, resume=command.resume, quiet=command.quiet)
     except LisaError as error:
         lost = isinstance(error, LostProcessError)
         if is_to_say(str(error), consequence=lost):
+            if {"-v", "--verbose"} & set(words):
+                traceback.print_exc()
             print(f"{PROG}: {error}", file=sys.stderr, flush=True)
         return 2
     except ModuleNotFoundError as error:
@@ -91,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
     if _speaks():
-        print(summary(run_dir))
+        print(run_dir if command.quiet else summary(run_dir))
     return 0
 
 
@@ -100,15 +113,21 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _quiet() -> None:
+def _quiet(command: Command) -> None:
     """Leave the terminal to this command: one progress bar, no notes between libraries."""
     import logging
     import warnings
 
+    if command.quiet:
+        warnings.simplefilter("ignore")
+        for package in ("lisa_train", "transformers"):
+            logging.getLogger(package).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launched() > 1:
         # Trainer has DDP look for tensors without gradients, and DDP warns where there are none.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
+    if command.verbose:
+        return
     warnings.filterwarnings("ignore", category=FutureWarning)
     # What it could not fetch for 4-bit weights on a CPU, in every process.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -127,10 +146,18 @@ def parse(argv: Sequence[str]) -> Command:
     ConfigError
         For an unknown key at any depth, a value of the wrong type, or settings that contradict.
     SystemExit
-        After `--help` and `--print_config`.
+        After `--help`, `--print_config`, `--schema` and `--completion`.
     """
+    if (asked := asked_help(argv)) is not None and (text := screen(asked)) is not None:
+        print(text)
+        raise SystemExit(0)
     import jsonargparse
 
+    argv = [_SHORT.get(word, word) for word in expand_estimate(argv)]
+    if asked is not None:
+        build_parser().print_help()
+        raise SystemExit(0)
+    _print_for_tools(argv)
     argv = expand_sections(expand_recipes(argv))
     check_flags(argv)
     for path in config_files(argv):
@@ -153,7 +180,22 @@ def parse(argv: Sequence[str]) -> Command:
     # `24 GB` without quotes is two words.
     sizes = None if settings.get("memory") is None else parse_cards(" ".join(settings.memory))
     estimate = bool(settings.get("estimate")) or sizes is not None
-    return Command(config, bool(settings.get("resume")), estimate, sizes or ())
+    switched = {name: bool(settings.get(name)) for name in ("resume", "quiet", "verbose")}
+    return Command(config, estimate=estimate, cards=sizes or (), **switched)
+
+
+def _print_for_tools(argv: Sequence[str]) -> None:
+    """Print what a shell or an editor reads, if the command line asks for that, and end."""
+    if "--schema" in argv:
+        import json
+
+        from lisa_train.command.schema import config_schema
+
+        print(json.dumps(config_schema(build_parser()), indent=2, ensure_ascii=False))
+        raise SystemExit(0)
+    for _, _, shell in option_values(argv, COMPLETION):
+        print(completion(shell, build_parser().get_completion_script))
+        raise SystemExit(0)
 
 
 def build_parser(*, reads_data: bool = True) -> "ArgumentParser":
@@ -176,6 +218,10 @@ def build_parser(*, reads_data: bool = True) -> "ArgumentParser":
     parser.add_argument(
         "--memory", nargs="*", default=SUPPRESS, metavar="SIZE",
         help="sizes of cards, as 24GB,80GiB, that an estimate is compared with; implies --estimate",
+    )  # fmt: skip
+    parser.add_argument(
+        COMPLETION, choices=SHELLS, default=SUPPRESS, metavar="SHELL",
+        help="print a script that completes words in that shell: bash, zsh or tcsh",
     )  # fmt: skip
     parser.add_class_arguments(TrainConfig)
     if not reads_data:

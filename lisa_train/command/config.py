@@ -125,7 +125,7 @@ class TrainConfig:
     logging_steps
         Report to trackers and the progress bar every so many steps.
     report_to
-        Trackers: ``tensorboard``, ``wandb``, ``trackio``, …
+        Trackers: ``tensorboard``, ``wandb``, ``trackio``, …; one, a list, or names with commas.
     progress_bar
         True shows a bar, false nothing; None shows a bar in a terminal and a notebook, and a few
         lines elsewhere.
@@ -194,7 +194,7 @@ class TrainConfig:
     resume_incomplete: bool = False
     save_final_model: bool = True
     logging_steps: int = 10
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] | str = ()
     progress_bar: bool | None = None
     trainer_args: dict[str, Any] = field(default_factory=dict)
     lisa: LisaConfig = field(default_factory=LisaConfig)
@@ -205,6 +205,9 @@ class TrainConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            trackers = (name.strip() for name in self.report_to.split(","))
+            object.__setattr__(self, "report_to", tuple(name for name in trackers if name))
         one_of("task", self.task, (AUTO, *TASKS))
         _check_method(self)
         _check_precision(self)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
+def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Path:
     """Train as configured and record the run.
 
     Parameters
@@ -46,6 +46,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         The whole configuration; it is written, resolved, to `config.yaml` of the run directory.
     resume
         Continue the run in `config.output_dir` from its newest checkpoint.
+    quiet
+        Show no notes and no progress, whatever `config.progress_bar` says.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     run_dir, checkpoint = agreed(lambda: _place(config, resume=resume))
     try:
         with no_trace_of_a_refused_run(run_dir):
-            prepared = _prepare(config, run_dir, checkpoint)
+            prepared = _prepare(config, run_dir, checkpoint, quiet=quiet)
             if checkpoint is not None:
                 check_unfinished(checkpoint)
             _run(prepared)
@@ -126,6 +128,8 @@ class PreparedRun:
         Entries of run.json that only the command knows, and the text of config.yaml.
     checkpoint
         Where a resumed run goes on; None for a new one.
+    quiet
+        Whether no progress is shown.
     """
 
     config: TrainConfig
@@ -134,6 +138,7 @@ class PreparedRun:
     manifest: dict[str, Any]
     config_yaml: str
     checkpoint: Path | None = None
+    quiet: bool = False
 
     def train(self) -> None:
         """Train with the recorder and what the method attaches, and save the result."""
@@ -175,11 +180,13 @@ class PreparedRun:
             resume_incomplete=config.resume_incomplete,
             **METHODS[config.method].attachments(config),
         )
-        _add_progress(self.trainer, config, attached)
+        _add_progress(self.trainer, config, attached, quiet=self.quiet)
         return attached
 
 
-def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> PreparedRun:
+def _prepare(
+    config: TrainConfig, run_dir: Path, checkpoint: Path | None, *, quiet: bool = False
+) -> PreparedRun:
     """Load model and data and build the trainer; refuse what cannot be trained."""
     from lisa_train.command.tasks.task import choose_task
 
@@ -194,9 +201,9 @@ def _prepare(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> Pre
     trainer = task.build_trainer(loaded, arguments, peft_config, config)
     found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
-    _tell(trainer, [*about(manifest["dataset"]), *said, *remarks])
+    _tell(trainer, [] if quiet else [*about(manifest["dataset"]), *said, *remarks])
     kept = agreed(lambda: to_yaml(keep_inputs(config, run_dir, resume=checkpoint is not None)))
-    return PreparedRun(config, trainer, run_dir, manifest, kept, checkpoint)
+    return PreparedRun(config, trainer, run_dir, manifest, kept, checkpoint, quiet)
 
 
 def _check_inputs(config: TrainConfig) -> None:
@@ -263,12 +270,14 @@ def _tell(trainer: "Trainer", said: list[str]) -> None:
             print(f"note: {sentence}.", file=sys.stderr, flush=True)
 
 
-def _add_progress(trainer: "Trainer", config: TrainConfig, attached: Any) -> None:
+def _add_progress(
+    trainer: "Trainer", config: TrainConfig, attached: Any, *, quiet: bool = False
+) -> None:
     from lisa_train.trainer.progress import EvaluateAtEnd, ProgressBar, ProgressCell, ProgressLines
 
     if trainer.eval_dataset is not None:
         trainer.add_callback(EvaluateAtEnd())
-    if config.progress_bar is not False:
+    if config.progress_bar is not False and not quiet:
         bar = ProgressBar if config.progress_bar or sys.stderr.isatty() else ProgressLines
         kind = ProgressCell if "ipykernel" in sys.modules else bar
         trainer.add_callback(kind(attached.latest_scalars, attached.active_layers))

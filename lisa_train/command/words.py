@@ -16,7 +16,10 @@ from lisa_train.command.config import TrainConfig
 from lisa_train.methods import METHODS
 
 # Options of the command itself: what it does, and no setting of a run.
-OF_THE_COMMAND = ("help", "version", "config", "print_config", "resume", "estimate", "memory")
+OF_THE_COMMAND = (
+    "help", "version", "config", "print_config", "resume", "estimate", "memory", "quiet", "verbose",
+    "schema", "completion",
+)  # fmt: skip
 
 # What other trainers call a setting, where its name is too far from ours to be found by spelling.
 MEANT = {
@@ -96,6 +99,11 @@ def asks_for_estimate(argv: Sequence[str]) -> bool:
     return any(token.split("=", 1)[0] in ("--estimate", "--memory") for token in argv)
 
 
+def expand_estimate(argv: Sequence[str]) -> list[str]:
+    """Read `lisa-train estimate …` as `lisa-train --estimate …`."""
+    return ["--estimate", *argv[1:]] if argv and argv[0] == "estimate" else list(argv)
+
+
 def config_files(argv: Sequence[str]) -> list[Path]:
     """Files that the settings come from, in the order in which they are read."""
     return [Path(value) for _, _, value in option_values(argv, "--config")]
@@ -135,6 +143,8 @@ def check_file(path: Path) -> None:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds {type(content).__name__}; expected `key: value` lines.")
     for keys in _paths(content):
+        if keys[-1] == "$schema":  # for the reader's editor
+            continue
         _check_key(keys, TrainConfig, where=f"key {'.'.join(keys)!r} of {path}")
 
 
@@ -171,11 +181,11 @@ def _check_key(keys: list[str], cls: Any, *, where: str, beside: Sequence[str] =
                 + (nearest or " See lisa-train --help for all of them.")
             )
         walked.append(key)
-        cls = _dataclass_of(known[key].type)
+        cls = dataclass_of(known[key].type)
 
 
-def _dataclass_of(annotation: Any) -> Any:
-    """Dataclass of a setting's type, also of one that may be None."""
+def dataclass_of(annotation: Any) -> Any:
+    """Return the dataclass of a setting's type, also of one that may be None."""
     return next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
 
 
@@ -210,6 +220,8 @@ def one_sentence(message: str) -> str:
     text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
     text = _OF_A_SECTION.sub(_said_of_a_section, text)
     text = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", text)
+    text = re.sub(r"expected tuple, got (.*)$", r"expected a list, as '[\1]', got \1", text)
+    text = re.sub(r"Expected a <class 'tuple'>$", "expected a list, as '[a, b]'", text)
     text = _CHOICE.sub(_said_of_a_choice, text)
     text = re.sub(
         r"^the following arguments are required: (.+)$",

@@ -285,6 +285,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert fill(expected) in message
 
 
+def test_quiet_prints_the_files_alone_and_verbose_every_rule(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(golden), "-o", str(tmp_path / "r.html")]
+    assert main([*words, "-q"]) == 0
+    assert capsys.readouterr().out == f"report:        {tmp_path / 'r.html'}\n"
+    assert main([*words, "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    for finding in la.diagnose(la.load(golden)).findings:
+        assert f"{finding.title}: {finding.evidence}" in printed
+        assert f"fires at: {finding.threshold}" in printed
+    assert main([*words, "-q", "-v"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_it_also_runs_as_a_module_and_says_what_it_takes() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lisa_analysis", "--help"],

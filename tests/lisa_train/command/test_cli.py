@@ -27,7 +27,7 @@ def test_of_several_processes_the_first_prints_the_summary(
     rank: str | None, prints: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lisa_train.command.training.train", lambda config, resume: tmp_path)
+    monkeypatch.setattr("lisa_train.command.training.train", lambda config, **_: tmp_path)
     monkeypatch.setattr("lisa_train.command.training.summary", lambda run_dir: "the summary")
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
@@ -117,6 +117,8 @@ def test_any_lora_field_is_passed_on() -> None:
         (["--resme"], "Did you mean 'resume'?"),
         (["--dtype", "float23"], "float16, got float23. Did you mean 'float32'?"),
         (["--lisa.sampling", "x"], "expected one of uniform, bernoulli, cyclic"),
+        (["--record.quantities", "descent"], "expected a list, as '[descent]', got descent"),
+        (["--eight_bit_states", "layers"], "expected a list, as '[a, b]'"),
         (["--lr", "1e-4"], "Did you mean 'learning_rate'?"),
         (["--batch_size=4"], "Did you mean 'per_device_train_batch_size'?"),
         (["--batch-size", "4"], "Did you mean 'per_device_train_batch_size'?"),

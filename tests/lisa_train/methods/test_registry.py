@@ -111,7 +111,7 @@ def test_the_command_knows_it(
     assert main([*words, "--estimate", "--max_length", "16"]) == 0
     assert "as configured" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--help", "methods"])
     assert "bitfit trains the biases alone" in " ".join(capsys.readouterr().out.split())
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from lisa_train.model.joined import ROW as _ROW
+from lisa_train.model.joined import SMALL, Layout
+
 # 2 MB of fp32: a chunk, its difference and its gradient stay in the last-level cache, and what
 # calling a kernel costs is a small part.
 CHUNK = 524_288
-_ROW = 1024
-# Below it a tensor is brought together with others on the CPU; copying costs less than calls.
-_LARGE = 65_536
 # On accelerators the limit is the memory of the fp32 temporary, not the cache.
 DEVICE_CHUNK = 16_777_216
 
@@ -85,6 +85,24 @@ def changes(
         return sums[:, 0], sums[:, 1], None
     sums = _walk(list(zip(before, after, gradients, strict=True)), _CHANGE_AND_PRODUCT)
     return sums[:, 0], sums[:, 1], sums[:, 2]
+
+
+@torch.no_grad()
+def squares_and_magnitudes_of_rows(
+    layout: Layout, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σx² and Σ|x| of joined tensors, in the order of the layout, as `squares_and_magnitudes`."""
+    square, magnitude = _walk_rows(layout, [rows], _SQUARE_AND_MAGNITUDE)
+    return square, magnitude
+
+
+@torch.no_grad()
+def changes_of_rows(
+    layout: Layout, before: torch.Tensor, after: torch.Tensor, gradients: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a step did to joined tensors, in the order of the layout, as `changes`."""
+    update, weight, product = _walk_rows(layout, [before, after, gradients], _CHANGE_AND_PRODUCT)
+    return update, weight, product
 
 
 @torch.no_grad()
@@ -161,6 +179,22 @@ def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Te
     return torch.stack(sums, dim=1)
 
 
+def _walk_rows(
+    layout: Layout, columns: Sequence[torch.Tensor], kernel: _Kernel
+) -> list[torch.Tensor]:
+    """Sum a kernel's results over the rows of every joined tensor, as `_walk`."""
+    measure, norms = kernel
+    scratch = torch.empty(max(last - first for first, last in layout.blocks), _ROW)
+    results: list[list[torch.Tensor]] = [[] for _ in norms]
+    for first, last in layout.blocks:
+        pieces = [rows[first:last] for rows in columns]
+        for found, values in zip(results, measure(scratch[: last - first], *pieces), strict=True):
+            found.append(values)
+    joined = [_joined(found, squared) for found, squared in zip(results, norms, strict=True)]
+    count = len(layout.shapes)
+    return [x.new_zeros(count).index_add_(0, layout.owners, x) for x in joined]
+
+
 def _blocks(
     groups: Sequence[Sequence[torch.Tensor]],
 ) -> Iterator[tuple[_Owners, list[torch.Tensor]]]:
@@ -190,7 +224,7 @@ def _blocks_in_cache(
     for number, group in enumerate(groups):
         flat = [_flat(x) for x in group]
         size, start = flat[0].numel(), 0
-        if size >= _LARGE and all(x.dtype == torch.float32 for x in flat):
+        if size >= SMALL and all(x.dtype == torch.float32 for x in flat):
             start = size - size % _ROW
             for begin in range(0, start, CHUNK):
                 end = min(begin + CHUNK, start)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lisa_train.model.joined import Layout
 from lisa_train.model.norms import CHUNK, DEVICE_CHUNK, wide
 
 # Gram matrices are taken in fp32 up to this length, whose rounding is 2e-6 of a square then; and
@@ -40,21 +41,69 @@ def gram_squares(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) 
     """
     a, b = torch.stack(list(first)), torch.stack(list(second))
     kind = wide(a.device)
-    short = max(a.shape[2], b.shape[1]) <= _FP32_LENGTH
-    if a.device.type != "cpu" or not short or not _multiplies_fp32_exactly(a.device):
-        return _gram_squares(a.to(kind), b.to(kind))[0]
-    found, size = _gram_squares(a.float(), b.float())
-    cancelled = ~(found >= _FP32_PART * size)  # NaN as well
+    if not _in_fp32(a, b):
+        a, b = a.to(kind), b.to(kind)
+        return _sums(torch.bmm(a, a.mT), torch.bmm(b.mT, b))[0]
+    a, b = a.float(), b.float()
+    found, cancelled = _sums(torch.bmm(a, a.mT), torch.bmm(b.mT, b))
     if cancelled.any():
-        found[cancelled] = _gram_squares(a[cancelled].to(kind), b[cancelled].to(kind))[0]
+        a, b = a[cancelled].to(kind), b[cancelled].to(kind)
+        found[cancelled] = _sums(torch.bmm(a, a.mT), torch.bmm(b.mT, b))[0]
     return found
 
 
-def _gram_squares(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ (BᵀB)∘(AAᵀ) of a batch, and its diagonal's part Σ‖aᵢ‖²‖bᵢ‖², both in the widest type."""
-    product = (torch.bmm(a, a.mT) * torch.bmm(b.mT, b)).to(wide(a.device))
-    diagonal = product.diagonal(dim1=1, dim2=2).sum(1)
-    return product.sum((1, 2)).clamp_min(0), diagonal
+@torch.no_grad()
+def joined_gram_squares(
+    layout: Layout, rows: torch.Tensor, first: Sequence[int], second: Sequence[int]
+) -> torch.Tensor:
+    """‖BA‖² of pairs that lie in one buffer on the CPU, as `gram_squares`, and nothing is copied.
+
+    Parameters
+    ----------
+    layout, rows
+        The buffer.
+    first, second
+        Places of the factors A and B in it, pair by pair.
+    """
+    grams: dict[tuple[torch.Size, bool], torch.Tensor] = {}
+    pairs: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for i, places in enumerate(zip(first, second, strict=True)):
+        pairs.setdefault((layout.shapes[places[0]], layout.shapes[places[1]]), []).append(i)
+    squares = torch.zeros(len(first), dtype=torch.float64)
+    for (shape_a, shape_b), group in pairs.items():
+        where_a = torch.tensor([layout.beside[first[i]] for i in group])
+        where_b = torch.tensor([layout.beside[second[i]] for i in group])
+        all_a, all_b = (
+            layout.batch(rows, shape_a).flatten(2),
+            layout.batch(rows, shape_b).flatten(2),
+        )
+        found = torch.zeros(len(group), dtype=torch.float64)
+        cancelled = torch.ones(len(group), dtype=torch.bool)
+        if _in_fp32(all_a, all_b):
+            if (shape_a, True) not in grams:
+                grams[shape_a, True] = torch.bmm(all_a, all_a.mT)
+            if (shape_b, False) not in grams:
+                grams[shape_b, False] = torch.bmm(all_b.mT, all_b)
+            found, cancelled = _sums(grams[shape_a, True][where_a], grams[shape_b, False][where_b])
+        if cancelled.any():
+            one, other = all_a[where_a[cancelled]].double(), all_b[where_b[cancelled]].double()
+            found[cancelled] = _sums(torch.bmm(one, one.mT), torch.bmm(other.mT, other))[0]
+        squares[group] = found
+    return squares
+
+
+def _in_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether fp32 carries the Gram matrices of factors of shapes (…, r, n) and (…, m, r)."""
+    short = max(a.shape[-1], b.shape[-2]) <= _FP32_LENGTH
+    return a.device.type == "cpu" and short and _multiplies_fp32_exactly(a.device)
+
+
+def _sums(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ G∘H of pairs of Gram matrices, and whether terms cancel (NaN counts) that fp32 lost."""
+    product = (first * second).to(wide(first.device))
+    found = product.sum((1, 2)).clamp_min(0)
+    size = product.diagonal(dim1=1, dim2=2).sum(1)  # Σ‖aᵢ‖²‖bᵢ‖²
+    return found, ~(found >= _FP32_PART * size)
 
 
 @torch.no_grad()

@@ -1,14 +1,15 @@
 """Norms of the products of LoRA's factors, without the products."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lisa_train.measure.adapters.factor_norms import gram_squares
+from lisa_train.measure.adapters.factor_norms import gram_squares, joined_gram_squares
 from lisa_train.measure.adapters.lora_pairs import Factors, LoraPair
 from lisa_train.measure.processes import Processes
+from lisa_train.model.joined import Joined
 from lisa_train.model.norms import stacked
 from lisa_train.model.sharding import is_sharded, shards
 
@@ -56,6 +57,40 @@ def product_squares(
         products.deltas.append(delta)
         products.merged.append(square)
     return products
+
+
+@torch.no_grad()
+def joined_delta_squares(
+    pairs: Sequence[LoraPair], joined: Joined, places: Mapping[int, int]
+) -> tuple[list[int], torch.Tensor]:
+    """Return ‖sBA‖² of the pairs whose factors are joined and began with a product of zero.
+
+    Parameters
+    ----------
+    pairs
+        Pairs of which the factors have just trained.
+    joined
+        The factors as they are after the step.
+    places
+        Place of a tensor in there, by its identity.
+
+    Returns
+    -------
+    found, squares
+        Places of those pairs among `pairs`, and their squares, float64.
+    """
+    found, scales, first, second = [], [], [], []
+    for i, pair in enumerate(pairs):
+        a, b = places.get(id(pair.a)), places.get(id(pair.b))
+        if a is None or b is None or not (pair.plain and pair.alone):
+            continue
+        if isinstance(scale := pair.scale, float):
+            found.append(i)
+            scales.append(scale)
+            first.append(a)
+            second.append(b)
+    squares = joined_gram_squares(joined.layout, joined.after, first, second)
+    return found, squares * torch.tensor(scales, dtype=torch.float64) ** 2
 
 
 def _squares_of(

@@ -1,15 +1,18 @@
 """How far weights are from where they began: the products of adapters, and base weights."""
 
+from typing import Any
+
 import numpy as np
 from torch import nn
 
 from lisa_train.measure.adapters.lora_pairs import LoraPair
-from lisa_train.measure.adapters.lora_products import product_squares
+from lisa_train.measure.adapters.lora_products import joined_delta_squares, product_squares
 from lisa_train.measure.adapters.search import find_lora_pairs
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.step.base_weights import BaseWeights
-from lisa_train.measure.step.parts import Numbered, Part
+from lisa_train.measure.step.parts import Part
+from lisa_train.measure.step.step_tensors import Numbered, StepTensors
 from lisa_train.model.norms import stacked
 from lisa_train.model.sharding import local_slices
 from lisa_train.model.tensor_table import TensorTable
@@ -31,13 +34,31 @@ class AdapterProducts(Part):
         super().__init__(want, table, buffer)
         self.pairs = _pairs(model, table) if self.want else []
         self._processes = processes
+        self._now: StepTensors | None = None
+
+    def update(self, now: StepTensors, clip_coef: Any) -> None:
+        """Take note of the tensors that have been joined, factors among them."""
+        self._now = now
+
+    def forget(self) -> None:
+        """Let go of them."""
+        self._now = None
 
     def state(self, step: int, active: Numbered) -> None:
         """Measure the changes of the adapters that trained in the step."""
-        if "delta_norm" in self.want:
-            trained = {i for i, _ in active}
-            pairs = [p for p in self.pairs if self.table.ids[p.name_b] in trained]
-            self._add(step, pairs, census=False)
+        if "delta_norm" not in self.want or not self.pairs:
+            return
+        trained = {i for i, _ in active}
+        pairs = [p for p in self.pairs if self.table.ids[p.name_b] in trained]
+        now = self._now
+        if now is not None and now.joined is not None and now.joined.is_after:
+            places = {id(p): place for place, (_, p) in enumerate(now.tensors[: now.small])}
+            found, squares = joined_delta_squares(pairs, now.joined, places)
+            ids = np.array([self.table.ids[pairs[i].name_b] for i in found], dtype=np.int64)
+            self.buffer.add(step, "delta_norm", ids, squares)
+            known = set(found)
+            pairs = [pair for i, pair in enumerate(pairs) if i not in known]
+        self._add(step, pairs, census=False)
 
     def census(self, step: int) -> None:
         """Measure all adapters and the adapted weights."""

@@ -10,7 +10,8 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.quantities import REGISTRY, Quantity
-from lisa_train.measure.step.parts import Numbered, Part, StepTensors, numbers
+from lisa_train.measure.step.parts import Part
+from lisa_train.measure.step.step_tensors import Numbered, StepTensors, numbers
 from lisa_train.model.norms import local, stacked, wide
 from lisa_train.model.tensor_table import TensorTable
 
@@ -22,7 +23,7 @@ class OwnQuantities(Part):
         super().__init__(want, table, buffer)
         self._own = [q for q in REGISTRY.values() if q.name in want and q.measure is not None]
         self.want = frozenset(q.name for q in self._own)
-        self.copies_weights = any(q.when == "update" for q in self._own)
+        self.copies_weights = self.looks_at_each = any(q.when == "update" for q in self._own)
 
     def gradients(self, now: StepTensors) -> None:
         """Measure gradients, without the factor of a loss scaler."""

@@ -5,52 +5,16 @@ gradient and the new weight are read together, for example). `StepMeasure` calls
 every moment; a part overrides the moments that concern it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.step.gradient_noise import GradientNoise
-from lisa_train.model.norms import changes, squares, squares_and_magnitudes, wide
+from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside, numbers
+from lisa_train.model.norms import squares, wide
 from lisa_train.model.tensor_table import TensorTable
-
-Numbered = list[tuple[int, nn.Parameter]]
-
-
-@dataclass
-class StepTensors:
-    """The tensors that step now.
-
-    Attributes
-    ----------
-    step
-        Number of the optimizer step.
-    tensors
-        Their numbers, and the tensors; all have a gradient.
-    scale
-        Factor on the gradients that the optimizer will not see (fp16 loss scale).
-    undo
-        Whether the factor of clipping will be known after the step.
-    whole
-        Whether these are all tensors of the step; else one of them, stepping inside backward.
-    before
-        Copies of the weights as they were, by number, if a part asks for them.
-    """
-
-    step: int
-    tensors: Numbered
-    scale: Any = 1.0
-    undo: bool = False
-    whole: bool = True
-    before: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.numbers = numbers(self.tensors)
-        self.gradients = [p.grad.detach() for _, p in self.tensors if p.grad is not None]
 
 
 class Part:
@@ -62,10 +26,13 @@ class Part:
         Every quantity that the part knows how to measure.
     copies_weights : bool
         Whether it needs the weights as they were before the step.
+    looks_at_each : bool
+        Whether it needs every copy as a tensor of its own.
     """
 
     measures: ClassVar[frozenset[str]] = frozenset()
     copies_weights = False
+    looks_at_each = False
 
     def __init__(self, want: frozenset[str], table: TensorTable, buffer: MetricBuffer) -> None:
         self.want = want & self.measures
@@ -110,11 +77,9 @@ class Gradients(Part):
         """Measure accumulated gradients, before clipping."""
         if not self.want and self._noise is None:
             return
-        if "grad_norm_l1" in self.want:
-            square, magnitude = squares_and_magnitudes(now.gradients)
+        square, magnitude = now.gradient_sums(magnitudes="grad_norm_l1" in self.want)
+        if magnitude is not None:
             self.buffer.add(now.step, "grad_norm_l1", now.numbers, magnitude / now.scale)
-        else:
-            square = squares(now.gradients)
         square = square / now.scale**2
         if "grad_norm" in self.want:
             self.buffer.add(now.step, "grad_norm", now.numbers, square)
@@ -150,28 +115,33 @@ class Updates(Part):
         if "descent" in self.want:
             # In fp32 the factor of clipping can be taken out again; in half precision its
             # rounding stays.
-            pairs = zip(now.numbers.tolist(), now.gradients, strict=True)
             self._gradients = {
-                i: g.clone() for i, g in pairs if not now.undo or g.dtype != torch.float32
+                i: p.grad.clone()
+                for i, p in now.apart
+                if p.grad is not None and not (now.undo and p.grad.dtype == torch.float32)
             }
 
     def update(self, now: StepTensors, clip_coef: Any) -> None:
         """Measure what the optimizer did to the tensors."""
         if not self.copies_weights:
             return
-        before = [now.before[i] for i, _ in now.tensors]
-        after = [p.detach() for _, p in now.tensors]
         gradients: Any = None
         if "descent" in self.want:
-            gradients = [self._gradients.get(i, p.grad) for i, p in now.tensors]
-        update, weight, product = changes(before, after, gradients)
+            gradients = [self._gradients.get(i, p.grad) for i, p in now.apart]
+        joined, apart = now.joined_changes(), now.changes(gradients)
+        update, weight, product = apart
+        if product is not None:
+            product = self._before_clipping(product, now, clip_coef)
+        if joined is not None:
+            update, weight = torch.cat([joined[0], update]), torch.cat([joined[1], weight])
+            if product is not None:
+                product = torch.cat([joined[2] / now.scale, product])
         if "update_norm" in self.want:
             self.buffer.add(now.step, "update_norm", now.numbers, update)
         if "weight_norm" in self.want:
             self.buffer.add(now.step, "weight_norm", now.numbers, weight)
         if product is not None:
-            descent = -self._before_clipping(product, now, clip_coef)
-            self.buffer.add(now.step, "descent", now.numbers, descent)
+            self.buffer.add(now.step, "descent", now.numbers, -product)
 
     def forget(self) -> None:
         """Let go of the gradients."""
@@ -185,9 +155,9 @@ class Updates(Part):
         undone, copied = product / coefficient, product * (1 / now.scale)
         if not self._gradients:
             return undone
-        if len(self._gradients) == len(now.tensors):
+        if len(self._gradients) == len(now.apart):
             return copied
-        chosen = [copied if i in self._gradients else undone for i, _ in now.tensors]
+        chosen = [copied if i in self._gradients else undone for i, _ in now.apart]
         return torch.stack([values[n] for n, values in enumerate(chosen)])
 
 
@@ -256,20 +226,3 @@ class OptimizerSteps(Part):
             values = [count.reshape(()) if count.ndim else count for count in counts.values()]
             joined = torch.stack(values).to(wide(device))
             self.buffer.add(step, "opt_steps", np.array(list(counts)), joined)
-
-
-def numbers(tensors: Iterable[tuple[int, Any]]) -> np.ndarray:
-    """Return the numbers of numbered tensors."""
-    return np.array([i for i, _ in tensors], dtype=np.int64)
-
-
-def beside(value: Any, tensor: torch.Tensor) -> Any:
-    """Return a number to calculate with next to `tensor`.
-
-    One that lies on the host stays there, as an argument of the kernel: copying it to an
-    accelerator would wait for everything that runs there.
-    """
-    if not torch.is_tensor(value):
-        return float(value)
-    value = value.detach().reshape(())
-    return value if value.device.type == "cpu" else value.to(tensor.device)

@@ -17,18 +17,14 @@ from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.step.change_parts import AdapterProducts, BaseDeltas
 from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.measure.step.own_quantities import OwnQuantities
-from lisa_train.measure.step.parts import (
-    Gradients,
-    Numbered,
-    OptimizerSteps,
-    Part,
-    StepTensors,
-    Updates,
-    Weights,
-    beside,
-)
+from lisa_train.measure.step.parts import Gradients, OptimizerSteps, Part, Updates, Weights
+from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside
+from lisa_train.model.joined import Joined, is_small
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
+
+# So many small tensors are worth being joined.
+_MANY = 16
 
 
 class StepMeasure:
@@ -85,6 +81,10 @@ class StepMeasure:
             self._parts.append(BaseDeltas(want, table, buffer, model))
         self._copies_weights = any(part.copies_weights for part in self._parts)
         self._cpu = table.tensors[0][1].device.type == "cpu"
+        # What looks at every tensor by itself gains nothing.
+        alone = self._noise is not None or any(part.looks_at_each for part in self._parts)
+        self._joins = self._cpu and self._copies_weights and not alone
+        self._joined: Joined | None = None
         self._snapshots: dict[int, torch.Tensor] = {}
         self._now: StepTensors | None = None
         self._numbers = {tensor: number for number, tensor in table.tensors}
@@ -128,9 +128,13 @@ class StepMeasure:
         self._now = None
         if not tensors:
             return
-        self._now = StepTensors(step, tensors, beside(scale, tensors[0][1]), undo, whole)
+        joined = None
+        if whole and self._joins:
+            tensors, joined = self._join(tensors)
+        factor = beside(scale, tensors[0][1])
+        self._now = StepTensors(step, tensors, factor, undo, whole, joined=joined)
         if self._copies_weights:
-            self._now.before = self._snapshots = _copies(self._snapshots, tensors)
+            self._now.before = self._snapshots = _copies(self._snapshots, self._now.apart)
         for part in self._parts:
             part.gradients(self._now)
         self._now.gradients = []  # whoever lets go of a gradient frees its memory
@@ -195,9 +199,22 @@ class StepMeasure:
     def close(self) -> None:
         """Remove the hooks and free all copies."""
         self.forget()
-        self._snapshots = {}
+        self._snapshots, self._joined = {}, None
         for part in self._parts:
             part.close()
+
+    def _join(self, tensors: Numbered) -> tuple[Numbered, Joined | None]:
+        """Put the small tensors first, and together, where there are many of them."""
+        small: Numbered = []
+        others: Numbered = []
+        for pair in tensors:
+            fits = is_small(pair[1]) and is_small(pair[1].grad)
+            (small if fits else others).append(pair)
+        if len(small) < _MANY:
+            self._joined = None
+            return tensors, None
+        self._joined = Joined([p for _, p in small], self._joined)
+        return small + others, self._joined
 
     def _with_gradient(self) -> Numbered:
         return [(i, p) for i, p in self._table.tensors if p.grad is not None and p.requires_grad]

@@ -1,0 +1,131 @@
+"""Many small tensors, copied side by side: read by few calls where each alone would take one."""
+
+from collections.abc import Sequence
+
+import torch
+
+# Rows of sums: long fp32 sums lose digits, see `lisa_train.model.norms`.
+ROW = 1024
+# Elements below which a tensor is brought together with others on the CPU: copying it costs less
+# than calls of its own.
+SMALL = 65_536
+# Elements of a block of rows, which stays in the cache.
+_BLOCK = 262_144
+
+
+def is_small(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor is one to be joined: small, plain, dense, in fp32, on the CPU."""
+    return (
+        tensor is not None
+        and (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.is_cpu
+        and tensor.numel() < SMALL
+        and tensor.layout == torch.strided
+    )
+
+
+class Layout:
+    """Where tensors of some shapes lie in one buffer of rows of `ROW` elements.
+
+    Every tensor begins at a whole row, with zeros behind its end; those of one shape lie side by
+    side, so that they can be taken as one batch.
+
+    Parameters
+    ----------
+    shapes
+        The tensors' shapes; what is returned of them stands in this order.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of a buffer.
+    blocks : list of (int, int)
+        First and last row of blocks that fit into the cache.
+    owners : tensor of int64, shape (rows,)
+        The place of the tensor that a row belongs to.
+    alike : dict
+        Shape -> first row, rows of each, and how many tensors have it.
+    beside : list of int
+        Which one of those of its shape a tensor is.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.shapes = list(shapes)
+        together: dict[torch.Size, list[int]] = {}
+        for place, shape in enumerate(self.shapes):
+            together.setdefault(shape, []).append(place)
+        self._order = [place for places in together.values() for place in places]
+        self._gaps: list[torch.Tensor | None] = []
+        self.alike: dict[torch.Size, tuple[int, int, int]] = {}
+        self.beside = [0] * len(self.shapes)
+        self.rows, owners = 0, []
+        for shape, places in together.items():
+            each = -(-shape.numel() // ROW)
+            gap = each * ROW - shape.numel()
+            self.alike[shape] = (self.rows, each, len(places))
+            for n, place in enumerate(places):
+                self.beside[place] = n
+            self._gaps += [torch.zeros(gap) if gap else None] * len(places)
+            owners.append(torch.tensor(places).repeat_interleave(each))
+            self.rows += each * len(places)
+        self.owners = torch.cat(owners)
+        step = _BLOCK // ROW
+        self.blocks = [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+
+    def empty(self) -> torch.Tensor:
+        """Return a buffer."""
+        return torch.empty(self.rows, ROW)
+
+    @torch.no_grad()
+    def fill(self, tensors: Sequence[torch.Tensor], rows: torch.Tensor) -> None:
+        """Copy tensors of the layout's shapes into a buffer."""
+        parts: list[torch.Tensor] = []
+        for place, gap in zip(self._order, self._gaps, strict=True):
+            parts.append(tensors[place].reshape(-1))
+            if gap is not None:
+                parts.append(gap)
+        torch.cat(parts, out=rows.view(-1))
+
+    def batch(self, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Return all tensors of one shape in a buffer, shape (how many, *shape); a view."""
+        first, each, count = self.alike[shape]
+        part = rows[first : first + each * count].view(count, each * ROW)
+        return part[:, : shape.numel()].unflatten(1, shape)
+
+
+class Joined:
+    """Small tensors around an optimizer step, as rows.
+
+    Parameters
+    ----------
+    tensors
+        The tensors, with their gradients as they were accumulated.
+    earlier
+        Those of an earlier step, whose memory is used again where it fits: on the CPU fresh pages
+        cost more than the copies themselves.
+
+    Attributes
+    ----------
+    layout
+        Where they lie.
+    gradients
+        Their gradients before clipping.
+    before, after
+        The tensors before the step, and after it where `is_after`.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], earlier: "Joined | None" = None) -> None:
+        shapes = [tensor.shape for tensor in tensors]
+        self.layout: Layout
+        if earlier is None or earlier.layout.shapes != shapes:
+            self.layout = Layout(shapes)
+            self.gradients, self.before, self.after = (self.layout.empty() for _ in range(3))
+        else:
+            self.layout = earlier.layout
+            self.gradients, self.before, self.after = (
+                earlier.gradients, earlier.before, earlier.after
+            )  # fmt: skip
+        self.is_after = False
+        self.layout.fill([t.grad for t in tensors if t.grad is not None], self.gradients)
+        self.layout.fill(tensors, self.before)

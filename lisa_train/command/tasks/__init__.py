@@ -1,6 +1,8 @@
 """What a run trains on and for, one file a task: the model, the data, and the trainer for both."""
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lisa_analysis.contract.errors import ConfigError
@@ -8,16 +10,20 @@ from lisa_analysis.contract.errors import ConfigError
 if TYPE_CHECKING:
     from lisa_train.command.tasks.task import Task
 
-# name -> module of this room and class in it, loaded when it is asked for; or a class from
-# outside, see `register`.
-TASKS: "dict[str, tuple[str, str] | type[Task]]" = {
-    "causal-lm": ("text", "CausalLM"),
-    "seq2seq-lm": ("seq2seq", "Seq2SeqLM"),
-    "text-classification": ("text_classification", "TextClassification"),
-    "token-classification": ("token_classification", "TokenClassification"),
-    "speech-recognition": ("speech_recognition", "SpeechRecognition"),
-    "image-classification": ("image_classification", "ImageClassification"),
-}
+
+def tasks_in(folder: Path) -> "dict[str, tuple[str, str] | type[Task]]":
+    """Find the tasks of a folder by reading its files: importing them would load torch."""
+    found: dict[str, tuple[str, str] | type[Task]] = {}
+    for path in sorted(folder.glob("*.py")):
+        for part in re.split(r"^class ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            if name := re.search(r'^    name = "([a-z0-9-]+)"$', part, re.MULTILINE):
+                found[name[1]] = (path.stem, part.partition("(")[0])
+    return found
+
+
+# name -> module of this folder and class in it, loaded when it is asked for; or a class from
+# outside, see `register`. A class with a line `name = "…"` in any file here is a task.
+TASKS = tasks_in(Path(__file__).parent)
 AUTO = "auto"
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lisa_analysis.contract.folder import import_modules
 from lisa_train.methods.lisa.config import SUM_TOLERANCE
 from lisa_train.methods.lisa.inclusion import resolve as resolve
 from lisa_train.methods.lisa.samplers.conditional_poisson import (
@@ -19,6 +20,8 @@ from lisa_train.methods.lisa.samplers.schemes import CyclicSampler as CyclicSamp
 from lisa_train.methods.lisa.samplers.schemes import SystematicSampler as SystematicSampler
 from lisa_train.methods.lisa.samplers.schemes import UniformSampler as UniformSampler
 from lisa_train.methods.lisa.samplers.within_budget import BudgetSampler as BudgetSampler
+
+import_modules(__name__, __path__)  # one in a file of its own registers itself
 
 
 def make_sampler(

@@ -21,6 +21,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.rundir.logs.others_log import ATTACH
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.parts import parts_of
 from lisa_analysis.rundir.run import Run
@@ -115,6 +116,8 @@ def importance(
     run = opened(run, "importance")
     other = None if reference is None else opened(reference, "reference")
     chosen = find_metric(default_metric(run) if metric is None else metric, other)
+    if not run.has_layers:
+        raise LisaError(f"{run.path} is a log without layers, nothing to score: {ATTACH}.")
     if chosen.rows == "steps" and (waiting := run.waiting) is not None:
         raise LisaError(f"{run.path} has no step to score: {waiting}.")
     data = measurements(run, by)

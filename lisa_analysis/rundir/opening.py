@@ -37,6 +37,7 @@ def runs_at(path: str | Path) -> list[Path]:
     RunDirectoryError
         For a folder that is no run, holds no weights, and has no run directly in it.
     """
+    from lisa_analysis.rundir.logs.sources import is_log
     from lisa_analysis.rundir.weights.plain import is_weights
 
     path = Path(path)
@@ -46,9 +47,10 @@ def runs_at(path: str | Path) -> list[Path]:
         found = sorted(child for child in path.iterdir() if (child / MANIFEST).is_file())
     except OSError:
         return [path]
-    if found or is_weights(path):
+    if found or is_weights(path) or is_log(path):
         return found or [path]
     raise RunDirectoryError(
-        f"{path} holds no {MANIFEST}, and no folder directly in it does: give a run directory (the "
-        "output_dir of lisa-train), a folder of them, an adapter or a model."
+        f"{path} holds no {MANIFEST}, and no folder directly in it does: give a run directory "
+        "(the output_dir of lisa-train), a folder of them, an adapter, a model, or the log of "
+        "another trainer."
     )

@@ -45,14 +45,17 @@ Layers = int | slice | Sequence[int]
 
 
 def load(path: str | Path, *, base: str | Path | None = None) -> "Run":
-    """Open a run directory, or weights alone.
+    """Open a run directory, weights alone, or somebody else's log.
 
-    Cheap: reads run.json, or the headers of the weights; the rest is read when it is asked for.
+    Cheap: reads run.json, or the headers of the weights; the rest is read when it is asked for. A
+    log is read whole.
 
     Parameters
     ----------
     path
-        Folder that `lisa-train` or a recorder wrote; or a PEFT adapter, or a model's safetensors.
+        Folder that `lisa-train` or a recorder wrote; or a PEFT adapter, or a model's safetensors;
+        or a log of another trainer: `trainer_state.json`, TensorBoard's event files (or a folder
+        with either), or a project of trackio (`.db`).
     base
         The model before: with it a tuned model or an adapter is compared tensor by tensor. Of a
         run, where its base model is, when it is not where the run says.
@@ -75,6 +78,13 @@ def load(path: str | Path, *, base: str | Path | None = None) -> "Run":
 
         if is_weights(path):
             return PlainWeights(path, base)
+    if not (path / MANIFEST).exists():
+        from lisa_analysis.rundir.logs.sources import is_log
+
+        if is_log(path):
+            from lisa_analysis.rundir.logs.others_log import OthersLog
+
+            return OthersLog(path)
     run = Run(path)
     run.base = base
     return run
@@ -100,12 +110,15 @@ class Run:
         Where the base model is, when that was said at `load`.
     has_course : bool
         Whether there was a training to look at, not weights alone.
+    has_layers : bool
+        Whether layers were recorded; a log of another trainer has none.
     warnings : list of str
         What was left out or looks wrong so far, in sentences; grows as tables are read.
     """
 
     base: Path | None = None
     has_course: bool = True
+    has_layers: bool = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -29,12 +29,14 @@ examples:
   lisa-analyze runs
   lisa-analyze my-adapter
   lisa-analyze tuned-model --base base-model
+  lisa-analyze outputs/checkpoint-500/trainer_state.json
 """
 _FIRST = """\
 usage: lisa-analyze RUN_DIR [RUN_DIR ...] [options]
 
 Which layers mattered, is the run healthy, what to do next? RUN_DIR is what
-lisa-train wrote, a folder of such, an adapter, or a model with --base.
+lisa-train wrote, a folder of such, an adapter, a model with --base, or a log of
+another trainer (trainer_state.json, TensorBoard, trackio).
 
   -o FILE                  the report (report.html in RUN_DIR)
   --json FILE              everything machine-readable
@@ -67,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR",
         help="run directory, or a folder of them; or a PEFT adapter's or a model's folder, of "
-        "which weights are all there is",
+        "which weights are all there is; or another trainer's log (trainer_state.json, "
+        "TensorBoard's event files, a trackio .db)",
     )  # fmt: skip
     parser.add_argument(
         "--base", metavar="DIR",
@@ -236,8 +239,9 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def _default_output(analysis: "Analysis") -> Path:
-    path = analysis.runs[0].run.path
-    if not analysis.runs[0].run.has_course:  # nothing is put into somebody's adapter or model
+    run = analysis.runs[0].run
+    path = run.path
+    if not (run.has_course and run.has_layers):  # nothing is put into what others wrote
         return Path(f"{path.resolve().name}-report.html")
     return path / "report.html" if analysis.alone else path.resolve().parent / "report.html"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.rundir.logs.others_log import ATTACH
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.runs.diagnostics.finding import STATES, Diagnostics, Finding
 from lisa_analysis.runs.diagnostics.gradients import (
@@ -91,7 +92,8 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     Diagnostics
         Findings, worst first. A rule whose input is missing says ``could not run``, and why. Of a
         run whose first step has not reached the disk yet one finding, ``not_yet``, says when it
-        will.
+        will. Of another trainer's log, which holds no layer, the rules that need more are counted
+        in one finding, ``no_layers``.
     """
     run = opened(run, "diagnose")
     if (waiting := run.waiting) is not None:
@@ -101,6 +103,8 @@ def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
     if not run.has_course:  # weights alone: nothing over time is there to be unhealthy
         chosen = []
     findings = [rule(evidence) for rule in chosen if rule.applies(run)]
+    if not run.has_layers:
+        findings = [*_of_the_course(findings), _no_layers(findings)]
     findings.sort(key=lambda finding: STATES.index(finding.state))
     return Diagnostics(str(run.run_id), tuple(findings))
 
@@ -115,6 +119,25 @@ def _not_yet(waiting: str) -> Finding:
         threshold="a run that is being written, and no step of it on the disk",
         meaning="What is measured is written every record.flush_seconds; until then there is none.",
         advice="Look again then.",
+    )
+
+
+def _of_the_course(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings on what a log holds; that it is no record of ours is no gap."""
+    return [f for f in findings if f.state != "could not run" and f.id != LogGaps.id]
+
+
+def _no_layers(findings: Iterable[Finding]) -> Finding:
+    """Say of a log how many rules need more than it holds, and what would give it."""
+    waiting = sum(finding.state == "could not run" for finding in findings)
+    return Finding(
+        id="no_layers",
+        state="info",
+        title="No layers in this log",
+        evidence=f"{waiting} rules need what each layer did, or a number that was not logged.",
+        threshold="a log of another trainer",
+        meaning="A log of loss, rate and global norm cannot say which layer is at fault.",
+        advice=f"{ATTACH[0].upper()}{ATTACH[1:]}.",
     )
 
 

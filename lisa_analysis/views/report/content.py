@@ -158,7 +158,7 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
     columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
     grids = analysis.grids(columns)
     names = run.layer_names
-    if not run.has_course:
+    if not (run.has_course and run.has_layers):
         columns = []
     heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     schedule = learned = None
@@ -272,6 +272,8 @@ def _limits(run: "Run", table: StepTable) -> list[str]:
         limits.append(f"The run is {run.status}: everything here is as far as it got.")
     if not run.has_course:
         return [*limits, "There are weights alone: no step, loss or gradient of their training."]
+    if not run.has_layers:
+        return [*limits, "This is the log of another trainer: no layer was recorded."]
     if not len(table.steps):
         return [*limits, "No training step was recorded."]
     seen = set(table.measures)

@@ -119,6 +119,24 @@ def update_ratio_grid(grids: Mapping[str, LayerGrid]) -> LayerGrid:
     return LayerGrid("update / weight", steps, np.where(np.isfinite(values), values, np.nan), bad)
 
 
+def over_learning_rate(grid: LayerGrid, run: "Run") -> LayerGrid:
+    """Divide a grid of updates by the learning rate of their step.
+
+    What is left does not follow the schedule of the rate. The grid itself where the run logged no
+    rate above zero; of a step without one nothing is known.
+    """
+    scalars = run.scalars
+    if "learning_rate" not in scalars or not len(grid):
+        return grid
+    logged = scalars[["step", "learning_rate"]].apply(pd.to_numeric, errors="coerce").dropna()
+    rate = logged.drop_duplicates("step", keep="last").set_index("step")["learning_rate"]
+    by_step = rate.reindex(grid.steps).to_numpy(dtype=np.float64)
+    if not (np.isfinite(by_step) & (by_step > 0)).any():
+        return grid
+    values = grid.values / np.where(by_step > 0, by_step, np.nan)
+    return LayerGrid(f"{grid.column} / learning rate", grid.steps, values, grid.non_finite)
+
+
 def band_series(grid: LayerGrid, part: slice, most: int = MAX_POINTS) -> Series:
     """Mean, smallest and largest value of a band's layers over the steps, thinned."""
     values = np.ma.masked_invalid(grid.values[part])

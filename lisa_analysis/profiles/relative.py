@@ -7,6 +7,24 @@ import numpy as np
 import pandas as pd
 
 
+def relative_frame(profile: Any) -> pd.DataFrame:
+    """`ImportanceProfile.to_frame` with scores and bounds over the mean of the known layers.
+
+    Scores whose mean is not above zero, as an ablation may have, stay in their own unit;
+    ``frame.attrs["relative"]`` says which it is.
+    """
+    frame = profile.to_frame().copy()
+    columns = ["score", "low", "high", "joint_low", "joint_high"]
+    columns += [name for name in ("initial",) if name in frame]
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    known = numbers[np.isfinite(numbers[:, 0]), 0]
+    mean = float(known.mean()) if len(known) else np.nan
+    relative = bool(mean > 0)
+    frame[columns] = numbers / mean if relative else numbers
+    frame.attrs["relative"] = relative
+    return frame
+
+
 def relative_scores(profile: Any) -> pd.DataFrame:
     """Return ``layer`` and ``relative``, the score over the mean of the layers that have one.
 

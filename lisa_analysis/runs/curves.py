@@ -36,8 +36,9 @@ def curve_frame(run: Run, quantity: str) -> pd.DataFrame:
         value = column("peak_memory_bytes") / 2**30
     elif quantity == "recorder":
         # Steps that record nothing cost nothing: their zeros would hide what recording costs.
-        spent = column("recorder_seconds")
-        value = 100 * spent.where(spent > 0) / column("step_seconds")
+        # Older runs have the work of another step in some: no share of the step that it stands at.
+        spent, step = column("recorder_seconds"), column("step_seconds")
+        value = 100 * spent.where((spent > 0) & (spent <= step)) / step
     else:
         value = column(quantity)
     return pd.DataFrame({"step": column("step"), "value": value, "clip_coef": column("clip_coef")})

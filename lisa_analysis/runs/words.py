@@ -1,12 +1,16 @@
 """What a comparison says, in sentences."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lisa_analysis.rundir.configurations import data_of, model_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.arms import Arm, comparable
+
+if TYPE_CHECKING:
+    from lisa_analysis.runs.comparison import Comparison
 
 _MOST = 6
 
@@ -31,6 +35,32 @@ def comparison_words(
         parts.append(_losses(table, means, differences))
     parts.append(_rankings(pairs))
     return " ".join(filter(None, parts))
+
+
+def headline(comparison: "Comparison") -> str:
+    """What runs side by side show, in a sentence: who is lower, as far as seeds allow."""
+    said = comparison.statement
+    told = comparison.differences.dropna(subset=["low"])
+    if "do not compare" in said or told.empty:
+        first = said.split(". ")
+        return (
+            ". ".join(first[: 1 if "do not compare" in said else 2]).rstrip(".") + "."
+            if said
+            else ""
+        )
+    clear = told[(told["low"] > 0) | (told["high"] < 0)]
+    if clear.empty:
+        return "No arm has a lower held-out loss than another beyond what seeds may explain."
+    parts = []
+    for row in clear.head(3).to_dict("records"):
+        lower, higher = (row["a"], row["b"]) if row["mean"] < 0 else (row["b"], row["a"])
+        near, far = sorted((abs(row["low"]), abs(row["high"])))
+        parts.append(
+            f"{lower} is below {higher} by {abs(row['mean']):.3g} ({near:.2g} … {far:.2g})"
+        )
+    rest = len(clear) - len(parts)
+    tail = f", and {rest} more" if rest else ""
+    return f"In held-out loss at equal steps, {'; '.join(parts)}{tail}, over seeds."
 
 
 def _others(runs: Sequence[Run]) -> str:

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 ABLATED = ("ablation_keep", "ablation_reset", "forgetting", "forgetting_keep")
 
 
+def arm_label(arm: str, runs: Sequence[str]) -> str:
+    """What an arm is called: by what differs, and how many runs it has, or which run it is."""
+    if len(runs) > 1:
+        return f"{arm} ({len(runs)} runs)"
+    return runs[0] if arm == runs[0] else f"{runs[0]} ({arm})"
+
+
 @dataclass(frozen=True, eq=False)
 class RunAnalysis:
     """What was found in one run; computed when it is first asked for, then kept.
@@ -254,6 +261,32 @@ class Analysis:
         profiles = [one.profile for one in self.runs]
         metric = self.metric or default_metric(self.runs[0].run)
         return compare([one.run for one in self.runs], metric, profiles=profiles)
+
+    @cached_property
+    def arm_profiles(self) -> Mapping[str, ImportanceProfile]:
+        """The profile of every arm, over its seeds where it was repeated; of one run its own.
+
+        Named by what differs, and by the run where an arm is a single one; arms without a profile
+        are left out.
+        """
+        if self.comparison is None:
+            return {} if self.profile is None else {self.runs[0].name: self.profile}
+        found = {}
+        arms = self.comparison.table["arm"].to_numpy()
+        for arm in self.comparison.arms["arm"]:
+            members = [one for one, name in zip(self.runs, arms, strict=True) if name == arm]
+            known = [one for one in members if one.profile is not None]
+            if not known:
+                continue
+            name = arm_label(arm, [one.name for one in members])
+            found[name] = known[0].known_profile
+            if len(known) > 1:
+                with contextlib.suppress(LisaError):  # other layers, or another metric
+                    check_seeds([one.run for one in known])
+                    found[name] = over_seeds_of_runs(
+                        [one.run for one in known], [one.known_profile for one in known]
+                    )
+        return found
 
     @cached_property
     def validity(self) -> Validity | None:

@@ -8,9 +8,12 @@ import csv
 import io
 import os
 import shutil
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from helpers_runs import write_run
+from matplotlib import pyplot
 
 import lisa_analysis as la
 
@@ -173,9 +176,9 @@ def test_a_layer_lights_up_in_every_figure_and_table(reports, open_page):
     assert {"r0-profile", "r0-grad_norm", "r0-update_norm", "r0-schedule"} <= set(lit)
     assert page.locator(f"[data-layer].on:not([data-layer='{kept}'])").count() == 0
     page.locator(f"#r0-grad_norm svg [data-layer='{passing}'] path").hover(force=True)
-    assert page.locator(f"#r0-profile svg [data-layer='{passing}'].on").count() == 1
+    assert page.locator(f"#r0-profile .broad [data-layer='{passing}'].on").count() == 1
     page.locator("h1").hover()
-    assert page.locator(f"#r0-profile svg [data-layer='{kept}'].on").count() == 1
+    assert page.locator(f"#r0-profile .broad [data-layer='{kept}'].on").count() == 1
     page.locator("#layer").select_option("")
     assert page.locator("[data-layer].on").count() == 0
 
@@ -199,16 +202,101 @@ def test_page_never_scrolls_sideways(reports, open_page, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_everything_is_open_and_light_on_paper(reports, open_page):
+def test_paper_is_light_and_without_controls_and_data_tables(reports, open_page):
     page = open_page(reports["one"], color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav.bar").is_hidden()
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open]):not(.long)").count() == 0
-    assert page.locator("details.long[open]").count() == 0
-    page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details:not([open])").count() > 0
+    assert page.locator("details.data:visible").count() == 0
+    assert page.locator("#r0-profile .broad svg").is_visible()
+    assert page.locator("#r0-profile .slim svg").is_hidden()
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_report_is_at_most_six_sheets(reports, open_page, tmp_path, name):
+    page = open_page(reports[name])
+    page.pdf(path=tmp_path / "page.pdf", format="A4", prefer_css_page_size=True)
+    sheets = (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n")
+    assert 1 <= sheets <= 6
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_first_screen_holds_answer_picture_and_next_step(reports, open_page, name):
+    page = open_page(reports[name], viewport={"width": 1280, "height": 800})
+    for part in ("#verdict h2", "#verdict .broad svg", "#verdict .next"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 800, part
+    order = page.evaluate("[...document.querySelectorAll('main > section')].map(s => s.id)")
+    assert order[:2] == ["verdict", "findings"]
+
+
+def tip(page):
+    return page.locator("#tip").text_content() if page.locator("#tip").is_visible() else None
+
+
+def test_values_are_read_by_the_pointer(reports, open_page):
+    page = open_page(reports["one"], viewport={"width": 1280, "height": 1000})
+    profile = la.importance(la.load(reports["one"].parent / "lisa"))
+    known = [i for i, row in enumerate(profile) if row.score == row.score]
+    for layer in (known[0], known[-1]):
+        bar = page.locator(f"#r0-profile .broad [data-layer='{layer}']").first
+        bar.hover(force=True)
+        said = tip(page)
+        assert said.startswith(f"layer {layer}, {profile[layer].name}: ×")
+        relative = profile[layer].score / profile.scores[known].mean()
+        assert float(said.split("×")[1].split()[0]) == pytest.approx(relative, rel=6e-3)
+    page.locator("h1").hover()
+    assert tip(page) is None
+
+
+def test_values_are_read_by_the_keyboard(reports, open_page):
+    page = open_page(reports["one"], viewport={"width": 1280, "height": 1000})
+    picture = page.locator("#r0-profile .broad")
+    picture.focus()
+    page.keyboard.press("ArrowRight")
+    assert tip(page).startswith("layer 1, ")
+    assert page.locator("#live").text_content() == tip(page)
+    page.keyboard.press("End")
+    assert tip(page).startswith("layer 11, ")
+    page.keyboard.press("Escape")
+    assert tip(page) is None
+    # Pictures over layers and columns go up and down as well; layer 0 is at the bottom.
+    page.locator("#r0-schedule .picture").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    assert tip(page).startswith("layer 1, active after step ")
+    assert tip(page).endswith((": 0", ": 1"))
+
+
+def test_pictures_are_kept_as_svg_and_png(reports, open_page):
+    page = open_page(reports["one"], color_scheme="dark")
+    page.locator("#r0-kinds details summary").click()
+    with page.expect_download() as waiting:
+        page.locator("#r0-kinds .save-svg").click()
+    assert waiting.value.suggested_filename == "r0-kinds.svg"
+    svg = ElementTree.fromstring(waiting.value.path().read_text(encoding="utf-8"))
+    assert svg.tag.endswith("svg")
+    assert "var(" not in waiting.value.path().read_text(encoding="utf-8")
+    with page.expect_download() as waiting:
+        page.locator("#r0-kinds .save-png").click()
+    data = waiting.value.path().read_bytes()
+    assert data.startswith(b"\x89PNG")
+    image = pyplot.imread(io.BytesIO(data))
+    assert image.shape[1] > 1500
+    assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 20  # the colours are there
+    assert page.complaints == []
+
+
+def test_a_narrow_screen_has_a_picture_of_its_own(reports, open_page):
+    page = open_page(reports["one"], viewport={"width": 390, "height": 800})
+    assert page.locator("#r0-profile .broad").is_hidden()
+    box = page.locator("#r0-profile .slim svg").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    page.locator("#r0-profile .slim").focus()
+    page.keyboard.press("ArrowRight")
+    assert tip(page).startswith("layer 1, ")
 
 
 def test_without_script_everything_is_readable(reports, open_page):
@@ -216,7 +304,7 @@ def test_without_script_everything_is_readable(reports, open_page):
     assert page.locator("#layer").is_hidden()
     page.locator("#r0-profile details summary").click()
     assert page.locator("#r0-profile-data tbody tr").first.is_visible()
-    assert page.locator("#r0-profile svg").is_visible()
+    assert page.locator("#r0-profile .broad svg").is_visible()
 
 
 def test_notebook_frame_works_in_its_sandbox(reports, open_page, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LogNorm, Normalize, to_rgba
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_rgba
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
@@ -25,6 +25,7 @@ COLUMN_TITLES = {
     "delta_norm": "distance from the start",
     "merged_norm": "norm of the adapted weight",
     "probe_grad_norm": "probe gradient norm",
+    "update_norm / learning rate": "update norm / learning rate",
 }
 
 
@@ -78,6 +79,55 @@ def heatmap(
     _label_layers(ax, len(shown.values))
     _label_steps(ax, shown.steps, group)
     return ax
+
+
+def visits(
+    run: "Run | LayerGrid",
+    column: str = "grad_norm",
+    *,
+    ax: Axes | None = None,
+    most: int = MAX_COLUMNS,
+) -> Axes:
+    """Draw one metrics column of a run that trains a few layers at a time: a dot per visit.
+
+    Where most layers rest at most steps, a picture over layer × step shows the schedule and little
+    else. Arguments are those of `heatmap`.
+
+    Returns
+    -------
+    Axes
+        A column of dots for every layer, dark at the start of the run and light at its end; where
+        more steps were recorded than `most`, a dot is the mean of neighbouring ones. Non-finite
+        values are crosses at the top.
+    """
+    if not isinstance(run, LayerGrid):
+        style.drawable(run, "iter_metrics", "visits", style.A_RUN)
+    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    ax = style.axes_or_new(ax)
+    title = COLUMN_TITLES.get(grid.column, grid.column)
+    if not len(grid) or not np.isfinite(grid.values).any():
+        return style.note(ax, f"No {title} was recorded.")
+    shown, _ = grid.thinned(most)
+    layer, at = np.nonzero(np.isfinite(shown.values))
+    value = shown.values[layer, at]
+    dots = ax.scatter(
+        layer + 0.5 * (at / max(len(shown) - 1, 1) - 0.5), value, c=shown.steps[at], s=9,
+        cmap=style.COLORMAP, linewidths=0, rasterized=len(value) > 1500,
+    )  # fmt: skip
+    wrong = np.flatnonzero(shown.non_finite.any(axis=1))
+    ax.plot(wrong, np.ones(len(wrong)), "x", color=style.NON_FINITE, clip_on=False,
+            transform=ax.get_xaxis_transform())  # fmt: skip
+    if value.min() > 0 and value.max() > 3 * value.min():
+        ax.set_yscale("log")
+        style.log_ticks(ax.yaxis, float(value.min()), float(value.max()))
+    bar = ax.figure.colorbar(dots, ax=ax, pad=0.015, fraction=0.04, aspect=18)
+    bar.outline.set_visible(False)
+    bar.set_label("optimizer step")
+    ax.set_xticks(style.layer_ticks(len(shown.values), most=25))
+    ax.set_xlim(-0.7, len(shown.values) - 0.3)
+    ax.set_xlabel("layer")
+    ax.set_ylabel(title)
+    return style.finish(ax)
 
 
 def _mark_non_finite(ax: Axes, cells: np.ndarray) -> None:
@@ -195,7 +245,8 @@ def kind_grid(scores: Any, *, label: str | None = None, ax: Axes | None = None) 
     ax.set_facecolor(style.FROZEN)
     options = _raster(values.shape) | {"origin": "upper"}
     options["extent"] = (-0.5, n_layers - 0.5, len(kinds) - 0.5, -0.5)
-    image = ax.imshow(np.ma.masked_invalid(values), norm=_norm(values), cmap=_colormap(), **options)
+    norm, colors = _signed(values)
+    image = ax.imshow(np.ma.masked_invalid(values), norm=norm, cmap=colors, **options)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=12)
     bar.outline.set_visible(False)
     bar.set_label(style.literal(label or "score"))
@@ -235,6 +286,24 @@ def _norm(values: np.ndarray) -> Normalize:
     if high <= low * (1 + 1e-9):
         low, high = low * 0.9, high * 1.1
     return LogNorm(low, high, clip=True)
+
+
+def _signed(values: np.ndarray) -> tuple[Normalize, mpl.colors.Colormap]:
+    """Colours of scores that may lie below zero.
+
+    A few below zero, small beside the largest, are noise around zero: they share the colour of the
+    smallest, on a logarithmic scale. Scores of both signs get white at zero.
+    """
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
+    if not len(finite) or finite.min() >= 0 or not len(positive):
+        return _norm(values), _colormap()
+    if -finite.min() < 0.1 * finite.max():
+        low = max(float(positive.min()), float(positive.max()) / 1e3)
+        return LogNorm(low, float(positive.max()), clip=True), _colormap()
+    most = float(np.abs(finite).max())
+    faint = mpl.colormaps[style.DIVERGING].with_extremes(bad=(0, 0, 0, 0))
+    return SymLogNorm(most / 30, vmin=-most, vmax=most, clip=True), faint
 
 
 def _label_colors(bar: Colorbar, norm: Any) -> None:

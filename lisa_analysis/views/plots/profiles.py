@@ -103,7 +103,7 @@ def profiles(profiles: Mapping[str, Any] | Sequence[Any], *, ax: Axes | None = N
         other from the bottom (0) to the top (1).
     """
     if not isinstance(profiles, Mapping):
-        profiles = _labelled(profiles)
+        profiles = labelled(profiles)
     ax = style.axes_or_new(ax)
     frames = {name: relative_scores(item) for name, item in profiles.items()}
     frames = {name: frame for name, frame in frames.items() if frame["relative"].notna().any()}
@@ -137,12 +137,12 @@ def profiles(profiles: Mapping[str, Any] | Sequence[Any], *, ax: Axes | None = N
     return ax
 
 
-def _labelled(profiles: Any) -> dict[str, Any]:
+def labelled(profiles: Any, plot: str = "profiles") -> dict[str, Any]:
     """Profiles of a list by what tells them apart, numbered where nothing does."""
     expected = f"a mapping or a list of {style.A_PROFILE.removeprefix('an ')}s"
-    several = list(style.drawable(profiles, "__iter__", "profiles", expected))
+    several = list(style.drawable(profiles, "__iter__", plot, expected))
     for item in several:
-        style.drawable(item, "metric", "profiles", expected)
+        style.drawable(item, "metric", plot, expected)
     runs, metrics = ([str(getattr(p, name)) for p in several] for name in ("run_id", "metric"))
     both = [f"{metric} of {run}" for run, metric in zip(runs, metrics, strict=True)]
     for names in (runs, metrics, both):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from lisa_analysis.metrics.thinning import MAX_POINTS
@@ -62,3 +64,42 @@ def comparison(
     ax.margins(x=0.01)
     style.thousands(ax)
     return style.finish(ax)
+
+
+def differences(differences: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw differences between arms: one row per pair, with its interval.
+
+    Parameters
+    ----------
+    differences
+        ``Comparison.differences``: columns a, b, mean, low, high and pairs; rows without a mean
+        are left out.
+    ax
+        Where to draw; a new figure when None.
+
+    Returns
+    -------
+    Axes
+        Left of the line a has the lower loss. A filled mark has an interval without zero; an open
+        one may be the seeds' doing, and without a whisker there are too few of them.
+    """
+    style.drawable(differences, "columns", "differences", "Comparison.differences")
+    rows = differences.dropna(subset=["mean"]).reset_index(drop=True)
+    ax = style.axes_or_new(ax, (7.2, 0.8 + 0.3 * max(len(rows), 2)))
+    if rows.empty:
+        return style.note(ax, "No two arms have a held-out loss at equal steps.")
+    for place, row in zip(range(len(rows))[::-1], rows.to_dict("records"), strict=True):
+        known = np.isfinite(row["low"]) and np.isfinite(row["high"])
+        told = known and (row["low"] > 0 or row["high"] < 0)
+        color = style.SERIES[0] if told else style.MUTED
+        if known:
+            ax.hlines(place, row["low"], row["high"], color=color, linewidth=1.6)
+        ax.plot(row["mean"], place, "o", color=color, markersize=5, mfc=color if told else "none")
+    ax.axvline(0, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    names = [f"{style.literal(r['a'], 34)} − {style.literal(r['b'], 34)}"
+             for r in rows.to_dict("records")]  # fmt: skip
+    ax.set_yticks(range(len(rows))[::-1], names)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.margins(x=0.08)
+    ax.set_xlabel("difference in held-out loss at equal steps (nats per token)")
+    return style.finish(ax, grid="x")

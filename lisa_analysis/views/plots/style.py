@@ -89,6 +89,20 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes
     return figure.add_subplot()
 
 
+def inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of `ax` on paper."""
+    box = ax.get_window_extent()
+    dpi = whole(ax).dpi
+    return box.width / dpi, box.height / dpi
+
+
+def whole(ax: Axes) -> Figure:
+    """The figure that `ax` is in, below whatever subfigures."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # of axes that were not removed
+    return figure
+
+
 def finish(ax: Axes, *, grid: Literal["x", "y"] | None = "y") -> Axes:
     """Remove the box around `ax` and put a faint grid behind the data."""
     for side in ("top", "right"):

@@ -1,6 +1,6 @@
 """Runs -> the template's context: contents of every run, key numbers, comparison, definitions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from lisa_analysis.contract.schema import (
     SCALARS_TABLE,
     SCHEMA_VERSION,
 )
+from lisa_analysis.rundir.configurations import data_of, model_of
+from lisa_analysis.runs.comparison import Comparison
+from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
+from lisa_analysis.views.next_step import next_step
 from lisa_analysis.views.report import figures
 from lisa_analysis.views.report.comparing import (
     arms_table,
     comparison_figures,
-    differences_table,
-    seeds_figure,
+    profiles_figure,
 )
 from lisa_analysis.views.report.content import (
     METHODS,
@@ -33,6 +36,24 @@ from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import count, loss, seconds, size, with_bounds
 from lisa_analysis.views.report.tables import Table, frame_table
 from lisa_analysis.views.report.worth import validity_figures
+
+# Words of the table of profiles, explained below it.
+TERMS = (
+    (
+        "spread, 1 + CV²",
+        "of the layer scores (`headroom` in the data): what a draw in proportion to them collects "
+        "over a uniform one, in score; no promise of a lower loss",
+    ),
+    (
+        "ends / middle",
+        "mean of the first and last eighth of the layers over the median of the middle half",
+    ),
+    (
+        "effective layers",
+        "how many layers would share the score evenly, were it as concentrated as it is",
+    ),
+    ("Gini", "0 where all layers score alike, near 1 where one has it all"),
+)
 
 
 def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[str, Any]:
@@ -58,16 +79,52 @@ def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[
         "validity_figures": [] if found is None else validity_figures(found),
         "validity_sentence": "" if found is None else found.sentence,
         "comparison": comparison,
+        "headline": _headline(contents, comparison),
+        "hero": _hero(analysis, contents),
+        "next_step": next_step(analysis),
+        "facts": _facts(analysis, contents),
+        "terms": TERMS,
         "comparison_figures": comparison_figures(contents, comparison, budget),
         "arms": arms_table(comparison),
         "over_seeds": None if analysis.alone else analysis.profile,
-        "seeds_figure": None if analysis.alone else seeds_figure(analysis.profile),
-        "differences": differences_table(comparison),
         "definitions": _definitions(contents),
         "limits": _limits(contents),
         "reproduction": [(content, reproduction(content.run)) for content in contents],
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _headline(contents: Sequence[RunContent], comparison: Comparison | None) -> str:
+    """The answer in a sentence."""
+    return contents[0].headline if comparison is None else headline(comparison)
+
+
+def _hero(analysis: Analysis, contents: Sequence[RunContent]) -> ReportFigure | None:
+    """The one figure of the first screen: the profiles of all runs, with intervals."""
+    if not analysis.alone:
+        return profiles_figure(analysis)
+    return contents[0].profile_figures[0] if contents[0].profile_figures else None
+
+
+def _facts(analysis: Analysis, contents: Sequence[RunContent]) -> list[tuple[str, Any]]:
+    """Who, what and where; of several runs what they share, and how many there are."""
+    if analysis.alone or analysis.comparison is None:
+        return contents[0].facts
+    runs = [content.run for content in contents]
+    rows = [
+        ("model", _some(model_of(run) for run in runs)),
+        ("data", _some(data_of(run) for run in runs)),
+        ("methods", _some(METHODS.get(run.method, str(run.method)) for run in runs)),
+        ("runs", f"{len(runs)} in {len(analysis.comparison.arms)} arms"),
+        ("layers", _some(str(run.n_layers) for run in runs)),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """Different names, the first few of them."""
+    found = [name for name in dict.fromkeys(names) if name]
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" * (len(found) > most))
 
 
 def _strengths(analysis: Analysis, probabilities: Any) -> ReportFigure | None:
@@ -89,8 +146,9 @@ def _title(contents: Sequence[RunContent]) -> str:
 
 
 def _key_numbers(analysis: Analysis) -> Table:
-    columns: list[Any] = [
-        ("run", "run"),
+    columns: list[Any] = [("run", "run")]
+    columns += [] if analysis.alone else [("arm", "arm, by what differs")]
+    columns += [
         ("method", "method", lambda value: METHODS.get(value, str(value))),
         ("status", "status"),
         ("steps", "steps", count),
@@ -147,11 +205,4 @@ def _definitions(contents: Sequence[RunContent]) -> list[tuple[str, str]]:
             found.setdefault(column.name, column.meaning)
     for name in ("loss", "learning_rate", "clip_coef", "peak_memory_bytes"):
         found[name] = SCALARS_TABLE[name].meaning
-    found["spread, 1 + CV²"] = (
-        "of the layer scores (`headroom` in the data): what a draw in proportion to them collects "
-        "over a uniform one, in score; no promise of a lower loss"
-    )
-    found["ends / middle"] = (
-        "mean of the first and last eighth of the layers over the median of the middle half"
-    )
-    return list(found.items())
+    return list((found | dict(TERMS)).items())

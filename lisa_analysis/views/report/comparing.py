@@ -2,31 +2,34 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lisa_analysis import plots
 from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.profiles.relative import relative_scores
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.curves import QUANTITIES, group_series
+from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.report import svg
+from lisa_analysis.views.report import readout, svg
 from lisa_analysis.views.report.content import METHODS, RunContent
 from lisa_analysis.views.report.figure import (
     WIDE,
     Budget,
     ReportFigure,
     canvas,
+    extremes,
     short_label,
     thinned,
 )
-from lisa_analysis.views.report.figures import profile_figure
+from lisa_analysis.views.report.figures import panels, whiskers
 from lisa_analysis.views.report.format import correlation, count, loss, signed
 from lisa_analysis.views.report.tables import Table, frame_table, series_table
+
+_MOST_PAIRS, _MOST_PANELS = 12, 18
 
 
 def comparison_figures(
@@ -34,18 +37,85 @@ def comparison_figures(
     comparison: Comparison | None,
     budget: Budget,
 ) -> list[ReportFigure]:
-    """Loss, gradient norm, profiles and their agreement; nothing for a run alone."""
+    """Differences, losses, gradient norms and agreement of profiles; nothing for a run alone."""
     if comparison is None:
         return []
     grouped = {name: [contents[i].run for i in at] for name, at in groups(comparison).items()}
     found: list[ReportFigure | None] = [
+        differences_figure("all-differences", comparison),
         comparison_figure("all-held-out", grouped, "loss", budget, held_out=True),
         comparison_figure("all-loss", grouped, "loss", budget),
         comparison_figure("all-grad", grouped, "grad_norm", budget),
+        agreement_figure("all-agreement", comparison.rank_agreement),
     ]
-    found.append(profiles_figure("all-profiles", _grouped_profiles(contents, comparison)))
-    found.append(agreement_figure("all-agreement", comparison.rank_agreement))
     return [figure for figure in found if figure is not None]
+
+
+def differences_figure(slug: str, comparison: Comparison) -> ReportFigure | None:
+    """Paired differences between arms; None where no two have a loss at equal steps."""
+    known = comparison.differences.dropna(subset=["mean"])
+    if known.empty:
+        return None
+    called = dict(zip(comparison.arms["arm"], groups(comparison), strict=True))
+    known = known.head(_MOST_PAIRS).assign(a=known["a"].map(called), b=known["b"].map(called))
+    title = "Differences in held-out loss between arms"
+    with svg.ink(slug):
+        ax = canvas(WIDE, 0.85 + 0.28 * max(len(known), 2), left=3.2, top=0.1)
+        plots.differences(known, ax=ax)
+        image = svg.to_svg(ax, slug, title, extremes("Marks with intervals.", known["mean"]))
+        spoken = readout.points(
+            readout.places(ax, known["mean"], range(len(known))[::-1]),
+            [_difference_words(row) for row in known.to_dict("records")],
+        )
+    caption = (
+        "Left of the line the first arm has the lower loss at equal steps. Paired where both have "
+        "runs of one seed. Filled: the interval over seeds is without zero; open: seeds may "
+        "explain it; without whiskers: too few seeds, so that nothing is shown."
+    )
+    return ReportFigure(slug, title, caption, image, _differences(known), readout=spoken)
+
+
+def _difference_words(row: Mapping[Any, Any]) -> str:
+    text = f"{row['a']} − {row['b']}: {signed(row['mean'])}"
+    if row["low"] != row["low"]:
+        return f"{text}, no interval"
+    how = f"{row['pairs']} pairs of one seed" if row["pairs"] else "not paired"
+    return f"{text} ({signed(row['low'])} to {signed(row['high'])}), {how}"
+
+
+def profiles_figure(analysis: Analysis) -> ReportFigure | None:
+    """The profiles of all arms with their intervals: the first screen of several runs."""
+    profiles = {name: p for name, p in analysis.arm_profiles.items() if np.isfinite(p.scores).any()}
+    if not profiles:
+        return None
+    shown = dict(list(profiles.items())[:_MOST_PANELS])
+    rest = len(profiles) - len(shown)
+    metrics = ", ".join(dict.fromkeys(p.metric for p in shown.values()))
+    title = f"Importance of each layer: {metrics}"
+    over = any(p.seeds is not None for p in shown.values())
+    caption = whiskers(next(iter(shown.values())).confidence)
+    if over:
+        caption += " Of several runs: for the mean over seeds."
+    if rest:
+        caption += f" {rest} more arms are in the table."
+    names = {tuple(p.layers["name"]) for p in shown.values()}
+    text = f"{len(shown)} bar charts on shared axes."
+    figure = ReportFigure("all-profiles", title, caption, None, _profiles_table(title, profiles))
+    return panels(figure, shown, text, names.pop() if len(names) == 1 else ())
+
+
+def _profiles_table(title: str, profiles: Mapping[str, ImportanceProfile]) -> Table:
+    """Every layer of every arm."""
+    frames = [p.to_frame().assign(arm=name) for name, p in profiles.items()]
+    frame = pd.concat([f.dropna(axis=1, how="all") for f in frames], ignore_index=True)
+    return frame_table(
+        title,
+        frame,
+        [("arm", "arm"), ("layer", "layer"), ("name", "name"), ("score", "score"),
+         ("low", "low"), ("high", "high"), ("joint_low", "low, all at once"),
+         ("joint_high", "high, all at once"), ("standing", "stands")],
+        layer="layer",
+    )  # fmt: skip
 
 
 def groups(comparison: Comparison) -> dict[str, list[int]]:
@@ -81,13 +151,10 @@ def arms_table(comparison: Comparison | None) -> Table | None:
     )
 
 
-def differences_table(comparison: Comparison | None) -> Table | None:
-    """Differences between arms; None where no pair of arms has an interval."""
-    if comparison is None or not comparison.differences["low"].notna().any():
-        return None
+def _differences(frame: pd.DataFrame) -> Table:
     return frame_table(
         "Differences in held-out loss between arms, a less b; paired where seeds are the same",
-        comparison.differences,
+        frame,
         [
             ("a", "a"),
             ("b", "b"),
@@ -96,19 +163,6 @@ def differences_table(comparison: Comparison | None) -> Table | None:
             ("high", "high", signed),
             ("pairs", "pairs of one seed", count),
         ],
-    )
-
-
-def seeds_figure(profile: ImportanceProfile | None) -> ReportFigure | None:
-    """The profile over seeds with its intervals; None where runs are not seeds of one arm."""
-    if profile is None or profile.seeds is None:
-        return None
-    figure = profile_figure("over-seeds", profile, tuple(profile.layers["name"]))
-    return replace(
-        figure,
-        title=f"Importance of each layer over {len(profile.seeds.runs)} seeds: {profile.metric}",
-        caption=f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals for "
-        "the mean over seeds.",
     )
 
 
@@ -137,51 +191,8 @@ def comparison_figure(
         image = svg.to_svg(ax, slug, title, f"Line chart of {len(named)} groups of runs.")
     caption = "One line per arm: mean over its runs; the band is the range of its seeds."
     caption += thinned(max(series.group for _, series in named), "point")
-    return ReportFigure(slug, title, caption, image, series_table(title, named))
-
-
-def _grouped_profiles(
-    contents: Sequence[RunContent], comparison: Comparison
-) -> dict[str, dict[str, ImportanceProfile]]:
-    """Profiles of each arm by run; one of another depth than its group's goes alone."""
-    found: dict[str, dict[str, ImportanceProfile]] = {}
-    for name, at in groups(comparison).items():
-        depth = None
-        for content in (contents[i] for i in at):
-            if content.profile is not None:
-                depth = depth or content.profile.n_layers
-                group = name if content.profile.n_layers == depth else content.name
-                found.setdefault(group, {})[content.name] = content.profile
-    return found
-
-
-def profiles_figure(
-    slug: str, profiles: Mapping[str, Mapping[str, ImportanceProfile]]
-) -> ReportFigure | None:
-    """Profiles over their own means, repetitions together; None when there is nothing to compare.
-
-    One profile would be compared with nothing.
-    """
-    members = {run: p for group in profiles.values() for run, p in group.items()}
-    if len(members) < 2:
-        return None
-    title = "Profiles side by side"
-    metrics = ", ".join(sorted({str(p.metric) for p in members.values()}))
-    with svg.ink(slug):
-        ax = canvas(WIDE, 3.4, top=_legend_room(len(profiles)))
-        plots.profiles({name: list(group.values()) for name, group in profiles.items()}, ax=ax)
-        image = svg.to_svg(ax, slug, title, f"Line chart of {len(members)} profiles.")
-    columns = {
-        run: relative_scores(profile).set_index("layer")["relative"]
-        for run, profile in members.items()
-    }
-    frame = pd.DataFrame(columns).rename_axis("layer").reset_index()
-    caption = (
-        f"{metrics[:1].upper()}{metrics[1:]} over the mean of the layers (dashed). One line per "
-        "arm: mean over its runs; the band is the range of its seeds."
-    )
-    table = frame_table(title, frame, [(str(c), str(c)) for c in frame], layer="layer")
-    return ReportFigure(slug, title, caption, image, table)
+    table, spoken = series_table(title, named), readout.of_series(ax, named)
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
 
 
 def _legend_room(entries: int) -> float:
@@ -200,6 +211,8 @@ def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
         ax = style.axes_or_new(None, (min(WIDE, 3.6 + 0.5 * size), 1.6 + 0.42 * size))
         plots.rank_stability(square, ax=ax)
         image = svg.to_svg(ax, slug, title, f"Colour map of {size} by {size} runs.")
+        names = [str(name) for name in square.index]
+        spoken = readout.cells(ax, names, names, square.to_numpy(dtype=float))
     table = frame_table(
         title,
         pairs,
@@ -222,4 +235,4 @@ def agreement_figure(slug: str, pairs: pd.DataFrame) -> ReportFigure | None:
         "Kendall's τ between the layer scores as they were measured: 1 same order, 0 unrelated, −1 "
         "reversed. Noise lowers it; the table has τ with the noise within the runs taken off."
     )
-    return ReportFigure(slug, title, caption, image, table)
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)

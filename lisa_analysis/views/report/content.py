@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
+from lisa_analysis.metrics.layer_grid import over_learning_rate
 from lisa_analysis.metrics.step_table import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
@@ -81,10 +82,16 @@ class RunContent:
 
     @property
     def headline(self) -> str:
-        """The verdict in a few words."""
+        """The verdict in a sentence that names layers."""
         if self.profile is None:
             return "No profile"
         return headline(self.profile)
+
+    @property
+    def open_question(self) -> bool:
+        """Whether the profile leaves some layer open: a healthy run is not a known profile."""
+        profile = self.profile
+        return profile is None or profile.verdict == "undecided" or bool(profile.unknown)
 
     @property
     def why(self) -> str:
@@ -154,13 +161,9 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
         Whether it is the only run; curves of several runs share their figures instead.
     """
     run, slug = analysis.run, f"r{position}"
-    columns = ["grad_norm", "update_norm"]
-    columns.append("delta_norm" if _has_adapters(run) else "weight_norm")
-    grids = analysis.grids(columns)
     names = run.layer_names
-    if not (run.has_course and run.has_layers):
-        columns = []
-    heatmaps = [figures.heatmap_figure(f"{slug}-{c}", grids[c], names, budget) for c in columns]
+    shown = run.has_course and run.has_layers
+    heatmaps = _heatmaps(analysis, slug, budget) if shown else []
     schedule = learned = None
     if analysis.drew_layers:
         schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
@@ -183,6 +186,21 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
         _limits(run, analysis.table),
         frozenset(analysis.table.measures),
     )
+
+
+def _heatmaps(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFigure]:
+    """What was measured over layers and steps; of sparse runs the schedule is shown once, alone."""
+    run, names = analysis.run, analysis.run.layer_names
+    columns = ["grad_norm", "update_norm"]
+    # LISA's weights move at visits alone, which the updates show.
+    columns += (
+        [] if analysis.drew_layers else ["delta_norm" if _has_adapters(run) else "weight_norm"]
+    )
+    grids = dict(analysis.grids(columns))
+    grids["update_norm"] = over_learning_rate(grids["update_norm"], run)
+    draw = figures.visits_figure if analysis.drew_layers else figures.heatmap_figure
+    found = [draw(f"{slug}-{c}", grids[c], names, budget) for c in columns]
+    return [figure for figure in found if figure.image is not None]
 
 
 def _curves(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFigure]:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from lisa_analysis.views.report.format import count, number
 from lisa_analysis.views.report.tables import Table
 
-WIDE, HALF = 9.4, 4.9
+WIDE, HALF, NARROW = 9.4, 4.9, 3.7
+_NOTHING = Markup()
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure of the page; without an `image` the caption says why there is none."""
+    """One figure of the page; without an `image` the caption says why there is none.
+
+    `readout` is what `lisa_analysis.views.report.readout` makes of its marks, `narrow` the same
+    picture for a screen that is too narrow for `image`.
+    """
 
     slug: str
     title: str
@@ -39,6 +44,9 @@ class ReportFigure:
     image: Markup | None
     table: Table | None
     wide: bool = True
+    readout: Markup = _NOTHING
+    narrow: Markup | None = None
+    narrow_readout: Markup = _NOTHING
 
 
 def canvas(

@@ -1,10 +1,12 @@
 """The report's figures: a plot as SVG, a sentence on how to read it, and its data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from lisa_analysis import plots
 from lisa_analysis.metrics.layer_grid import (
@@ -13,12 +15,14 @@ from lisa_analysis.metrics.layer_grid import (
     depth_bands,
 )
 from lisa_analysis.metrics.thinning import thin
+from lisa_analysis.profiles.relative import relative_frame
 from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
-from lisa_analysis.runs.schedule import probability_grid, visit_counts
+from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
-from lisa_analysis.views.report import svg
+from lisa_analysis.views.report import readout, svg
 from lisa_analysis.views.report.figure import (
     HALF,
+    NARROW,
     WIDE,
     Budget,
     ReportFigure,
@@ -43,19 +47,72 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
     scores = pd.to_numeric(frame["score"]) if "score" in frame else pd.Series(dtype=float)
     if not np.isfinite(scores.to_numpy(dtype=float)).any():
         return ReportFigure(slug, title, "No layer has a score: nothing was recorded.", None, None)
-    with svg.ink(slug):
-        ax = canvas(WIDE, 3.3)
-        plots.profile(profile, ax=ax)
-        image = svg.to_svg(ax, slug, title, extremes("Bar chart.", scores), layer_names)
-    caption = (
-        f"{profile.definition} Whiskers are {100 * profile.confidence:g} % intervals; an open "
-        "circle means that the run is too short for one."
-    )
+    caption = f"{profile.definition} {whiskers(profile.confidence)}"
     if "initial" in frame and pd.to_numeric(frame["initial"], errors="coerce").gt(0).any():
-        caption += (
-            " Grey: the score at step 0; a line above its bar is a score that has fallen since."
-        )
-    return ReportFigure(slug, title, caption, image, profile_table(profile))
+        caption += " Line across a bar: the score at step 0."
+    figure = ReportFigure(slug, title, caption, None, profile_table(profile))
+    return panels(figure, {"": profile}, extremes("Bar chart.", scores), layer_names)
+
+
+def whiskers(confidence: float) -> str:
+    """How to read the marks of `lisa_analysis.plots.side_by_side`."""
+    return (
+        f"Whiskers: {100 * confidence:g} % interval of a layer by itself (thick) and of all layers "
+        "at once (thin), by which they stand above (▲, numbered) or below (▼). Open circle: too "
+        "little data for an interval."
+    )
+
+
+def panels(
+    figure: ReportFigure, profiles: Mapping[str, Any], text: str, layer_names: Sequence[str]
+) -> ReportFigure:
+    """Draw profiles side by side into `figure`, once for a wide screen and once for a narrow."""
+    columns = 1 if len(profiles) < 3 else 2 if len(profiles) < 7 else 3
+    rows = -(-len(profiles) // columns)
+    wide, high = (WIDE, max(3.0, 0.55 + rows * (1.35 if rows < 3 else 1.02)))
+    image, readout = _panels(figure.slug, figure.title, text, profiles, layer_names,
+                             columns=columns, size=(wide, high), top=0.34)  # fmt: skip
+    slug = f"{figure.slug}-narrow"
+    size = (NARROW, 0.9 + (2.3 if len(profiles) == 1 else 1.3 * len(profiles)))
+    narrow, narrow_readout = _panels(slug, figure.title, text, profiles, layer_names,
+                                     columns=1, size=size, top=0.72)  # fmt: skip
+    return replace(figure, image=image, readout=readout, narrow=narrow,
+                   narrow_readout=narrow_readout)  # fmt: skip
+
+
+def _panels(
+    slug: str, title: str, text: str, profiles: Mapping[str, Any], layer_names: Sequence[str],
+    *, columns: int, size: tuple[float, float], top: float,
+) -> tuple[Markup, Markup]:  # fmt: skip
+    at: list[tuple[float, float]] = []
+    said: list[str] = []
+    with svg.ink(slug):
+        ax = canvas(*size, left=0.62, right=0.08, top=top)
+        plots.side_by_side(profiles, columns=columns, ax=ax)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
+        shown = [(name, relative_frame(p)) for name, p in profiles.items()
+                 if np.isfinite(p.scores).any()]  # fmt: skip
+        for panel, (name, frame) in zip(ax.child_axes, shown, strict=True):
+            middle = sum(panel.get_ylim()) / 2
+            at += readout.places(panel, np.arange(len(frame)), np.full(len(frame), middle))
+            said += [_layer_words(name, row, frame.attrs["relative"])
+                     for row in frame.to_dict("records")]  # fmt: skip
+    return image, readout.points(at, said)
+
+
+def _layer_words(name: str, row: dict[Any, Any], relative: bool) -> str:
+    """One layer of one profile, as it is read out."""
+    lead = f"{name}: " if name else ""
+    layer = f"{lead}layer {row['layer']}, {row['name']}: "
+    if not np.isfinite(row["score"]):
+        return f"{layer}never measured"
+    unit = "×" if relative else ""
+    text = f"{layer}{unit}{number(row['score'])}{' the mean' if relative else ''}"
+    if not np.isfinite(row["low"]):
+        return f"{text}, no interval"
+    text += f" ({number(row['low'])} to {number(row['high'])})"
+    stands = {"above": ", above the others", "below": ", below the others"}
+    return text + stands.get(str(row.get("standing")), "")
 
 
 def profile_table(profile: Any) -> Table:
@@ -75,6 +132,9 @@ def profile_table(profile: Any) -> Table:
             ("score", "score"),
             ("low", "low"),
             ("high", "high"),
+            ("joint_low", "low, all at once"),
+            ("joint_high", "high, all at once"),
+            ("standing", "stands"),
             ("n_eff", "effective samples"),
             ("visits", "visits"),
             ("initial", "at step 0"),
@@ -98,14 +158,30 @@ def kind_figure(slug: str, profile: Any) -> ReportFigure:
         ax = canvas(WIDE, 0.9 + 0.26 * max(kinds, 2), right=0.85, top=0.1)
         plots.kind_grid(frame, label=profile.metric, ax=ax)
         image = svg.to_svg(ax, slug, title, extremes("Colour map.", frame["score"]))
+        spoken = _kind_readout(ax, frame)
     wide = frame.pivot(index="layer", columns="kind", values="score").reset_index()
     table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
-    return ReportFigure(slug, title, "Grey: no such module, or never measured.", image, table)
+    caption = (
+        f"{profile.definition} Colour is logarithmic where all scores have one sign; grey: no such "
+        "module, or never measured."
+    )
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
+
+
+def _kind_readout(ax: Any, frame: pd.DataFrame) -> Markup:
+    kinds = [label.get_text() for label in ax.get_yticklabels()]
+    layers = range(int(frame["layer"].max()) + 1)
+    wide = frame.pivot(index="kind", columns="layer", values="score").reindex(
+        index=kinds, columns=layers
+    )
+    return readout.cells(ax, kinds, [f"layer {i}" for i in layers], wide.to_numpy())
 
 
 _GRID_NOTES = {
     "grad_norm": "Gradient of the optimizer step before clipping",
     "update_norm": "Change of the stored weights in one step",
+    "update_norm / learning rate": "Change of the stored weights in one step over the learning "
+    "rate of that step, so that the rate's schedule is not in the picture",
     "weight_norm": "Size of the trained weights after the step",
     "delta_norm": "Distance from the weights that training started with",
 }
@@ -126,6 +202,7 @@ def heatmap_figure(
         svg.mark_layers(ax, len(grid.values))
         text = extremes("Colour map, layers upwards, steps to the right.", shown.values)
         image = svg.to_svg(ax, slug, title, text, layer_names)
+        spoken = readout.of_grid(ax, shown)
     caption = f"{_GRID_NOTES.get(grid.column, name)}, per layer and recorded step"
     caption += ", on a logarithmic colour scale. Grey: frozen or not measured."
     if grid.non_finite.any():
@@ -133,7 +210,46 @@ def heatmap_figure(
         caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
     caption += thinned(group, "column")
     table = grid_table(title, shown)
-    return ReportFigure(slug, title, caption, image, table)
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
+
+
+def visits_figure(
+    slug: str, grid: LayerGrid, layer_names: Sequence[str], budget: Budget
+) -> ReportFigure:
+    """One metrics column of a run that trains a few layers at a time."""
+    name = COLUMN_TITLES.get(grid.column, grid.column)
+    title = f"{name[:1].upper()}{name[1:]} at every visit"
+    if not len(grid) or not (np.isfinite(grid.values).any() or grid.non_finite.any()):
+        return ReportFigure(slug, title, f"The run recorded no {name}.", None, None)
+    shown, group = grid.thinned(budget.columns)
+    with svg.ink(slug):
+        ax = canvas(WIDE, 2.9, right=0.85, top=0.15)
+        plots.visits(grid, ax=ax, most=budget.columns)
+        svg.mark_layers(ax, len(grid.values), upright=True)
+        text = extremes("A column of dots for every layer.", shown.values)
+        image = svg.to_svg(ax, slug, title, text, layer_names)
+        spoken = readout.along(
+            ax, range(len(shown.values)), [_visit_words(i, v) for i, v in enumerate(shown.values)]
+        )
+    caption = (
+        f"{_GRID_NOTES.get(grid.column, name)}. A dot per record of a layer that trained: dark at "
+        "the start of the run, light at its end."
+    )
+    if grid.non_finite.any():
+        found = int(grid.non_finite.sum())
+        caption += f" Red: NaN or infinite, {count(found)} {'time' if found == 1 else 'times'}."
+    caption += thinned(group, "dot")
+    return ReportFigure(slug, title, caption, image, grid_table(title, shown), readout=spoken)
+
+
+def _visit_words(layer: int, values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return f"layer {layer}: never trained while recording"
+    return (
+        f"layer {layer}: first {number(known[0])}, last {number(known[-1])}, "
+        f"{number(known.min())} to {number(known.max())} over {len(known)} dots"
+    )
 
 
 def schedule_figure(
@@ -151,6 +267,8 @@ def schedule_figure(
         svg.mark_layers(ax, run.n_layers)
         text = extremes("Raster of active layers with visit counts.", visits["observed"])
         image = svg.to_svg(ax, slug, title, text, layer_names)
+        shown, _ = schedule_grid(run).thinned(budget.columns)
+        spoken = readout.of_grid(ax, shown, what="active after step")
     caption = (
         "Blue: active during the interval that begins at that step. Right: draws of each layer "
         "(bar) and the number that its inclusion probabilities add up to (mark)."
@@ -161,7 +279,7 @@ def schedule_figure(
         [("layer", "layer"), ("observed", "observed"), ("expected", "expected")],
         layer="layer",
     )
-    return ReportFigure(slug, title, caption, image, table)
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
 
 
 def learned_figure(
@@ -181,6 +299,8 @@ def learned_figure(
         last = pd.Series(grid.values[:, -1])
         text = extremes("Colour map, layers upwards, draws to the right; last column:", last)
         image = svg.to_svg(ax, slug, title, text, layer_names)
+        shown, group = grid.thinned(budget.columns)
+        spoken = readout.of_grid(ax, shown, what="draw at step")
     caption = (
         "Probability of each layer in every draw, over that of uniform sampling: red is drawn more "
         "often, blue less. It moves at most twofold from draw to draw."
@@ -190,9 +310,8 @@ def learned_figure(
             f" A control: the learned probabilities are {control}, so that they are those of other "
             "layers."
         )
-    shown, group = grid.thinned(budget.columns)
     caption += thinned(group, "column")
-    return ReportFigure(slug, title, caption, image, grid_table(title, shown))
+    return ReportFigure(slug, title, caption, image, grid_table(title, shown), readout=spoken)
 
 
 _CURVE_NOTES = {
@@ -228,7 +347,8 @@ def curve_figure(slug: str, run: "Run", quantity: str, budget: Budget) -> Report
             )
         )
     caption = _CURVE_NOTES[quantity] + thinned(series.group, "point")
-    return ReportFigure(slug, title, caption, image, series_table(title, named), wide)
+    table, spoken = series_table(title, named), readout.of_series(ax, named)
+    return ReportFigure(slug, title, caption, image, table, wide, spoken)
 
 
 def ratio_figure(slug: str, grid: LayerGrid, budget: Budget) -> ReportFigure | None:
@@ -250,7 +370,8 @@ def ratio_figure(slug: str, grid: LayerGrid, budget: Budget) -> ReportFigure | N
         "of thumb for Adam, not a limit."
     )
     caption += thinned(max(series.group for _, series in named), "point")
-    return ReportFigure(slug, title, caption, image, series_table(title, named), wide=False)
+    table, spoken = series_table(title, named), readout.of_series(ax, named)
+    return ReportFigure(slug, title, caption, image, table, False, spoken)
 
 
 def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[str]) -> ReportFigure:
@@ -268,7 +389,8 @@ def probabilities_figure(slug: str, probabilities: Any, layer_names: Sequence[st
         "From score to probability", frame, [(c, str(c).replace("_", " ")) for c in frame],
         layer="layer",
     )  # fmt: skip
-    return ReportFigure(slug, title, probabilities.statement, image, table)
+    spoken = readout.of_layers(ax, table)
+    return ReportFigure(slug, title, probabilities.statement, image, table, readout=spoken)
 
 
 def strengths_figure(
@@ -297,7 +419,14 @@ def strengths_figure(
         "learning rate may be in place. Score of a draw: the mean score of a drawn layer over "
         "that of a uniformly drawn one. No strength is known to lower the loss."
     )
-    return ReportFigure(slug, title, caption, image, frame_table(title, strengths, columns))
+    known = [(row["strength"], row["pi"]) for row in strengths.to_dict("records")
+             if row["pi"] is not None]  # fmt: skip
+    texts = [f"layer {i}: π at " + ", ".join(f"strength {s} {number(pi[i])}" for s, pi in known)
+             for i in range(len(layer_names))]  # fmt: skip
+    table, spoken = frame_table(title, strengths, columns), readout.along(
+        ax, range(len(texts)), texts
+    )  # fmt: skip
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
 
 
 def _whole(value: float) -> str:

@@ -50,10 +50,15 @@ def ink(slug: str) -> Iterator[None]:
         yield
 
 
-def mark_layers(ax: Axes, n_layers: int) -> None:
-    """Lay an invisible stripe over every layer of a layer × step picture, for highlighting."""
+def mark_layers(ax: Axes, n_layers: int, *, upright: bool = False) -> None:
+    """Lay an invisible stripe over every layer, for highlighting.
+
+    Layers are rows of the picture, or columns where it is `upright`.
+    """
     for layer in range(n_layers):
-        stripe = ax.axhspan(layer - 0.5, layer + 0.5, facecolor="none", edgecolor="none")
+        stripe = (ax.axvspan if upright else ax.axhspan)(
+            layer - 0.5, layer + 0.5, facecolor="none", edgecolor="none"
+        )
         stripe.set_gid(f"layer-{layer}")
 
 

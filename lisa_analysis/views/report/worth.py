@@ -7,7 +7,7 @@ import pandas as pd
 
 from lisa_analysis import plots
 from lisa_analysis.views.plots.worth import NAMES
-from lisa_analysis.views.report import svg
+from lisa_analysis.views.report import readout, svg
 from lisa_analysis.views.report.figure import HALF, WIDE, ReportFigure, canvas
 from lisa_analysis.views.report.figures import kind_figure
 from lisa_analysis.views.report.format import correlation, number
@@ -66,7 +66,9 @@ def _worth_figure(
         + " Whiskers are intervals over examples. Neither removes a layer: what is taken out or "
         "put in is what it learned."
     )
-    return ReportFigure(slug, title, caption, image, _table(by_layer))
+    table = _table(by_layer)
+    spoken = readout.of_layers(ax, table)
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
 
 
 def _table(by_layer: Mapping[str, Any]) -> Table:
@@ -105,7 +107,14 @@ def _trade_figure(slug: str, gain: Any, cost: Any, layer_names: Sequence[str]) -
     table = frame_table(
         title, frame, [(c, c) for c in ("layer", "name", "gain", "forgetting")], layer="layer"
     )
-    return ReportFigure(slug, title, caption, image, table, wide=False)
+    known = [row for row in frame.to_dict("records")
+             if row["gain"] == row["gain"] and row["forgetting"] == row["forgetting"]]  # fmt: skip
+    spoken = readout.points(
+        readout.places(ax, [r["gain"] for r in known], [r["forgetting"] for r in known]),
+        [f"layer {r['layer']}: gain {number(r['gain'])}, forgetting {number(r['forgetting'])}"
+         for r in known],
+    )  # fmt: skip
+    return ReportFigure(slug, title, caption, image, table, False, spoken)
 
 
 def validity_figures(validity: Any) -> list[ReportFigure]:
@@ -130,7 +139,23 @@ def _validity_figure(slug: str, validity: Any, level: str) -> ReportFigure:
         "that were tried; open: not. Grey: where one metric alone lands by chance in 95 of 100 "
         "orders of the layers. Small bars: the most that the noise of both sides leaves."
     )
-    return ReportFigure(slug, title, caption, image, _agreements(frame, title))
+    table = _agreements(frame, title)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    spoken = readout.points(
+        readout.places(ax, [0] * len(names), ax.get_yticks()),
+        [_agreement_words(name, frame) for name in names],
+    )
+    return ReportFigure(slug, title, caption, image, table, readout=spoken)
+
+
+def _agreement_words(name: str, frame: pd.DataFrame) -> str:
+    """ρ of one metric with every way of asking."""
+    called = [f"{m} · {s}" if s else m
+              for m, s in zip(frame["metric"], frame["source"], strict=True)]  # fmt: skip
+    rows = frame[[n == name for n in called]].to_dict("records")
+    said = [f"{_TARGETS.get(r['target'], r['target'])} ρ {correlation(r['spearman'])} "
+            f"({correlation(r['low'])} to {correlation(r['high'])})" for r in rows]  # fmt: skip
+    return f"{name}: {', '.join(said)}"
 
 
 def _agreements(frame: pd.DataFrame, title: str) -> Table:

@@ -43,7 +43,7 @@ def profile(n_layers=12, *, low=True, initial=True, unseen=()):
             "n_eff": 40.0, "visits": 3, "initial": 0.4 if initial else np.nan,
         }
     )  # fmt: skip
-    return SimpleNamespace(to_frame=lambda: frame, metric="update_norm", by="layer")
+    return SimpleNamespace(to_frame=lambda: frame, metric="update_norm", by="layer", run_id="run")
 
 
 def probabilities(n_layers=12):
@@ -61,6 +61,12 @@ def agreements():
            "spearman": 0.5, "low": 0.2, "high": 0.7, "ceiling": 0.9, "chance": 0.6,
            "evidence": False}  # fmt: skip
     return SimpleNamespace(to_frame=lambda: pd.DataFrame([row, row | {"metric": "depth"}]))
+
+
+def differences():
+    rows = [("a", "b", -0.2, -0.3, -0.1, 3), ("a", "c", 0.1, -0.1, 0.3, 0),
+            ("b", "c", 0.3, np.nan, np.nan, 1), ("c", "d", np.nan, np.nan, np.nan, 0)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["a", "b", "mean", "low", "high", "pairs"])
 
 
 def moving(run):
@@ -81,7 +87,10 @@ def everything(runs):
     return {
         "profile": lambda ax: plots.profile(profile(), ax=ax),
         "profiles": lambda ax: plots.profiles({"a": profile(), "b": profile()}, ax=ax),
+        "side_by_side": lambda ax: plots.side_by_side([profile(), profile()], ax=ax),
         "heatmap": lambda ax: plots.heatmap(run, "grad_norm", ax=ax),
+        "visits": lambda ax: plots.visits(run, "grad_norm", ax=ax),
+        "differences": lambda ax: plots.differences(differences(), ax=ax),
         "trajectories": lambda ax: plots.trajectories(run, ax=ax),
         "bands": lambda ax: plots.bands(run, ax=ax),
         "update_ratio": lambda ax: plots.update_ratio(run, ax=ax),
@@ -107,7 +116,8 @@ def test_every_public_plot_is_covered(runs):
     assert public == set(everything(runs))
 
 
-@pytest.mark.parametrize("name", ["profile", "profiles", "heatmap", "trajectories", "bands",
+@pytest.mark.parametrize("name", ["profile", "profiles", "side_by_side", "heatmap",
+                                  "visits", "differences", "trajectories", "bands",
                                   "update_ratio", "schedule", "learned_probabilities",
                                   "probabilities", "strengths",
                                   "kind_grid", "rank_stability", "curves",
@@ -327,3 +337,64 @@ def test_runs_compare_where_one_of_them_diverged():
         {"a": [run([3.0, 2.0, 1.0, 1.0, 1.0]), run([3.0, 4.0, np.inf, 5.0, 5.0])]}
     )
     np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [3.0, 3.0, 3.0, 3.0])
+
+
+def standing_profile(words, wide=1.2):
+    frame = profile(len(words)).to_frame().assign(standing=words)
+    frame["joint_high"] = frame["score"] * wide
+    return SimpleNamespace(to_frame=lambda: frame, metric="grad_rms", by="layer", run_id=str(words))
+
+
+def test_side_by_side_shares_axes_and_names_the_layers_that_stand_apart():
+    words = ["above", *["within"] * 6, "below", *["unknown"] * 3, "above"]
+    ax = plots.side_by_side({"one": standing_profile(words), "two": standing_profile(words, 9)})
+    one, two = ax.child_axes
+    assert one.get_ylim() == two.get_ylim()
+    assert one.get_xlim() == two.get_xlim()
+    for panel in (one, two):
+        assert [text.get_text() for text in panel.texts] == ["0", "7", "11"]
+        ax.figure.canvas.draw()
+        top = panel.get_window_extent().y1
+        assert all(text.get_window_extent().y1 <= top + 2 for text in panel.texts)
+    heights = [bar.get_height() for bar in one.patches]
+    assert np.mean(heights) == pytest.approx(1)
+
+
+def test_side_by_side_leaves_scores_of_both_signs_in_their_unit():
+    frame = profile(4).to_frame().assign(score=[-1.0, -2.0, 0.5, 0.1])
+    shown = SimpleNamespace(to_frame=lambda: frame, metric="ablation_reset", by="layer")
+    [panel] = plots.side_by_side({"a": shown}).child_axes
+    assert [bar.get_height() for bar in panel.patches] == [-1.0, -2.0, 0.5, 0.1]
+    assert panel.get_ylim()[0] <= -2
+
+
+def test_visits_are_a_dot_per_recorded_value_at_its_layer():
+    values = np.full((3, 4), np.nan)
+    values[0, 0], values[2, 3], values[2, 1] = 1.0, 8.0, 2.0
+    grid = LayerGrid("grad_norm", np.arange(4), values, np.isinf(values))
+    [dots] = plots.visits(grid).collections[:1]
+    at = dots.get_offsets()
+    assert np.round(at[:, 0]).tolist() == [0, 2, 2]
+    assert at[:, 1].tolist() == [1.0, 2.0, 8.0]
+    assert dots.get_array().tolist() == [0, 1, 3]
+
+
+def test_differences_have_a_row_each_and_a_filled_mark_where_zero_is_outside():
+    ax = plots.differences(differences())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a − b", "a − c", "b − c"]
+    marks = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [mark.get_xdata()[0] for mark in marks] == [-0.2, 0.1, 0.3]
+    assert [mark.get_markerfacecolor() == "none" for mark in marks] == [False, True, True]
+    assert len(ax.collections) == 2  # whiskers
+
+
+@pytest.mark.parametrize(("values", "kind"), [
+    ([1e-6, 1e-3, 1.0], "LogNorm"),
+    ([-0.01, 1e-3, 1.0], "LogNorm"),
+    ([-1.0, 0.5, 1.0], "SymLogNorm"),
+])  # fmt: skip
+def test_colours_of_kinds_follow_the_signs_of_their_scores(values, kind):
+    frame = pd.DataFrame({"layer": [0, 1, 2], "kind": "norm", "score": values})
+    image = plots.kind_grid(frame).images[0]
+    assert type(image.norm).__name__ == kind
+    assert image.norm(max(values)) == pytest.approx(1)

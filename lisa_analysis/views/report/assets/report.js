@@ -88,6 +88,139 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }));
 
+  // Pictures to keep: with the colours and letters that the page gives them, on its paper.
+  const standalone = (figure) => {
+    const shown = all(".picture svg", figure).find((svg) => svg.checkVisibility?.() ?? true);
+    const copy = shown.cloneNode(true);
+    const pairs = [[shown, copy], ...all("*", shown).map((element, i) => [element, all("*", copy)[i]])];
+    pairs.forEach(([from, to]) => {
+      const style = getComputedStyle(from);
+      ["fill", "stroke", "color"].forEach((name) => {
+        const written = from.getAttribute(name) || from.style.getPropertyValue(name);
+        if (/var\(|currentColor/i.test(written)) to.style.setProperty(name, style.getPropertyValue(name));
+      });
+    });
+    all(".here", copy).forEach((element) => element.remove());
+    const [, , width, height] = shown.getAttribute("viewBox").split(/[ ,]+/).map(Number);
+    copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+    copy.setAttribute("width", width);
+    copy.setAttribute("height", height);
+    copy.style.background = getComputedStyle(document.body).backgroundColor;
+    copy.style.color = getComputedStyle(shown).color;
+    copy.style.fontFamily = getComputedStyle(document.body).fontFamily;
+    return { text: new XMLSerializer().serializeToString(copy), width, height };
+  };
+  const keep = (blob, name) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  all("button.save-svg").forEach((button) => button.addEventListener("click", () => {
+    const { text } = standalone(document.getElementById(button.dataset.figure));
+    keep(new Blob([text], { type: "image/svg+xml" }), `${button.dataset.figure}.svg`);
+  }));
+  all("button.save-png").forEach((button) => button.addEventListener("click", () => {
+    const { text, width, height } = standalone(document.getElementById(button.dataset.figure));
+    const image = new Image();
+    image.addEventListener("load", () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [width * 3, height * 3];
+      const drawing = canvas.getContext("2d");
+      drawing.fillStyle = getComputedStyle(document.body).backgroundColor;
+      drawing.fillRect(0, 0, canvas.width, canvas.height);
+      drawing.drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob((blob) => keep(blob, `${button.dataset.figure}.png`), "image/png");
+    });
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
+  }));
+
+  // Values: of the mark next to the pointer, or of the one that the arrow keys have come to.
+  const tip = $("#tip");
+  const hide = () => { tip.hidden = true; all(".here").forEach((mark) => mark.remove()); };
+  const show = (picture, x, y, text) => {
+    const svg = $("svg", picture);
+    all(".here").forEach((mark) => mark.remove());
+    const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+    ring.setAttribute("class", "here");
+    [["cx", x], ["cy", y], ["r", 5]].forEach(([name, value]) => ring.setAttribute(name, value));
+    svg.append(ring);
+    const at = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
+    tip.textContent = text;
+    tip.hidden = false;
+    const box = tip.getBoundingClientRect();
+    const left = Math.min(Math.max(at.x - box.width / 2, 4), innerWidth - box.width - 4);
+    const over = at.y - box.height - 14;
+    tip.style.left = `${left + scrollX}px`;
+    tip.style.top = `${(over > 4 ? over : at.y + 14) + scrollY}px`;
+  };
+  const value = (v) => (v === null ? "not measured" : String(v).replace("-", "\u2212"));
+  all(".picture[data-readout]").forEach((picture) => {
+    let data;
+    const read = () => { data ??= JSON.parse(picture.dataset.readout); return data; };
+    const between = ([a, b], i, n) => (n < 2 ? a : a + ((b - a) * i) / (n - 1));
+    const nearest = ([a, b], p, n) => (n < 2 || a === b ? 0
+      : Math.min(n - 1, Math.max(0, Math.round(((p - a) / (b - a)) * (n - 1)))));
+    const tell = (place) => {
+      const { p, x, y, r, c, v } = read();
+      if (p) {
+        const [px, py, text] = p[place];
+        show(picture, px, py, text);
+        return text;
+      }
+      const [row, column] = place;
+      const text = `${r[row]}, ${c[column]}: ${value(v[row][column])}`;
+      show(picture, between(x, column, c.length), between(y, row, r.length), text);
+      return text;
+    };
+    picture.addEventListener("pointermove", (event) => {
+      const svg = $("svg", picture);
+      const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+      const { p, x, y, r, c } = read();
+      if (!p) { tell([nearest(y, at.y, r.length), nearest(x, at.x, c.length)]); return; }
+      if (!p.length) return;
+      let best = 0;
+      let least = Infinity;
+      p.forEach(([px, py], i) => {
+        const distance = (px - at.x) ** 2 + (py - at.y) ** 2;
+        if (distance < least) { least = distance; best = i; }
+      });
+      tell(best);
+    });
+    picture.addEventListener("pointerleave", hide);
+    let place = null;
+    picture.addEventListener("blur", hide);
+    picture.addEventListener("focus", () => {
+      if (!picture.matches(":focus-visible")) return;
+      const { p } = read();
+      if (p && !p.length) return;
+      place ??= p ? 0 : [0, 0];
+      tell(place);
+    });
+    picture.addEventListener("keydown", (event) => {
+      const { p, y, r, c } = read();
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key] ?? 0;
+      // Rows count from the bottom of most pictures, from the top of some.
+      const up = { ArrowUp: 1, ArrowDown: -1 }[event.key] ?? 0;
+      const end = { Home: 0, End: 1 }[event.key];
+      if (event.key === "Escape") { hide(); return; }
+      if (!step && !(up && !p) && end === undefined) return;
+      event.preventDefault();
+      const within = (i, n) => Math.min(n - 1, Math.max(0, i));
+      if (p) {
+        if (!p.length) return;
+        place = within(end === undefined ? (place ?? 0) + step : end * (p.length - 1), p.length);
+      } else {
+        const [row, column] = place ?? [0, 0];
+        const rise = y[1] < y[0] ? up : -up;
+        place = [within(row + rise, r.length),
+          within(end === undefined ? column + step : end * (c.length - 1), c.length)];
+      }
+      say(tell(place));
+    });
+  });
+
   // One layer, everywhere: pointer and focus show it for a moment, the menu keeps it.
   const menu = $("#layer");
   const highlight = (layer) => {
@@ -109,11 +242,5 @@
     highlight(menu.value);
   });
 
-  // Paper has no clicks: everything is open while printing, but for tables of many pages.
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = all("details:not([open]):not(.long)");
-    opened.forEach((details) => { details.open = true; });
-  });
-  addEventListener("afterprint", () => opened.forEach((details) => { details.open = false; }));
+  addEventListener("beforeprint", hide);
 })();

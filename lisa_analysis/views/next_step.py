@@ -1,0 +1,150 @@
+"""What to do next: one sentence and the command for it, from what was found."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_analysis.profiles.cost import PROBE_BATCHES
+from lisa_analysis.rundir.configurations import data_of, model_of, seeds_of
+from lisa_analysis.rundir.run import Run
+from lisa_analysis.statistics.repetitions import MIN_SEEDS
+from lisa_analysis.views.analysis import Analysis, RunAnalysis
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to do next.
+
+    Attributes
+    ----------
+    sentence
+        What, and why.
+    command
+        Lines for a shell; empty where no command does it.
+    """
+
+    sentence: str
+    command: str = ""
+
+
+def next_step(analysis: Analysis) -> NextStep:
+    """Say what the runs ask for: mend a fault, know more, use the profile, or repeat with seeds."""
+    for one in analysis.runs:
+        failed = [f for f in one.diagnostics.findings if f.state == "fail"]
+        if failed:
+            where = "" if analysis.alone else f" in {one.name}"
+            return NextStep(f"First mend what is wrong{where}: {failed[0].title}. "
+                            f"{failed[0].advice}")  # fmt: skip
+    if not analysis.alone:
+        return _of_several(analysis)
+    [one] = analysis.runs
+    if one.run.status == "running":
+        return NextStep("Look again later: the run is still going on.",
+                        _analyze(one.run))  # fmt: skip
+    if not one.run.has_course:
+        return NextStep("Give these layers ranks by what they changed.",
+                        _analyze(one.run, "--export peft-rank:lora.json"))  # fmt: skip
+    return _of_one(one)
+
+
+def _of_one(one: RunAnalysis) -> NextStep:
+    profile, run = one.profile, one.run
+    if profile is None or not profile.above + profile.below:
+        return _know_more(one)
+    if run.method == "probe":
+        sentence = (
+            "Train by this profile, and beside it uniformly: only that shows what it is worth."
+        )
+    elif run.ablation.empty:
+        sentence = (
+            "See whether the layers that stand out were worth it, or train the next run by them."
+        )
+    else:
+        sentence = "Train the next run by this profile, and a uniform one beside it."
+    lines = [_analyze(run, "--probabilities probabilities.json")]
+    if one.probabilities is not None:
+        lines.append(_train("lisa", run, "--lisa.probabilities probabilities.json"))
+    if run.method != "probe" and run.ablation.empty:
+        lines.insert(0, f"lisa-ablate {shlex.quote(_name(run))}")
+    return NextStep(sentence, "\n".join(lines))
+
+
+def _know_more(one: RunAnalysis) -> NextStep:
+    if one.run.method == "probe":
+        batches = 2 * max(_batches(one.run), PROBE_BATCHES)
+        return NextStep("Probe more batches: these leave the order of the layers open.",
+                        _train("probe", one.run, f"--probe.batches {batches}"))  # fmt: skip
+    return NextStep(
+        "Ask a probe: it passes independent batches through the untouched model and names layers "
+        "in about a minute, without training.",
+        _train("probe", one.run),
+    )
+
+
+def _batches(run: Run) -> int:
+    batch = run.probes["batch"].dropna()
+    return int(batch.max()) + 1 if len(batch) else 0
+
+
+def _of_several(analysis: Analysis) -> NextStep:
+    names = " ".join(shlex.quote(_name(one.run)) for one in analysis.runs)
+    if analysis.profile is not None:
+        return NextStep(
+            "Train the next run by the profile over seeds, and a uniform one beside it.",
+            f"lisa-analyze {names} --probabilities probabilities.json",
+        )
+    comparison = analysis.comparison
+    assert comparison is not None
+    losses = comparison.arms.dropna(subset=["mean"])
+    few = losses[losses["seeds"].fillna(0) < MIN_SEEDS]
+    if len(few) and len(losses) > 1:
+        arm = few.iloc[0]["arm"]
+        row = comparison.table[comparison.table["arm"] == arm].iloc[0]
+        one = next(one for one in analysis.runs if one.name == row["run"])
+        seed = _next_seed(one.run)
+        return NextStep(
+            f"Repeat every arm until it has {MIN_SEEDS} seeds: before that, seeds may explain "
+            f"every difference. {row['run']} first:",
+            f"lisa-train --config {shlex.quote(_name(one.run))}/config.yaml --seed {seed} "
+            f"--output_dir {shlex.quote(f'{_name(one.run)}-seed-{seed}')}",
+        )
+    trained = [one.run for one in analysis.runs if one.run.has_course]
+    trained = [run for run in trained if run.method != "probe" and run.ablation.empty]
+    if trained:
+        return NextStep(
+            "See what the layers’ changes were worth, and whether the profile predicted it.",
+            f"lisa-ablate {shlex.quote(_name(trained[0]))}",
+        )
+    return NextStep("Nothing is left to do with these runs alone.")
+
+
+def _next_seed(run: Run) -> int:
+    known = [seed for seed in seeds_of(run).values() if isinstance(seed, int)]
+    return max(known, default=0) + 1
+
+
+def _analyze(run: Run, options: str = "") -> str:
+    return f"lisa-analyze {shlex.quote(_name(run))} {options}".rstrip()
+
+
+def _train(config: str, run: Run, options: str = "") -> str:
+    model, data = (
+        _of(model_of(run), "MODEL", run, "model"),
+        _of(data_of(run), "DATA", run, "dataset"),
+    )
+    command = f"lisa-train --config {config} --model_name_or_path {model} --dataset_name {data}"
+    return f"{command} \\\n    {options}" if options else command
+
+
+def _of(short: str, placeholder: str, run: Run, key: str) -> str:
+    """Name of a model or data set as a command takes it; of a folder without the way to it."""
+    entry: Any = run.manifest.get(key)
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not name:
+        return placeholder
+    return shlex.quote(short if Path(str(name)).is_absolute() else str(name))
+
+
+def _name(run: Run) -> str:
+    return run.path.resolve().name

@@ -1,0 +1,123 @@
+"""What to do next, the first screen's headline, and what the pictures leave out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers_runs import write_run
+
+import lisa_analysis as la
+from lisa_analysis.metrics.layer_grid import layer_grids, over_learning_rate
+from lisa_analysis.runs.curves import curve_frame
+from lisa_analysis.runs.words import headline
+from lisa_analysis.views.analysis import Analysis
+from lisa_analysis.views.next_step import next_step
+from lisa_analysis.views.report.content import gather
+from lisa_analysis.views.report.figure import Budget
+
+
+def test_a_fault_comes_first(tmp_path):
+    run = write_run(tmp_path / "run", steps=40, n_layers=4, method="full", nan_at=20)
+    step = next_step(Analysis.of([run]))
+    assert step.sentence.startswith("First mend what is wrong: ")
+    assert step.command == ""
+
+
+def test_a_profile_that_leaves_layers_open_asks_a_probe(tmp_path):
+    run = write_run(
+        tmp_path / "run", steps=4, n_layers=4, method="full", model_name="/somewhere/Model",
+        extra={"dataset": {"name": "org/data"}},
+    )  # fmt: skip
+    step = next_step(Analysis.of([run]))
+    assert "probe" in step.sentence
+    wanted = "lisa-train --config probe --model_name_or_path Model --dataset_name org/data"
+    assert step.command == wanted
+
+
+def test_single_runs_are_repeated_with_another_seed(tmp_path):
+    runs = [write_run(tmp_path / name, steps=30, n_layers=4, method=name) for name in
+            ("full", "lora")]  # fmt: skip
+    analysis = Analysis.of(runs)
+    if analysis.comparison.arms["mean"].notna().sum() < 2:
+        pytest.skip("the runs have no held-out loss")
+    step = next_step(analysis)
+    assert "3 seeds" in step.sentence
+    assert step.command.startswith("lisa-train --config full/config.yaml --seed ")
+    assert "--output_dir full-seed-" in step.command
+
+
+def comparison(*rows, statement="One. Two. Three."):
+    frame = pd.DataFrame(rows, columns=["a", "b", "mean", "low", "high"])
+    return SimpleNamespace(differences=frame, statement=statement)
+
+
+def test_the_headline_of_a_comparison_says_who_is_lower():
+    told = headline(comparison(("x", "y", -0.2, -0.3, -0.1), ("x", "z", 0.1, -0.1, 0.3),
+                               ("z", "y", 0.4, 0.2, 0.6)))  # fmt: skip
+    assert "x is below y by 0.2 (0.1 … 0.3)" in told
+    assert "y is below z by 0.4 (0.2 … 0.6)" in told
+    assert "x is below z" not in told
+    same = headline(comparison(("x", "y", -0.2, -0.3, 0.1)))
+    assert same == "No arm has a lower held-out loss than another beyond what seeds may explain."
+    assert headline(comparison(("x", "y", -0.2, np.nan, np.nan))) == "One. Two."
+    others = "Of other data: their losses do not compare. More."
+    void = headline(comparison(("x", "y", -0.2, -0.3, -0.1), statement=others))
+    assert void == "Of other data: their losses do not compare."
+
+
+def test_updates_over_the_rate_do_not_follow_its_schedule(tmp_path):
+    run = la.load(write_run(tmp_path / "run", steps=20, n_layers=4, method="full"))
+    grid = layer_grids(run, ["update_norm"])["update_norm"]
+    shown = over_learning_rate(grid, run)
+    rates = run.scalars.set_index("step")["learning_rate"]
+    for column, step in enumerate(grid.steps):
+        rate = float(rates.get(step, np.nan))
+        wanted = grid.values[:, column] / rate if rate > 0 else np.full(4, np.nan)
+        np.testing.assert_allclose(shown.values[:, column], wanted)
+    assert shown.column == "update_norm / learning rate"
+
+
+def test_recording_never_takes_more_than_its_step():
+    scalars = pd.DataFrame({"step": [1, 2, 3], "step_seconds": [1.0, 1.0, 2.0],
+                            "recorder_seconds": [0.5, 1.9, 0.0]})  # fmt: skip
+    found = curve_frame(SimpleNamespace(scalars=scalars), "recorder")["value"]
+    assert found[0] == 50
+    assert found[1:].isna().all()
+
+
+def test_the_schedule_of_a_sparse_run_is_shown_once(tmp_path):
+    sparse = Analysis.of([write_run(tmp_path / "lisa", steps=40, n_layers=8)])
+    dense = Analysis.of([write_run(tmp_path / "full", steps=40, n_layers=8, method="full")])
+    content = gather(sparse.runs[0], 0, Budget.for_runs(1), alone=True)
+    assert content.schedule is not None
+    assert [figure.title for figure in content.heatmaps] == [
+        "Gradient norm at every visit", "Update norm / learning rate at every visit",
+    ]  # fmt: skip
+    content = gather(dense.runs[0], 0, Budget.for_runs(1), alone=True)
+    assert [figure.slug for figure in content.heatmaps] == [
+        "r0-grad_norm", "r0-update_norm", "r0-weight_norm",
+    ]  # fmt: skip
+
+
+def test_an_arm_has_the_profile_over_its_seeds_and_a_single_run_its_own(tmp_path):
+    runs = [write_run(tmp_path / f"s{i}", steps=40, n_layers=6, method="full", seed=i)
+            for i in range(3)]  # fmt: skip
+    runs.append(write_run(tmp_path / "alone", steps=40, n_layers=6, method="lora"))
+    analysis = Analysis.of(runs)
+    profiles = analysis.arm_profiles
+    assert len(profiles) == len(analysis.comparison.arms)
+    assert list(profiles)[-1].startswith("alone")
+    repeated = next(iter(profiles.values()))
+    if len(analysis.comparison.arms) == 2:
+        assert repeated.seeds is not None
+        assert next(iter(profiles)).endswith("(3 runs)")
+
+
+def test_an_undecided_profile_is_an_open_question_however_healthy_the_run(tmp_path):
+    run = write_run(tmp_path / "run", steps=4, n_layers=4, method="full")
+    content = gather(Analysis.of([run]).runs[0], 0, Budget.for_runs(1), alone=True)
+    assert content.open_question
+    page = la.report([run, write_run(tmp_path / "other", steps=4, n_layers=4, method="lora")]).html
+    assert '<li class="ok">' not in page
+    assert page.count('<li class="open-question">') + page.count('<li class="warn">') == 2

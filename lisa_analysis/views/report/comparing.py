@@ -91,7 +91,9 @@ def profiles_figure(analysis: Analysis) -> ReportFigure | None:
     shown = dict(list(profiles.items())[:_MOST_PANELS])
     rest = len(profiles) - len(shown)
     metrics = ", ".join(dict.fromkeys(p.metric for p in shown.values()))
-    title = f"Importance of each layer: {metrics}"
+    alone = analysis.profile if len(shown) == 1 else None
+    seeds = "" if alone is None or alone.seeds is None else len(alone.seeds.runs)
+    title = f"Importance of each layer{f' over {seeds} seeds' if seeds else ''}: {metrics}"
     over = any(p.seeds is not None for p in shown.values())
     caption = whiskers(next(iter(shown.values())).confidence)
     if over:

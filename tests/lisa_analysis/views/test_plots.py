@@ -75,7 +75,7 @@ def moving(run):
     draws = events["event"] == "lisa_draw"
     wander = [list(np.roll(np.linspace(0.1, 0.3, 12), n)) for n in range(draws.sum())]
     events.loc[draws, "inclusion_probabilities"] = pd.Series(wander, events.index[draws])
-    return SimpleNamespace(events=events, n_layers=run.n_layers)
+    return SimpleNamespace(events=events, n_layers=run.n_layers, manifest=run.manifest)
 
 
 def everything(runs):

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids, update_ratio_grid
+from lisa_analysis.metrics.layer_grid import (
+    LayerGrid,
+    layer_grids,
+    over_learning_rate,
+    update_ratio_grid,
+)
 from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.profiles.from_run import default_metric, importance
 from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.rundir.configurations import labels
+from lisa_analysis.rundir.configurations import data_of, labels, model_of
 from lisa_analysis.rundir.events import draws
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
@@ -81,6 +86,21 @@ class RunAnalysis:
     def grids(self, columns: Iterable[str]) -> Mapping[str, LayerGrid]:
         """Layer × step grids of metrics columns."""
         return layer_grids(self.run, columns)
+
+    @property
+    def model(self) -> str:
+        """Name of the model, without the way to its folder; empty when unknown."""
+        return model_of(self.run)
+
+    @property
+    def data(self) -> str:
+        """Name of the data; empty when unknown."""
+        return data_of(self.run)
+
+    @property
+    def updates(self) -> LayerGrid:
+        """‖update‖ per layer and step over the learning rate of the step."""
+        return over_learning_rate(self.grids(["update_norm"])["update_norm"], self.run)
 
     @property
     def update_ratio(self) -> LayerGrid:

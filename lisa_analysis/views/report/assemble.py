@@ -12,7 +12,6 @@ from lisa_analysis.contract.schema import (
     SCALARS_TABLE,
     SCHEMA_VERSION,
 )
-from lisa_analysis.rundir.configurations import data_of, model_of
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
@@ -112,8 +111,8 @@ def _facts(analysis: Analysis, contents: Sequence[RunContent]) -> list[tuple[str
         return contents[0].facts
     runs = [content.run for content in contents]
     rows = [
-        ("model", _some(model_of(run) for run in runs)),
-        ("data", _some(data_of(run) for run in runs)),
+        ("model", _some(one.model for one in analysis.runs)),
+        ("data", _some(one.data for one in analysis.runs)),
         ("methods", _some(METHODS.get(run.method, str(run.method)) for run in runs)),
         ("runs", f"{len(runs)} in {len(analysis.comparison.arms)} arms"),
         ("layers", _some(str(run.n_layers) for run in runs)),

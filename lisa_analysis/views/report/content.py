@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
-from lisa_analysis.metrics.layer_grid import over_learning_rate
 from lisa_analysis.metrics.step_table import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
@@ -190,14 +189,15 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
 
 def _heatmaps(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFigure]:
     """What was measured over layers and steps; of sparse runs the schedule is shown once, alone."""
-    run, names = analysis.run, analysis.run.layer_names
+    names = analysis.run.layer_names
     columns = ["grad_norm", "update_norm"]
     # LISA's weights move at visits alone, which the updates show.
     columns += (
-        [] if analysis.drew_layers else ["delta_norm" if _has_adapters(run) else "weight_norm"]
+        []
+        if analysis.drew_layers
+        else ["delta_norm" if _has_adapters(analysis.run) else "weight_norm"]
     )
-    grids = dict(analysis.grids(columns))
-    grids["update_norm"] = over_learning_rate(grids["update_norm"], run)
+    grids = dict(analysis.grids(columns)) | {"update_norm": analysis.updates}
     draw = figures.visits_figure if analysis.drew_layers else figures.heatmap_figure
     found = [draw(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     return [figure for figure in found if figure.image is not None]

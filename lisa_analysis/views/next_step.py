@@ -109,7 +109,7 @@ def _of_several(analysis: Analysis) -> NextStep:
             f"lisa-train --config {shlex.quote(_name(one.run))}/config.yaml --seed {seed} "
             f"--output_dir {shlex.quote(f'{_name(one.run)}-seed-{seed}')}",
         )
-    trained = [one.run for one in analysis.runs if one.run.has_course]
+    trained = [one.run for one in analysis.runs if one.run.has_course and one.run.has_layers]
     trained = [run for run in trained if run.method != "probe" and run.ablation.empty]
     if trained:
         return NextStep(

@@ -192,11 +192,8 @@ def _heatmaps(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFi
     names = analysis.run.layer_names
     columns = ["grad_norm", "update_norm"]
     # LISA's weights move at visits alone, which the updates show.
-    columns += (
-        []
-        if analysis.drew_layers
-        else ["delta_norm" if _has_adapters(analysis.run) else "weight_norm"]
-    )
+    if not analysis.drew_layers:
+        columns.append("delta_norm" if _has_adapters(analysis.run) else "weight_norm")
     grids = dict(analysis.grids(columns)) | {"update_norm": analysis.updates}
     draw = figures.visits_figure if analysis.drew_layers else figures.heatmap_figure
     found = [draw(f"{slug}-{c}", grids[c], names, budget) for c in columns]

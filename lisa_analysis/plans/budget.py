@@ -33,8 +33,8 @@ def safe_scores(low: Array, high: Array) -> Array:
         middle = (left + right) / 2
         if middle in (left, right):
             break
-        clipped = np.clip(middle, low, high)
-        if (clipped * (clipped - middle)).sum() > 0:
+        clipped = np.minimum(np.maximum(middle, low), high)
+        if np.add.reduce(clipped * (clipped - middle)) > 0:
             left = middle
         else:
             right = middle
@@ -207,7 +207,7 @@ def _proportional(weights: Array, total: float, lower: float, upper: float, pric
     points = np.sort(points[np.isfinite(points)])
 
     def shares_at(point: float) -> Array:
-        return np.exp(np.clip(np.minimum(point + logs, high), low, None))
+        return np.exp(np.maximum(np.minimum(point + logs, high), low))
 
     first, last = 0, len(points) - 1
     while first < last:  # the first breakpoint at which the total is reached

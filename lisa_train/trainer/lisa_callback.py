@@ -13,12 +13,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa, Plan
+from lisa_train.methods.lisa.learning.online import Passes
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.known_layers import known_layers
 from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer
-from lisa_train.trainer.learning import ProbeSource, check_learning
+from lisa_train.trainer.learning import ProbeSource, check_learning, needs_passes
 from lisa_train.trainer.parallel_checks import check_lisa_processes
 
 # Where the engine's state lies in a checkpoint's trainer_state.json. Not an `ExportableState`:
@@ -132,7 +133,7 @@ class LisaCallback(Listener, TrainerCallback):
             on_draw=self._tell,
             on_notice=self._pass_on,
             averages=trainer is None or not _has_ddp(trainer.model_wrapped),
-            probe=None if probe is None else probe.run,
+            probe=None if probe is None else self._passes(probe),
         )
         self._starts = False
         if trainer is not None:
@@ -201,8 +202,14 @@ class LisaCallback(Listener, TrainerCallback):
         if learn is None or trainer is None:
             return None
         check_learning(trainer, learn)
-        self._probe = ProbeSource(trainer) if learn.metric == "probe" else None
+        self._probe = ProbeSource(trainer) if needs_passes(trainer, learn) else None
         return self._probe
+
+    def _passes(self, source: ProbeSource) -> Passes:
+        """Return the measuring passes of the metric."""
+        learn = self.config.learn
+        halves = learn is not None and learn.metric == "signal"
+        return (source.first_half, source.second_half) if halves else source.run
 
     def _tell(self, draw: Draw) -> None:
         for listener in self.on_draw:

@@ -11,18 +11,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.methods.lisa import notices
 from lisa_train.methods.lisa.active import ActiveTensors
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_average import GradientAverage
 from lisa_train.methods.lisa.gradient_reach import GradientReach
-from lisa_train.methods.lisa.learning.online import learning_of
+from lisa_train.methods.lisa.learning.online import Passes, learning_of
 from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
-from lisa_train.model.run_entries import announce, lisa_entries
+from lisa_train.model.run_entries import announce, joined, lisa_entries
 from lisa_train.optim.frozen_state import on_load
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
@@ -73,7 +72,8 @@ class Lisa:
         False where `DistributedDataParallel` is around `model`, and averages gradients.
     probe
         With ``learn.metric="probe"``: makes a forward and a backward pass of the model (not of
-        its DDP wrapper) for a measurement that leaves no gradient.
+        its DDP wrapper) for a measurement that leaves no gradient. With ``"signal"``: two such
+        functions, of the halves of the last batch, where a step has one micro-batch.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Lisa:
         on_draw: Callable[[Draw], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
         averages: bool = True,
-        probe: Callable[[], object] | None = None,
+        probe: Passes = None,
     ) -> None:
         check("model", "engine")
         plan, optimizers, seeds = agreed_plan(model, optimizer, config, layer_map, seed)
@@ -135,13 +135,12 @@ class Lisa:
             model, self.layer_map, self.config, self._units, self._turns, self._schedule.excluded,
             missing, total_steps, seeds,
         )  # fmt: skip
-        measured = self._turns.measured(self._units)
-        self._learning = learning_of(model, self.config, self._schedule, measured, probe)
+        seen = self._turns.measured(self._units)
+        self._learning = learning_of(model, self.config, self._schedule, seen, probe)
         # From here on the model and the optimizer change; nothing above leaves a trace.
         self._average = GradientAverage(model, wanted=averages)
-        self._active = ActiveTensors(
-            model, self.config, optimizers, self.layer_map, self._schedule.seed
-        )
+        seed = self._schedule.seed
+        self._active = ActiveTensors(model, self.config, optimizers, self.layer_map, seed)
         self._state = self._active.state
         self._reach = GradientReach(self._units, self._turns.part_names)
         self._write_check = WriteCheck()
@@ -176,12 +175,12 @@ class Lisa:
 
     @property
     def inclusion_probabilities(self) -> NDArray[np.float64]:
-        """π of every layer (or part, with `lisa.by`) in the present draw, shape (L,)."""
+        """π of every layer (or part) in the present draw, shape (L,)."""
         return self._schedule.inclusion_probabilities
 
     @property
     def visits(self) -> NDArray[np.int64]:
-        """Draws of every layer (or part, with `lisa.by`) so far, shape (L,)."""
+        """Draws of every layer (or part) so far, shape (L,)."""
         return self._schedule.visits.copy()
 
     @property
@@ -206,14 +205,12 @@ class Lisa:
         self._apply()
         self._learning.start()
         draw = replace(
-            draw,
-            layers=self.active_layers,
-            units=None if self._turns.by == "layer" else draw.layers,
+            self._turns.named(draw),
             trainable_share=self._active.share(),
             state_bytes=self._state.bytes(),
             update_factors=self._schedule.update_factors(),
         )
-        notices.log_draw(draw)
+        self._notices.drawn(draw, self._turns)
         if self._on_draw is not None:
             self._on_draw(draw)
 
@@ -307,18 +304,15 @@ class Lisa:
 
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
-        entries = lisa_entries(self.config, self._schedule.seed)
-        entries["lisa"] |= self._turns.entries()
-        control = self._schedule.control
-        entries["lisa"] |= control.entries(len(self._turns), self._turns.weights)
-        return entries
+        more = {"lisa": self._turns.entries(self._schedule.control)}
+        return joined(lisa_entries(self.config, self._schedule.seed), more)
 
     # ------------------------------------------------------------------ the mechanism
 
     def _apply(self) -> None:
         """Let exactly the active units require gradients; clear the rest out of the optimizer."""
-        units: list[Unit] = [*self._schedule.layers, *self.active_groups]
-        wanted = {p for unit in units for p in self._units[unit]}
+        drawn: tuple[Unit, ...] = (*self._schedule.layers, *self.active_groups)
+        wanted = {p for unit in drawn for p in self._units[unit]}
         self._active.choose(wanted, self.active_layers, self._schedule.index or 0)
         self._write_check.start(self._optimizers)
 

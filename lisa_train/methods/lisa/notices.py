@@ -35,6 +35,7 @@ class Notices:
     def __init__(self, listener: Callable[[str], None] | None) -> None:
         self._listener = listener
         self._unreached_said = self._frozen_said = False
+        self._out: list[int] | None = None
 
     def at_start(
         self,
@@ -70,6 +71,19 @@ class Notices:
         if reason is not None and not self._frozen_said:
             self._say(reason)
             self._frozen_said = True
+
+    def drawn(self, draw: Draw, turns: Units) -> None:
+        """Log a draw; name what a learner's pool leaves out whenever that changes."""
+        log_draw(draw)
+        out = [i for i, pi in enumerate(draw.inclusion_probabilities) if pi == 0.0]
+        if draw.scores is None or out == (self._out or []):
+            return
+        said = never(turns, out) or "the pool leaves nothing out any more"
+        self._say(
+            f"before step {draw.step + 1}: {said.replace('are never drawn', 'are not drawn now')}",
+            logging.WARNING if self._out is None else logging.INFO,
+        )
+        self._out = out
 
     def _say(self, text: str, level: int = logging.WARNING) -> None:
         if is_first():

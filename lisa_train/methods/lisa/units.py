@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name, kind_of
 from lisa_train.methods.lisa.config import By
+from lisa_train.methods.lisa.control import Control
+from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -88,11 +90,18 @@ class Units:
         """Names of the parts; None by layer, where numbers say it."""
         return None if self.by == "layer" else self.names
 
-    def entries(self) -> dict[str, Any]:
-        """Return what a run's manifest says: the units and their layers; nothing by layer."""
+    def named(self, draw: Draw) -> Draw:
+        """Say of which layers a draw took parts, and which parts."""
         if self.by == "layer":
-            return {}
-        return {
+            return draw
+        return replace(draw, layers=self.layers_of(draw.layers), units=draw.layers)
+
+    def entries(self, control: Control) -> dict[str, Any]:
+        """Return what a run's manifest says: the placebo's permutation; the parts."""
+        placed = control.entries(len(self), self.weights)
+        if self.by == "layer":
+            return placed
+        return placed | {
             "unit_names": list(self.names),
             "unit_layers": list(self.layers),
             "unit_sizes": list(self.sizes),

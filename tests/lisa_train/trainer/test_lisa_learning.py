@@ -12,6 +12,7 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.rundir.run import load
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.trainer.learning import halves_of
 
 LAYERS, STEPS, INTERVAL = 4, 24, 2
 
@@ -148,6 +149,59 @@ def test_draws_in_the_events_and_the_control_in_the_manifest(tmp_path):
     assert facts(same) == facts(drawn)  # recording changes nothing
 
 
+def test_a_lone_batch_is_compared_by_halves(tmp_path):
+    """What each half of the last batch of an interval gives, by hand."""
+    changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4,
+               "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}  # fmt: skip
+    trainer, attached, drawn = make(tmp_path / "a", lisa("signal"), **changes)
+    batches, weights, shown = [], [], []
+    taken = trainer.training_step
+
+    def step(model, inputs, *args, **kwargs):
+        batches.append({k: v.clone() for k, v in inputs.items()})
+        schedule = attached.engine_callback.engine._schedule
+        if len(batches) == 1:
+            learn = schedule.learn
+            schedule.learn = lambda step, values: (shown.append(values), learn(step, values))[1]
+        if len(batches) == INTERVAL + 1:
+            weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return taken(model, inputs, *args, **kwargs)
+
+    trainer.training_step = step
+    trainer.train()
+    model = llama(layers=LAYERS)
+    model.load_state_dict(weights[0])
+    layers = lt.find_layers(model)
+    found = {}
+    for rows in (slice(0, 2), slice(2, 4)):
+        model.zero_grad()
+        model(**{k: v[rows] for k, v in batches[INTERVAL - 1].items()}).loss.backward()
+        for i in drawn[0].layers:
+            gradient = torch.cat([p.grad.flatten() for _, p in layers.parameters(model, i)])
+            found.setdefault(i, []).append(gradient.double())
+    expected = np.full(LAYERS, np.nan)
+    for i, (a, b) in found.items():
+        product = float(a @ b)
+        expected[i] = (max(product, 0.01 * abs(product)) / a.numel()) ** 0.5
+    np.testing.assert_allclose(shown[0], expected, rtol=1e-4)
+    assert len(shown) == STEPS // INTERVAL
+    assert len({d.inclusion_probabilities for d in drawn}) > 1
+
+
+def test_halves_of_a_batch():
+    ids = torch.arange(6).view(3, 2)
+    first, second = halves_of({"input_ids": ids, "labels": ids, "flag": True})
+    assert first["input_ids"].tolist() == [[0, 1]]
+    assert second["labels"].tolist() == [[2, 3], [4, 5]]
+    assert first["flag"] is second["flag"] is True
+    assert halves_of({"input_ids": ids[:1]}) is None
+    assert halves_of({"labels": torch.tensor([[-100, -100], [1, 2]])}) is None
+    with pytest.raises(ConfigError, match="input_ids and pixel_values of a batch have 3 and 7"):
+        halves_of({"input_ids": ids, "pixel_values": torch.zeros(7, 2)})
+    with pytest.raises(ConfigError, match="a batch is a list"):
+        halves_of([ids])
+
+
 def test_checkpoints_hold_plain_numbers(tmp_path):
     trainer, _, _ = make(tmp_path, lisa(), save_strategy="steps", save_steps=7)
     trainer.train()
@@ -158,12 +212,13 @@ def test_checkpoints_hold_plain_numbers(tmp_path):
 
 
 def test_what_a_step_does_not_show_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1"):
-        make(tmp_path, lisa("signal"), gradient_accumulation_steps=1)
+    alone = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 and the batch size 1"):
+        make(tmp_path, lisa("signal"), **alone)
     callback = lt.LisaCallback(lisa("signal"))
     trainer = Trainer(
-        llama(layers=LAYERS), arguments(tmp_path, max_steps=2), train_dataset=examples(8),
-        callbacks=[callback],
+        llama(layers=LAYERS), arguments(tmp_path, max_steps=2, **alone),
+        train_dataset=examples(8), callbacks=[callback],
     )  # fmt: skip
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1"):
         trainer.train()

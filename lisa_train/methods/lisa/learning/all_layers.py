@@ -1,7 +1,8 @@
-"""A measuring pass over all layers, drawn or not, at the memory of one tensor's gradient."""
+"""Measuring passes: of all layers, at the memory of one tensor's gradient; of a batch's halves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lisa_train.methods.lisa.learning.evidence import Array
-from lisa_train.model.norms import squares, stacked
+from lisa_train.model.norms import inner_products, squares, stacked
 from lisa_train.model.parallel import processes
 from lisa_train.model.sharding import unsynchronised
 from lisa_train.model.stand_ins import random_state_kept, stand_ins
@@ -66,6 +67,68 @@ def gradients_of_all(
         total[reached] = np.where(np.isfinite(sums), sums, np.inf)
     sizes = np.array([sum(p.numel() for p in units[i]) for i in range(layers)])
     return np.asarray(np.sqrt(_mean_of_processes(total) / sizes))
+
+
+def signal_of_halves(
+    model: nn.Module,
+    units: Mapping[Any, Sequence[nn.Parameter]],
+    layers: int,
+    drawn: Sequence[int],
+    halves: Sequence[Callable[[], object]],
+) -> Array:
+    """Return ⟨G₁, G₂⟩ of every drawn layer, shape (L,): ‖E g‖² on average, however noisy.
+
+    NaN for the others, and where a half reached nothing; infinite where it is not finite. Stand-ins
+    and random streams as in `gradients_of_all`; the first half's gradients of the drawn layers are
+    held until those of the second arrive. With several processes the mean over them counts.
+
+    Parameters
+    ----------
+    model
+        The model.
+    units
+        Tensors of every layer.
+    layers
+        Number of layers.
+    drawn
+        Those that train.
+    halves
+        Two functions, each a forward and backward pass of one half; one that makes none leaves
+        nothing measured.
+    """
+    owner = {id(p): i for i in drawn for p in units[i]}
+    first: dict[int, torch.Tensor] = {}
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def take(tensor: torch.Tensor, key: int) -> None:
+        gradient, tensor.grad = tensor.grad, None
+        if gradient is None or key not in owner:
+            return
+        if key in first:
+            product = inner_products([first.pop(key)], [gradient])[0]
+            found.setdefault(owner[key], []).append(product)
+        elif not second:
+            first[key] = gradient
+
+    second = False
+    with ExitStack() as stack:
+        tensors = stack.enter_context(stand_ins(model, set(owner)))
+        stack.enter_context(unsynchronised(model))
+        for key, tensor in tensors.items():
+            if tensor.requires_grad:
+                hook = partial(take, key=key)
+                stack.callback(tensor.register_post_accumulate_grad_hook(hook).remove)
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(torch.enable_grad())
+        halves[0]()
+        second = True
+        halves[1]()
+    total = np.full(layers, np.nan)
+    if found:
+        reached = sorted(found)
+        sums = stacked([stacked(found[i]).sum() for i in reached]).cpu().double().numpy()
+        total[reached] = np.where(np.isfinite(sums), sums, np.inf)
+    return _mean_of_processes(total)
 
 
 def _mean_of_processes(values: Array) -> Array:

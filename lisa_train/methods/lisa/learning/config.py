@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
+from lisa_analysis.plans.strength import Strength
 from lisa_train.checks import one_of, real, whole
 
 LearnMetric = Literal["grad_rms", "l1_descent", "descent", "signal", "probe"]
@@ -27,7 +28,8 @@ class LearnConfig:
         What a step shows of a layer that trains. ``grad_rms``: the gradient per element, ‖g‖/√N.
         ``l1_descent``: η‖g‖₁, the loss decrease that a step of Adam promises. ``descent``:
         −⟨g, θ′−θ⟩, what the step that was made promises; it takes a copy of the layers that train.
-        ``signal``: √(‖E g‖²/N), what the micro-batches of a step agree on; needs two of them.
+        ``signal``: √(‖E g‖²/N), what the micro-batches of a step agree on, or, where there is one,
+        the halves of a batch, in a pass of its own once in every interval.
         ``probe``: the gradient per element of all layers, drawn or not, in a measuring pass.
     learner
         How visits become scores: ``ema``, a running mean with its interval; ``kl``, a
@@ -35,7 +37,9 @@ class LearnConfig:
         the name of a learner of your own, see `lisa_train.methods.lisa.learning.learners`.
     strength
         How far π follows the scores: the power on them. 0 is uniform; above 1, mix and floor fall
-        in proportion and the cap rises.
+        in proportion and the cap rises. With ``metric="probe"``, which sees layers that are not
+        drawn, also ``"pool"`` (the layers that stand above the mean with their whole interval) or
+        ``"pool=6"`` (the six best): they share k, the others have π = 0 until they come back.
     memory
         Weight of a new visit in the running mean of its layer, above 0 and at most 1.
     mix
@@ -54,7 +58,7 @@ class LearnConfig:
 
     metric: LearnMetric = "grad_rms"
     learner: LearnerName = "ema"
-    strength: float = 1.0
+    strength: float | str = 1.0
     memory: float = 0.3
     mix: float = 0.25
     floor: float = 0.25
@@ -66,14 +70,8 @@ class LearnConfig:
     def __post_init__(self) -> None:
         one_of("lisa.learn.metric", self.metric, get_args(LearnMetric))
         self._check_learner()
-        if isinstance(self.strength, str):
-            raise ConfigError(
-                f"lisa.learn.strength is {self.strength!r}, but must be a number: a pool never "
-                "draws the other layers again, so that nothing could be learned of them; make a "
-                "pool from a finished run, with lisa-analyze."
-            )
+        self._check_strength()
         for name, least, most, words in (
-            ("strength", 0.0, 16.0, "a number from 0 to 16"),
             ("memory", 0.0, 1.0, "a number above 0 and at most 1"),
             ("mix", 0.0, 1.0, "a number from 0 to 1"),
             ("floor", 0.0, 1.0, "a number above 0 and at most 1"),
@@ -90,6 +88,30 @@ class LearnConfig:
         value = whole("lisa.learn.probe_every", self.probe_every, " of draws of at least 1", 1)
         object.__setattr__(self, "probe_every", value)
         self._check_prior()
+
+    def _check_strength(self) -> None:
+        words = "a number from 0 to 16, or with metric='probe' 'pool' or 'pool=6'"
+        if not isinstance(self.strength, str):
+            value = real("lisa.learn.strength", self.strength, words)
+            object.__setattr__(self, "strength", value)
+            if not 0.0 <= value <= 16.0:
+                raise ConfigError(f"lisa.learn.strength is {value:g}, but must be {words}.")
+            return
+        try:
+            found = Strength.of(self.strength)
+        except ProbabilitiesError:
+            found = None
+        if found is None:
+            raise ConfigError(f"lisa.learn.strength is {self.strength!r}, but must be {words}.")
+        if found.pool is None:  # a number that came as a text
+            object.__setattr__(self, "strength", found.power)
+        elif self.metric != "probe":
+            raise ConfigError(
+                f"lisa.learn.strength is {self.strength!r} with metric={self.metric!r}, which sees "
+                "drawn layers alone: a pool never draws the others again, so that nothing could "
+                "be learned of them; set the metric to 'probe', which measures all, or make a pool "
+                "from a finished run, with lisa-analyze."
+            )
 
     def _check_learner(self) -> None:
         """`ConfigError` unless the learner is built in or registered; numpy is loaded for those."""

@@ -10,15 +10,18 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.methods.lisa.learning.all_layers import gradients_of_all
+from lisa_train.methods.lisa.learning.all_layers import gradients_of_all, signal_of_halves
 from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.methods.lisa.learning.evidence import Array
-from lisa_train.methods.lisa.learning.step_metrics import STEP_METRICS
+from lisa_train.methods.lisa.learning.step_metrics import STEP_METRICS, Signal
 from lisa_train.methods.lisa.learning.visits import Visits
 from lisa_train.methods.lisa.schedule import Schedule
 from lisa_train.model.parallel import processes
 from lisa_train.model.sharding import is_sharded
 from lisa_train.optim.policies import POLICIES
+
+Passes = Callable[[], object] | Sequence[Callable[[], object]] | None
+"""A measuring pass of the model, or two of the halves of a batch."""
 
 
 class NoLearning:
@@ -67,7 +70,8 @@ class Learning(NoLearning):
     loses_state
         Whether a layer that is frozen loses its optimizer state.
     probe
-        For the metric ``probe``: makes a forward and a backward pass of the model.
+        For the metric ``probe``: makes a forward and a backward pass of the model. For ``signal``,
+        two of them, of the halves of a batch, in place of micro-batches.
     """
 
     def __init__(
@@ -78,24 +82,32 @@ class Learning(NoLearning):
         units: Mapping[Any, Sequence[nn.Parameter]],
         *,
         loses_state: bool,
-        probe: Callable[[], object] | None,
+        probe: Passes,
     ) -> None:
         self._model = model
         self._schedule = schedule
         self._units = units
         self._layers = schedule.visits.size
         self._loses_state = loses_state
-        self._probe = probe
+        self._probe = None if isinstance(probe, Sequence) else probe
+        self._halves = probe if isinstance(probe, Sequence) else None
         self._probe_every = settings.probe_every
         # The draw before which a measuring pass was made last.
         self._probed = 0
         self._visits: Visits | None = None
+        self._sizes = [sum(p.numel() for p in units[i]) for i in range(self._layers)]
         split = [is_sharded(p) for i in range(self._layers) for p in units[i]]
         if any(split) and (settings.metric in ("signal", "probe") or not all(split)):
             raise ConfigError(
                 f"lisa.learn.metric is {settings.metric!r} with weights that FSDP2 splits over "
                 "processes, where it is not known to be right; choose 'grad_rms' (with all layers "
                 "split), or train with DDP."
+            )
+        if self._halves is not None and (settings.metric != "signal" or len(self._halves) != 2):
+            raise ConfigError(
+                f"the engine got {len(self._halves)} functions as `probe` and lisa.learn.metric is "
+                f"{settings.metric!r}: give two, of the halves of a batch, for 'signal', one for "
+                "'probe', and none otherwise."
             )
         if settings.metric == "probe":
             if probe is None:
@@ -104,7 +116,7 @@ class Learning(NoLearning):
                     "engine `probe`, a function that makes a forward and a backward pass "
                     "(lt.attach does), or choose 'grad_rms'."
                 )
-        else:
+        elif self._halves is None:
             metric = STEP_METRICS[settings.metric]()
             metric.watch({i: units[i] for i in range(self._layers)})
             self._visits = Visits(metric, units, self._layers, sharded=any(split))
@@ -140,8 +152,16 @@ class Learning(NoLearning):
             shown = self._visits.take()
             if shown is not None:
                 self._schedule.learn(step, _of_the_first(shown))
-        elif self.probes_at(step):
-            assert self._probe is not None
+        elif self._halves is not None and self.probes_at(step):
+            self._probed = self._schedule.draw_of(step)
+            products = signal_of_halves(
+                self._model, self._units, self._layers, self._schedule.layers, self._halves
+            )
+            shown = products.copy()
+            for i in np.flatnonzero(np.isfinite(products)):
+                shown[i] = Signal().of_visit(products[[i]], self._sizes[i])
+            self._schedule.learn(step, _of_the_first(shown))
+        elif self._probe is not None and self.probes_at(step):
             self._probed = self._schedule.draw_of(step)
             shown = gradients_of_all(self._model, self._units, self._layers, self._probe)
             self._schedule.learn(step, shown)
@@ -151,6 +171,8 @@ class Learning(NoLearning):
         if self._visits is not None or not self._schedule.draws_at(step):
             return False
         draw = self._schedule.draw_of(step)
+        if self._halves is not None:
+            return draw != self._probed
         return draw // self._probe_every > self._probed // self._probe_every
 
     def start(self) -> None:
@@ -183,7 +205,7 @@ def learning_of(
     config: LisaConfig,
     schedule: Schedule,
     units: Mapping[Any, Sequence[nn.Parameter]],
-    probe: Callable[[], object] | None,
+    probe: Passes,
 ) -> NoLearning:
     """Return what learns by `config.learn`, or what learns nothing, see `Learning`."""
     if config.learn is None:

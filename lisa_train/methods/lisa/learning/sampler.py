@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.plans.budget import allocate
 from lisa_analysis.plans.stages import probabilities_from_scores
 from lisa_analysis.plans.strength import Strength
@@ -22,6 +22,8 @@ from lisa_train.methods.lisa.samplers.schemes import BalancedSampler
 
 # By how much a draw may change the π of a layer, up or down.
 MOST_CHANGE = 2.0
+# Part of k/L by which π may change in a pool all the same, from 0 too.
+LEAST_CHANGE = 16.0
 
 
 class LearnedSampler(Sampler):
@@ -73,6 +75,11 @@ class LearnedSampler(Sampler):
         strength = Strength.of(
             settings.strength, mix=settings.mix, floor=settings.floor, cap=settings.cap
         )
+        if strength.pool and weights is None and strength.pool < k:
+            raise ConfigError(
+                f"lisa.learn.strength is {settings.strength!r}, a pool of fewer layers than the "
+                f"{k} that every draw takes; make it larger, or lower activated_layers."
+            )
         # Within the bounds, or what is left of a prior for the layers that are known may not be.
         lower, upper = (min(1.0, bound * k / layers) for bound in (strength.floor, strength.cap))
         given = allocate(given, float(k), lower, upper, weights)
@@ -136,12 +143,22 @@ class LearnedSampler(Sampler):
         if index < self._start or self.frozen is not None:
             return self._in_force, self._scores
         found: Scores = learner.scores(self._evidence.belief())
-        stages = probabilities_from_scores(
-            found.score, found.low, found.high, k=self.k, strength=self._strength,
-            prior=self._prior, costs=self.weights,
-        )  # fmt: skip
+        pool = self._strength.pool is not None
+        try:
+            stages = probabilities_from_scores(
+                found.score, found.low, found.high, k=self.k, strength=self._strength,
+                prior=self._prior, costs=self.weights,
+            )  # fmt: skip
+        except ProbabilitiesError:
+            if not pool:
+                raise
+            return self._in_force, found.score  # too few for a draw stand out, or are known
         target = self._control.of(stages.pi, stages.score, self.weights)
-        return _towards(self._in_force, target), found.score
+        if not pool:
+            return _towards(self._in_force, target), found.score
+        least = self.k / self._prior.size / LEAST_CHANGE
+        moved = _towards(self._in_force, target, least)
+        return _settled(moved, target, least, self.weights), found.score
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run draws and learns by, as JSON values."""
@@ -177,17 +194,30 @@ class LearnedSampler(Sampler):
         self.frozen = state["frozen"]
 
 
-def _towards(now: Array, target: Array) -> Array:
+def _towards(now: Array, target: Array, least: float = 0.0) -> Array:
     """Go from one π as far towards another as no layer changes by more than `MOST_CHANGE`.
 
-    All layers go the same part of the way: sum, floor and cap are kept.
+    All layers go the same part of the way: sum, floor and cap are kept. A change of `least` is
+    always allowed: a layer that leaves a pool, or comes back, has to reach 0 and leave it again.
     """
     change = target - now
     room = np.where(change > 0, now * (MOST_CHANGE - 1), now * (1 - 1 / MOST_CHANGE))
+    room = np.maximum(room, least)
     moving = np.abs(change) > 1e-15
     part = min(1.0, float((room[moving] / np.abs(change[moving])).min())) if moving.any() else 1.0
     result: Array = target if part == 1.0 else now + part * change
-    return np.minimum(result, 1.0)
+    return np.clip(result, 0.0, 1.0)
+
+
+def _settled(now: Array, target: Array, least: float, weights: Array | None) -> Array:
+    """Let go of what leaves a pool and is drawn hardly ever any more, in favour of what enters."""
+    out = (target == 0.0) & (now > 0.0) & (now < least)
+    missing = np.where(out, 0.0, np.maximum(0.0, target - now))
+    price = np.ones(now.size) if weights is None else weights
+    if not out.any() or not missing.any():
+        return now
+    part = float((price * now)[out].sum()) / float((price * missing).sum())
+    return np.where(out, 0.0, now + min(1.0, part) * missing)
 
 
 def _plain(settings: LearnConfig) -> dict[str, Any]:

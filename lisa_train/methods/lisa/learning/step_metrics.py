@@ -186,7 +186,8 @@ class Signal(StepMetric):
             raise ConfigError(
                 "lisa.learn.metric is 'signal', which compares the micro-batches of a step, but a "
                 "step made 1 backward pass: set gradient_accumulation_steps to 2 or more (and the "
-                "batch size to a part), or choose 'grad_rms'."
+                "batch size to a part), give the engine two functions as `probe` that make a pass "
+                "of half a batch each, or choose 'grad_rms'."
             )
         home = common_device([p for some in tensors.values() for p in some])
         zero = torch.zeros((), dtype=wide(home), device=home)

@@ -1,7 +1,10 @@
 """What is learned from numbers alone: flat without signal, right with it, exact in its draws."""
 
 import copy
+import gc
 import json
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,6 +45,23 @@ def test_equal_layers_stay_equal_with_every_metric_and_seed(learner, metric, k):
     found = np.array([flatness(learner, metric, k, seed) for seed in range(20)])
     print(f"{learner} {metric} k={k}: N_eff/L of the last π {found[:, 0].min():.4f}")
     assert found.min() > 0.95
+
+
+@pytest.mark.parametrize("learner", ["ema", "kl"])
+def test_what_is_kept_does_not_grow_with_the_draws(learner):
+    learned = sampler(2, learner=learner)
+    truth = planted(5)
+    simulate(learned, lambda t: truth, 40)
+    sizes, held = [], []
+    tracemalloc.start()
+    for start, rounds in ((40, 20), (60, 40), (100, 80)):
+        simulate(learned, lambda t: truth, rounds, start=start)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        sizes.append(len(pickle.dumps(learned.state_dict())))
+    tracemalloc.stop()
+    assert max(sizes) - min(sizes) < 100
+    assert abs(held[2] - held[1]) < 4096
 
 
 def test_plainly_standardised_scores_would_run_away(monkeypatch):
@@ -87,6 +107,43 @@ def test_a_switch_of_the_planted_layer_is_followed_within_eight_covers(k, learne
     assert share[-1, 20] > 1.25
     assert share[-1, 20] == share[-1].max()
     assert share[-1, 5] < 1.1
+
+
+@pytest.mark.parametrize("strength", ["pool=4", "pool"])
+def test_a_pool_is_drawn_alone_and_lets_layers_come_back(strength):
+    """With measuring passes, which see what is not drawn."""
+    pools = [1, 5, 9, 20], [2, 6, 9, 21]
+
+    def truth(t):
+        values = np.ones(LAYERS)
+        values[pools[t >= 120]] = 3.0
+        return values
+
+    learned = sampler(2, strength=strength, metric="probe")
+    course = simulate(learned, truth, 300, metric="probe")
+    for turn, best in ((119, pools[0]), (299, pools[1])):
+        assert set(np.flatnonzero(course.pi[turn])) == set(best)
+        np.testing.assert_allclose(course.pi[turn, best], 0.5, rtol=1e-9)
+    np.testing.assert_allclose(course.pi.sum(axis=1), 2, atol=1e-9)
+    assert course.drawn.sum(axis=1).tolist() == [2] * 300
+    assert not course.drawn[course.pi == 0].any()
+    assert course.discrepancy < 2
+    change = np.diff(course.pi, axis=0)
+    room = np.where(change > 0, course.pi[:-1], course.pi[:-1] / 2)
+    # What leaves the pool at the end of its way is let go of at once, to those that enter.
+    allowed = np.maximum(room, 2 / LAYERS / 16) + 2 / LAYERS
+    assert (np.abs(change) <= allowed).all()
+
+
+def test_a_pool_of_too_few_keeps_what_is_in_force():
+    learned = sampler(4, strength="pool", metric="probe")
+    for t in range(40):
+        learned.draw(t)
+        learned.learn(t + 1, planted(5, 3.0))
+        np.testing.assert_allclose(learned.probabilities(t), 4 / LAYERS)
+    assert learned.scores(39) is not None
+    with pytest.raises(ConfigError, match="a pool of fewer layers than the 4"):
+        sampler(4, strength="pool=3", metric="probe")
 
 
 def test_every_draw_keeps_sum_and_bounds():

@@ -204,6 +204,52 @@ def test_signal_of_one_micro_batch_is_refused(make_llama):
         loop.run(engine, range(1))
 
 
+def test_signal_of_halves_is_their_product_and_leaves_no_trace(make_llama):
+    """⟨G₁, G₂⟩ of the halves of the step's batch, once in every interval, before the draw."""
+    model = make_llama(layers=LAYERS)
+    loop = Loop(model, config("signal"), micro=1)
+    layers = loop.layers
+
+    def half(which):
+        ids = batch(loop.step)[which : which + 1]
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    plain = Loop(make_llama(layers=LAYERS), lt.LisaConfig(K, INTERVAL, "balanced", seed=3), micro=1)
+    learned = []
+    engine = Lisa(
+        model, loop.optimizer, loop.settings, layer_map=layers, on_draw=loop.draws.append,
+        probe=(lambda: half(0), lambda: half(1)),
+    )  # fmt: skip
+    with engine, plain.engine() as other:
+        learn = engine._schedule.learn
+        engine._schedule.learn = lambda step, values: (
+            learned.append((step, values)), learn(step, values))[1]  # fmt: skip
+        loop.run(engine, range(INTERVAL))
+        plain.run(other, range(INTERVAL))
+        for mine, theirs in zip(model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        drawn = engine.active_layers
+        expected = np.full(LAYERS, np.nan)
+        each = []
+        for which in (0, 1):
+            half(which)
+            each.append({i: torch.cat([p.grad.double().flatten() for p in loop.tensors(i)])
+                         for i in drawn})  # fmt: skip
+            model.zero_grad()
+        for i in drawn:
+            product = float(each[0][i] @ each[1][i])
+            expected[i] = (max(product, 0.01 * abs(product)) / each[0][i].numel()) ** 0.5
+        assert engine.probes_at(INTERVAL)
+        state = torch.get_rng_state()
+        engine.finish_step(INTERVAL)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is None for p in model.parameters())
+    assert [step for step, _ in learned] == [INTERVAL]
+    np.testing.assert_allclose(learned[0][1], expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="give two, of the halves of a batch"):
+        Lisa(model, loop.optimizer, config("grad_rms"), probe=(lambda: half(0), lambda: half(1)))
+
+
 def test_probe_sees_all_layers_and_leaves_no_trace(make_llama):
     model = make_llama(layers=LAYERS)
     loop = Loop(model, config("probe"), micro=1)
@@ -414,7 +460,7 @@ def test_a_file_has_its_control_too(make_llama, tmp_path):
                                probabilities=(1.0, 1.0)), "give the file as lisa.learn.prior"),
         (lambda: lt.LisaConfig(learn={"metric": "probe"}), "must be a LearnConfig"),
         (lambda: lt.LearnConfig(metric="norm"), "must be one of grad_rms"),
-        (lambda: lt.LearnConfig(strength="pool"), "a pool never draws the other layers again"),
+        (lambda: lt.LearnConfig(strength="pool"), "a pool never draws the others again"),
         (lambda: lt.LearnConfig(strength=-1), "must be a number from 0 to 16"),
         (lambda: lt.LearnConfig(memory=0), "a number above 0 and at most 1"),
         (lambda: lt.LearnConfig(floor=0), "a number above 0 and at most 1"),

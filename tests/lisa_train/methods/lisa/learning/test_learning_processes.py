@@ -1,5 +1,6 @@
 """Two processes learn the same numbers at the same optimizer step, and draw alike."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 
 WORLD, STEPS, LAYERS = 2, 30, 4
+# In the middle of an interval; and as many steps as one process is compared with.
+STOP, COMPARED = 21, 11
 
 
 def build():
@@ -44,7 +47,7 @@ def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2, momentum=0.9)
     if state is not None:
         optimizer.load_state_dict(state)
-    draws, learned, at = [], [], [0]
+    draws, learned, at, kept = [], [], [0], None
 
     def one(micro):
         """What this process adds to the mean over all; alone it takes the batches of both."""
@@ -75,15 +78,28 @@ def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):
             one(1)
             optimizer.step()
             optimizer.zero_grad()
+            if step == STOP - 1:
+                kept = {
+                    "engine": engine.state_dict(), "draws": list(draws),
+                    "weights": copy.deepcopy(model.state_dict()),
+                    "optimizer": copy.deepcopy(optimizer.state_dict()),
+                }  # fmt: skip
         # Saved after the step, as a checkpoint is.
         end = engine.state_dict()
+    if kept is not None:
+        kept["draws"] = facts(kept["draws"])
     return {
-        "draws": [[d.step, d.layers, d.inclusion_probabilities, d.scores] for d in draws],
+        "draws": facts(draws),
+        "kept": kept,
         "learned": learned,
         "state": end,
         "optimizer": optimizer.state_dict(),
         "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
     }
+
+
+def facts(draws):
+    return [[d.step, d.layers, d.inclusion_probabilities, d.scores] for d in draws]
 
 
 def shard(model):
@@ -100,11 +116,12 @@ def process(rank, folder):
         model = build()
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         found[metric] = train(model, wrapped, [rank], metric)
-        # In the middle of an interval; every process goes on from what the first one saved.
+        # Every process goes on from what the first one saved.
+        half = found[metric].pop("kept")
         model = build()
+        model.load_state_dict(half["weights"])
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        half = train(model, wrapped, [rank], metric, stop=21)
-        states = [half["state"]]
+        states = [half["engine"]]
         dist.broadcast_object_list(states, src=0)
         saved = json.loads(json.dumps(states[0]))
         again = train(model, wrapped, [rank], metric, saved=saved, state=half["optimizer"])
@@ -112,12 +129,12 @@ def process(rank, folder):
         found[metric]["again"] = again
     for metric in ("grad_rms", "descent"):
         model = shard(build())
-        sharded = train(model, model, [rank], metric)
+        sharded = train(model, model, [rank], metric, stop=COMPARED)
         found[f"sharded {metric}"] = {n: sharded[n] for n in ("draws", "learned", "state")}
     for metric in ("signal", "probe"):
         model = shard(build())
         with pytest.raises(ConfigError, match="FSDP2 splits over processes"):
-            train(model, model, [rank], metric)
+            train(model, model, [rank], metric, stop=1)
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
@@ -154,7 +171,7 @@ def test_resumed_inside_an_interval_they_go_on_to_the_bit(ranks, metric):
 def test_what_they_learn_is_what_one_process_learns_of_both_batches(ranks, metric):
     """With a copy of the model in each, and with one that FSDP2 splits between them."""
     model = build()
-    alone = train(model, model, [0, 1], metric)
+    alone = train(model, model, [0, 1], metric, stop=COMPARED)
     for name in (f"sharded {metric}", *([metric] if metric in ranks[0] else ())):
         assert json.dumps(ranks[0][name]["learned"]) == json.dumps(ranks[1][name]["learned"])
         assert ranks[0][name]["draws"] == ranks[1][name]["draws"]

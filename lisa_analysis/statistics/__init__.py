@@ -1,7 +1,6 @@
 """Statistics of layer profiles: arrays in, arrays and small frozen results out (numpy only)."""
 
 from lisa_analysis.statistics.autocorrelation import (
-    ar1,
     block_length,
     intraclass_correlation,
 )
@@ -36,10 +35,8 @@ from lisa_analysis.statistics.stability import (
     page_hinkley,
     pearson,
     ranks,
-    reliability_from_variances,
     spearman,
     spearman_brown,
-    steps_for_reliability,
     top_jaccard,
 )
 
@@ -50,7 +47,6 @@ __all__ = [
     "Shape",
     "above_the_course",
     "additive_effects",
-    "ar1",
     "block_length",
     "block_totals",
     "cluster_totals",
@@ -68,10 +64,8 @@ __all__ = [
     "pearson",
     "quadratic_fit",
     "ranks",
-    "reliability_from_variances",
     "spearman",
     "spearman_brown",
-    "steps_for_reliability",
     "t_quantile",
     "top_jaccard",
     "top_share",

@@ -9,40 +9,6 @@ MAX_RHO = 0.999
 MAX_BLOCKS = 1000
 
 
-def ar1(residuals: Array) -> Array:
-    """First-order autocorrelation of every column, corrected for its small-sample bias.
-
-    Parameters
-    ----------
-    residuals
-        Shape (n, layers), each column centred; NaN where a layer was not observed. Pairs of
-        consecutive observed rows count.
-
-    Returns
-    -------
-    ndarray
-        Shape (layers,), in [0, 0.999]; NaN for columns with fewer than 4 observations or no
-        variation. Negative correlation is reported as 0: it would promise more observations
-        than were made.
-
-    Notes
-    -----
-    ρ̂ = Σ e_t e_{t+1} / Σ e_t², plus Kendall's bias (1 + 3ρ̂)/n (Kendall 1954).
-    """
-    residuals = np.asarray(residuals, dtype=np.float64)
-    observed = np.isfinite(residuals)
-    filled = np.where(observed, residuals, 0.0)
-    pairs = np.maximum((observed[1:] & observed[:-1]).sum(axis=0), 1)
-    counts = observed.sum(axis=0)
-    lagged = np.einsum("ij,ij->j", filled[1:], filled[:-1]) / pairs
-    variance = np.einsum("ij,ij->j", filled, filled) / np.maximum(counts, 1)
-    known = (counts >= 4) & (variance > 0)
-    rho = np.full(residuals.shape[1], np.nan)
-    rho[known] = lagged[known] / variance[known]
-    rho += (1 + 3 * rho) / np.maximum(counts, 1)
-    return np.clip(rho, 0.0, MAX_RHO)
-
-
 def block_length(n: int, rho: float) -> int:
     """Block length of the circular block bootstrap of an AR(1) mean, in observations.
 

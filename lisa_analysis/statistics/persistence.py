@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.statistics.autocorrelation import MAX_RHO
 from lisa_analysis.statistics.decays import Mixture, cosines, expected_power, fit, fits, lowest
 from lisa_analysis.statistics.moderation import moderated_variance
 
@@ -226,9 +225,3 @@ def _independent_layers(waves: Array, expected: Array, most: int = 8) -> float:
     square = (float((correlation**2).sum()) - layers) / (layers * (layers - 1))
     alike = float(np.clip((square - 1 / low) / (1 - 1 / low), 0.0, 1.0))
     return layers / (1 + (layers - 1) * alike)
-
-
-def lag_correlation(found: Persistence) -> float:
-    """Correlation of neighbouring observations that most layers have, in [0, 0.999]."""
-    known = found.neighbours[np.isfinite(found.neighbours)]
-    return float(np.clip(np.median(known), 0.0, MAX_RHO)) if len(known) else 0.0

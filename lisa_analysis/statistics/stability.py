@@ -78,26 +78,6 @@ def spearman_brown(half: float) -> float:
     return 2 * half / (1 + half) if half > 0 else max(half, 0.0)
 
 
-def reliability_from_variances(between: float, error: float) -> float:
-    """Share λ = σ_b²/(σ_b² + error) of the spread between layers that is not noise."""
-    total = between + error
-    return between / total if total > 0 else float("nan")
-
-
-def steps_for_reliability(
-    within: float, between: float, rho: float, reliability: float = 0.9
-) -> float:
-    """Observations per layer until the profile has the wanted reliability.
-
-    n = λ/(1 − λ) · (s/σ_b)² (1 + ρ)/(1 − ρ), with s the log-sd within a layer over time, σ_b the
-    log-sd between layers; λ = 0.9 gives the factor 9. Infinite when the layers do not differ.
-    """
-    if between <= 0:
-        return float("inf")
-    factor = reliability / (1 - reliability)
-    return factor * (within / between) ** 2 * (1 + rho) / (1 - rho)
-
-
 def top_jaccard(a: Array, b: Array) -> float:
     """Overlap |A∩B|/|A∪B| of the top quarters (rounded up) of two profiles."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

@@ -13,6 +13,10 @@ SMALL = 65_536
 _BLOCK = 262_144
 
 
+# Numbers of tensors, each with how many of a block's rows are its own.
+Owners = list[tuple[int, int]]
+
+
 def is_small(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor is one to be joined: small, plain, dense, in fp32, on the CPU."""
     return (
@@ -129,3 +133,56 @@ class Joined:
         self.is_after = False
         self.layout.fill([t.grad for t in tensors if t.grad is not None], self.gradients)
         self.layout.fill(tensors, self.before)
+
+
+class Pack:
+    """Buffers, one for each tensor of a group, in which pieces begin at whole rows."""
+
+    def __init__(self, size: int) -> None:
+        self.room = self._size = size
+        self.owners: Owners = []
+        self._pieces: list[list[torch.Tensor]] = []
+        self._buffers: list[torch.Tensor] = []
+
+    def add(self, number: int, pieces: list[torch.Tensor]) -> None:
+        """Take pieces of the tensors of group `number`, not longer than there is room."""
+        rows = -(-pieces[0].numel() // ROW)
+        self.owners.append((number, rows))
+        self._pieces.append(pieces)
+        self.room -= rows * ROW
+
+    def take(self) -> tuple[Owners, list[torch.Tensor]]:
+        """Return whose rows they are and the rows, the buffers of next time."""
+        used = self._size - self.room
+        sizes: list[int] = []
+        for (_, rows), pieces in zip(self.owners, self._pieces, strict=True):
+            n = pieces[0].numel()
+            sizes += (n, rows * ROW - n)
+        result = []
+        for i in range(len(self._pieces[0])):
+            if i == len(self._buffers):
+                self._buffers.append(torch.empty(self._size))
+            buffer = self._buffers[i][:used]
+            _fill(buffer, [pieces[i] for pieces in self._pieces], sizes)
+            result.append(buffer.view(-1, ROW))
+        owners, self.owners, self._pieces, self.room = self.owners, [], [], self._size
+        return owners, result
+
+
+_ZEROS = torch.zeros(ROW)
+
+
+def _fill(buffer: torch.Tensor, pieces: list[torch.Tensor], sizes: list[int]) -> None:
+    """Put pieces one after the other, each with zeros behind it: `sizes` of both in turn."""
+    if all(x.dtype == torch.float32 for x in pieces):
+        # One call that copies memory; `_foreach_copy_` makes a call for every piece.
+        parts: list[torch.Tensor] = []
+        for piece, gap in zip(pieces, sizes[1::2], strict=True):
+            parts.append(piece)
+            if gap:
+                parts.append(_ZEROS[:gap])
+        torch.cat(parts, out=buffer)
+        return
+    if sum(sizes[1::2]):
+        buffer.zero_()
+    torch._foreach_copy_(list(buffer.split(sizes)[::2]), pieces)

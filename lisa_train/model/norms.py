@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lisa_train.model.joined import ROW as _ROW
-from lisa_train.model.joined import SMALL, Layout
+from lisa_train.model.joined import SMALL, Layout, Owners, Pack
 
 # 2 MB of fp32: a chunk, its difference and its gradient stay in the last-level cache, and what
 # calling a kernel costs is a small part.
@@ -147,8 +147,6 @@ def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:
 # What a kernel makes of rows (two-dimensional pieces of every tensor of a group): one value per row
 # of each result, and which results are norms, to be squared before they are added.
 _Kernel = tuple[Callable[..., list[torch.Tensor]], tuple[bool, ...]]
-# Numbers of tensors, each with how many of a block's rows are its own.
-_Owners = list[tuple[int, int]]
 
 
 def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Tensor:
@@ -160,7 +158,7 @@ def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Te
     measure, norms = kernel
     host = _on_cpu([x for group in groups for x in group])
     scratch = torch.empty(0)
-    owners: _Owners = []
+    owners: Owners = []
     results: list[list[torch.Tensor]] = [[] for _ in norms]
     for whose, pieces in _blocks_in_cache(groups) if host else _blocks(groups):
         if host and scratch.numel() < pieces[0].numel():
@@ -197,7 +195,7 @@ def _walk_rows(
 
 def _blocks(
     groups: Sequence[Sequence[torch.Tensor]],
-) -> Iterator[tuple[_Owners, list[torch.Tensor]]]:
+) -> Iterator[tuple[Owners, list[torch.Tensor]]]:
     """Cut tensors into rows where they are; what is left of a tensor is a short row of its own."""
     for number, group in enumerate(groups):
         flat = [_flat(x) for x in group]
@@ -213,14 +211,14 @@ def _blocks(
 
 def _blocks_in_cache(
     groups: Sequence[Sequence[torch.Tensor]],
-) -> Iterator[tuple[_Owners, list[torch.Tensor]]]:
+) -> Iterator[tuple[Owners, list[torch.Tensor]]]:
     """Cut tensors into blocks of rows that fit into the cache, at most `CHUNK` elements.
 
     Rows of large fp32 tensors are read where they are. Small tensors, remainders and other
     precisions are brought together in fp32 buffers, many tensors in one block: a call for each
     would cost more than the sums.
     """
-    pack = _Pack(min(CHUNK // 2, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
+    pack = Pack(min(CHUNK // 2, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
     for number, group in enumerate(groups):
         flat = [_flat(x) for x in group]
         size, start = flat[0].numel(), 0
@@ -240,59 +238,6 @@ def _blocks_in_cache(
         yield pack.take()
 
 
-class _Pack:
-    """Buffers, one for each tensor of a group, in which pieces begin at whole rows."""
-
-    def __init__(self, size: int) -> None:
-        self.room = self._size = size
-        self.owners: _Owners = []
-        self._pieces: list[list[torch.Tensor]] = []
-        self._buffers: list[torch.Tensor] = []
-
-    def add(self, number: int, pieces: list[torch.Tensor]) -> None:
-        """Take pieces of the tensors of group `number`, not longer than there is room."""
-        rows = -(-pieces[0].numel() // _ROW)
-        self.owners.append((number, rows))
-        self._pieces.append(pieces)
-        self.room -= rows * _ROW
-
-    def take(self) -> tuple[_Owners, list[torch.Tensor]]:
-        """Return whose rows they are and the rows, the buffers of next time."""
-        used = self._size - self.room
-        sizes: list[int] = []
-        for (_, rows), pieces in zip(self.owners, self._pieces, strict=True):
-            n = pieces[0].numel()
-            sizes += (n, rows * _ROW - n)
-        result = []
-        for i in range(len(self._pieces[0])):
-            if i == len(self._buffers):
-                self._buffers.append(torch.empty(self._size))
-            buffer = self._buffers[i][:used]
-            _fill(buffer, [pieces[i] for pieces in self._pieces], sizes)
-            result.append(buffer.view(-1, _ROW))
-        owners, self.owners, self._pieces, self.room = self.owners, [], [], self._size
-        return owners, result
-
-
-_ZEROS = torch.zeros(_ROW)
-
-
-def _fill(buffer: torch.Tensor, pieces: list[torch.Tensor], sizes: list[int]) -> None:
-    """Put pieces one after the other, each with zeros behind it: `sizes` of both in turn."""
-    if all(x.dtype == torch.float32 for x in pieces):
-        # One call that copies memory; `_foreach_copy_` makes a call for every piece.
-        parts: list[torch.Tensor] = []
-        for piece, gap in zip(pieces, sizes[1::2], strict=True):
-            parts.append(piece)
-            if gap:
-                parts.append(_ZEROS[:gap])
-        torch.cat(parts, out=buffer)
-        return
-    if sum(sizes[1::2]):
-        buffer.zero_()
-    torch._foreach_copy_(list(buffer.split(sizes)[::2]), pieces)
-
-
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     # `local` asks for an attribute that most tensors lack, which takes longer than this.
     plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
@@ -306,7 +251,7 @@ def _joined(values: list[torch.Tensor], squared: bool) -> torch.Tensor:
     return joined.square_() if squared else joined
 
 
-def _per_tensor(values: torch.Tensor, owners: _Owners, count: int) -> torch.Tensor:
+def _per_tensor(values: torch.Tensor, owners: Owners, count: int) -> torch.Tensor:
     """Add up the rows of every tensor."""
     if values.device.type == "cpu":
         numbers, rows = zip(*owners, strict=True)

@@ -69,21 +69,6 @@ class TestConcentration:
 
 
 class TestAutocorrelation:
-    @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
-    def test_ar1_is_recovered(self, rho):
-        series = ar1_series(np.random.default_rng(3), 4000, 20, rho)
-        estimate = st.ar1(series - series.mean(axis=0))
-        assert estimate.mean() == pytest.approx(rho, abs=0.02)
-
-    def test_ar1_bias_correction_helps_short_series(self):
-        series = ar1_series(np.random.default_rng(4), 50, 2000, 0.8)
-        centred = series - series.mean(axis=0)
-        plain = (centred[1:] * centred[:-1]).mean(axis=0) / (centred**2).mean(axis=0)
-        assert abs(st.ar1(centred).mean() - 0.8) < abs(plain.mean() - 0.8) / 2
-
-    def test_a_constant_series_has_no_autocorrelation(self):
-        assert np.isnan(st.ar1(np.zeros((50, 1)))[0])
-
     def test_block_length_follows_its_formula(self):
         expected = 6 ** (1 / 3) * (0.8 / 0.36) ** (2 / 3) * 1000 ** (1 / 3)
         assert st.block_length(1000, 0.8) == int(np.ceil(expected))
@@ -311,13 +296,6 @@ class TestStability:
         whole = np.corrcoef(halves.mean(axis=0), again.mean(axis=0))[0, 1]
         assert st.spearman_brown(st.pearson(*halves)) == pytest.approx(whole, abs=0.02)
         assert st.spearman_brown(-0.2) == 0
-
-    def test_steps_for_reliability_are_those_of_the_reference(self):
-        table = {(0.5, 0.8): 20, (1, 0.9): 171, (2, 0.95): 1404, (1, 0.99): 1791}
-        for (ratio, rho), steps in table.items():
-            assert st.steps_for_reliability(ratio, 1.0, rho) == pytest.approx(steps, rel=0.02)
-        assert st.steps_for_reliability(1, 0, 0.5) == np.inf
-        assert st.reliability_from_variances(9, 1) == pytest.approx(0.9)
 
     def test_page_hinkley_finds_a_shift_and_not_noise(self):
         rng = np.random.default_rng(4)

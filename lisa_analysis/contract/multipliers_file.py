@@ -7,13 +7,12 @@
 `layer_names` and the groups may be missing; a group that is missing has the multiplier 1.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.json_file import read_object
 
 SCHEMA = "lr-multipliers/1"
 GROUPS = ("embed", "head", "norm", "other")
@@ -49,7 +48,7 @@ def read_multipliers(path: str | Path) -> Multipliers:
         gap.
     """
     path = Path(path)
-    record = _read(path)
+    record = read_object(path, ConfigError, "lisa-analyze --export lr:FILE")
     given = record.get("multipliers")
     if record.get("schema") != SCHEMA or not isinstance(given, dict):
         raise ConfigError(
@@ -82,19 +81,3 @@ def read_multipliers(path: str | Path) -> Multipliers:
     if not isinstance(names, list) or (names and len(names) != len(layers)):
         raise ConfigError(f"{path} has {len(layers)} multipliers of layers and other layer_names.")
     return Multipliers(tuple(layers[i] for i in range(len(layers))), groups, tuple(map(str, names)))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist: write it with lisa-analyze --export lr:FILE."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not complete JSON ({error}).") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} holds {type(record).__name__}, expected an object.")
-    return record

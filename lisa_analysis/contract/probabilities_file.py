@@ -1,12 +1,12 @@
 """Reading a probabilities file: every way it can be wrong is one sentence."""
 
-import json
 import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.json_file import read_object
 from lisa_analysis.contract.schema import SCHEMA_VERSION, parse_version
 
 # What was read last, with the state of the file then.
@@ -37,21 +37,7 @@ def _state(path: Path) -> tuple[int, ...] | None:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ProbabilitiesError(
-            f"{path} does not exist: give a file written by lisa-analyze --probabilities."
-        ) from None
-    except OSError as error:
-        raise ProbabilitiesError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except ValueError as error:
-        raise ProbabilitiesError(
-            f"{path} is not complete JSON ({error}): write it again with lisa-analyze "
-            "--probabilities."
-        ) from None
-    if not isinstance(record, dict):
-        raise ProbabilitiesError(f"{path} holds {type(record).__name__}, expected an object.")
+    record = read_object(path, ProbabilitiesError, "lisa-analyze --probabilities")
     version = record.get("schema_version")
     try:
         major = parse_version(str(version))[0]

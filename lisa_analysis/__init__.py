@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lisa_analysis.plans.sampling import SamplingProbabilities as SamplingProbabilities
     from lisa_analysis.plans.sampling import sampling_probabilities as sampling_probabilities
     from lisa_analysis.profiles.from_run import importance as importance
+    from lisa_analysis.profiles.probe_change import ProbeChange as ProbeChange
+    from lisa_analysis.profiles.probe_change import probe_change as probe_change
     from lisa_analysis.profiles.profile import ImportanceProfile as ImportanceProfile
     from lisa_analysis.rundir.run import Run as Run
     from lisa_analysis.rundir.run import load as load
@@ -45,6 +47,8 @@ _HOME = {
     "validity": "runs.validity",
     "ImportanceProfile": "profiles.profile",
     "importance": "profiles.from_run",
+    "ProbeChange": "profiles.probe_change",
+    "probe_change": "profiles.probe_change",
     "EXPORTS": "plans.exports",
     "export": "plans.exports",
     "SamplingProbabilities": "plans.sampling",

@@ -19,6 +19,7 @@ from lisa_analysis.metrics.step_table import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.profiles.from_run import default_metric, importance
 from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
+from lisa_analysis.profiles.probe_change import ProbeChange, probe_change, probed_steps
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import data_of, labels, model_of
 from lisa_analysis.rundir.events import draws
@@ -134,6 +135,14 @@ class RunAnalysis:
     def profile_by_module(self) -> ImportanceProfile | None:
         """The profile by kind of module within the layers; None where there is none."""
         return self._profiles("module")[0]
+
+    @cached_property
+    def probe_change(self) -> ProbeChange | None:
+        """What training changed between the first probe and the newest; None without two."""
+        try:
+            return probe_change(self.run) if len(probed_steps(self.run)) > 1 else None
+        except LisaError:
+            return None
 
     @property
     def worth(self) -> Mapping[str, ImportanceProfile]:

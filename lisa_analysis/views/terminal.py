@@ -39,6 +39,8 @@ def overview(analysis: "Analysis", *, every_rule: bool = False) -> str:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
             parts.append(_layers(analysis))
+        if one.probe_change is not None and analysis.alone:
+            parts.append(textwrap.fill(one.probe_change.statement, min(100, width())) + "\n")
         if one.worth and analysis.alone:
             parts.append(worth_table(one.worth))
     if analysis.validity is not None:

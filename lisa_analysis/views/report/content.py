@@ -217,6 +217,8 @@ def _profile_figures(analysis: RunAnalysis, slug: str, *, alone: bool) -> list[R
         return []
     names = analysis.run.layer_names
     found = [figures.profile_figure(f"{slug}-profile", analysis.profile, names)]
+    if analysis.probe_change is not None:
+        found.append(figures.change_figure(f"{slug}-change", analysis.probe_change, names))
     if alone and found[0].image is not None and analysis.table.rows <= _MOST_MODULE_ROWS:
         by_module = analysis.profile_by_module
         if by_module is not None:

@@ -54,6 +54,22 @@ def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> Repor
     return panels(figure, {"": profile}, extremes("Bar chart.", scores), layer_names)
 
 
+def change_figure(slug: str, found: Any, layer_names: Sequence[str]) -> ReportFigure:
+    """Two probes of one run on shared axes, with what rose and what fell."""
+    caption = (
+        f"{found.statement} {found.before.definition} Bars are over the mean of the layers at that "
+        "step, the sentence and the table in the metric itself: a layer rose or fell where its "
+        "bands for all layers at once do not overlap."
+    )
+    table = frame_table(
+        "Two probes of the run", found.layers,
+        [(name, name) for name in ("layer", "name", "before", "after", "ratio", "change")],
+        layer="layer",
+    )  # fmt: skip
+    figure = ReportFigure(slug, "What training changed", caption, None, table)
+    return panels(figure, found.profiles, "Two bar charts on shared axes.", layer_names)
+
+
 def whiskers(confidence: float) -> str:
     """How to read the marks of `lisa_analysis.plots.side_by_side`."""
     return (

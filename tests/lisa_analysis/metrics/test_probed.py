@@ -29,7 +29,7 @@ def numbers(gradients):
     return squares, (gram.sum(axis=2).T - squares) / (len(gradients) - 1)
 
 
-def write_probe(path, gradients, version="1.0"):
+def write_probe(path, gradients, version="1.0", step=0):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -37,13 +37,13 @@ def write_probe(path, gradients, version="1.0"):
     batches, tensors = squares.shape
     frame = pd.DataFrame(
         {
-            "step": 0, "batch": np.repeat(np.arange(batches), tensors),
+            "step": step, "batch": np.repeat(np.arange(batches), tensors),
             "param_id": np.tile(np.arange(tensors), batches),
             "grad_norm": np.sqrt(squares).ravel(), "signal": agreement.ravel(),
         }
     )  # fmt: skip
     together = pd.DataFrame(
-        {"step": 0, "param_id": np.arange(tensors), "signal": agreement.mean(axis=0)}
+        {"step": step, "param_id": np.arange(tensors), "signal": agreement.mean(axis=0)}
     )
     rows = pd.concat([frame, together], ignore_index=True)
     rows["batch"] = rows["batch"].astype("Int32")
@@ -51,9 +51,9 @@ def write_probe(path, gradients, version="1.0"):
         rows.reindex(columns=list(PROBES_TABLE.names)), arrow_schema(PROBES_TABLE),
         preserve_index=False,
     )  # fmt: skip
-    (path / PROBES_DIR).mkdir()
+    (path / PROBES_DIR).mkdir(exist_ok=True)
     table = table.replace_schema_metadata({"schema_version": version})
-    pq.write_table(table, path / PROBES_DIR / shard_name(0, 0))
+    pq.write_table(table, path / PROBES_DIR / shard_name(0, step))
 
 
 @pytest.fixture
@@ -193,3 +193,33 @@ def test_the_root_of_a_mean_whose_parts_lie_below_zero(ratio):
 def test_what_never_has_a_signal_has_the_score_zero():
     found = probed._pseudo_root(np.full((10, 1), -1.0))
     assert (found == 0).all()
+
+
+def test_two_probes_say_which_layers_rose_and_fell(tmp_path):
+    path = write_run(tmp_path / "run", steps=8, n_layers=LAYERS, method="full")
+    tensors = len(la.load(path).parameters)
+    rng = np.random.default_rng(3)
+    mean = np.full(tensors, 2.0)
+    owner = la.load(path).parameters["layer"].to_numpy(dtype=float)
+    factor = np.select([owner == 1, owner == 4], [3.0, 0.2], 1.0)
+    write_probe(path, dense(12, mean, rng), step=0)
+    with pytest.raises(LisaError, match="at 1 steps, and a change"):
+        la.probe_change(path)
+    write_probe(path, dense(12, mean * factor, rng), step=8)
+    found = la.probe_change(path)
+    assert (found.first, found.last) == (0, 8)
+    assert found.layers["change"].tolist() == [
+        "within",
+        "rose",
+        "within",
+        "within",
+        "fell",
+        "within",
+    ]
+    np.testing.assert_allclose(found.layers["ratio"], [1, 3, 1, 1, 0.2, 1], rtol=0.15)
+    assert "rose in layer 1 (×" in found.statement
+    assert "fell in layer 4 (×" in found.statement
+    assert found.layers["before"].tolist() == la.importance(path, "grad_signal@0").scores.tolist()
+    page = la.report(path).html
+    assert "What training changed" in page
+    assert found.statement.split(" the gradient")[0] in page

@@ -1,0 +1,132 @@
+"""What training changed: the gradient that the data agree on, at two probes of one run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.profiles.from_run import importance
+from lisa_analysis.profiles.profile import ImportanceProfile
+from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.run import Run
+
+_MOST = 10
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeChange:
+    """Two probes of a run side by side. Made by `probe_change`.
+
+    Attributes
+    ----------
+    first, last
+        Optimizer steps after which they were taken.
+    before, after
+        Their profiles by ``grad_signal``.
+    layers
+        One row per layer: layer, name, before, after, ratio (after over before) and change:
+        ``rose``, ``fell``, ``within`` (the bands overlap) or ``unknown``.
+    statement
+        The same in a sentence.
+    """
+
+    first: int
+    last: int
+    before: ImportanceProfile = field(repr=False)
+    after: ImportanceProfile = field(repr=False)
+    layers: pd.DataFrame = field(repr=False)
+    statement: str = ""
+
+    @property
+    def profiles(self) -> dict[str, ImportanceProfile]:
+        """Both profiles under the steps that they are of."""
+        return {f"after {s} steps": p for s, p in
+                ((self.first, self.before), (self.last, self.after))}  # fmt: skip
+
+
+def probed_steps(run: Run) -> list[int]:
+    """Steps after which a run was probed with several batches."""
+    if run.probes.empty:
+        return []
+    batches = run.probes.dropna(subset=["batch"]).groupby("step")["batch"].nunique()
+    return sorted(int(step) for step in batches.index[batches > 1])
+
+
+def probe_change(run: Any, first: int | None = None, last: int | None = None) -> ProbeChange:
+    """Say of which layers the gradient that the data agree on rose or fell between two probes.
+
+    Parameters
+    ----------
+    run
+        A run directory, opened or as a path, that was probed with several batches at two steps or
+        more (``record.probe_every`` with ``record.probe_batches``).
+    first, last
+        Optimizer steps after which the probes were taken; None for the first and the newest.
+
+    Returns
+    -------
+    ProbeChange
+        A layer rose or fell where the two joint bands (95 % for all layers of a probe at once) do
+        not overlap. The batches of a run's probes are drawn anew, so that they are not paired;
+        bands that overlap may still hide a change.
+
+    Raises
+    ------
+    LisaError
+        When the run has no two such probes, or none at a step that was asked for.
+    """
+    run = opened(run, "probe_change")
+    steps = probed_steps(run)
+    if len(steps) < 2:
+        raise LisaError(
+            f"run {run.run_id} was probed with several batches at {len(steps)} steps, and a change "
+            "is one between two: train with --record.probe_every and --record.probe_batches 8."
+        )
+    first, last = steps[0] if first is None else first, steps[-1] if last is None else last
+    before, after = (importance(run, f"grad_signal@{step}") for step in (first, last))
+    layers = _changes(before, after)
+    return ProbeChange(first, last, before, after, layers, _words(layers, first, last))
+
+
+def _changes(before: ImportanceProfile, after: ImportanceProfile) -> pd.DataFrame:
+    old, new = before.to_frame(), after.to_frame()
+    bounds = [f[c].to_numpy(dtype=np.float64) for f in (old, new)
+              for c in ("joint_low", "joint_high")]  # fmt: skip
+    change = np.full(len(old), "within", dtype=object)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        change[bounds[2] > bounds[1]] = "rose"
+        change[bounds[3] < bounds[0]] = "fell"
+        ratio = new["score"].to_numpy(dtype=np.float64) / old["score"].to_numpy(dtype=np.float64)
+    change[~np.isfinite(bounds).all(axis=0)] = "unknown"
+    return pd.DataFrame({
+        "layer": old["layer"], "name": old["name"], "before": old["score"], "after": new["score"],
+        "ratio": ratio, "change": change,
+    })  # fmt: skip
+
+
+def _words(layers: pd.DataFrame, first: int, last: int) -> str:
+    lead = f"From step {first} to step {last} the gradient that the data agree on"
+    parts = []
+    for word in ("rose", "fell"):
+        rows = layers[layers["change"] == word]
+        if len(rows):
+            ratios = rows["ratio"]
+            span = f"×{ratios.min():.2f}" if len(rows) == 1 else (
+                f"×{ratios.min():.2f} … ×{ratios.max():.2f}"
+            )  # fmt: skip
+            parts.append(f"{word} in {_listed(rows['layer'].tolist(), len(layers))} ({span})")
+    unknown = int((layers["change"] == "unknown").sum())
+    rest = f" {unknown} of {len(layers)} layers are unknown." if unknown else ""
+    if not parts:
+        return f"{lead} did not change in any layer beyond its noise.{rest}"
+    return f"{lead} {'; it '.join(parts)}.{rest}"
+
+
+def _listed(rows: list[int], count: int) -> str:
+    if len(rows) == count:
+        return "all layers"
+    shown = ", ".join(map(str, rows[:_MOST]))
+    more = f" and {len(rows) - _MOST} more" if len(rows) > _MOST else ""
+    return f"layer{'s' if len(rows) > 1 else ''} {shown}{more}"

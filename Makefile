@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?=
 DATA ?=
+# Warnings of old libraries are no errors here; what CONTRIBUTING.md says of this list is all it shows.
+OLDEST := tests/lisa_train/command/test_training.py tests/lisa_train/command/test_cli.py \
+  tests/lisa_train/trainer/test_trackers.py tests/lisa_train/measure/test_watching.py
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-classify test lint bench gpu notebooks clean
+.PHONY: help setup demo demo-classify test lint docs oldest bench gpu notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +37,15 @@ lint: setup  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup  ## build the site of docs/ into build/site, strictly
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+oldest:  ## a few training tests with the oldest versions that pyproject.toml names (.venv-oldest)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --requirement tests/oldest.txt
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -q -p no:cacheprovider -W default $(OLDEST)
 
 bench: setup  ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks $(ARGS)

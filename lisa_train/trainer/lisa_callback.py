@@ -51,8 +51,6 @@ class LisaCallback(Listener, TrainerCallback):
         The trainer that it is added to; None finds it when training begins.
     plan
         What was settled about the trainer's model before.
-    layers
-        Where the layers of its model are found.
 
     Attributes
     ----------

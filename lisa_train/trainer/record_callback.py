@@ -77,8 +77,6 @@ class RecordCallback(Listener, TrainerCallback):
         Continue the run in the directory; also done when training resumes from a checkpoint.
     continuation
         What knows how a resumed training differs from the one that was interrupted.
-    layers
-        Where the layers of the trainer's model are found.
 
     Raises
     ------

@@ -151,7 +151,9 @@ def _multiplies_fp32_exactly(device: torch.device) -> bool:
     backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     if device.type not in backends:
         return False
-    setting = getattr(backends[device.type].matmul, "fp32_precision", None)  # type: ignore[attr-defined]
+    # torch 2.6 has no such switch for the CPU.
+    matmul = getattr(backends[device.type], "matmul", None)
+    setting = getattr(matmul, "fp32_precision", None)
     if setting is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() == "highest"
     return setting in ("none", "ieee")

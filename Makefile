@@ -45,6 +45,7 @@ docs: setup  ## build the site of docs/ into build/site, strictly
 oldest:  ## a few training tests with the oldest versions that pyproject.toml names (.venv-oldest)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --requirement tests/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest -q -p no:cacheprovider -W default $(OLDEST)
 
 bench: setup  ## measure speed and memory, as ratios within one run

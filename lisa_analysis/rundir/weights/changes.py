@@ -23,6 +23,14 @@ FUSED = {
 }
 # Parts of a path that a wrapper adds or leaves out; one model has them, its twin has not.
 _OPTIONAL = {"model", "language_model", "text_model", "base_model", "transformer", "backbone"}
+# What transformers calls an encoder that stands under a head; without a head the name is left out.
+_OPTIONAL |= {
+    "albert", "beit", "bert", "convbert", "data2vec_text", "deberta", "deit", "dinov2",
+    "dinov2_with_registers", "distilbert", "electra", "ernie", "esm", "funnel", "gpt_neox",
+    "hubert", "ibert", "longformer", "mobilebert", "mpnet", "nomic_bert", "rembert", "roberta",
+    "roberta_prelayernorm", "roformer", "swin", "swinv2", "vit", "wav2vec2", "wav2vec2_bert",
+    "wavlm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +272,8 @@ def plain_name(name: str) -> str:
     'layers.0.mlp.up_proj.weight'
     >>> plain_name("model.language_model.layers.0.mlp.up_proj.weight")
     'layers.0.mlp.up_proj.weight'
+    >>> plain_name("bert.encoder.layer.0.output.dense.weight")  # of a classifier
+    'encoder.layer.0.output.dense.weight'
     """
     parts = canonical_name(name).split(".")
     while len(parts) > 1 and parts[0] in _OPTIONAL:

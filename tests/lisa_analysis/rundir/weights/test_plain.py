@@ -9,6 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -223,6 +226,22 @@ def test_renamed_and_fused_tensors_are_matched_and_the_rest_listed(tmp_path):
     said = " ".join(weights.warnings)
     assert "only in the tuned weights: extra.weight" in said
     assert "model.embed_tokens.weight (61×32 against 60×32)" in said
+
+
+def test_a_classifier_is_compared_with_the_encoder_that_it_came_from(tmp_path):
+    """Under a head the encoder's names begin with `bert`, alone they do not."""
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                        num_attention_heads=2, vocab_size=60)  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    tuned = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned.bert.encoder.layer[1].output.dense.weight += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    weights = la.load(tmp_path / "tuned", base=tmp_path / "base")
+    scores = la.importance(weights, "delta_norm").scores
+    np.testing.assert_allclose(scores, [0, 0.5 * np.sqrt(32 * 48), 0], rtol=1e-6)
+    assert np.isfinite(la.importance(weights, "spectrum_snr").scores).all()
 
 
 def test_experts_one_by_one_match_fused_ones(tmp_path):

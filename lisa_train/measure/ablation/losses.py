@@ -169,7 +169,10 @@ class ExampleLosses:
 def choose_examples(
     losses: ExampleLosses, rows: Rows, most: int | None, tokens_a_batch: int
 ) -> Examples:
-    """Take at most `most` of the rows, evenly spread over them, and put them into batches.
+    """Take at most `most` of the rows, spread over them, and put them into batches.
+
+    Of every stretch of equal length one is drawn, always the same one: rows that are sorted are
+    covered, and of rows that come in turns (a class after the other) not one kind alone is taken.
 
     Parameters
     ----------
@@ -188,7 +191,8 @@ def choose_examples(
         When no example has a label that counts.
     """
     count = len(rows.rows) if most is None else min(most, len(rows.rows))
-    numbers = [i * len(rows.rows) // count for i in range(count)]
+    within = np.random.default_rng(0).random(count)
+    numbers = [int((i + within[i]) * len(rows.rows) / count) for i in range(count)]
     taken = [rows.rows[i] for i in numbers]
     alone = [losses.on_device(rows.collate([row])) for row in taken]
     labels = [int(losses.counts(batch["labels"]).sum()) for batch in alone]

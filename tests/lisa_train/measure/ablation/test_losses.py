@@ -36,7 +36,7 @@ def test_examples_are_spread_and_those_without_labels_left_out():
         rows.rows[number]["labels"][:] = -100
     losses = ExampleLosses(build("llama"), rows)
     few = choose_examples(losses, rows, 4, 24)
-    assert few.measured.about["examples"] == 3  # of 0, 3, 6, 9
+    assert few.measured.about["examples"] == 3  # one of every three, and one has no label
     assert few.measured.about["available"] == 12
     every = choose_examples(losses, rows, None, 24)
     numbers = [n for batch in every.batches for n in batch.examples]
@@ -45,6 +45,19 @@ def test_examples_are_spread_and_those_without_labels_left_out():
     assert few.measured.about["digest"] != every.measured.about["digest"]
     again = choose_examples(losses, rows, 4, 8)
     assert few.measured.about["digest"] == again.measured.about["digest"]
+
+
+def test_of_rows_that_come_in_turns_all_kinds_are_taken():
+    """Every second of rows of two kinds would be of one kind."""
+    rows = rows_of("llama", copies=40)
+    losses = ExampleLosses(build("llama"), rows)
+    for number, row in enumerate(rows.rows):
+        row["input_ids"] = torch.full_like(row["input_ids"], number % 2)
+        row["labels"] = row["input_ids"].clone()
+    taken = choose_examples(losses, rows, len(rows.rows) // 2, 10_000).batches
+    kinds = torch.cat([batch.inputs["input_ids"][:, 0] for batch in taken])
+    assert len(kinds) == len(rows.rows) // 2
+    assert 0.25 < kinds.double().mean() < 0.75
 
 
 def test_unequal_examples_share_no_batch_unless_they_are_padded():

@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cells import run_cells
-from plan import HERE, cells
+from findings import RUNS, analyse
+from plan import METHODS, SEEDS, TASKS, cells
+from priors import keep_priors
 
 from lisa_analysis.contract.errors import LisaError
-
-RUNS = HERE / "runs"
 
 
 def main() -> int:
@@ -38,10 +38,17 @@ def main() -> int:
             seconds = None if arguments.minutes is None else 60 * arguments.minutes
             run_cells(chosen, RUNS, arguments.work, jobs=arguments.jobs, seconds=seconds,
                       say=lambda line: print(line, flush=True))  # fmt: skip
+            keep_priors(_first_of_every_task())
+        analyse()
     except LisaError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _first_of_every_task() -> dict[str, Path]:
+    kept = [(t, RUNS / t / m / f"s{s}") for t in TASKS for m in METHODS for s in SEEDS]
+    return {task: folder for task, folder in reversed(kept) if folder.exists()}
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def _noise_floor(x: Array, y: Array, first: Array, second: Array, confidence: fl
     with np.errstate(divide="ignore", invalid="ignore"):
         middle = np.sqrt(np.maximum(x, 0) / x.sum() * np.maximum(y, 0) / y.sum())
         relative_a, relative_b = first / x, second / y
-    null = st.jensen_shannon(
-        np.maximum(np.nan_to_num(middle * relative_a), 0),
-        np.maximum(np.nan_to_num(middle * relative_b), 0),
-    )
+    first = np.maximum(np.nan_to_num(middle * relative_a), 0)
+    second = np.maximum(np.nan_to_num(middle * relative_b), 0)
+    known = (first.sum(axis=1) > 0) & (second.sum(axis=1) > 0)  # a draw below zero has no shares
+    null = st.jensen_shannon(first[known], second[known])
     return float(np.quantile(null, confidence))
 
 

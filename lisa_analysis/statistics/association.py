@@ -105,7 +105,7 @@ class Cells:
         if not np.isfinite(y).all():
             raise ValueError("y is complete: leave out what is unknown in it")
         if not np.isfinite(x).all():
-            return np.nan_to_num([self.agreement(x, y[order]) for order in orders])
+            return self._null_of_some(x, y, orders)
         if not self.within:
             return _correlations(ranks(x), ranks(y), orders)
         kind = self.kind
@@ -122,6 +122,19 @@ class Cells:
         for rows in by_kind:
             total += _correlations(ranks(x[rows]), ranked, orders[:, rows])
         return total / len(by_kind)
+
+    def _null_of_some(self, x: Array, y: Array, orders: Ids) -> Array:
+        """`null` where some of `x` is unknown: what stands beside the rest has ranks of its own."""
+        known, kind = np.isfinite(x), self.kind
+        groups = [known & (kind == k) for k in range(self.kinds)] if self.within else [known]
+        rows = [np.flatnonzero(group) for group in groups if group.sum() > 2]
+        found = [
+            _row_correlations(np.tile(ranks(x[at]), (len(orders), 1)), _rank_rows(y[orders[:, at]]))
+            for at in rows
+        ]
+        sure = np.isfinite(found)
+        total = np.where(sure, found, 0.0).sum(axis=0) if found else np.zeros(len(orders))
+        return np.asarray(total / np.maximum(sure.sum(axis=0), 1))
 
 
 def reliability(cells: Cells, values: Array, *, splits: int = 100, seed: int = 0) -> float:

@@ -32,20 +32,23 @@ def analyse() -> None:
     """Write the page's tables and both figures."""
     runs = {(t, m): _kept(t, m) for t in TASKS for m in METHODS}
     runs = {key: found for key, found in runs.items() if found}
-    found = {key: la.validity([*own, *_probes(key[0]), *priors(key[0])])
-             for key, own in runs.items()}  # fmt: skip
-    worth = {(key, t): _over_seeds(own, t) for key, own in runs.items() for t in TARGETS}
     alone, gains = _alone()
+    found = {}
+    for key, own in runs.items():
+        beside = [alone] if alone is not None and key[0] == ALONE_TASK else []
+        found[key] = la.validity([*own, *_probes(key[0]), *priors(key[0]), *beside])
+    worth = {(key, t): _over_seeds(own, t) for key, own in runs.items() for t in TARGETS}
     tables = {
         "runs": _runs(runs),
         "orders": _orders(runs, found, worth),
         "best": _best(found),
         "keep": _metrics(found, "ablation_keep"),
         "reset": _metrics(found, "ablation_reset"),
+        "within": _metrics(found, "ablation_keep", "within kind"),
         "general": _general(found),
         "between": _between(worth),
         "alone": gains,
-        "agreement": [] if alone is None else _agreement(runs, alone),
+        "agreement": _agreement(found),
     }
     write_tables(HERE / "README.md", {
         name: markdown(rows) if rows else "Not run yet." for name, rows in tables.items()
@@ -133,9 +136,11 @@ def _name(row: Mapping[str, object]) -> str:
     )  # fmt: skip
 
 
-def _judged(found: la.Validity, task: str, target: str) -> list[dict[str, object]]:
+def _judged(found: la.Validity, task: str, target: str, level: str = "") -> list[dict[str, object]]:
+    """Rows of the level that the task is judged at, or of another."""
     frame = found.to_frame()
-    frame = frame[(frame["level"] == LEVELS[task]) & (frame["target"] == target)]
+    frame = frame[(frame["level"] == (level or LEVELS[task])) & (frame["target"] == target)]
+    frame = frame[frame["metric"] != ALONE_METRIC]
     return frame.to_dict("records")
 
 
@@ -166,10 +171,11 @@ def _agreement_words(row: Mapping[str, object]) -> str:
     return text
 
 
-def _metrics(found: Mapping[Key, la.Validity], target: str) -> list[Row]:
+def _metrics(found: Mapping[Key, la.Validity], target: str, level: str = "") -> list[Row]:
     """ρ of every metric in every cell; bold is evidence."""
-    columns = {key: {_name(r): r for r in _judged(one, key[0], target)}
+    columns = {key: {_name(r): r for r in _judged(one, key[0], target, level)}
                for key, one in found.items()}  # fmt: skip
+    columns = {key: column for key, column in columns.items() if column}
     names = _ordered(columns)
     return [
         {"metric": name} | {
@@ -235,7 +241,7 @@ def _between(worth: Mapping[tuple[Key, str], la.ImportanceProfile]) -> list[Row]
 
 def _alone() -> tuple[la.ImportanceProfile | None, list[Row]]:
     """C(k) over seeds: loss of the head alone less that with one layer."""
-    losses = {what: {run.manifest["seed"]: run.manifest["result"]["last_held_out_loss"]
+    losses = {what: {int(run.path.name[1:]): run.manifest["result"]["last_held_out_loss"]
                      for run in _kept(ALONE_TASK, f"alone-{what}")} for what in ALONE}  # fmt: skip
     whole = [s for s in SEEDS if all(s in losses[what] for what in ALONE)]
     if not whole:
@@ -256,19 +262,16 @@ def _alone() -> tuple[la.ImportanceProfile | None, list[Row]]:
     return profile, rows
 
 
-def _agreement(runs: Mapping[Key, list[la.Run]], alone: la.ImportanceProfile) -> list[Row]:
+def _agreement(found: Mapping[Key, la.Validity]) -> list[Row]:
     """C(k) beside the ablation of every method: the one comparison that was planned."""
     rows: list[Row] = []
-    for method in METHODS:
-        own = runs.get((ALONE_TASK, method))
-        if not own:
-            continue
-        frame = la.validity([*own, alone]).to_frame()
+    for (task, method), one in found.items():
+        frame = one.to_frame()
         frame = frame[(frame["metric"] == ALONE_METRIC) & (frame["level"] == "layer")]
         rows += [
             {
-                "method": method, "asked": TARGETS[row["target"]], "ρ": _agreement_words(row),
-                "chance of |ρ| as large": f"{row['p']:.3f}", "ceiling": f"{row['ceiling']:.2f}",
+                "task": SHORT.get(task, task), "method": method, "asked": TARGETS[row["target"]],
+                "ρ": _agreement_words(row), "chance of |ρ| as large": f"{row['p']:.3f}",
             }
             for row in frame.to_dict("records")
         ]  # fmt: skip
@@ -320,7 +323,10 @@ def _draw_worth(
                     ax.plot(profile.scores, color=color, linestyle=dashes, marker=marker, ms=3.5,
                             label=method)  # fmt: skip
             if task == ALONE_TASK and alone is not None:
-                ax.plot(alone.scores, color=style.MUTED, marker="x", ms=4, label="C(k)")
+                right = ax.twinx()  # several times as much: a size of its own
+                right.plot(alone.scores, color=style.MUTED, marker="x", ms=4)
+                right.set_ylabel("C(k), nats (×)", color=style.MUTED)
+                right.set_ylim(0, None)
             ax.axhline(0, color=style.MUTED, linewidth=0.8)
             ax.set_title(f"{TASKS[task]}: {words}", fontsize=9)
             ax.set_xlabel("layer")

@@ -11,7 +11,9 @@ REPORTS = Path(__file__).resolve().parents[2] / "reports"
 STUDIES = {  # name -> what the script writes beside the page
     "2026-11-23-skew": ("report.html", "profiles.png"),
     "2026-11-24-learned-sampling": ("losses.png",),
+    "2026-11-27-validity": ("metrics.png", "worth.png"),
 }
+WORDS = {"2026-11-27-validity": ["--analyse"]}  # of a plan that was not run to its end
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -23,7 +25,7 @@ def test_tables_and_figures_follow_from_the_kept_logs(tmp_path, name):
         (folder / made).unlink()
     page = (folder / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(page.replace("|", "!"), encoding="utf-8")
-    subprocess.run([sys.executable, "study.py"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "study.py", *WORDS.get(name, [])], cwd=folder, check=True)
     again = (folder / "README.md").read_text(encoding="utf-8")
     assert again.replace("!", "|") == page.replace("!", "|")
     assert again.count("|") > 50

@@ -135,3 +135,15 @@ def test_reliability_is_what_a_second_ablation_would_agree(rng):
         found.append(reliability(cells, first))
     assert np.mean(found) == pytest.approx(np.mean(again), abs=0.06)
     assert np.isnan(reliability(cells, first[:3]))
+
+
+@pytest.mark.parametrize("cells", [Cells(9), Cells(5, 3), Cells(6, 4, within=True)])
+def test_the_null_of_a_metric_that_is_unknown_somewhere_is_that_of_every_order(cells):
+    rng, n = np.random.default_rng(2), cells.layers * cells.kinds
+    x, y = rng.standard_normal(n), rng.standard_normal(n).round(1)
+    x[rng.random(n) < 0.3] = np.nan
+    if cells.kinds > 1:
+        x[:: cells.kinds] = np.nan  # one kind at all
+    orders = cells.orders(rng)[:300]
+    one_by_one = np.nan_to_num([cells.agreement(x, y[order]) for order in orders])
+    np.testing.assert_allclose(cells.null(x, y, orders), one_by_one, atol=1e-12)

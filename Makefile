@@ -9,7 +9,7 @@ OLDEST := tests/lisa_train/command/test_training.py tests/lisa_train/command/tes
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-classify test lint docs oldest bench gpu notebooks clean
+.PHONY: help setup demo demo-classify demo-vision demo-speech test lint docs oldest bench gpu notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,12 @@ demo: setup  ## the main job on a real model: probe, layers named, LoRA and LISA
 
 demo-classify: setup  ## classify conversations: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.classify $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+demo-vision: setup  ## classify small pictures with DINOv2: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
+	$(BIN)/python -m lisa_train.command.demo.vision $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+demo-speech: setup  ## teach Whisper a synthetic voice: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
+	$(BIN)/python -m lisa_train.command.demo.speech $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 test: setup  ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_tasks import build_vit, write_images
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.command.cli import parse
 from lisa_train.command.demo import __main__ as demo
-from lisa_train.command.demo import classify, sources, topics
+from lisa_train.command.demo import classify, compare, sources, speech, topics, vision
 from lisa_train.command.demo.chitchat import TURNS, examples
 from lisa_train.command.demo.smollm2 import _undo_rotary_interleave
 
@@ -62,7 +63,7 @@ def test_a_source_that_cannot_be_fetched_is_one_sentence(
     monkeypatch.setenv("LISA_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: hashes do not match\n")
     monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(LisaError, match=r"hashes do not match.*make demo MODEL=… DATA=…"):
+    with pytest.raises(LisaError, match=r"hashes do not match.*with MODEL=… DATA=…"):
         sources.fetch(sources.CHITCHAT)
     assert not (tmp_path / "dataset.json").exists()
 
@@ -149,11 +150,17 @@ def test_conversations_of_the_commonest_questions_are_told_apart() -> None:
     assert rows[0]["text"].splitlines() == ["a3 b"] * topics.TURNS
 
 
-def test_the_settings_of_the_classification_are_valid_for_its_recipes() -> None:
+def test_the_settings_of_the_comparisons_are_valid_for_their_recipes() -> None:
     needed = ["--model_name_or_path", "m", "--dataset_name", "d"]
-    for recipe, _ in classify.RUNS.values():
-        config = parse(["--config", recipe, "--config", classify.SETTINGS, *needed]).config
-        assert config.task == "text-classification"
+    for comparison, task in (
+        (classify.DEMO, "text-classification"),
+        (vision.DEMO, "image-classification"),
+        (speech.DEMO, "speech-recognition"),
+    ):
+        assert set(comparison.runs) == {"head-alone", "lisa-uniform", "lora", "full"}
+        for recipe, _ in comparison.runs.values():
+            config = parse(["--config", recipe, "--config", comparison.settings, *needed]).config
+            assert config.task == task
 
 
 def test_a_model_of_several_files_is_unpacked_whole(
@@ -175,3 +182,36 @@ def test_a_model_of_several_files_is_unpacked_whole(
     assert {p.name: p.read_text() for p in folder.iterdir()} == {n: n for n in sources._MODEL_FILES}
     monkeypatch.setattr(sources, "_download", None)
     assert sources.fetch_folder(sources.MINILM) == folder
+
+
+def test_a_comparison_runs_every_method_and_says_what_came_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model, with the two commands in this process."""
+    from lisa_analysis.views import cli as analysis
+    from lisa_train.command.cli import main as training
+
+    model, data = build_vit(tmp_path / "vit"), write_images(tmp_path / "images", 48)
+    said: list[tuple[str, ...]] = []
+
+    def run(command: str, *words: str, quietly: bool = False) -> None:
+        said.append((command, *words))
+        main = training if command == "lisa-train" else analysis.main
+        few = ["--max_eval_samples=8", "--per_device_train_batch_size=4", "--eval_steps=5"]
+        assert main([*words, *(few if command == "lisa-train" else [])]) == 0
+
+    monkeypatch.setattr(compare, "run_command", run)
+    words = ["--model", str(model), "--data", str(data), "--steps", "10",
+             "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    assert compare.run_comparison(vision.DEMO, words) == 0
+    assert [words[0] for words in said] == ["lisa-train"] * 4 + ["lisa-analyze"]
+    assert (tmp_path / "out" / "report.html").stat().st_size
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("  ")}
+    for name in vision.DEMO.runs:
+        result = la.load(tmp_path / "out" / name).manifest["result"]
+        assert table[name][0] == f"{result['last_held_out_loss']:.3f}"
+        assert table[name][1] == f"{result['last_held_out_scores']['accuracy']:.3f}"
+    assert int(table["head-alone"][3].replace(",", "")) == 32 * 2 + 2  # a matrix and a bias
+    assert len(table["before"]) == 3
+    assert "Guessing among 2 classes is right in 0.500." in "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.contract.schema import ABLATION_TABLE
-from lisa_analysis.rundir.shards import arrow_schema, check_stored_version
+from lisa_analysis.rundir.small_table import no_rows, read_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,30 +40,9 @@ def read_ablation(path: Path, n_layers: int, warnings: list[str]) -> "pd.DataFra
     RunDirectoryError
         When the file cannot be read, or what it says cannot be.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = arrow_schema(ABLATION_TABLE)
     if not path.exists():
-        return pa.table([pa.nulls(0, f.type) for f in schema], names=schema.names).to_pandas()
-    try:
-        with path.open("rb") as file:  # Arrow reads a path as an address where it has a colon
-            table = pq.ParquetFile(file).read()
-        check_stored_version(table.schema, path, warnings)
-        arrays = [
-            table.column(field.name).cast(field.type)
-            if field.name in table.schema.names
-            else pa.nulls(table.num_rows, field.type)
-            for field in schema
-        ]
-        frame = pa.table(arrays, names=schema.names).to_pandas()
-    except RunDirectoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunDirectoryError(
-            f"{path} cannot be read ({reason}): run lisa-ablate again."
-        ) from None
+        return no_rows(ABLATION_TABLE)
+    frame = read_whole(path, ABLATION_TABLE, warnings, "run lisa-ablate again")
     if fault := _fault(frame, n_layers):
         raise RunDirectoryError(f"{path} {fault}: run lisa-ablate again.")
     return frame

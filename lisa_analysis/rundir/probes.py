@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.contract.schema import PROBES_TABLE, parse_shard_name
-from lisa_analysis.rundir.shards import arrow_schema, check_stored_version
+from lisa_analysis.rundir.small_table import no_rows, read_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,10 +29,7 @@ def read_probes(
         Segment -> last step of it that later segments leave standing.
     """
     import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    schema = arrow_schema(PROBES_TABLE)
     newest: dict[int, Path] = {}
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         parsed = parse_shard_name(path.name)
@@ -40,29 +37,12 @@ def read_probes(
             newest[parsed[1]] = path  # sorted by segment, then step
     frames = []
     for path in newest.values():
-        try:
-            with path.open("rb") as file:  # Arrow reads a path as an address where it has a colon
-                table = pq.ParquetFile(file).read()
-            check_stored_version(table.schema, path, warnings)
-            arrays = [
-                table.column(field.name).cast(field.type)
-                if field.name in table.schema.names
-                else pa.nulls(table.num_rows, field.type)
-                for field in schema
-            ]
-            frame = pa.table(arrays, names=schema.names).to_pandas()
-        except RunDirectoryError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RunDirectoryError(
-                f"{path} cannot be read ({reason}): restore it or move it away."
-            ) from None
+        frame = read_whole(path, PROBES_TABLE, warnings, "restore it or move it away")
         if fault := _fault(frame, tensors):
             raise RunDirectoryError(f"{path} {fault}: restore the file.")
         frames.append(frame)
     if not frames:
-        return pa.table([pa.nulls(0, f.type) for f in schema], names=schema.names).to_pandas()
+        return no_rows(PROBES_TABLE)
     return pd.concat(frames, ignore_index=True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError, suggest
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.model_card import write_card
 from lisa_train.command.output import (
     check_unfinished,
     expand_home,
@@ -158,8 +159,16 @@ class PreparedRun:
                 trainer.train(resume_from_checkpoint=resumed)
             if config.save_final_model:
                 adapters = getattr(trainer.model, "peft_config", None)
-                folder = schema.ADAPTER_DIR if adapters else FINAL_MODEL
-                trainer.save_model(str(self.run_dir / folder))
+                folder = self.run_dir / (schema.ADAPTER_DIR if adapters else FINAL_MODEL)
+                recorded = (self.run_dir / schema.MANIFEST).exists()
+                if recorded:  # what Trainer writes beside the weights that it pushes to the hub
+                    pushed = Path(trainer.args.output_dir)
+                    trainer.create_model_card = lambda *_, **__: write_card(
+                        self.run_dir, pushed, adapter=bool(adapters)
+                    )
+                trainer.save_model(str(folder))
+                if recorded and trainer.is_world_process_zero():
+                    write_card(self.run_dir, folder, adapter=bool(adapters))
 
     def _attach(self) -> "Attachment":
         from lisa_train.trainer import attach

@@ -26,8 +26,8 @@ class ProbeChange:
     before, after
         Their profiles by ``grad_signal``.
     layers
-        One row per layer: layer, name, before, after, ratio (after over before) and change:
-        ``rose``, ``fell``, ``within`` (the bands overlap) or ``unknown``.
+        One row per layer: layer, name, before, after, ratio (after over before, 0 where nothing is
+        left) and change: ``rose``, ``fell``, ``within`` (the bands overlap) or ``unknown``.
     statement
         The same in a sentence.
     """
@@ -98,7 +98,9 @@ def _changes(before: ImportanceProfile, after: ImportanceProfile) -> pd.DataFram
     with np.errstate(invalid="ignore", divide="ignore"):
         change[bounds[2] > bounds[1]] = "rose"
         change[bounds[3] < bounds[0]] = "fell"
-        ratio = new["score"].to_numpy(dtype=np.float64) / old["score"].to_numpy(dtype=np.float64)
+        # The estimate is unbiased, and below zero here and there: there it is of nothing left.
+        left, was = (np.maximum(f["score"].to_numpy(dtype=np.float64), 0.0) for f in (new, old))
+        ratio = left / np.where(was > 0, was, np.nan)
     change[~np.isfinite(bounds).all(axis=0)] = "unknown"
     return pd.DataFrame({
         "layer": old["layer"], "name": old["name"], "before": old["score"], "after": new["score"],

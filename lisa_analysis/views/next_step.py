@@ -77,7 +77,7 @@ def _know_more(one: RunAnalysis) -> NextStep:
                         _train("probe", one.run, f"--probe.batches {batches}"))  # fmt: skip
     return NextStep(
         "Ask a probe: it passes independent batches through the untouched model and names layers "
-        "in about a minute, without training.",
+        "without training.",
         _train("probe", one.run),
     )
 

@@ -220,6 +220,7 @@ def test_two_probes_say_which_layers_rose_and_fell(tmp_path):
     assert "rose in layer 1 (×" in found.statement
     assert "fell in layer 4 (×" in found.statement
     assert found.layers["before"].tolist() == la.importance(path, "grad_signal@0").scores.tolist()
+    assert (found.layers["ratio"] >= 0).all()
     page = la.report(path).html
     assert "What training changed" in page
     assert found.statement.split(" the gradient")[0] in page

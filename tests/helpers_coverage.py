@@ -79,6 +79,7 @@ class World:
     steps: int
     lisa: tuple[int, int] | None = None
     n_eff: float | None = None
+    layers: int = LAYERS
 
 
 @dataclass
@@ -110,9 +111,10 @@ def simulate(world, truth, rng):
     return np.where(seen, logs, np.nan), np.arange(world.steps) // interval
 
 
-def coverage(world, truth=FLAT, repetitions=20, judge=True, replicates=400):
+def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
     """Fit so many runs of a world, and count."""
     held = Held()
+    truth = np.zeros(world.layers) if truth is None else truth
     for repetition in range(repetitions):
         rng = np.random.default_rng([repetition, world.steps])
         logs, clusters = simulate(world, truth, rng)
@@ -155,6 +157,7 @@ WORLDS = [
     World("white + slow .05", slow(0.05), 500, n_eff=194),
     World("white + slow .15", slow(0.15), 500, n_eff=35),
     World("white + slow .15", slow(0.15), 2000, n_eff=121),
+    World("white + slow .15, 6 layers", slow(0.15), 300, layers=6),
     World("smooth slow .15", slow(0.15, smooth=True), 500),
     World("smooth slow .3", slow(0.3, smooth=True), 2000),
     World("own trends", trend(0.3), 200),

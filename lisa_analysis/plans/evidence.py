@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.statistics.shrinkage import shrunk_scores
 
 if TYPE_CHECKING:
     from lisa_analysis.profiles.profile import ImportanceProfile
@@ -30,6 +31,10 @@ class Evidence:
         scores are taken as certain.
     doubt
         The same of a profile whose scores are taken as certain all the same.
+    shrunk
+        Shape (L,): the scores pulled towards their common level by how little is known of each
+        (`shrunk_scores`, from the bounds of each layer by itself); None where they are taken as
+        certain, or nothing follows from them.
     """
 
     score: Array
@@ -37,6 +42,7 @@ class Evidence:
     high: Array | None
     undecided: str
     doubt: str = ""
+    shrunk: Array | None = None
 
     @classmethod
     def of(cls, profile: "ImportanceProfile", use_intervals: bool = True) -> "Evidence":
@@ -57,9 +63,11 @@ class Evidence:
         check_profile(profile)
         frame = profile.layers
         score, low, high = (_column(frame, name) for name in ("score", "low", "high"))
+        alone = [low, high]  # bounds of each layer by itself
         joint = _column(frame, "joint_low"), _column(frame, "joint_high")
         if np.isfinite(joint[0]).any():
             low, high = joint
+            alone = [np.where(np.isfinite(a), a, b) for a, b in zip(alone, joint, strict=True)]
         if np.isinf(score).any():
             layer = int(np.argmax(np.isinf(score)))
             raise ProbabilitiesError(
@@ -75,10 +83,14 @@ class Evidence:
             return cls(score, None, None, "", reason or (rest if bare.any() else ""))
         if reason:
             low = high = np.full(len(score), np.nan)
-            score = np.where(score == 0, np.nan, score)
-        else:
-            low[zero] = high[zero] = 0.0
-        return cls(score, low, high, reason)
+            return cls(np.where(score == 0, np.nan, score), low, high, reason)
+        low[zero] = high[zero] = 0.0
+        known = np.isfinite(score) & (np.isfinite(low) | np.isfinite(high))
+        shrunk = np.full(len(score), np.nan)
+        shrunk[known] = shrunk_scores(
+            score[known], alone[0][known], alone[1][known], float(profile.confidence)
+        )
+        return cls(score, low, high, reason, shrunk=shrunk)
 
 
 def check_profile(profile: Any) -> None:

@@ -44,7 +44,7 @@ def sampling_probabilities(
 ) -> SamplingProbabilities:
     """Turn a profile into inclusion probabilities.
 
-    score with interval → safe score → power → mix with uniform → floor and cap with Σπ = k.
+    score with interval → careful score → power → mix with uniform → floor and cap with Σπ = k.
 
     A layer of a higher score never gets a smaller π than one of a lower score, where both are
     known; a layer that is unknown (without a score, or without an interval) gets its uniform share
@@ -104,7 +104,7 @@ def sampling_probabilities(
         )
     stages = probabilities_from_scores(
         evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
-        control=control, seed=seed,
+        control=control, seed=seed, shrunk=evidence.shrunk,
     )  # fmt: skip
     frame = profile.layers
     raw = [frame[c].to_numpy(dtype=np.float64) for c in ("score", "low", "high")]
@@ -191,8 +191,9 @@ def strengths(
             if settings.pool is not None and evidence.undecided:
                 raise ProbabilitiesError(f"the profile is undecided: {evidence.undecided}.")
             pi = probabilities_from_scores(
-                evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings
-            ).pi
+                evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
+                shrunk=evidence.shrunk,
+            ).pi  # fmt: skip
         except ProbabilitiesError as error:
             if settings.pool is None:
                 raise
@@ -275,8 +276,9 @@ def _justification(
     inside = pi[pi > 0]
     times = float(inside.max() / inside.min())
     limits = profile.thresholds
-    # What the careful scores inside the intervals give is what can be counted on.
-    least = min(spread, _spread(stages.safe))
+    # What is left of the spread at the lower end of its interval can be counted on.
+    low = profile.concentration.headroom.low
+    least = min(spread, _spread(stages.safe) if low is None or evidence.low is None else low)
     if np.ptp(inside) / inside.max() < limits.material / (1 + limits.material) and pi.min() > 0:
         return False, (
             f"The probabilities hardly differ from uniform ones: no layer is drawn "

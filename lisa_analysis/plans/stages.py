@@ -1,6 +1,7 @@
 """Scores -> shares, in stages: the one engine of files, exports and the learner (numpy only).
 
-score with interval → safe score → power → mixed with the prior → floor and cap with an exact sum.
+score with interval → careful score → power → mixed with the prior → floor and cap, with an exact
+sum.
 """
 
 import math
@@ -25,7 +26,9 @@ class Stages:
     score, low, high
         What was given; a layer that is exactly 0 has the bounds 0.
     safe
-        Score inside its interval that makes sampling safest, see `safe_scores`.
+        The careful score: pulled towards the others by how little is known of it where that was
+        given (`shrunk_scores`), else the one inside its interval that makes sampling safest
+        (`safe_scores`).
     power
         Safe score over its mean, to the power; of a pool 1 inside and 0 outside.
     mixed
@@ -64,6 +67,7 @@ def probabilities_from_scores(
     control: str | None = None,
     seed: int = 0,
     costs: ArrayLike | None = None,
+    shrunk: ArrayLike | None = None,
 ) -> Stages:
     """Turn scores into inclusion probabilities π with Σπ = k.
 
@@ -96,6 +100,9 @@ def probabilities_from_scores(
         For parts of layers of different sizes: their sizes over the mean, shape (L,), of mean 1.
         Σ cost·π = k then, and k/L is the share of all parameters that train. The prior's sum and
         the controls go by it too.
+    shrunk
+        Careful scores in the order of `scores`, shape (L,), see `shrunk_scores`; None takes the
+        safest ones inside the bounds.
 
     Returns
     -------
@@ -122,7 +129,9 @@ def probabilities_from_scores(
         least = int(k)
     if not isinstance(strength, Strength):
         strength = Strength.of(strength, mix=mix, floor=floor, cap=cap)
-    result = _stages(scores, low, high, float(k), 1.0, strength, prior, least=least, price=price)
+    result = _stages(
+        scores, low, high, float(k), 1.0, strength, prior, least=least, price=price, shrunk=shrunk
+    )
     if strength.pool is None and not (result.pi > 0).all():
         raise ProbabilitiesError(
             f"layer {int(np.argmin(result.pi))} would never be drawn: use a floor or a mix above "
@@ -144,6 +153,7 @@ def multiples_from_scores(
     cap: float = 4.0,
     control: str | None = None,
     seed: int = 0,
+    shrunk: ArrayLike | None = None,
 ) -> Stages:
     """Turn scores into shares of a given mean: for ranks, rates, merge weights and the like.
 
@@ -152,7 +162,7 @@ def multiples_from_scores(
 
     Parameters
     ----------
-    scores, low, high, strength, mix, floor, cap, control, seed
+    scores, low, high, strength, mix, floor, cap, control, seed, shrunk
         As there; the bounds are in units of the mean.
     mean, most
         Mean of the shares, and what none of them exceeds.
@@ -174,7 +184,7 @@ def multiples_from_scores(
         raise ProbabilitiesError(
             f"the mean share is {mean!r}: expected a number above 0 and at most {most:g}."
         )
-    result = _stages(scores, low, high, len(scores) * mean, most, strength, None)
+    result = _stages(scores, low, high, len(scores) * mean, most, strength, None, shrunk=shrunk)
     return _controlled(result, control, seed)
 
 
@@ -189,6 +199,7 @@ def _stages(
     *,
     least: int = 1,
     price: Array | None = None,
+    shrunk: ArrayLike | None = None,
 ) -> Stages:
     """Every stage for shares that sum to `total`, none of them above `most`."""
     n = len(scores)
@@ -198,7 +209,11 @@ def _stages(
     score, bottom, top, known = _known(scores, low, high)
     safe, power, mixed = (np.full(n, np.nan) for _ in range(3))
     if known.any():
-        safe[known] = safe_scores(*_in_order(score[known], bottom[known], top[known]))
+        safe[known] = (
+            safe_scores(*_in_order(score[known], bottom[known], top[known]))
+            if shrunk is None
+            else np.asarray(shrunk, dtype=np.float64)[known]
+        )
     if strength.pool is not None:
         least = max(least, math.ceil(total / most)) if math.isfinite(most) else least
         chosen = _pool(score, bottom, known, strength.pool, least)

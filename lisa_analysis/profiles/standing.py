@@ -117,7 +117,8 @@ def _strict(fit: Fit, confidence: float) -> Array:
         return np.full(len(fit.effect), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         largest = np.abs(fit.noise[:, fit.known] / fit.error[fit.known]).max(axis=1)
-    return np.asarray(float(np.quantile(largest, 1 - (1 - confidence) / 10)) * fit.error)
+    widened = fit.widened if len(fit.widened) else 1.0
+    return np.asarray(float(np.quantile(largest, 1 - (1 - confidence) / 10)) * widened * fit.error)
 
 
 def _onto(fit: Fit, bound: Array) -> Array:

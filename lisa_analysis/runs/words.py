@@ -117,14 +117,28 @@ def _difference(row: pd.Series) -> str:
 
 
 def _single(losses: pd.DataFrame, means: pd.DataFrame) -> str:
-    """Without any interval: the lowest run, and that one seed says little."""
+    """Without any interval: the lowest runs, and that one seed says little.
+
+    Losses that print alike, to four decimals, are a tie.
+    """
     if len(losses) < 2:
         return ""
-    best = losses.iloc[int(losses["loss_at_equal_steps"].argmin())]
-    text = (
-        f"At equal steps {best['run']} has the lowest held-out loss "
-        f"({best['loss_at_equal_steps']:.4f})."
-    )
+    shown = losses["loss_at_equal_steps"].round(4)
+    best = losses[shown == shown.min()]
+    value = f"{shown.min():.4f}"
+    names = [str(name) for name in best["run"]]
+    if len(best) == 1:
+        text = f"At equal steps {names[0]} has the lowest held-out loss ({value})."
+    elif len(best) == len(losses):
+        text = f"At equal steps the held-out losses are equal ({value})."
+    else:
+        first, rest = names[: _MOST - 1], len(names) - _MOST + 1
+        last = f"{rest} more" if rest > 1 else names[-1]
+        first = first if rest > 1 else names[:-1]
+        text = (
+            f"At equal steps {', '.join(first)} and {last} tie for the lowest held-out loss "
+            f"({value})."
+        )
     few = (
         "One run is one sample of the seed"
         if (means["seeds"] == 1).all()

@@ -13,6 +13,9 @@ from lisa_analysis.statistics.persistence import MIN_ROWS, Persistence, persiste
 
 Array = NDArray[np.float64]
 
+# Share of a variance that a mean takes with it: beyond half of it the correction is a guess.
+MOST_TAKEN = 0.5
+
 __all__ = [
     "MIN_ROWS",
     "Errors",
@@ -150,7 +153,13 @@ def of_visits(effects: Effects, labels: NDArray[np.int64], scale: Array) -> Erro
         else:
             squares = (rows**2).sum(axis=0) / np.maximum(rows.sum(axis=0), 1) ** 2
             error = np.sqrt(spread * squares + _error_of_trend(active, labels, spread, effects))
-        error = error * np.sqrt(_between_visits(means / np.sqrt(spread), active)) * scale
+        stretch, worth = _between_visits(means / np.sqrt(spread), active)
+        # Residuals about a mean of visits that go together are too small by more than one degree
+        # of freedom: the mean took its own variance with it.
+        once = 1 / np.maximum(visits, 2)
+        taken = np.clip(stretch * once, once, np.maximum(once, MOST_TAKEN))
+        error = error * np.sqrt(stretch * (1 - once) / (1 - taken)) * scale
+        degrees = 1 / (1 / shared.degrees + 1 / worth)
     known = (visits > 0) & np.isfinite(error) & np.isfinite(shared.variance)
     counts = rows.sum(axis=0)
     alike = intraclass_correlation(effects.residuals, labels)
@@ -158,7 +167,7 @@ def of_visits(effects: Effects, labels: NDArray[np.int64], scale: Array) -> Erro
     n_eff = counts / (1 + (np.maximum(counts / np.maximum(visits, 1), 1) - 1) * alike)
     nothing = np.zeros(len(visits))
     return Errors(
-        np.where(known, error, np.nan), np.where(known, shared.degrees, np.nan), n_eff,
+        np.where(known, error, np.nan), np.where(known, degrees, np.nan), n_eff,
         np.full(len(visits), alike), nothing, shared.departs, visits,
     )  # fmt: skip
 
@@ -204,8 +213,10 @@ def _error_of_trend(
     return np.asarray(np.einsum("ij,jk,ik->i", away, inverse, away) * known.mean())
 
 
-def _between_visits(deviates: Array, active: Array, most: int = 20) -> Array:
+def _between_visits(deviates: Array, active: Array, most: int = 20) -> tuple[Array, float]:
     """What the memory from visit to visit adds to the variance of every layer's mean, at least 1.
+
+    And how many degrees of freedom that was read from: visits over lags (Priestley 1981, 6.2.4).
 
     1 + 2 Σ_h ρ_h p_h with p_h the layer's share of visits that had another h intervals before, and
     ρ_h of all layers together, as long as it is positive. Residuals about a mean of v visits are
@@ -216,7 +227,7 @@ def _between_visits(deviates: Array, active: Array, most: int = 20) -> Array:
     together = float(visits.sum())
     stretch = np.ones(len(visits))
     if square <= 0:
-        return stretch
+        return stretch, float("inf")
     lost, common, products, pairs = float((visits > 0).sum()) / together, 1.0, 0.0, 0.0
     found: list[tuple[float, Array]] = []
     for lag in range(1, min(most, len(filled) // 4) + 1):
@@ -229,7 +240,7 @@ def _between_visits(deviates: Array, active: Array, most: int = 20) -> Array:
         found.append((product / max(count, 1e-12), own / np.maximum(visits, 1)))
     for correlation, share in found:
         stretch += 2 * min(max(correlation + lost * common, 0.0), 1.0) * share
-    return stretch
+    return stretch, together / (2 * len(found) + 1) if found else float("inf")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.statistics import errors as er
-from lisa_analysis.statistics.depth_modes import widen_along_depth
+from lisa_analysis.statistics.depth_modes import along_depth
 from lisa_analysis.statistics.persistence import of_halves
 from lisa_analysis.statistics.rows import condense, find_zeros, level
 
@@ -89,6 +89,9 @@ class Fit:
         Whether layers were seen in activation intervals only (LISA).
     passing
         Share of an observation's variance that is forgotten within a fifth of the run.
+    widened
+        Shape (layers,): times that a layer's error is larger where all layers are judged at once,
+        for the slow courses that it shares with its neighbours in depth.
     """
 
     score: Array
@@ -119,6 +122,7 @@ class Fit:
     over_depth: Array | None = None
     adjusted_by_visits: bool = False
     passing: float = 1.0
+    widened: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def seen(self) -> NDArray[np.bool_]:
@@ -221,12 +225,16 @@ def fit_series(
     shape = er.deviates(residuals, labels, found, effects.inverse, rng, replicates)
     enough &= np.isfinite(effects.layer) & (shape is not None)
     point, joint = _multiples(shape, found, enough, confidence)
+    noise = _noise(shape, found, enough, rng)
+    over_depth, widened = noise, np.ones(len(scale))
+    if noise is not None and labels is None and not independent:
+        shared = along_depth(noise, residuals, enough)
+        over_depth = shared.stretch(noise, rng)
+        # A band for all layers must hold where a slow course moves many of them at once.
+        widened = shared.widening(found.error)
+    joint = joint * widened
     bounds = [effects.layer + sign * np.where(enough, reach * found.error, np.nan)
               for reach in (point, joint) for sign in (-1, 1)]  # fmt: skip
-    noise = _noise(shape, found, enough, rng)
-    over_depth = noise
-    if noise is not None and labels is None and not independent:
-        over_depth = widen_along_depth(noise, residuals, enough, rng)
     samples = None
     if noise is not None and enough.any():
         samples = effects.layer + np.where(enough, noise, np.nan)
@@ -239,7 +247,7 @@ def fit_series(
         _block_means(residuals, effects.layer, block), length,
         _halves(series, block, remove_common and log), log, effects.adjusted, zero, zeros,
         joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
-        found.fresh, over_depth, labels is not None, found.passing,
+        found.fresh, over_depth, labels is not None, found.passing, widened,
     )  # fmt: skip
 
 

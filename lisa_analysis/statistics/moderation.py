@@ -72,7 +72,7 @@ def moderated_variance(variance: Array, degrees: Array) -> Moderated:
     for _ in range(int(usable.sum()) // 4):
         # The largest for its degrees is judged by the others alone, or it would hide itself.
         left = np.flatnonzero(usable & ~departs)
-        top = int(left[np.argmax(variance[left] / _chi2_over_df(0.95, degrees[left]))])
+        top = int(left[np.argmax(variance[left] / chi2_over_df(0.95, degrees[left]))])
         others = left[left != top]
         common, known = _prior(variance[others], degrees[others])
         if not _beyond(float(variance[top]), common, float(degrees[top]), known, len(left)):
@@ -117,7 +117,7 @@ def _beyond(variance: float, prior: float, degrees: float, worth: float, looks: 
     return bool(z > NormalDist().inv_cdf(1 - DEPARTS / looks))
 
 
-def _chi2_over_df(probability: float, degrees: Array) -> Array:
+def chi2_over_df(probability: float, degrees: Array) -> Array:
     """Quantile of χ²/d by Wilson and Hilferty's cube, within some per cent from d = 1 on."""
     z = NormalDist().inv_cdf(probability)
     part = 2 / (9 * degrees)

@@ -153,6 +153,7 @@ class Plan:
         return multiples_from_scores(
             self.evidence.score, self.evidence.low, self.evidence.high, mean=mean, most=most,
             strength=strength, control=self.control, seed=self.seed,
+            shrunk=self.evidence.shrunk,
         )  # fmt: skip
 
     def names(self, chosen: NDArray[np.bool_]) -> list[str]:

@@ -194,7 +194,7 @@ class TestPipeline:
         np.testing.assert_allclose(frame["mixed"], 0.9 * power / power.sum() + 0.1 / 12)
         expected = inclusion_probabilities(frame["mixed"].to_numpy(), 3, floor=0.25, cap=4.0)
         np.testing.assert_allclose(frame["inclusion_probability"], expected)
-        assert (frame["safe"] >= frame["low"] - 1e-12).all()
+        assert frame["safe"].between(frame["low"], frame["high"]).all()
 
     @pytest.mark.parametrize("k", range(1, 13))
     def test_any_k(self, strong, k):

@@ -189,6 +189,15 @@ class TestInput:
         assert comparison.differences["mean"].isna().all()
         assert comparison.arms["arm"].tolist() == ["tiny", "else"]
 
+    def test_equal_losses_are_a_tie(self, arm):
+        """The first of equal runs was said to have "the lowest" loss."""
+        assert "held-out losses are equal (2.0000)" in la.compare(arm([2.0, 2.0])).statement
+        tie = la.compare([*arm([2.0]), *arm([2.0], config="learning_rate: 0.3\n"),
+                          *arm([2.1], config="learning_rate: 0.5\n")]).statement  # fmt: skip
+        assert "tie for the lowest held-out loss (2.0000)" in tie
+        one = la.compare([*arm([2.0]), *arm([2.001], config="learning_rate: 0.3\n")]).statement
+        assert "has the lowest held-out loss (2.0000)" in one
+
     def test_other_data_too(self, arm):
         runs = [arm([2.0], manifest={"dataset": {"name": name}})[0] for name in ("x/a", "y/a", "b")]
         text = la.compare(runs).statement

@@ -112,7 +112,7 @@ class TestUndecided:
         assert profile.to_dict()["verdict"] == profile.verdict
 
     def test_no_run_of_the_studies_is_undecided_and_names_layers(self):
-        for run in sorted(SKEW.parents[1].glob("*/runs/*")):
+        for run in sorted(SKEW.parents[1].glob("2026-11-2[34]-*/runs/*")):
             profile = la.importance(la.load(run))
             named = bool(profile.above or profile.below)
             assert named == (profile.verdict not in ("undecided", "flat"))

@@ -13,7 +13,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
 from lisa_analysis.views.analysis import RunAnalysis
 from lisa_analysis.views.headline import headline
-from lisa_analysis.views.report import figures
+from lisa_analysis.views.report import figures, over_time
 from lisa_analysis.views.report.figure import Budget, ReportFigure
 from lisa_analysis.views.report.format import redact
 from lisa_analysis.views.report.worth import worth_figures, worth_words
@@ -165,8 +165,8 @@ def gather(analysis: RunAnalysis, position: int, budget: Budget, *, alone: bool)
     heatmaps = _heatmaps(analysis, slug, budget) if shown else []
     schedule = learned = None
     if analysis.drew_layers:
-        schedule = figures.schedule_figure(f"{slug}-schedule", run, names, budget)
-        learned = figures.learned_figure(f"{slug}-learned", run, names, budget)
+        schedule = over_time.schedule_figure(f"{slug}-schedule", run, names, budget)
+        learned = over_time.learned_figure(f"{slug}-learned", run, names, budget)
     return RunContent(
         run,
         slug,
@@ -195,7 +195,7 @@ def _heatmaps(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFi
     if not analysis.drew_layers:
         columns.append("delta_norm" if _has_adapters(analysis.run) else "weight_norm")
     grids = dict(analysis.grids(columns)) | {"update_norm": analysis.updates}
-    draw = figures.visits_figure if analysis.drew_layers else figures.heatmap_figure
+    draw = over_time.visits_figure if analysis.drew_layers else over_time.heatmap_figure
     found = [draw(f"{slug}-{c}", grids[c], names, budget) for c in columns]
     return [figure for figure in found if figure.image is not None]
 
@@ -203,11 +203,11 @@ def _heatmaps(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFi
 def _curves(analysis: RunAnalysis, slug: str, budget: Budget) -> list[ReportFigure]:
     run = analysis.run
     found = [
-        figures.curve_figure(f"{slug}-loss", run, "loss", budget),
-        figures.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
-        figures.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
-        figures.ratio_figure(f"{slug}-ratio", analysis.update_ratio, budget),
-        figures.curve_figure(f"{slug}-recorder", run, "recorder", budget),
+        over_time.curve_figure(f"{slug}-loss", run, "loss", budget),
+        over_time.curve_figure(f"{slug}-learning-rate", run, "learning_rate", budget),
+        over_time.curve_figure(f"{slug}-grad", run, "grad_norm", budget),
+        over_time.ratio_figure(f"{slug}-ratio", analysis.update_ratio, budget),
+        over_time.curve_figure(f"{slug}-recorder", run, "recorder", budget),
     ]
     return [figure for figure in found if figure is not None]
 

@@ -1,5 +1,6 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROG = "lisa-train"
+_QUIETED = ("lisa_train", "transformers", "bitsandbytes")  # loggers; with --quiet the first two
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 # In the place of a dataset that nothing reads.
 NO_DATA = ""
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in words:  # before anything is loaded that training needs
         print(f"{PROG} {version()}")
         return 0
+    levels = {name: logging.getLogger(name).level for name in _QUIETED}
     try:
         command = parse(words)
         if command.estimate:
@@ -103,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_to_say("interrupted", consequence=True):
             print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
+    finally:  # in a notebook or a test the process goes on
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     if _speaks():
         print(run_dir if command.quiet else summary(run_dir))
     return 0
@@ -115,12 +121,11 @@ def _speaks() -> bool:
 
 def _quiet(command: Command) -> None:
     """Leave the terminal to this command: one progress bar, no notes between libraries."""
-    import logging
     import warnings
 
     if command.quiet:
         warnings.simplefilter("ignore")
-        for package in ("lisa_train", "transformers"):
+        for package in _QUIETED[:2]:
             logging.getLogger(package).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launched() > 1:
@@ -130,7 +135,7 @@ def _quiet(command: Command) -> None:
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
     # What it could not fetch for 4-bit weights on a CPU, in every process.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger(_QUIETED[2]).setLevel(logging.ERROR)
     from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
     from transformers.utils import logging as transformers_logging
 

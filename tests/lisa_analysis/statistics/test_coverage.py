@@ -106,7 +106,8 @@ def test_independent_resampling_would_not_hold_the_truth():
 def test_intervals_hold_the_truth_in_every_world(world):
     """Quick: the rates at length are printed by `make bench` (docs/statistics.md)."""
     held = worlds.coverage(world, repetitions=8, judge=False)
-    assert held.rate("layer") > 0.88
+    # Eight runs of six layers are 48 intervals that share a course: ± .05 beside 32 layers' ± .03.
+    assert held.rate("layer") > (0.88 if world.layers > 6 else 0.85)
     assert held.rate("shown") > 0.75
 
 

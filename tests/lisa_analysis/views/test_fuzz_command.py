@@ -291,11 +291,11 @@ def fuzz(source, folder, capsys, monkeypatch, count, seed):
     return outcomes
 
 
-def test_hundreds_of_damaged_runs(source, tmp_path, capsys, monkeypatch):
-    outcomes = fuzz(source, tmp_path, capsys, monkeypatch, count=400, seed=0)
-    assert outcomes["read"] + outcomes["refused"] == 400
-    assert min(outcomes["read"], outcomes["refused"]) > 80
-    assert min(outcomes["same"], outcomes["left out"]) > 20
+def test_a_hundred_damaged_runs(source, tmp_path, capsys, monkeypatch):
+    outcomes = fuzz(source, tmp_path, capsys, monkeypatch, count=100, seed=0)
+    assert outcomes["read"] + outcomes["refused"] == 100
+    assert min(outcomes["read"], outcomes["refused"]) > 20
+    assert min(outcomes["same"], outcomes["left out"]) > 4
 
 
 @pytest.mark.slow

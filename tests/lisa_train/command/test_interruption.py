@@ -41,7 +41,9 @@ def test_a_stopped_run_is_readable_and_says_interrupted(
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Where the interruption meets code that a library runs by exec(), Python remembers it and ends
+    # itself by SIGINT after our exit code: to a shell 130 as well.
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert errors.strip().splitlines()[-1].startswith("lisa-train: interrupted")
     assert "Traceback" not in errors
     run = la.load(out)

@@ -295,7 +295,7 @@ def test_a_hundred_damaged_runs(source, tmp_path, capsys, monkeypatch):
     outcomes = fuzz(source, tmp_path, capsys, monkeypatch, count=100, seed=0)
     assert outcomes["read"] + outcomes["refused"] == 100
     assert min(outcomes["read"], outcomes["refused"]) > 20
-    assert min(outcomes["same"], outcomes["left out"]) > 4
+    assert min(outcomes["same"], outcomes["left out"]) >= 5
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ def test_a_stopped_run_is_readable_and_says_interrupted(
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    # Where the interruption meets code that a library runs by exec(), Python remembers it and ends
-    # itself by SIGINT after our exit code: to a shell 130 as well.
+    # 2026-11-27: on a busy machine one in 24 SIGTERMs ended by SIGINT after the sentence below was
+    # said; to a shell that is 130 as well. Why is not known yet.
     assert process.returncode in (130, -signal.SIGINT), errors
     assert errors.strip().splitlines()[-1].startswith("lisa-train: interrupted")
     assert "Traceback" not in errors

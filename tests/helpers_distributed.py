@@ -1,12 +1,10 @@
 """Many runs in one process of two (DDP and FSDP2), and the same runs in one process alone.
 
-Usage: helpers_distributed.py FOLDER RANK WORLD. It is launched once for all tests: importing torch
-takes longer than everything else. A process alone calls the same functions with world 1.
+`main` is one process of two, launched once for all tests: importing torch takes longer than
+everything else. A process alone calls the same functions with world 1.
 """
 
 import contextlib
-import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -28,18 +26,10 @@ from lisa_train.model.tensor_table import TensorTable
 STEPS, MICRO, EVERY, CLIP = 4, 2, 2, 0.5
 
 
-def main(folder, rank, world):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-    }  # fmt: skip
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    only = sys.argv[4:]
+def main(rank, folder, *only):
     for name, scenario in SCENARIOS.items():
         if not only or name in only:
-            scenario(folder / name, rank, world)
-    dist.destroy_process_group()
+            scenario(Path(folder) / name, rank, dist.get_world_size())
 
 
 # ---------------------------------------------------------------------- models and batches
@@ -593,6 +583,3 @@ SCENARIOS = {
     "trainer-lisa-fsdp2": trainer_lisa_fsdp2,
     "trainer-adapters": trainer_adapters,
 }
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,7 +1,6 @@
-"""Probes in float64 by brute force; as a script one process of several: FOLDER RANK COUNT."""
+"""Probes in float64 by brute force; `main` is one process of several."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +101,11 @@ def in_a_run(folder: Path, data: list[dict[str, torch.Tensor]]) -> None:
         recorder.probe(0, [lambda b=b: model(**b).loss.backward() for b in data])  # type: ignore[misc]
 
 
-def main(folder: Path, rank: int, count: int) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count
-    )
+def main(rank: int, folder: str) -> None:
+    count = dist.get_world_size()
     data = batches(5)
     model = torch.nn.parallel.DistributedDataParallel(llama())
     for signal in ("exact", "sketch"):
         # Five batches over two processes: one has three, the other two.
-        lt.probe(model, data[rank::count], folder / signal, signal=signal)
-    in_a_run(folder / "run", batches(4)[rank::count])
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        lt.probe(model, data[rank::count], Path(folder) / signal, signal=signal)
+    in_a_run(Path(folder) / "run", batches(4)[rank::count])

@@ -6,6 +6,7 @@ and tells the others.
 """
 
 import atexit
+import gc
 import hashlib
 import os
 import sys
@@ -101,6 +102,9 @@ def _leave() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        # Reducers of DDP in reference cycles go first: one that is the last to hold the group ends
+        # it with the interpreter's lock in hand, which a thread of gloo may be waiting for.
+        gc.collect()
         dist.destroy_process_group()
 
 

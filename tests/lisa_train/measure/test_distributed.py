@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_processes import scripts
+from helpers_processes import ranks
 from helpers_recording import llama
 
 from lisa_analysis.rundir.run import load
@@ -29,7 +29,7 @@ def two(tmp_path_factory):
     """The folder of all runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     worker.small().save_pretrained(folder / "base")
-    scripts("helpers_distributed.py", folder)
+    ranks(worker.main, folder)
     return folder
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers_architectures import MODELS, build, inputs
-from helpers_probe import batches, expected, float64_gradients, in_a_run, rows
-from helpers_processes import scripts
+from helpers_probe import batches, expected, float64_gradients, in_a_run, main, rows
+from helpers_processes import ranks
 from helpers_recording import llama, mixtral, t5
 from torch import nn
 
@@ -278,7 +278,7 @@ def test_two_processes_probe_a_run_as_one_does(two, tmp_path):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    scripts("helpers_probe.py", folder)
+    ranks(main, folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Settings shared by all tests: offline, few threads, no display."""
 
+import gc
 import os
 
 import pytest
@@ -21,3 +22,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_sought_among_what_this_file_makes() -> None:
+    """Take all that lives already out of the garbage collector's sight.
+
+    `Trainer` ends each training with `gc.collect()`, which would walk the million objects of torch,
+    transformers and pytest every time: more than half of the time of a file of short trainings.
+    """
+    gc.collect()
+    gc.freeze()

@@ -7,6 +7,7 @@ one of the processes.
 """
 
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -122,6 +123,7 @@ def _process(module, function, folder, rank, world, port, scratch):
     }  # fmt: skip
     arguments = pickle.loads(Path(scratch, "arguments").read_bytes())
     function = getattr(importlib.import_module(module), function)
+    gc.freeze()  # as in conftest.py: a training collects what it made, not all that was imported
     store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     dist.barrier()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lisa_analysis.profiles.probe_change import ProbeChange as ProbeChange
     from lisa_analysis.profiles.probe_change import probe_change as probe_change
     from lisa_analysis.profiles.profile import ImportanceProfile as ImportanceProfile
+    from lisa_analysis.rundir.opening import load as load
     from lisa_analysis.rundir.run import Run as Run
-    from lisa_analysis.rundir.run import load as load
     from lisa_analysis.runs.compare import compare as compare
     from lisa_analysis.runs.comparison import Comparison as Comparison
     from lisa_analysis.runs.diagnostics import Diagnostics as Diagnostics
@@ -59,7 +59,7 @@ _HOME = {
     "Report": "views.report",
     "report": "views.report",
     "Run": "rundir.run",
-    "load": "rundir.run",
+    "load": "rundir.opening",
     "LisaError": "contract.errors",
 }
 __all__ = ["plots", *sorted(_HOME)]  # noqa: PLE0604

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import load
+from lisa_analysis.rundir.run import Run
 from lisa_train.optim.step_in_backward import StepInBackward
 
 ADAMW = {

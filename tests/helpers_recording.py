@@ -21,7 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import load
+from lisa_analysis.rundir.run import Run
 
 VOCABULARY = 48
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.contract.paths import as_path
 from lisa_analysis.contract.schema import (
     ABLATION,
     EVENTS,
@@ -42,52 +41,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Layers = int | slice | Sequence[int]
-
-
-def load(path: str | Path, *, base: str | Path | None = None) -> "Run":
-    """Open a run directory, weights alone, or somebody else's log.
-
-    Cheap: reads run.json, or the headers of the weights; the rest is read when it is asked for. A
-    log is read whole.
-
-    Parameters
-    ----------
-    path
-        Folder that `lisa-train` or a recorder wrote; or a PEFT adapter, or a model's safetensors;
-        or a log of another trainer: `trainer_state.json`, TensorBoard's event files (or a folder
-        with either), or a project of trackio (`.db`).
-    base
-        The model before: with it a tuned model or an adapter is compared tensor by tensor. Of a
-        run, where its base model is, when it is not where the run says.
-
-    Returns
-    -------
-    Run
-
-    Raises
-    ------
-    RunDirectoryError
-        One sentence, when the folder is missing, torn, foreign or of another major version.
-    LisaError
-        For what is no path; when weights cannot be read, or have nothing in common with their base.
-    """
-    path = as_path(path, "load")
-    base = None if base is None else as_path(base, "base")
-    if (path.is_dir() and not (path / MANIFEST).exists()) or path.suffix == ".safetensors":
-        from lisa_analysis.rundir.weights.plain import PlainWeights, is_weights
-
-        if is_weights(path):
-            return PlainWeights(path, base)
-    if not (path / MANIFEST).exists():
-        from lisa_analysis.rundir.logs.sources import is_log
-
-        if is_log(path):
-            from lisa_analysis.rundir.logs.others_log import OthersLog
-
-            return OthersLog(path)
-    run = Run(path)
-    run.base = base
-    return run
 
 
 class Run:

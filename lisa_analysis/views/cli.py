@@ -164,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from lisa_analysis.plans.strength import Strength
-    from lisa_analysis.rundir.opening import runs_at
-    from lisa_analysis.rundir.run import load
+    from lisa_analysis.rundir.opening import load, runs_at
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
     from lisa_analysis.views.next_run import AskedExport

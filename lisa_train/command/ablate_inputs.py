@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryError, suggest
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import load
+from lisa_analysis.rundir.run import Run
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.literal_path import at_home
 

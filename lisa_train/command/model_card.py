@@ -6,7 +6,8 @@ from typing import Any
 
 from lisa_analysis.contract.schema import MANIFEST, METRICS_DIR, SCALARS
 from lisa_analysis.rundir.events import chosen, draw_events
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import load
+from lisa_analysis.rundir.run import Run
 
 CARD = "README.md"
 # Entries of `result` that are told, in words; the others stand in run.json.

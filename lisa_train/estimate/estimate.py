@@ -1,37 +1,20 @@
 """`estimate_memory`: peak bytes of a training step, from shapes alone."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, suggest
-from lisa_train.estimate.optimizers import OptimizerKind, StateBytes, optimizer_kind
-from lisa_train.estimate.patterns import (
-    check_layers,
-    draw_costs,
-    drawable,
-    lisa_pattern,
-    may_train,
-    part_costs,
-    plain_pattern,
-    some_draws,
-    turns_of,
-    units_of,
-)
-from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
+from lisa_train.estimate.estimator import Estimator
+from lisa_train.estimate.optimizers import optimizer_kind
+from lisa_train.estimate.result import MemoryEstimate
 from lisa_train.estimate.setting import Attention, Autocast, DType, Setting, Spread
-from lisa_train.estimate.spread import Held, by_layers, sharded, whole
 from lisa_train.estimate.stage import Stage
-from lisa_train.estimate.step import Pattern, record_step
-from lisa_train.estimate.trace import Trace
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.select.config import SelectConfig
-from lisa_train.optim.policies import POLICIES
 from lisa_train.private_names import check
 
 if TYPE_CHECKING:
@@ -175,210 +158,9 @@ def estimate(
     check("estimate")
     kind = optimizer_kind(setting.optim)
     stage = source if isinstance(source, Stage) else Stage(source, setting)
-    return _Estimator(stage, setting, kind).run()
+    return Estimator(stage, setting, kind).run()
 
 
 def _unknown(name: str) -> ConfigError:
     known = [f.name for f in fields(Setting)]
     return ConfigError(f"estimate_memory has no setting {name!r}.{suggest(name, known)}")
-
-
-class _Estimator:
-    """Everything that one estimate shares: the model, the optimizer, bytes per tensor."""
-
-    def __init__(self, stage: Stage, setting: Setting, kind: OptimizerKind) -> None:
-        self.stage, self.setting, self.kind = stage, setting, kind
-        self.parameters = dict(stage.model.named_parameters())
-        self._wide = stage.wide_states(setting)
-        self._shards = setting.devices if setting.spread == "fsdp" else 1
-        self._known: dict[Any, StateBytes] = {}
-
-    def run(self) -> MemoryEstimate:
-        setting, stage = self.setting, self.stage
-        rotation = setting.rotation
-        if rotation is None:
-            return self._result(plain_pattern(stage), ())
-        if setting.active_layers is not None:
-            if rotation.by != "layer":
-                raise ConfigError(
-                    f"active_layers names whole layers, but lisa.by is {rotation.by!r}; leave it "
-                    "out, and the draw that costs the most is looked for."
-                )
-            check_layers(stage, setting.active_layers)
-            return self._of_layers(setting.active_layers)
-        if rotation.by != "layer":
-            return self._of_parts()
-        draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
-        costs = draw_costs(stage, setting, self._held)
-        every = rotation.sampling == "bernoulli"
-        k = len(drawable(stage, setting)) if every else rotation.activated_layers
-        groups = tuple(rotation.group_probabilities)
-        candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
-        if setting.gradient_checkpointing:
-            # Backward begins at the top, where the inputs of all layers still stand.
-            candidates |= {tuple(among[-k:]) for among in self._regions(k)}
-        worst = max(map(self._of_layers, sorted(candidates)), key=lambda result: result.total)
-        if setting.devices > 1:
-            return worst
-        spared = max(0.0, costs.of(worst.active_layers, groups) - costs.mean(draws))
-        return replace(worst, mean=int(worst.total - spared))
-
-    def _of_parts(self) -> MemoryEstimate:
-        """Of the draws of halves or modules that may cost the most, the one that does."""
-        setting, stage = self.setting, self.stage
-        if setting.devices > 1 and setting.spread == "fsdp":
-            raise ConfigError(
-                f"lisa.by is {setting.lisa.by!r}, which FSDP2 (spread='fsdp') does not train; "
-                "estimate it on one device, or with spread='layers'."
-            )
-        draws = some_draws(stage, setting)
-        costs = part_costs(stage, setting, self._held)
-        among = drawable(stage, setting)
-        every = setting.lisa.sampling == "bernoulli"
-        candidates = [among] if every else costs.candidates(among)
-        results = {parts: self._result(lisa_pattern(stage, setting, parts), parts)
-                   for parts in candidates}  # fmt: skip
-        parts, worst = max(results.items(), key=lambda item: item[1].total)
-        worst = replace(worst, active_layers=costs.turns.layers_of(parts))
-        if setting.devices > 1:
-            return worst
-        spared = max(0.0, costs.of(parts) - costs.mean(draws))
-        return replace(worst, mean=int(worst.total - spared))
-
-    def _of_layers(self, layers: tuple[int, ...]) -> MemoryEstimate:
-        return self._result(lisa_pattern(self.stage, self.setting, layers), layers)
-
-    def _result(self, pattern: Pattern, layers: tuple[int, ...]) -> MemoryEstimate:
-        setting, stage = self.setting, self.stage
-        scratch = self._scratch(pattern) if setting.step_in_backward else None
-        trace = record_step(stage, setting, pattern, scratch=scratch)
-        kept, aside = self._with_state(pattern)
-        held = [
-            Held(stage.label(name), state.device, state.scratch if name in pattern.trainable else 0)
-            for name, state in kept.items()
-        ]
-        devices = self._devices(trace, held)
-        paged = self._paged(kept | aside)
-        return MemoryEstimate(
-            model=type(stage.base).__name__,
-            setting=setting,
-            parameters=sum(p.numel() for p in self.parameters.values()),
-            trainable=sum(self.parameters[name].numel() for name in pattern.trainable),
-            devices=devices,
-            mean=max(device.peak for device in devices),
-            host=paged + sum(state.device for state in aside.values()),
-            paged=paged,
-            active_layers=layers,
-        )
-
-    def _devices(self, trace: Trace, held: list[Held]) -> tuple[DeviceMemory, ...]:
-        count, layers = self.setting.devices, len(self.stage.layer_map)
-        how = {"at_once": self.kind.at_once, "stepped": self.setting.step_in_backward}
-        if count == 1:
-            return (whole(trace, held, **how),)
-        if self.setting.spread == "fsdp":
-            return (sharded(trace, held, count, layers, **how),) * count
-        return by_layers(trace, held, self._place, count, **how)
-
-    def _place(self, label: int) -> int:
-        """Device of a label: equally many layers on each; a tied head lies with the embedding."""
-        count, layers = self.setting.devices, len(self.stage.layer_map)
-        if label >= layers:
-            return 0 if self.stage.layer_map.tied else count - 1
-        return max(label, 0) * count // layers
-
-    def _regions(self, k: int) -> list[list[int]]:
-        """Sets of layers within which the worst draw is looked for: a device may get all of it."""
-        layers = list(drawable(self.stage, self.setting))
-        if self.setting.devices == 1 or self.setting.spread == "fsdp":
-            return [layers]
-        regions = [
-            [i for i in layers if self._place(i) == device]
-            for device in range(self.setting.devices)
-        ]
-        return [region for region in regions if len(region) >= k] or [layers]
-
-    # ------------------------------------------------------------------ bytes of a tensor
-
-    def _state(self, name: str, raised: bool) -> StateBytes:
-        """Optimizer state of a tensor, of a device's share where it is sharded."""
-        parameter = self.parameters[name]
-        shape = parameter.shape
-        if self._shards > 1 and shape:
-            shape = torch.Size((-(-shape[0] // self._shards), *shape[1:]))
-        key = (
-            shape,
-            torch.float32 if raised else parameter.dtype,
-            id(parameter) in self._wide,
-        )
-        if key not in self._known:
-            self._known[key] = self.kind.state(*key)
-        return self._known[key]
-
-    @property
-    def _resting_state(self) -> str:
-        """Where the optimizer state of a frozen tensor lies: nowhere, device or host."""
-        return POLICIES[self.setting.lisa.optimizer_state].place
-
-    def _held(self, name: str) -> int:
-        """Bytes that a tensor adds when it trains: gradient, state that comes and goes, fp32."""
-        parameter = self.parameters[name]
-        half = parameter.dtype == torch.bfloat16
-        raised = half and self.setting.lisa.precision == "fp32_active"
-        plain = parameter.numel() * parameter.element_size()
-        state = 0 if self._resting_state == "device" else self._state(name, raised).device
-        return (2 * plain + plain if raised else plain) + state
-
-    def _with_state(self, pattern: Pattern) -> tuple[dict[str, StateBytes], dict[str, StateBytes]]:
-        """State of the tensors that have it on the device, and of those offloaded to the host."""
-        active = {name: self._state(name, name in pattern.raised) for name in pattern.trainable}
-        if self.setting.rotation is None or self._resting_state == "nowhere":
-            return active, {}
-        raised = bool(pattern.raised)
-        resting = {
-            name: self._state(name, raised)
-            for name in may_train(self.stage, self.setting) - pattern.trainable
-        }
-        if self._resting_state == "device":
-            return active | resting, {}
-        return active, resting
-
-    def _paged(self, states: Mapping[str, StateBytes]) -> int:
-        """Managed memory, which is never given back but serves state of the same size again.
-
-        After many draws of layers of different shapes it is of each size what one draw can take.
-        """
-        setting = self.setting
-        rotation = setting.rotation
-        if rotation is None or self._resting_state != "nowhere":
-            return sum(state.paged for state in states.values())
-        layers = drawable(self.stage, self.setting)
-        k = len(layers) if rotation.sampling == "bernoulli" else rotation.activated_layers
-        if setting.active_layers is not None:
-            k = len(setting.active_layers)
-        turns = turns_of(self.stage, setting)
-        units = units_of(self.stage, turns)
-        if rotation.by != "layer" and rotation.sampling != "bernoulli":
-            # As many of the smallest as a draw has room for.
-            largest = part_costs(self.stage, setting, self._held).largest
-            k = int(largest // min(turns.sizes))
-        rotating = {name for i in layers for name in units[i]}
-        found = sum(state.paged for name, state in states.items() if name not in rotating)
-        in_layers: defaultdict[int, list[int]] = defaultdict(list)
-        for i in layers:
-            sizes = Counter(
-                self._state(name, rotation.precision == "fp32_active").paged for name in units[i]
-            )
-            for size, tensors in sizes.items():
-                in_layers[size].append(tensors)
-        return found + sum(
-            size * sum(sorted(tensors)[-k:]) for size, tensors in in_layers.items() if k
-        )
-
-    def _scratch(self, pattern: Pattern) -> Callable[[nn.Parameter], int]:
-        """What the optimizer allocates to step one tensor."""
-        sizes = {
-            id(self.parameters[name]): self._state(name, name in pattern.raised).scratch
-            for name in pattern.trainable
-        }
-        return lambda parameter: sizes[id(parameter)]

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.schema import MANIFEST
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import manifest as describe
 from lisa_train.measure.disk.run_file import one_sentence

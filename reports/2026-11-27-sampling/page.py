@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import RANDOM, TUNING, Arm, Plan
+from arms import RANDOM, TUNING, Arm
 from numpy.typing import NDArray
+from plan import Plan
 
 from lisa_analysis.statistics.repetitions import MIN_SEEDS, mean_over
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import Plan
 from cells import Cell, run_cells
 from environments import environments
 from page import tables
 from pages import write_tables
+from plan import Plan
 
 from lisa_analysis.contract.errors import LisaError
 

@@ -9,7 +9,7 @@ from helpers_loops import ADAMW, CASES, build, measured, train
 from helpers_recording import examples, llama
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.recorder import NormRecorder
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,8 @@ from lisa_analysis.contract.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.rundir.run import Run, load
+from lisa_analysis.rundir.opening import load
+from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.shards import arrow_schema
 
 KINDS = ("attn.q", "mlp.down")

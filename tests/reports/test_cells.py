@@ -34,10 +34,10 @@ def cells():
 
 @pytest.fixture(scope="module")
 def sampling(cells):
-    """Environments and arms of the study of sampling."""
+    """Environments, arms and plan of the study of sampling."""
     folder = REPORTS / "2026-11-27-sampling"
-    yield [module(folder / f"{name}.py") for name in ("environments", "arms")]
-    for name in ("environments", "arms"):
+    yield [module(folder / f"{name}.py") for name in ("environments", "arms", "plan")]
+    for name in ("environments", "arms", "plan"):
         del sys.modules[name]
 
 
@@ -106,7 +106,7 @@ class TestSampling:
     @pytest.fixture
     def plan(self, sampling, trained, tmp_path):
         """The plan of MiniLM without a log, and a function that makes up a finished run."""
-        environments, arms = sampling
+        environments, _, study = sampling
         environment = environments.environments(tmp_path)["pos"]
         run_dir, _ = trained
         kept = tmp_path / "runs"
@@ -124,7 +124,7 @@ class TestSampling:
             for path in (run_dir / "metrics").iterdir():
                 (folder / "metrics" / path.name).write_bytes(path.read_bytes())
 
-        return arms.Plan(environment, kept, tmp_path), finish
+        return study.Plan(environment, kept, tmp_path), finish
 
     def test_rates_come_first_and_a_best_one_at_the_edge_moves_the_grid(self, plan):
         plan, finish = plan
@@ -160,7 +160,7 @@ class TestSampling:
         import re
         from dataclasses import replace
 
-        environments, _ = sampling
+        environments, *_ = sampling
         pos = environments.environments(Path("nowhere"))["pos"]
         pattern = pos.targets([1, 5])
         assert re.fullmatch(pattern, "bert.encoder.layer.1.attention.self.query")

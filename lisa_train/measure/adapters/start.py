@@ -12,7 +12,7 @@ import torch
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import ADAPTER_START
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.adapters.lora_pairs import Factors, LoraPair
 from lisa_train.measure.adapters.lora_products import whole_factors
 from lisa_train.measure.buffers import to_host

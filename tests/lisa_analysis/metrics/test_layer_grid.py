@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lisa_analysis.metrics.layer_grid import LayerGrid, depth_bands, layer_grids
 from lisa_analysis.metrics.thinning import thin
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_analysis.views.plots.style import step_label
 
 

@@ -21,7 +21,7 @@ from lisa_analysis.contract.schema import (
     SCHEMA_VERSION,
     shard_name,
 )
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_analysis.rundir.shards import Shard, arrow_schema, last_valid_steps
 
 N_LAYERS, PER_LAYER = 4, 3

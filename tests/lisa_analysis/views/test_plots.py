@@ -17,7 +17,7 @@ from lisa_analysis import plots
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.profiles.from_run import importance
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_analysis.runs.schedule import visit_counts
 from lisa_analysis.views.plots import style
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from helpers_processes import ranks
 from helpers_recording import llama
 
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.buffers import to_host
 from lisa_train.measure.processes import Processes
 

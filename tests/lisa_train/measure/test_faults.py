@@ -10,7 +10,7 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure import faults
 from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.step.checkpoint_conversions import Recipe

@@ -15,7 +15,7 @@ from helpers_recording import arguments, examples
 from transformers import Trainer
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.step.step_measure import StepMeasure
 
 # What a run may read of the device: at flushes, and at its begin what adapters start with.

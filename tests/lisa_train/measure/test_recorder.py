@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 
 def batches(n):

@@ -8,7 +8,7 @@ from helpers_recording import arguments, examples, llama
 from transformers import Trainer
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.step.step_measure import StepMeasure

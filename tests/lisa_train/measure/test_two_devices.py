@@ -6,7 +6,7 @@ from helpers_host_sync import DEVICE, watched
 from helpers_loops import CASES, build, measured
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.optim.step_in_backward import StepInBackward
 
 

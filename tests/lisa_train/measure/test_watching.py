@@ -7,7 +7,7 @@ import torch
 from helpers_recording import VOCABULARY, llama
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 
 def loop(folder, spoil, steps=8, **record):

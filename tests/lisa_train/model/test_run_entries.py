@@ -10,7 +10,7 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.contract.schema import MANIFEST_FIELDS
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_analysis.views.cli import main as analyze
 from lisa_train.command.training import train
 from lisa_train.config import TrainConfig

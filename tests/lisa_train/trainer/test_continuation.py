@@ -15,7 +15,7 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import LisaError, RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.command.cli import main
 
 STEPS, HALF = 6, 3

@@ -8,7 +8,7 @@ from helpers_recording import arguments, examples, llama
 from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.trainer.events import Listener, TrainerEvents, patch
 
 

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.trainer.learning import halves_of
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
 from lisa_analysis.plans.sampling import SamplingProbabilities
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.model import layer_map
 
 

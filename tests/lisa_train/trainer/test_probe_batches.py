@@ -12,7 +12,7 @@ from transformers import Trainer
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 
 def model_of(method):

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe import measuring_pass
 from lisa_train.measure.step.step_measure import StepMeasure

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from helpers_recording import Witness, arguments, examples, llama
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 SCALE = 1024.0
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.layers import canonical_name
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 

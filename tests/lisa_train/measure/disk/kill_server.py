@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 
 STEPS, SAVE, FLUSH = 30, 6, 0.1
 

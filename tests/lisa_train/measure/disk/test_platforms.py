@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.disk import manifest as environment
 from lisa_train.measure.disk import storage
 

@@ -11,7 +11,7 @@ import pytest
 
 import lisa_train.measure.disk.storage as storage
 from lisa_analysis.contract.errors import RunDirectoryError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.disk.writer import RunWriter
 
 MANIFEST = {

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.step.base_weights import _Checkpoint
 
 

@@ -6,7 +6,7 @@ from helpers_recording import VOCABULARY, llama
 from peft import LoraConfig, get_peft_model
 
 import lisa_train as lt
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.measure.step import step_measure
 
 

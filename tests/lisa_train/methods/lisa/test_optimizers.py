@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.layer_map import find_layers
 from lisa_train.optim.eight_bit import set_eight_bit_states

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
-from lisa_analysis.rundir.run import load
+from lisa_analysis.rundir.opening import load
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.precision import stochastic_round
 

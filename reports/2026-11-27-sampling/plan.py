@@ -1,0 +1,223 @@
+"""What is run of an environment, in which order, and the rates that were found for its arms."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from arms import TUNING, Arm, Arms
+from cells import Cell
+from environments import RATES, Environment
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
+
+PROBED = 16  # batches of a probe
+PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
+    "lora-few": ("lora-probe", "lora-random-1"),
+    "weights-few": ("weights-probe", "weights-random-1"),
+    "mild": ("default", "uniform"),
+    "strong": ("strong", "strong-placebo"),
+}
+EXTENSIONS = 3  # how often a grid whose best rate stands at its edge is moved on
+
+
+class Plan:
+    """All cells of one environment.
+
+    Parameters
+    ----------
+    environment
+        Of the arms.
+    kept
+        Folder of the study's logs.
+    work
+        Folder for files that runs are given.
+    """
+
+    def __init__(self, environment: Environment, kept: Path, work: Path) -> None:
+        self.environment, self.kept = environment, kept
+        self._given = Arms(environment, kept, work)
+        self.arms, self.choices = self._given.every, self._given.choices
+
+    def settled(self) -> bool:
+        """Whether the rate of every family is known."""
+        return all((self.kept / cell.name).exists() for cell in self._grids())
+
+    def _grids(self) -> list[Cell]:
+        return [
+            cell
+            for family in self.families
+            for rate in self.tried(family)
+            for cell in self._tuning(family, rate)
+        ]
+
+    def cells(self) -> list[Cell]:
+        """Return what is to be run as far as the logs at hand tell it."""
+        tuning = self._grids()
+        probes = [self.source("probe", seed + 1) for seed in (*self.seeds, *TUNING)]
+        if not self.settled():
+            return [*probes, *tuning]
+        final = [
+            self.cell(arm, seed)
+            for arm in self.arms.values()
+            for seed in range(1, self._seeds(arm) + 1)
+        ]
+        chosen = [
+            self.cell(arm, seed) for arm in self.arms.values() if arm.learned for seed in TUNING
+        ]
+        every = [*probes, *tuning, *final, *chosen]
+        named = {cell.name for cell in every}
+        kinds = ("pilot", "ablation")
+        needed = {name for cell in every for name in cell.after} - named
+        sources = [
+            cell
+            for kind in kinds
+            for seed in (*self.seeds, *TUNING)
+            if (cell := self.source(kind, seed + 1)).name in needed
+        ]
+        return [*sources, *every]
+
+    # --- what is run -----------------------------------------------------------------------------
+
+    @property
+    def families(self) -> list[str]:
+        """Families with a rate of their own."""
+        return list(dict.fromkeys(arm.family for arm in self.arms.values()))
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the final runs; what they read are runs of the next seed."""
+        return range(1, self.environment.seeds + 1)
+
+    def _seeds(self, arm: Arm) -> int:
+        return self.environment.seeds if arm.primary else self.environment.secondary
+
+    def cell(self, arm: Arm, seed: int, rate: float | None = None) -> Cell:
+        """Return one run of an arm; at a rate of the grid, or at the family's."""
+        tuned = seed in TUNING
+        name = self._given.run_name(arm.name, seed)
+        if rate is not None:
+            name = f"{self.environment.name}/rates/{arm.name}-{rate:.3g}-s{seed}"
+
+        def words() -> list[str]:
+            return [
+                *self._common("validation" if tuned else "test", seed),
+                f"--learning_rate={self.rate(arm.family) if rate is None else rate:.6g}",
+                *arm.words(seed),
+            ]
+
+        after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
+        ablated = None
+        if arm.name == "lora-everything" and rate is None:
+            ablated = ("--max_examples", "64", "--general", "none")
+        return Cell(name, words, after, ablated)
+
+    def source(self, kind: str, seed: int) -> Cell:
+        """Return the run that a profile of this kind is read from."""
+        if kind == "ablation":
+            return self.cell(self.arms["lora-everything"], seed)
+        environment = self.environment
+
+        def words() -> list[str]:
+            if kind == "probe":
+                return [*self._common("test", seed, trains=False), "--method=probe",
+                        f"--probe.batches={PROBED}", "--record.every=1"]  # fmt: skip
+            steps = math.ceil(environment.steps / 4)
+            return [
+                *self._common("test", seed, steps=steps, every=1), "--method=full",
+                f"--learning_rate={self.rate('full'):.6g}",
+            ]  # fmt: skip
+
+        return Cell(self._given.source(kind, seed), words)
+
+    def _common(
+        self,
+        split: str,
+        seed: int,
+        *,
+        steps: int | None = None,
+        every: int | None = None,
+        trains: bool = True,
+    ) -> list[str]:
+        environment = self.environment
+        steps = environment.steps if steps is None else steps
+        words = [
+            f"--model_name_or_path={environment.model()}",
+            f"--dataset_name={environment.data()}", f"--seed={seed}",
+            f"--per_device_train_batch_size={environment.batch}", *environment.words,
+        ]  # fmt: skip
+        if trains:
+            words += [
+                f"--dataset_test_split={split}", f"--max_steps={steps}",
+                "--lr_scheduler_type=cosine", "--warmup_steps=0.05",
+                f"--eval_steps={math.ceil(steps / 3)}", "--logging_steps=10",
+                f"--record.every={every or steps}", "--record.flush_seconds=3600",
+            ]  # fmt: skip
+        return words
+
+    # --- rates -----------------------------------------------------------------------------------
+
+    def tried(self, family: str) -> list[float]:
+        """Return the rates of a family's grid, moved on where the best stands at an edge."""
+        rates = [self.environment.centres[family] * factor for factor in RATES]
+        for _ in range(EXTENSIONS):
+            losses = self.losses(family, rates)
+            if losses is None:
+                break
+            best = min(losses, key=losses.__getitem__)
+            if best == rates[-1]:
+                rates.append(best * RATES[1] / RATES[0])
+            elif best == rates[0]:
+                rates.insert(0, best * RATES[0] / RATES[1])
+            else:
+                break
+        return rates
+
+    def losses(self, family: str, rates: Sequence[float]) -> dict[float, float] | None:
+        """Return the mean tuning loss at every rate; None where one is not finished yet."""
+        found = {}
+        for rate in rates:
+            values = [self.loss(cell.name) for cell in self._tuning(family, rate)]
+            finished = [value for value in values if value is not None]
+            if len(finished) < len(values):
+                return None
+            found[rate] = sum(finished) / len(finished)
+        return found
+
+    def rate(self, family: str) -> float:
+        """Return the rate of the grid with the lowest mean loss.
+
+        Raises
+        ------
+        LisaError
+            When the grid is not complete.
+        """
+        losses = self.losses(family, self.tried(family))
+        if losses is None:
+            raise LisaError(f"{self.environment.name}: the rates of {family} are not complete.")
+        return min(losses, key=losses.__getitem__)
+
+    def loss(self, name: str) -> float | None:
+        """Return the held-out loss after the last step; infinite where it is not a number."""
+        folder = self.kept / name
+        if not folder.exists():
+            return None
+        found = la.load(folder).manifest["result"]["last_held_out_loss"]
+        return float(found) if found is not None and math.isfinite(found) else math.inf
+
+    def _tuning(self, family: str, rate: float) -> list[Cell]:
+        """Cells of one rate: a profile arm and its placebo, or the family's first arm."""
+        pair = PAIRS.get(family)
+        if pair is None:
+            only = next(arm for arm in self.arms.values() if arm.family == family)
+            return [self.cell(only, seed, rate) for seed in TUNING]
+        both = [self.choices[name] if name in self.choices else self.arms[name] for name in pair]
+        if self.environment.both_tuned:
+            return [self.cell(arm, seed, rate) for arm in both for seed in TUNING]
+        return [self.cell(arm, seed, rate) for arm, seed in zip(both, TUNING, strict=True)]
+
+    # --- question A ------------------------------------------------------------------------------
+
+    def chosen(self, way: str, seed: int) -> list[int] | None:
+        """Return the layers that a way of question A names; None where its source is missing."""
+        return self._given.chosen(way, seed)

@@ -57,10 +57,11 @@ class Plan:
         probes = [self.source("probe", seed + 1) for seed in (*self.seeds, *TUNING)]
         if not self.settled():
             return [*probes, *tuning]
-        final = [
+        final = [  # seed by seed: where a run of the plan stops, every arm has as many
             self.cell(arm, seed)
+            for seed in self.seeds
             for arm in self.arms.values()
-            for seed in range(1, self._seeds(arm) + 1)
+            if seed <= self._seeds(arm)
         ]
         chosen = [
             self.cell(arm, seed) for arm in self.arms.values() if arm.learned for seed in TUNING

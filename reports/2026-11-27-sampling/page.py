@@ -6,18 +6,32 @@ from pathlib import Path
 
 import numpy as np
 from arms import RANDOM, TUNING, Arm
+from contrasts import (
+    Losses,
+    at_equal_seconds,
+    choices,
+    difference,
+    holm,
+    normalised,
+    prediction,
+    validities,
+)
 from numpy.typing import NDArray
 from plan import Plan
 
-from lisa_analysis.statistics.repetitions import MIN_SEEDS, mean_over
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pages import markdown
+
+import lisa_analysis as la
 
 SAMPLES = 10_000  # of the bootstrap over seeds
 LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
 PLACEBO = {"strong": "strong-placebo", "pool": "pool-placebo", "online": "online-placebo"}
 MISSING = "not yet"
+SHOWN = (
+    "iid", "default", "strong", "strong-placebo", "pool", "pool-placebo", "pilot", "ablation",
+    "online", "online-placebo", "reversed", "uniform", "full", "lora-everything", "level", "head",
+)  # fmt: skip
 
 
 def tables(plans: Sequence[Plan]) -> dict[str, str]:
@@ -26,9 +40,12 @@ def tables(plans: Sequence[Plan]) -> dict[str, str]:
     found = {
         "state": _state(plans),
         "rates": _rates(plans),
-        "selection": _selection(settled),
-        "sampling": _sampling(settled),
+        "selection": _corrected(_selection(settled)),
+        "sampling": _corrected(_sampling(settled)),
+        "seconds": _seconds(settled),
+        "prediction": _prediction(settled),
         "together": _together(settled),
+        "costs": _costs(plans),
     }
     return {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
 
@@ -114,66 +131,132 @@ def _selection(plans: Sequence[Plan]) -> list[dict[str, object]]:
             whole = losses_of(plan, plan.arms[everything])
             low = {"all, lower rank": losses_of(plan, plan.arms["lora-all"])}
             for way, losses in {**arms, **(low if kind == "lora" else {})}.items():
-                rows.append(
-                    {"environment": plan.environment.name, "trained": kind, "layers": way,
-                     **_against(losses, arms["random"], "random", whole)}
-                )  # fmt: skip
+                row = {"environment": plan.environment.name, "trained": kind, "layers": way}
+                row |= _against(losses, arms["random"], "random", whole)
+                row["primary"] = way == "probe" and kind == "lora"
+                rows.append(row)
     return rows
 
 
 def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
     rows = []
     for plan in plans:
-        names = ("iid", "default", "strong", "strong-placebo", "pool", "pool-placebo", "pilot",
-                 "ablation", "online", "online-placebo", "reversed", "uniform", "full",
-                 "lora-everything", "level", "head")  # fmt: skip
         uniform = losses_of(plan, plan.arms["uniform"])
         whole = losses_of(plan, plan.arms["full"])
-        for name in (n for n in names if n in plan.arms):
+        best = best_learned(plan)
+        for name in (n for n in SHOWN if n in plan.arms):
             losses = losses_of(plan, plan.arms[name])
             row = {"environment": plan.environment.name, "arm": name}
             row |= _against(losses, uniform, "uniform", whole)
             placebo = PLACEBO.get(name)
-            row["less placebo (95 %)"] = (
-                _difference(losses, losses_of(plan, plan.arms[placebo])) if placebo else ""
-            )
+            apart = None
+            if placebo:
+                apart = difference(losses, losses_of(plan, plan.arms[placebo]))
+            row["less placebo (95 %)"] = "" if not placebo else MISSING if apart is None else apart
+            row["primary"] = name == best
             rows.append(row)
     return rows
 
 
-def _against(
-    losses: Mapping[int, float],
-    other: Mapping[int, float],
-    name: str,
-    whole: Mapping[int, float],
-) -> dict[str, object]:
+def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Put p of every contrast into its row; of the secondary ones, by Holm over the question.
+
+    What the random sets or uniform sampling are compared with is one family, anchors as well; the
+    differences from placebos are shown with their intervals alone.
+    """
+    compared = [row for row in rows if row["apart"] is not None and not row["primary"]]
+    corrected = holm([row["apart"].p for row in compared])  # type: ignore[attr-defined]
+    for row, p in zip(compared, corrected, strict=True):
+        row["p, Holm"] = f"{p:.3f}"
+    for row in rows:
+        apart = row.pop("apart")
+        alone = f"{apart.p:.3f} (primary)" if row.pop("primary") and apart is not None else ""
+        row.setdefault("p, Holm", alone)
+    return rows
+
+
+def _against(losses: Losses, other: Losses, name: str, whole: Losses) -> dict[str, object]:
     gain = normalised(losses, other, whole)
+    apart = None if losses == other else difference(losses, other)
     return {
         "seeds": len(losses),
         "loss": f"{np.mean(list(losses.values())):.4f}" if losses else MISSING,
-        f"less {name} (95 %)": "" if losses == other else _difference(losses, other),
+        f"less {name} (95 %)": "" if losses == other else MISSING if apart is None else str(apart),
         "gain over it, of all layers'": f"{np.mean(gain):.0%}" if len(gain) else "",
+        "apart": apart,
     }
 
 
-def _difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """Mean of the differences within seeds and its interval, by Student's t."""
-    apart = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
-    if len(apart) < MIN_SEEDS:
-        return MISSING
-    mean = mean_over(apart)
-    return f"{mean.value:+.4f} ({mean.low:+.4f} … {mean.high:+.4f})"
+def _seconds(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """Question B after the time that uniform draws take; sources are paid from it."""
+    rows = []
+    for plan in plans:
+        uniform = plan.arms["uniform"]
+        for name in (n for n in SHOWN if n in plan.arms and n != "uniform"):
+            losses, steps = at_equal_seconds(plan, plan.arms[name], uniform)
+            apart = difference(losses, losses_of(plan, uniform))
+            rows.append({
+                "environment": plan.environment.name, "arm": name,
+                "steps left": f"{steps:.0f} of {plan.environment.steps}" if losses else MISSING,
+                "less uniform (95 %)": MISSING if apart is None else str(apart),
+            })  # fmt: skip
+    return rows
 
 
-def normalised(
-    losses: Mapping[int, float], other: Mapping[int, float], whole: Mapping[int, float]
-) -> NDArray[np.float64]:
-    """Return, by seed, how much of the way from the other arm's loss to that of all layers."""
-    seeds = sorted(set(losses) & set(other) & set(whole))
-    reach = float(np.mean([other[s] - whole[s] for s in seeds])) if seeds else 0.0
-    if reach <= 0:
-        return np.array([])
-    return np.array([(other[s] - losses[s]) / reach for s in seeds])
+def _prediction(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """Question C: a metric's validity beside what its choice of layers gained over random ones."""
+    rows: list[dict[str, object]] = []
+    pairs = []
+    for plan in plans:
+        if not plan.environment.every_layer:
+            continue  # only where every layer was trained alone is each choice a look-up
+        alone = {
+            layer: losses_of(plan, plan.arms[f"lora-layer-{layer}"])
+            for layer in range(plan.environment.layers)
+        }
+        random = with_placebo(selected(plan, "lora"))["random"]
+        whole = losses_of(plan, plan.arms["lora-everything"])
+        valid = validities(plan)
+        for name in sorted(valid, key=lambda name: -valid[name]):
+            chosen = {seed: choices(plan, name, seed) for seed in random}
+            losses = {s: alone[layers[0]][s] for s, layers in chosen.items() if layers}
+            gain = normalised(losses, random, whole)
+            if not len(gain):
+                continue
+            pairs.append((valid[name], float(np.mean(gain))))
+            named = sorted({layers[0] for layers in chosen.values() if layers})
+            rows.append({
+                "environment": plan.environment.name, "metric": name,
+                "agreement with ablation, ρ": f"{valid[name]:+.2f}",
+                "layer chosen": ", ".join(map(str, named)),
+                "gain of the choice, of all layers'": f"{np.mean(gain):+.0%}",
+            })  # fmt: skip
+    found = prediction(pairs)
+    if rows and found is not None:
+        rows.append({
+            **dict.fromkeys(rows[0], ""), "metric": f"ρ of the two columns, {len(pairs)} metrics",
+            "agreement with ablation, ρ": f"{found[0]:+.2f}",
+            "gain of the choice, of all layers'": f"p = {found[1]:.3f}, metrics as if independent",
+        })  # fmt: skip
+    return rows
+
+
+def _costs(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """What runs took on one core, from their own logs."""
+    rows = []
+    for plan in plans:
+        cells = plan.cells()
+        seconds = [
+            la.load(plan.kept / cell.name).manifest["result"]["seconds"]
+            for cell in cells
+            if (plan.kept / cell.name).exists()
+        ]
+        row: dict[str, object] = {"environment": plan.environment.name}
+        row["seconds a run, one core"] = f"{np.median(seconds):.0f}" if seconds else MISSING
+        row["runs"] = f"{len(seconds)} of {len(cells)}"
+        row["core-hours"] = f"{sum(seconds) / 3600:.1f}" if seconds else MISSING
+        rows.append(row)
+    return rows
 
 
 def _together(plans: Sequence[Plan]) -> list[dict[str, object]]:

@@ -42,6 +42,12 @@ def sampling(cells):
 
 
 @pytest.fixture(scope="module")
+def contrasts(sampling):
+    yield module(REPORTS / "2026-11-27-sampling" / "contrasts.py")
+    del sys.modules["contrasts"]
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run, and the words that made it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
@@ -176,3 +182,52 @@ class TestSampling:
         assert not re.fullmatch(pattern, "model.encoder.layers.2.fc1")
         assert both.top([3, 1, 2, 0, 5, 9, 7, 8]) == [0, 5]
         assert both.top([3, 1, 2, 0, 5, 9, 7, 8], lowest=True) == [3, 4]
+
+
+class TestContrasts:
+    def test_holm_is_step_down(self, contrasts):
+        # Worked by hand: 4 * .01, 3 * .013, then never below the one before; at most 1.
+        found = contrasts.holm([0.01, 0.04, 0.013, 0.9])
+        assert found == pytest.approx([0.04, 0.08, 0.04, 0.9])
+        assert contrasts.holm([0.6, 0.6]) == [1.0, 1.0]
+        assert contrasts.holm([]) == []
+
+    def test_differences_are_within_seeds(self, contrasts):
+        import scipy.stats
+
+        a, b = {1: 1.0, 2: 2.5, 3: 3.1, 9: 5.0}, {1: 0.9, 2: 2.2, 3: 3.0, 4: 0.0}
+        found = contrasts.difference(a, b)
+        reference = scipy.stats.ttest_rel([1.0, 2.5, 3.1], [0.9, 2.2, 3.0])
+        bounds = reference.confidence_interval()
+        assert found.mean == pytest.approx(0.5 / 3)
+        assert (found.low, found.high, found.p) == pytest.approx((*bounds, reference.pvalue))
+        assert contrasts.difference({1: 1.0, 2: 1.0}, b) is None
+
+    def test_a_gain_is_a_share_of_the_way_to_all_layers(self, contrasts):
+        random, everything = {1: 1.0, 2: 1.2}, {1: 0.6, 2: 0.6}
+        assert contrasts.normalised(random, random, everything) == pytest.approx([0, 0])
+        assert contrasts.normalised(everything, random, everything).mean() == pytest.approx(1)
+        assert len(contrasts.normalised(random, everything, random)) == 0  # no way to go
+
+    def test_a_source_is_paid_in_steps(self, contrasts, sampling, tmp_path, monkeypatch):
+        environments, _, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path / "runs", tmp_path)
+        courses = {
+            "default": contrasts.Course((0, 50, 100, 150), (2.0, 1.0, 0.8, 0.7), 2.0),
+            "uniform": contrasts.Course((0, 50, 100, 150), (2.0, 1.5, 1.0, 0.9), 1.0),
+        }
+        monkeypatch.setattr(contrasts, "course", lambda folder: courses[folder.parent.name])
+        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind, seed: 50.0)
+        for seed in plan.seeds:
+            (plan.kept / plan.source("probe", seed + 1).name).mkdir(parents=True)
+        found, steps = contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])
+        # 150 s are given, 50 go to the probe, a step takes 2: 50 steps.
+        assert steps == 50
+        assert set(found.values()) == {1.0}
+
+    def test_validity_predicts_gain_by_rank(self, contrasts):
+        rho, p = contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)])
+        assert rho == pytest.approx(1)
+        assert p < 0.05
+        assert contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2)]) is None
+        assert contrasts.prediction([(0.1, 0.0)] * 5) is None

@@ -1,10 +1,11 @@
 """What is trained: models, data, sizes. DESIGN.md says why."""
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 RATES = (0.1, 0.316, 1.0, 3.16, 10.0)  # the grid, around the centre of a family
 
@@ -90,23 +91,46 @@ class Environment:
 
 
 def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
-    """Return a copy of a data folder whose last training rows are a `validation` split."""
+    """Return a copy of a data folder whose last training rows are a `validation` split.
+
+    The folder has `train` and `test` as lines of JSON, as Parquet, or as folders of sounds.
+    """
     found = work / name
-    if not (found / "test.jsonl").exists():
-        found.mkdir(parents=True, exist_ok=True)
+    if (found / "whole").exists():
+        return found
+    shutil.rmtree(found, ignore_errors=True)
+    found.mkdir(parents=True)
+    if (folder / "train.jsonl").exists():
         lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
             (found / f"{split}.jsonl").write_text("".join(part), encoding="utf-8")
         shutil.copy(folder / "test.jsonl", found)
-        json.loads(lines[0])  # one example a line, or the split is nonsense
+    elif (folder / "train.parquet").exists():
+        table = pq.read_table(folder / "train.parquet")
+        pq.write_table(table[:-rows], found / "train.parquet")
+        pq.write_table(table[-rows:], found / "validation.parquet")
+        shutil.copy(folder / "test.parquet", found)
+    else:
+        head, *lines = (folder / "train/metadata.csv").read_text(encoding="utf-8").splitlines()
+        for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
+            (found / split).mkdir()
+            (found / split / "metadata.csv").write_text("\n".join([head, *part]), encoding="utf-8")
+            for line in part:
+                shutil.copy(folder / "train" / line.split(",")[0], found / split)
+        shutil.copytree(folder / "test", found / "test")
+    (found / "whole").touch()  # a copy that was cut short is made again
     return found
 
 
 def environments(work: Path) -> dict[str, Environment]:
     """Return the environments that the study can run here, by name."""
     from lisa_train.command.demo.chitchat import chitchat_folder
+    from lisa_train.command.demo.dinov2 import dinov2_folder
+    from lisa_train.command.demo.pictures import pictures_folder
     from lisa_train.command.demo.smollm2 import smollm2_folder
     from lisa_train.command.demo.sources import MINILM, fetch_folder
+    from lisa_train.command.demo.voice import voice_folder
+    from lisa_train.command.demo.whisper import whisper_folder
     from lisa_train.command.demo.wordnet import definitions_folder, parts_of_speech_folder
 
     data = work / "data"
@@ -138,6 +162,20 @@ def environments(work: Path) -> dict[str, Environment]:
             seeds=10, every_layer=True, both_tuned=True,
         ),
         Environment(
+            "fashion",
+            model=dinov2_folder,
+            data=lambda: with_validation("fashion", pictures_folder(), data, 1600),
+            stacks=((r"encoder\.layer", 12),),
+            linear=("query", "key", "value", "dense", "fc1", "fc2"),
+            few=2, drawn=2, interval=10, steps=300, batch=32,
+            words=("--task=image-classification", "--per_device_eval_batch_size=64"),
+            centres={
+                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 1e-4,
+                "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
+            },
+            seeds=10, both_tuned=True,
+        ),
+        Environment(
             "define",
             model=smollm2_folder,
             data=lambda: with_validation("define", definitions_folder(), data, 1200),
@@ -152,6 +190,20 @@ def environments(work: Path) -> dict[str, Environment]:
             stacks=((r"model\.layers", 30),),
             linear=llama, few=6, drawn=2, interval=1, steps=60, batch=8,
             words=text, centres=smol, head=False,
+        ),
+        Environment(
+            "voice",
+            model=whisper_folder,
+            data=lambda: with_validation("voice", voice_folder(), data, 60),
+            stacks=((r"encoder\.layers", 4), (r"decoder\.layers", 4)),
+            linear=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+            few=1, drawn=2, interval=2, steps=40, batch=16,
+            words=("--task=speech-recognition", "--per_device_eval_batch_size=30"),
+            centres={
+                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5,
+                "mild": 1e-4, "strong": 1e-4,
+            },
+            head=False,
         ),
     ]  # fmt: skip
     return {environment.name: environment for environment in found}

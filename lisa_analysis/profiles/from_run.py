@@ -17,10 +17,11 @@ from lisa_analysis.metrics.step_table import Grouping
 from lisa_analysis.profiles import ablated, of_weights
 from lisa_analysis.profiles.cost import cadence, cost_words
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
+from lisa_analysis.profiles.parts import Initialisation
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
-from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.profiles.verdict import Judgement, judge
 from lisa_analysis.rundir.logs.others_log import ATTACH
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.parts import parts_of
@@ -102,8 +103,7 @@ def importance(
     says so. See docs/statistics.md.
     """
     check_confidence(confidence)
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise LisaError(f"seed is {seed!r}: expected a whole number from 0.")
+    _check_seed(seed)
     if not isinstance(thresholds, Thresholds):
         raise LisaError(f"thresholds are a {type(thresholds).__name__}: expected Thresholds(…).")
     if isinstance(run, list | tuple):
@@ -114,12 +114,14 @@ def importance(
             thresholds=thresholds,
         )  # fmt: skip
     run = opened(run, "importance")
-    other = None if reference is None else opened(reference, "reference")
-    chosen = find_metric(default_metric(run) if metric is None else metric, other)
-    if not run.has_layers:
-        raise LisaError(f"{run.path} is a log without layers, nothing to score: {ATTACH}.")
-    if chosen.rows == "steps" and (waiting := run.waiting) is not None:
-        raise LisaError(f"{run.path} has no step to score: {waiting}.")
+    chosen = _metric_of(run, metric, reference)
+    return _of_run(run, chosen, by, confidence, seed, thresholds)
+
+
+def _of_run(
+    run: Run, chosen: Metric, by: str, confidence: float, seed: int, thresholds: Thresholds
+) -> ImportanceProfile:
+    """Fit, judge and put into words what one metric says of one run."""
     data = measurements(run, by)
     values = _evaluate(chosen, data)
     fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
@@ -141,34 +143,10 @@ def importance(
     special = remarks(chosen, by, groups.names, fit)
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
-    # A measuring pass sees what never trained as well.
-    trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
-    if chosen.rows != "steps":
-        trained = np.zeros_like(trained)
-    purpose = estimand(run, chosen)
-    agrees = None
-    if chosen.rows == "examples":
-        said = ablated.statement(
-            chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
-        )
-    elif chosen.rows == "weights" or isinstance(run, PlainWeights):
-        said = of_weights.statement(run, chosen.id, by, groups.names, fit, judged, stacks)
-    else:
-        spent = cost_words(
-            fit, judged, thresholds.reliable, by,
-            cadence(run, gradients=chosen.of_gradients, batches=chosen.rows == "batches"),
-        )  # fmt: skip
-        said = statement(
-            chosen.id, by, groups.names, fit, judged, start, thresholds, special, trained,
-            confidence=confidence, estimand=purpose, stacks=stacks, cost=spent,
-        )  # fmt: skip
-        agrees, doubt = ablated.confirmed(data, fit.score)
-        said = f"{said} {doubt}".rstrip()
-        if by == "layer" and chosen.rows == "steps" and parts_of(run) is not None:
-            said += (
-                " This run trained layers in parts (lisa.by): of a layer only steps count at which "
-                "all of it trained; look at the profile by module instead (by='module')."
-            )
+    said, agrees = _said(
+        chosen, data, by, fit, judged, start, thresholds, special, confidence=confidence,
+        stacks=stacks,
+    )  # fmt: skip
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,
@@ -193,8 +171,68 @@ def importance(
         remarks=special,
         thresholds=thresholds,
         agrees_with_ablation=agrees,
-        estimand=purpose,
+        estimand=estimand(run, chosen),
     )
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise LisaError(f"seed is {seed!r}: expected a whole number from 0.")
+
+
+def _metric_of(run: Run, asked: Any, reference: Any) -> Metric:
+    """Find the metric to score a run by; refuse a run that has nothing to score."""
+    other = None if reference is None else opened(reference, "reference")
+    chosen = find_metric(default_metric(run) if asked is None else asked, other)
+    if not run.has_layers:
+        raise LisaError(f"{run.path} is a log without layers, nothing to score: {ATTACH}.")
+    if chosen.rows == "steps" and (waiting := run.waiting) is not None:
+        raise LisaError(f"{run.path} has no step to score: {waiting}.")
+    return chosen
+
+
+def _said(
+    chosen: Metric,
+    data: Measurements,
+    by: str,
+    fit: Fit,
+    judged: Judgement,
+    start: Initialisation | None,
+    thresholds: Thresholds,
+    special: tuple[str, ...],
+    *,
+    confidence: float,
+    stacks: int,
+) -> tuple[str, bool | None]:
+    """The statement of a profile, and whether the run's ablation confirms it; None without one."""
+    run, groups = data.run, data.table.groups
+    if chosen.rows == "examples":
+        said = ablated.statement(
+            chosen.id, by, groups.names, fit, judged, thresholds, special, data, confidence
+        )
+        return said, None
+    if chosen.rows == "weights" or isinstance(run, PlainWeights):
+        return of_weights.statement(run, chosen.id, by, groups.names, fit, judged, stacks), None
+    # A measuring pass sees what never trained as well.
+    trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
+    if chosen.rows != "steps":
+        trained = np.zeros_like(trained)
+    spent = cost_words(
+        fit, judged, thresholds.reliable, by,
+        cadence(run, gradients=chosen.of_gradients, batches=chosen.rows == "batches"),
+    )  # fmt: skip
+    said = statement(
+        chosen.id, by, groups.names, fit, judged, start, thresholds, special, trained,
+        confidence=confidence, estimand=estimand(run, chosen), stacks=stacks, cost=spent,
+    )  # fmt: skip
+    agrees, doubt = ablated.confirmed(data, fit.score)
+    said = f"{said} {doubt}".rstrip()
+    if by == "layer" and chosen.rows == "steps" and parts_of(run) is not None:
+        said += (
+            " This run trained layers in parts (lisa.by): of a layer only steps count at which "
+            "all of it trained; look at the profile by module instead (by='module')."
+        )
+    return said, agrees
 
 
 def estimand(run: Run, chosen: Metric) -> str:

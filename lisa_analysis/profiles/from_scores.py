@@ -50,20 +50,10 @@ def profile_of(
             "numbers, NaN where a score is unknown."
         )
     n = len(score)
-    bounds = [
-        np.full(n, np.nan) if given is None else _vector(name, given, n)
-        for name, given in (("low", low), ("high", high))
-    ]
-    for name, wrong in (("low", bounds[0] > score), ("high", bounds[1] < score)):
-        if wrong.any():
-            raise LisaError(
-                f"{name}[{int(np.argmax(wrong))}] is on the wrong side of its score: expected low "
-                "≤ score ≤ high."
-            )
     labels = [f"layer {i}" for i in range(n)] if names is None else [str(name) for name in names]
     if len(labels) != n or len(set(labels)) != n:
         raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
-    fit = _fit(score, bounds[0], bounds[1], confidence)
+    fit = _fit(score, *_bounds(score, low, high), confidence)
     judged = judge(
         fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), interval=None,
         rng=np.random.default_rng(0), has_depth=by == "layer",
@@ -89,6 +79,23 @@ def profile_of(
         remarks=special,
         estimand="what the given scores are of",
     )
+
+
+def _bounds(
+    score: Array, low: Sequence[float] | None, high: Sequence[float] | None
+) -> tuple[Array, Array]:
+    """Bounds as given, NaN where none were; refuse those on the wrong side of their score."""
+    lower, upper = (
+        np.full(len(score), np.nan) if given is None else _vector(name, given, len(score))
+        for name, given in (("low", low), ("high", high))
+    )
+    for name, wrong in (("low", lower > score), ("high", upper < score)):
+        if wrong.any():
+            raise LisaError(
+                f"{name}[{int(np.argmax(wrong))}] is on the wrong side of its score: expected low "
+                "≤ score ≤ high."
+            )
+    return lower, upper
 
 
 def _several(scores: Any) -> bool:

@@ -92,20 +92,7 @@ def statement(
     sentences += special
     if not seen.any():
         return " ".join(sentences)
-    missing = seen & ~fit.known
-    if fit.samples is not None and missing.any():
-        rows = name_rows(by, names, missing)
-        sentences.append(
-            f"{rows[0].upper()}{rows[1:]} {'have' if missing.sum() > 1 else 'has'} no interval "
-            f"({why_unknown(fit, missing, limits)})."
-        )
-    if fit.departs.any() and fit.parts is not None:
-        rows = name_rows(by, names, fit.departs & seen)
-        verb = "vary" if (fit.departs & seen).sum() > 1 else "varies"
-        sentences.append(
-            f"{rows[0].upper()}{rows[1:]} {verb} in another rhythm than the others: the memory "
-            "that all layers share is not used there."
-        )
+    sentences += _of_intervals(by, names, fit, limits)
     sentences.append(shape_words(judged, by, stacks))
     if judged.reliability.drift:
         sentences.append(drift_words(judged, by, names, confidence))
@@ -116,6 +103,26 @@ def statement(
     if start is not None:
         sentences.append(start.statement)
     return " ".join(sentences)
+
+
+def _of_intervals(by: str, names: Sequence[str], fit: Fit, limits: Thresholds) -> list[str]:
+    """Rows seen that have no interval, and those whose interval is of their own rhythm."""
+    said = []
+    missing = fit.seen & ~fit.known
+    if fit.samples is not None and missing.any():
+        rows = name_rows(by, names, missing)
+        said.append(
+            f"{rows[0].upper()}{rows[1:]} {'have' if missing.sum() > 1 else 'has'} no interval "
+            f"({why_unknown(fit, missing, limits)})."
+        )
+    if fit.departs.any() and fit.parts is not None:
+        rows = name_rows(by, names, fit.departs & fit.seen)
+        verb = "vary" if (fit.departs & fit.seen).sum() > 1 else "varies"
+        said.append(
+            f"{rows[0].upper()}{rows[1:]} {verb} in another rhythm than the others: the memory "
+            "that all layers share is not used there."
+        )
+    return said
 
 
 def why_unknown(fit: Fit, rows: NDArray[np.bool_], limits: Thresholds) -> str:

@@ -205,23 +205,14 @@ def fit_series(
     residuals = effects.residuals
     counts = np.isfinite(series).sum(axis=0)
     scale = np.ones(series.shape[1]) if log else _size(series)
-    length, block, parts = 1, np.arange(len(series)), None
-    if independent:
-        found = er.of_repetitions(residuals, scale)
-        enough = found.n_eff >= MIN_INDEPENDENT
-    elif labels is None:
-        found = er.of_course(residuals, scale)
-        known = found.rho[np.isfinite(found.rho)]
-        length = st.block_length(len(series), float(np.median(known)) if len(known) else 0.0)
+    found, enough = _errors(effects, labels, scale, independent, min_effective, min_visits)
+    length, block, parts = 1, labels, None
+    if labels is None or independent:
+        if not independent:
+            known = found.rho[np.isfinite(found.rho)]
+            length = st.block_length(len(series), float(np.median(known)) if len(known) else 0.0)
+            parts = _parts(residuals, effects.layer, scale)
         block = np.arange(len(series)) // length
-        enough = found.n_eff >= min_effective
-        parts = _parts(residuals, effects.layer, scale)
-    else:
-        block = labels
-        found = er.of_visits(effects, labels, scale)
-        enough = found.units >= min_visits
-    with np.errstate(invalid="ignore"):
-        enough = enough & (found.degrees >= MIN_DEGREES) & (found.error >= 0)
     shape = er.deviates(residuals, labels, found, effects.inverse, rng, replicates)
     enough &= np.isfinite(effects.layer) & (shape is not None)
     point, joint = _multiples(shape, found, enough, confidence)
@@ -249,6 +240,24 @@ def fit_series(
         joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
         found.fresh, over_depth, labels is not None, found.passing, widened,
     )  # fmt: skip
+
+
+def _errors(
+    effects: st.Effects, labels: NDArray[np.int64] | None, scale: Array, independent: bool,
+    min_effective: float, min_visits: float,
+) -> tuple[er.Errors, NDArray[np.bool_]]:  # fmt: skip
+    """Standard errors by what the rows are, and the layers with enough rows behind theirs."""
+    if independent:
+        found = er.of_repetitions(effects.residuals, scale)
+        enough = found.n_eff >= MIN_INDEPENDENT
+    elif labels is None:
+        found = er.of_course(effects.residuals, scale)
+        enough = found.n_eff >= min_effective
+    else:
+        found = er.of_visits(effects, labels, scale)
+        enough = found.units >= min_visits
+    with np.errstate(invalid="ignore"):
+        return found, enough & (found.degrees >= MIN_DEGREES) & (found.error >= 0)
 
 
 def _size(series: NDArray[np.floating]) -> Array:

@@ -176,3 +176,38 @@ def write_speech(folder: Path, rows: int = 32) -> Path:
         lines.append(f"{n}.wav,{word} {word}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def train_watched(config, monkeypatch):
+    """Train; return the run and the norm of every tensor at its end.
+
+    It learned, what rests kept its bits, and the log holds the norms of the weights.
+    """
+    import pytest
+    import torch
+
+    import lisa_analysis as la
+    from lisa_train.command.training import PreparedRun, train
+
+    norms = {}
+    original = PreparedRun.train
+
+    def watched(prepared):
+        parameters = dict(prepared.trainer.model.named_parameters())
+        before = {n: p.detach().clone() for n, p in parameters.items() if not p.requires_grad}
+        original(prepared)
+        assert all(torch.equal(parameters[n], p) for n, p in before.items())
+        norms.update({n: float(p.detach().double().norm()) for n, p in parameters.items()})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreparedRun, "train", watched)
+        run = la.load(train(config))
+    result = run.manifest["result"]
+    assert result["last_held_out_loss"] < result["first_held_out_loss"]
+    assert (run.manifest["task"], run.method, run.n_layers) == (config.task, config.method, 4)
+    names = run.parameters.set_index("param_id")["name"]
+    last = run.metrics(["weight_norm"], steps=[config.max_steps]).dropna()
+    assert len(last)
+    for number, norm in zip(last["param_id"], last["weight_norm"], strict=True):
+        assert norm == pytest.approx(norms[names[number]], rel=1e-5, abs=1e-7)
+    return run, norms

@@ -32,13 +32,6 @@ class Parts:
     sizes: Array
     tensors: tuple[tuple[str, ...], ...]
 
-    def kinds(self, layer_names: tuple[str, ...]) -> list[str]:
-        """What every part is called within its layer, as ``self_attn.q_proj``."""
-        return [
-            name.removeprefix(layer_names[layer]).lstrip(".") or name
-            for name, layer in zip(self.names, self.layers.tolist(), strict=True)
-        ]
-
 
 def parts_of(run: Run) -> Parts | None:
     """Parts of layers that a run draws; None where whole layers take turns, or nothing does."""

@@ -22,7 +22,7 @@ def probability_grid(run: Run) -> LayerGrid:
     found = [(step, pi) for step, _, pi in draw_events(run) if pi is not None]
     if (parts := parts_of(run)) is not None:
         drawn = [(step, pi) for step, _, pi in part_draws(run, parts) if pi is not None]
-        return _grid_of_parts(drawn, parts, parts.layers, run.n_layers)
+        return _grid_of_parts(drawn, parts, run.n_layers)
     values = np.array([pi for _, pi in found]).reshape(len(found), run.n_layers).T
     if not len(found) or not np.ptp(values, axis=1).max() > 1e-9:
         found, values = [], values[:, :0]
@@ -32,30 +32,15 @@ def probability_grid(run: Run) -> LayerGrid:
     return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))
 
 
-def kind_probability_grid(run: Run) -> tuple[LayerGrid, tuple[str, ...]] | None:
-    """Kinds of parts × draws, as `probability_grid`, and their names; None for whole layers."""
-    parts = parts_of(run)
-    if parts is None:
-        return None
-    kinds = parts.kinds(tuple(map(str, run.layer_names)))
-    names = tuple(dict.fromkeys(kinds))
-    rows = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
-    drawn = [(step, pi) for step, _, pi in part_draws(run, parts) if pi is not None]
-    return _grid_of_parts(drawn, parts, rows, len(names)), names
-
-
 def _grid_of_parts(
-    found: list[tuple[int, NDArray[np.float64]]],
-    parts: Parts,
-    row: NDArray[np.int64],
-    rows: int,
+    found: list[tuple[int, NDArray[np.float64]]], parts: Parts, layers: int
 ) -> LayerGrid:
-    """Parameters that train of every row on average, over what a uniform draw would train."""
+    """Parameters that train of every layer on average, over what a uniform draw would train."""
     pi = np.array([values for _, values in found]).reshape(len(found), len(parts.names))
     if not len(found) or not np.ptp(pi, axis=0).max() > 1e-9:
         found, pi = [], pi[:0]
-    members = np.zeros((rows, len(parts.names)))
-    members[row, np.arange(len(parts.names))] = parts.sizes
+    members = np.zeros((layers, len(parts.names)))
+    members[parts.layers, np.arange(len(parts.names))] = parts.sizes
     total = members.sum(axis=1, keepdims=True)
     share = members @ pi.T / np.where(total > 0, total, np.nan)
     uniform = (pi @ parts.sizes) / parts.sizes.sum()

@@ -206,13 +206,12 @@ def fit_series(
     counts = np.isfinite(series).sum(axis=0)
     scale = np.ones(series.shape[1]) if log else _size(series)
     found, enough = _errors(effects, labels, scale, independent, min_effective, min_visits)
-    length, block, parts = 1, labels, None
-    if labels is None or independent:
-        if not independent:
-            known = found.rho[np.isfinite(found.rho)]
-            length = st.block_length(len(series), float(np.median(known)) if len(known) else 0.0)
-            parts = _parts(residuals, effects.layer, scale)
-        block = np.arange(len(series)) // length
+    length, parts = 1, None
+    if labels is None and not independent:
+        known = found.rho[np.isfinite(found.rho)]
+        length = st.block_length(len(series), float(np.median(known)) if len(known) else 0.0)
+        parts = _parts(residuals, effects.layer, scale)
+    block = np.arange(len(series)) // length if labels is None or independent else labels
     shape = er.deviates(residuals, labels, found, effects.inverse, rng, replicates)
     enough &= np.isfinite(effects.layer) & (shape is not None)
     point, joint = _multiples(shape, found, enough, confidence)

@@ -96,10 +96,6 @@ class LayerMap:
         """Names and parameters of layer `layer` of `model`."""
         return _pick(model, self.layers[layer])
 
-    def group_parameters(self, model: nn.Module, group: str) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of the group called `group`."""
-        return _pick(model, self.groups[group])
-
     def __str__(self) -> str:
         rows = [("layer", "path", "tensors", "parameters")]
         rows += [

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from lisa_analysis.rundir.logs.protobuf import Message, fields_of
+
 # Fields of the messages: tensorboard/compat/proto/event.proto, summary.proto and tensor.proto.
 _STEP, _SUMMARY = 2, 5
 _VALUE = 1
@@ -30,10 +32,10 @@ def scalars(path: Path) -> Iterator[tuple[str, int, float]]:
     """
     for record in _records(path.read_bytes()):
         try:
-            event = list(_fields(record))
+            event = list(fields_of(Message(record)))
             step = next((int(v) for n, v in event if n == _STEP and isinstance(v, int)), 0)
             for number, summary in event:
-                if number == _SUMMARY and isinstance(summary, bytes):
+                if number == _SUMMARY and isinstance(summary, Message):
                     for tag, value in _values(summary):
                         yield tag, step, value
         except (ValueError, IndexError, struct.error):
@@ -52,70 +54,35 @@ def _records(raw: bytes) -> Iterator[bytes]:
         position = end
 
 
-def _values(summary: bytes) -> Iterator[tuple[str, float]]:
+def _values(summary: Message) -> Iterator[tuple[str, float]]:
     """The scalars of a summary; pictures, texts and histograms are passed over."""
-    for number, value in _fields(summary):
-        if number != _VALUE or not isinstance(value, bytes):
+    for number, value in fields_of(summary):
+        if number != _VALUE or not isinstance(value, Message):
             continue
         tag, found = "", None
-        for inner, content in _fields(value):
-            if inner == _TAG and isinstance(content, bytes):
-                tag = content.decode("utf-8")
-            elif inner == _SIMPLE and isinstance(content, bytes):
+        for inner, content in fields_of(value):
+            if inner == _TAG and isinstance(content, Message):
+                tag = bytes(content).decode("utf-8")
+            elif inner == _SIMPLE and isinstance(content, Message):
                 (found,) = struct.unpack("<f", content)
-            elif inner == _TENSOR and isinstance(content, bytes):
+            elif inner == _TENSOR and isinstance(content, Message):
                 found = _number(content)
         if tag and found is not None:
             yield tag, float(found)
 
 
-def _number(tensor: bytes) -> float | None:
+def _number(tensor: Message) -> float | None:
     """The number of a tensor that holds one; None for any other."""
-    kind, content = 0, b""
-    for number, value in _fields(tensor):
+    kind, content = 0, Message(b"")
+    for number, value in fields_of(tensor):
         if number == _TYPE and isinstance(value, int):
             kind = value
-        elif number in (_CONTENT, _FLOATS, _DOUBLES) and isinstance(value, bytes):
+        elif number in (_CONTENT, _FLOATS, _DOUBLES) and isinstance(value, Message):
             content = value
     layout = _NUMBERS.get(kind)
     if layout is None or len(content) != struct.calcsize(layout):
         return None
     return float(struct.unpack(layout, content)[0])
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field number and value of a protocol buffer: a number, or the bytes of anything else."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        kind, number = key & 7, key >> 3
-        if kind == 0:
-            value, position = _varint(message, position)
-            yield number, value
-            continue
-        if kind == 2:
-            size, position = _varint(message, position)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if position + size > len(message):
-            raise ValueError("a field is longer than its message")
-        yield number, message[position : position + size]
-        position += size
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            return (value - (1 << 64) if value >= 1 << 63 else value), position
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
 
 
 def _table() -> tuple[int, ...]:

@@ -1,17 +1,57 @@
-"""Labels of a classification: their names, their numbers, and what is wrong with them."""
+"""What classifications share: labels, their names and numbers, the head for them, its scores."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.tasks.data import Part, place
+from lisa_train.command.tasks.plain_trainer import TaskWithHead
+from lisa_train.command.tasks.scores import class_scores
+from lisa_train.command.tasks.task import Loaded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lisa_train.command.tasks.data import Part
+
+class TaskWithClasses(TaskWithHead):
+    """A task whose head has a row for every class in training.
+
+    Attributes
+    ----------
+    class_column
+        Column of the data that holds the class of a row, or a list of them.
+    """
+
+    class_column: ClassVar[str]
+
+    def classes(self, train: Part, held_out: Part | None, config: TrainConfig) -> "Classes":
+        """Find the classes of the training part, and check the labels of both parts."""
+        source = self.source(config)
+        return find_classes(
+            train, held_out, self.class_column, source, config,
+            trained_head=self.has_trained_head(source, config),
+            place=partial(place, config.dataset_name),
+        )  # fmt: skip
+
+    def load_classifier(
+        self, classes: "Classes", config: TrainConfig
+    ) -> tuple[Any, tuple[str, ...]]:
+        """Load the model with a head for these classes; return it and the tensors that are new."""
+        names = dict(enumerate(classes.names))
+        return self.load_model(
+            config,
+            self.source(config),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+        )
+
+    def scores(self, predicted: Any, labels: Any, loaded: Loaded) -> Mapping[str, float]:
+        """Accuracy and macro-F1, over the labels that count."""
+        return class_scores(predicted, labels)
 
 
 @dataclass(frozen=True)
@@ -34,14 +74,14 @@ class Classes:
 
 
 def find_classes(
-    train: "Part",
-    held_out: "Part | None",
+    train: Part,
+    held_out: Part | None,
     column: str,
     source: "PretrainedConfig",
     config: TrainConfig,
     *,
     trained_head: bool,
-    place: Callable[["Part", int], str],
+    place: Callable[[Part, int], str],
 ) -> Classes:
     """Find the classes of the training part, and check the labels of both parts.
 

@@ -127,9 +127,7 @@ def load_data(config: TrainConfig, *, chat: bool = False) -> TrainingData:
     parts = split_parts(splits, config)
     train = limited(parts[0], config.max_train_samples)
     held_out = None if parts[1] is None else limited(parts[1], config.max_eval_samples)
-    for part in (train, held_out):
-        if part is not None:
-            _check_part(part, layout, config)
+    check_parts((train, held_out), layout, config)
     unused = sorted(set(train.dataset.column_names) - set(layout.columns(train.dataset)))
     kept = _arrange(train, layout, config, chat)
     judged = None if held_out is None else _arrange(held_out, layout, config, chat)
@@ -198,6 +196,13 @@ def limited(part: Part, most: int | None) -> Part:
     if most is None or most >= len(part.rows):
         return part
     return Part(part.dataset.select(range(most)), part.split, part.rows[:most])
+
+
+def check_parts(parts: Sequence[Part | None], layout: Layout, config: TrainConfig) -> None:
+    """Refuse parts that lack a column or have no row, and the first row that does not fit."""
+    for part in parts:
+        if part is not None:
+            _check_part(part, layout, config)
 
 
 def _check_part(part: Part, layout: Layout, config: TrainConfig) -> None:

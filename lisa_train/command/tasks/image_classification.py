@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import reason_of, refusals
-from lisa_train.command.tasks.classes import Classes, find_classes
+from lisa_train.command.tasks.classes import Classes, TaskWithClasses
 from lisa_train.command.tasks.data import Part, place
-from lisa_train.command.tasks.plain_trainer import TaskWithHead, cannot_be_loaded
-from lisa_train.command.tasks.scores import class_scores
+from lisa_train.command.tasks.plain_trainer import cannot_be_loaded
 from lisa_train.command.tasks.task import Loaded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class ImageClassification(TaskWithHead):
+class ImageClassification(TaskWithClasses):
     """One class per image."""
 
     name = "image-classification"
@@ -31,6 +30,7 @@ class ImageClassification(TaskWithHead):
         "image": "an image, or the path of its file",
         "label": "its class: a name or a number",
     }
+    class_column = "label"
     needed = ("image", "label")
 
     def arrange(self, dataset: "Dataset", config: TrainConfig) -> "Dataset":
@@ -44,19 +44,11 @@ class ImageClassification(TaskWithHead):
     def load(self, config: TrainConfig) -> Loaded:
         """Load data, model and image processor; every image is opened once."""
         train, held_out = self.parts(config)
-        source = self.source(config)
-        classes = find_classes(
-            train, held_out, "label", source, config,
-            trained_head=self.has_trained_head(source, config),
-            place=partial(place, config.dataset_name),
-        )  # fmt: skip
+        classes = self.classes(train, held_out, config)
         for part in (train, held_out):
             if part is not None:
                 _check_images(part, config)
-        names = dict(enumerate(classes.names))
-        model, new = self.load_model(
-            config, source, id2label=names, label2id={name: i for i, name in names.items()}
-        )
+        model, new = self.load_classifier(classes, config)
         from transformers import AutoImageProcessor
 
         with refusals(partial(cannot_be_loaded, "image processor", config)):
@@ -76,10 +68,6 @@ class ImageClassification(TaskWithHead):
     def collator(self, loaded: Loaded, config: TrainConfig) -> Any:
         """Read the images of a batch and give them to the processor."""
         return ImageBatch(loaded.processor, self._classes, folder_of(config))
-
-    def scores(self, predicted: Any, labels: Any, loaded: Loaded) -> Mapping[str, float]:
-        """Accuracy and macro-F1."""
-        return class_scores(predicted, labels)
 
 
 @dataclass(frozen=True)

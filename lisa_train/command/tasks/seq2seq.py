@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.tasks.data import place
+from lisa_train.command.tasks.data import check_parts
 from lisa_train.command.tasks.plain_trainer import (
     TaskWithHead,
     cut_rows,
@@ -51,9 +51,7 @@ class Seq2SeqLM(TaskWithHead):
         """Load data, model and tokenizer."""
         train, held_out = self.parts(config)
         layout = Layout(self.name, self.needed, (), _check_row)
-        for part in (train, held_out):
-            if part is not None:
-                check_rows(part.dataset, layout, partial(place, config.dataset_name, part))
+        check_parts((train, held_out), layout, config)
         model, new = self.load_model(config, self.source(config))
         tokenizer = self.load_tokenizer(config)
         limit = longest_input(model, tokenizer, config)

@@ -1,24 +1,21 @@
 """`task: text-classification`: one class per text, or per pair of texts."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.tasks.classes import find_classes
-from lisa_train.command.tasks.data import place
+from lisa_train.command.tasks.classes import TaskWithClasses
+from lisa_train.command.tasks.data import check_parts
 from lisa_train.command.tasks.plain_trainer import (
-    TaskWithHead,
     cut_rows,
     longest_input,
     tokenized,
 )
-from lisa_train.command.tasks.rows import Layout, check_rows
-from lisa_train.command.tasks.scores import class_scores
+from lisa_train.command.tasks.rows import Layout
 from lisa_train.command.tasks.task import Loaded
 
 
-class TextClassification(TaskWithHead):
+class TextClassification(TaskWithClasses):
     """One class per text."""
 
     name = "text-classification"
@@ -31,25 +28,16 @@ class TextClassification(TaskWithHead):
         "text_pair": "a second text, where there is one",
         "label": "its class: a name or a number",
     }
+    class_column = "label"
     needed = ("text", "label")
 
     def load(self, config: TrainConfig) -> Loaded:
         """Load data, model and tokenizer; the head has a row for every label in training."""
         train, held_out = self.parts(config)
         layout = Layout("text-classification", ("text",), ("text_pair",), _check_row)
-        for part in (train, held_out):
-            if part is not None:
-                check_rows(part.dataset, layout, partial(place, config.dataset_name, part))
-        source = self.source(config)
-        classes = find_classes(
-            train, held_out, "label", source, config,
-            trained_head=self.has_trained_head(source, config),
-            place=partial(place, config.dataset_name),
-        )  # fmt: skip
-        names = dict(enumerate(classes.names))
-        model, new = self.load_model(
-            config, source, id2label=names, label2id={name: i for i, name in names.items()}
-        )
+        check_parts((train, held_out), layout, config)
+        classes = self.classes(train, held_out, config)
+        model, new = self.load_classifier(classes, config)
         tokenizer = self.load_tokenizer(config)
         model.config.pad_token_id = tokenizer.pad_token_id
         limit = longest_input(model, tokenizer, config)
@@ -71,10 +59,6 @@ class TextClassification(TaskWithHead):
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(loaded.processor)
-
-    def scores(self, predicted: Any, labels: Any, loaded: Loaded) -> Mapping[str, float]:
-        """Accuracy and macro-F1."""
-        return class_scores(predicted, labels)
 
 
 def _check_row(row: Mapping[str, Any]) -> str | None:

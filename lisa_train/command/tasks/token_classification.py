@@ -1,25 +1,23 @@
 """`task: token-classification`: one class per word, as in finding names or parts of speech."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.tasks.classes import find_classes
-from lisa_train.command.tasks.data import place
+from lisa_train.command.tasks.classes import TaskWithClasses
+from lisa_train.command.tasks.data import check_parts
 from lisa_train.command.tasks.plain_trainer import (
-    TaskWithHead,
     cut_rows,
     longest_input,
     tokenized,
 )
-from lisa_train.command.tasks.rows import Layout, check_rows
-from lisa_train.command.tasks.scores import IGNORED, class_scores
+from lisa_train.command.tasks.rows import Layout
+from lisa_train.command.tasks.scores import IGNORED
 from lisa_train.command.tasks.task import Loaded
 
 
-class TokenClassification(TaskWithHead):
+class TokenClassification(TaskWithClasses):
     """One class per word: the first token of a word carries it, its other tokens do not count."""
 
     name = "token-classification"
@@ -31,25 +29,16 @@ class TokenClassification(TaskWithHead):
         "tokens": "the words of a text, as a list",
         "tags": "a class for each of them",
     }
+    class_column = "tags"
     needed = ("tokens", "tags")
 
     def load(self, config: TrainConfig) -> Loaded:
         """Load data, model and tokenizer; the head has a row for every tag in training."""
         train, held_out = self.parts(config)
         layout = Layout("token-classification", ("tokens", "tags"), (), _check_row)
-        for part in (train, held_out):
-            if part is not None:
-                check_rows(part.dataset, layout, partial(place, config.dataset_name, part))
-        source = self.source(config)
-        classes = find_classes(
-            train, held_out, "tags", source, config,
-            trained_head=self.has_trained_head(source, config),
-            place=partial(place, config.dataset_name),
-        )  # fmt: skip
-        names = dict(enumerate(classes.names))
-        model, new = self.load_model(
-            config, source, id2label=names, label2id={name: i for i, name in names.items()}
-        )
+        check_parts((train, held_out), layout, config)
+        classes = self.classes(train, held_out, config)
+        model, new = self.load_classifier(classes, config)
         tokenizer = self.load_tokenizer(config)
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -79,10 +68,6 @@ class TokenClassification(TaskWithHead):
         from transformers import DataCollatorForTokenClassification
 
         return DataCollatorForTokenClassification(loaded.processor)
-
-    def scores(self, predicted: Any, labels: Any, loaded: Loaded) -> Mapping[str, float]:
-        """Accuracy and macro-F1 of the words."""
-        return class_scores(predicted, labels)
 
 
 def _on_first_tokens(words: list[int | None], tags: list[int]) -> list[int]:

@@ -30,8 +30,8 @@ def adamw(model):
 
 
 def bytes_of_group(model, *groups):
-    layer_map = lt.find_layers(model)
-    parameters = {p for g in groups for _, p in layer_map.group_parameters(model, g)}
+    units = lt.find_layers(model).units(model)
+    parameters = {p for group in groups for p in units[group]}
     return sum(p.numel() * p.element_size() for p in parameters)
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers_models import write_jsonl
-from helpers_tasks import CLASSES, build_bert, classified, copy_with, write_tags, write_texts
+from helpers_tasks import (
+    CLASSES,
+    build_bert,
+    classified,
+    copy_with,
+    train_watched,
+    write_tags,
+    write_texts,
+)
 
 import lisa_analysis as la
 import lisa_train as lt
@@ -58,37 +66,15 @@ def settings(model: Path, data: Path, out: Path, task: str, method: str, **more:
 def test_every_method_learns_and_what_rests_keeps_its_bits(
     task: str, method: str, bert: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    import torch
-
-    from lisa_train.command.training import PreparedRun
-
-    seen: dict[str, Any] = {}
-    original = PreparedRun.train
-
-    def watched(prepared: PreparedRun) -> None:
-        parameters = dict(prepared.trainer.model.named_parameters())
-        before = {n: p.detach().clone() for n, p in parameters.items() if not p.requires_grad}
-        original(prepared)
-        seen["same"] = all(torch.equal(parameters[n], p) for n, p in before.items())
-        seen["norms"] = {n: float(p.detach().double().norm()) for n, p in parameters.items()}
-
-    monkeypatch.setattr(PreparedRun, "train", watched)
-    run = la.load(train(settings(bert, files[task], tmp_path / "run", task, method)))
-    assert seen["same"]
-    result = run.manifest["result"]
-    assert result["last_held_out_loss"] < result["first_held_out_loss"]
-    assert (run.manifest["task"], run.method, run.n_layers) == (task, method, 4)
-    # The numbers of the log are those of the weights.
-    names = run.parameters.set_index("param_id")["name"]
-    last = run.metrics(["weight_norm"], steps=[20]).set_index("param_id")["weight_norm"]
-    for number, norm in last.dropna().items():
-        assert norm == pytest.approx(seen["norms"][names[number]], rel=1e-5, abs=1e-7)
+    config = settings(bert, files[task], tmp_path / "run", task, method)
+    run, norms = train_watched(config, monkeypatch)
     # Scores are in the events, run.json and what is printed.
-    scores = result["last_held_out_scores"]
+    scores = run.manifest["result"]["last_held_out_scores"]
     metrics = run.events[run.events["event"] == "evaluate"]["metrics"].iloc[-1]
     assert scores == {n: metrics[f"eval_{n}"] for n in ("accuracy", "macro_f1")}
     assert f"accuracy {scores['accuracy']:.4f}" in summary(run.path)
-    heads = [n for n in seen["norms"] if "classifier" in n]
+    heads = [n for n in norms if "classifier" in n]
+    names = run.parameters.set_index("param_id")["name"]
     steps = run.metrics(["grad_norm"]).dropna()
     trained = set(steps["param_id"].map(names))
     assert any(n in trained for n in heads), "a new head has to train"

@@ -407,7 +407,7 @@ def test_embeddings_and_head_can_be_drawn_like_layers(make_llama):
             for group in counts:
                 active = group in engine.active_groups
                 counts[group] += active
-                for _, p in engine.layer_map.group_parameters(model, group):
+                for p in engine.layer_map.units(model)[group]:
                     assert p.requires_grad == active
     for group, probability in (("embed", 0.3), ("head", 0.7)):
         error = np.sqrt(probability * (1 - probability) / draws)

@@ -18,7 +18,7 @@ from lisa_analysis.plans.budget import allocate
 from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.plans.stages import probabilities_from_scores
 from lisa_analysis.rundir.parts import part_draws, parts_of
-from lisa_analysis.runs.schedule import kind_probability_grid, probability_grid
+from lisa_analysis.runs.schedule import probability_grid
 from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.learning.config import LearnConfig
@@ -447,8 +447,6 @@ def test_a_trainer_is_recorded_and_read_by_module(tmp_path):
         mine = parts.layers == layer
         own = [pi[mine] @ parts.sizes[mine] / parts.sizes[mine].sum() for _, _, pi in drawn]
         np.testing.assert_allclose(grid.values[layer], own / share, rtol=1e-12)
-    _, kinds = kind_probability_grid(run)
-    assert kinds == tuple(dict.fromkeys(name.split(".", 3)[3] for name in parts.names))
     found = la.diagnose(run)
     assert found["schedule_mismatch"].state == "ok"
     assert found["visits"].state == "ok"

@@ -18,7 +18,13 @@ _REPEATED = re.compile(r"[\w.]*(seed|output_dir|run_dir|run_name|run_id)")
 _SETTING = re.compile(r"(\s*)([\w.]+)\s*:(.*)")
 # A setting that is off. An older version that did not know it wrote no line of it.
 _OFF = ("false", "null", "[]", "{}")
-
+# What such a setting stands for, where its default is not "off".
+_BEFORE = {
+    "lisa/recompute": "all", "lisa/correct_lr": "0.0", "lisa/by": "layer",
+    "record/probe_batches": "1", "record/watch": "true",
+}  # fmt: skip
+# Sections of one method. All are written; what a run did not use tells no arms apart.
+_OF_METHODS = ("lisa", "lora", "peft", "select", "probe")
 
 MODEL_KEYS = ("model_name_or_path", "model/name")
 _DATA = ("dataset_name", "dataset/name")
@@ -55,17 +61,20 @@ class Settings:
         return self.sampled.agrees(other.sampled) and all(self.agrees_on(other, k) for k in keys)
 
     def agrees_on(self, other: "Settings", key: str) -> bool:
-        """Whether a setting has one value in both; one that is missing is off."""
+        """Whether a setting has one value in both; one that is missing is what it was before."""
         a, b = self.values, other.values
         if key in a and key in b:
             return a[key] == b[key]
-        return a.get(key, b.get(key)) in (*_OFF, None)
+        return a.get(key, b.get(key)) in (*_OFF, None, _BEFORE.get(key))
 
 
 def settings(run: Run) -> Settings:
     """Read what makes `run` a repetition of others."""
     path = run.path / CONFIG
     found = dict(_written(path) if path.exists() else _declared(run))
+    used = {str(run.method), *run.manifest}
+    unused = tuple(f"{section}/" for section in _OF_METHODS if section not in used)
+    found = {key: value for key, value in found.items() if not key.startswith(unused)}
     named = [found.pop(key, None) for key in _PROBABILITIES]
     asked = [found.pop(key, None) for key in _CONTROL]
     values = {

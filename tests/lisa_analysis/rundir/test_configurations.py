@@ -187,3 +187,39 @@ def test_runs_that_learn_are_another_arm_than_uniform_ones(folders):
     assert arms(folders) == THREE_ARMS
     names = la.compare([folders[i] for i in (0, 4, 8)]).arms["arm"].tolist()
     assert names == ["learning", "permuted", "uniform"]
+
+
+def seeds_of_two_versions(tmp_path, method, section, *lines):
+    """Two seeds of one arm, of which the second wrote lines that the first did not know."""
+    found = []
+    for name, more in (("1", ()), ("2", lines)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (MANIFEST, EVENTS):
+            shutil.copy(STUDY / "uniform-1" / file, folder)
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        edit(folder / MANIFEST, method=method, **{section: manifest.get(section, {})})
+        text = (STUDY / "uniform-1" / CONFIG).read_text("utf-8").replace("seed: 1", f"seed: {name}")
+        text = text.replace("lisa:\n", "\n".join(["lisa:", *(f"  {line}" for line in more), ""]))
+        (folder / CONFIG).write_text(text, "utf-8")
+        found.append(folder)
+    return found
+
+
+def test_a_default_that_an_older_version_did_not_write_makes_no_arm(tmp_path):
+    folders = seeds_of_two_versions(tmp_path, "lisa", "lisa", "by: layer", "recompute: all")
+    assert arms(folders) == [["1", "2"]]
+
+
+def test_another_value_than_what_it_was_before_makes_one(tmp_path):
+    folders = seeds_of_two_versions(tmp_path, "lisa", "lisa", "by: half")
+    assert arms(folders) == [["1"], ["2"]]
+
+
+def test_settings_of_a_method_that_was_not_used_make_no_arm(tmp_path):
+    folders = seeds_of_two_versions(tmp_path, "lora", "lora", "by: half", "interval_steps: 77")
+    for folder in folders:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        del manifest["lisa"]
+        (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    assert arms(folders) == [["1", "2"]]

@@ -2,11 +2,18 @@
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 
+from lisa_analysis import load
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.rundir.configurations import differing, settings
+from lisa_train.command.output import to_yaml
 from lisa_train.config import LisaConfig, TrainConfig
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden-run"
 
 
 def make(**settings: object) -> TrainConfig:
@@ -45,3 +52,31 @@ def test_contradictions_are_refused(settings: dict[str, object], words: str) -> 
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
+
+
+def test_no_default_tells_a_run_of_today_from_one_of_an_older_version(tmp_path: Path) -> None:
+    """What the golden run did not know has to be off, or stand with its old meaning in the reader.
+
+    Otherwise seeds that were run before and after an update are two arms, for nothing.
+    """
+    old = shutil.copytree(GOLDEN, tmp_path / "old")
+    known = {line.split(":")[0] for line in (old / "config.yaml").read_text().splitlines()}
+    section, lines = "", (old / "config.yaml").read_text().splitlines()
+    new = shutil.copytree(GOLDEN, tmp_path / "new")
+    added = 0
+    for line in to_yaml(make()).splitlines():
+        key = line.split(":")[0]
+        if not line.startswith((" ", "-")):
+            section = f"{key}:"
+        if key in known or line.lstrip().startswith("-"):
+            continue
+        at = lines.index(section) + 1 if line.startswith(" ") else len(lines)
+        lines.insert(at, line)
+        added += 1
+    (new / "config.yaml").write_text("\n".join(lines) + "\n")
+    manifest = (old / "run.json").read_text()
+    for folder in (old, new):  # as if both were runs of every method: no section is left out
+        used = '"method": "full", "lisa": {}, "lora": {}, "peft": {}, "select": {},'
+        (folder / "run.json").write_text(manifest.replace('"method": "full",', used))
+    assert added > 5
+    assert differing([settings(load(old)), settings(load(new))]) == []

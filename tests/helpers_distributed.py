@@ -467,17 +467,25 @@ def trainer_ddp(folder, rank, world):
 LISA = lt.LisaConfig(activated_layers=1, interval_steps=2, sampling="cyclic")
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
 def trainer_lisa(folder, rank, world):
-    done = trainer(folder, rank, world, lisa=LISA, ddp_find_unused_parameters=True)
+    done = trainer(folder, rank, world, lisa=LISA, **SAVING, ddp_find_unused_parameters=True)
     if not rank:
         torch.save(done.model.state_dict(), folder / "model.pt")
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "ddp_find_unused_parameters": False}
-
-
 def trainer_saved(folder, rank, world):
-    trainer(folder, rank, world, **SAVING)
+    trainer(folder, rank, world, **SAVING, ddp_find_unused_parameters=False)
+
+
+def trainer_joined(folder, rank, world):
+    """Go on with what one process began."""
+    checkpoint = folder / "out" / "checkpoint-2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the number of processes is another
+        trainer(folder, rank, world, lisa=LISA, checkpoint=str(checkpoint), **SAVING)
 
 
 def trainer_fsdp2(folder, rank, world, **changes):
@@ -579,6 +587,7 @@ SCENARIOS = {
     "trainer-ddp": trainer_ddp,
     "trainer-lisa": trainer_lisa,
     "trainer-saved": trainer_saved,
+    "trainer-joined": trainer_joined,
     "trainer-fsdp2": trainer_fsdp2,
     "trainer-lisa-fsdp2": trainer_lisa_fsdp2,
     "trainer-adapters": trainer_adapters,

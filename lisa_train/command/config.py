@@ -229,6 +229,12 @@ class TrainConfig:
             raise ConfigError(
                 f"trainer_args.{own[0]} is a setting of its own: write {own[0]} at the top level."
             )
+        if self.trainer_args.get("deepspeed"):
+            raise ConfigError(
+                "trainer_args.deepspeed is set, but gradients cannot be read under DeepSpeed, "
+                "whichever stage of ZeRO; leave it out and start one process per GPU (torchrun "
+                "--nproc-per-node N -m lisa_train)."
+            )
 
 
 def _check_method(config: TrainConfig) -> None:

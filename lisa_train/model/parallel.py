@@ -16,6 +16,10 @@ ONE_PROCESS_EACH = (
     "start one process per GPU (torchrun --nproc-per-node N), or show this one a single GPU "
     "(CUDA_VISIBLE_DEVICES=0)"
 )
+INSTEAD_OF_DEEPSPEED = (
+    "leave DeepSpeed out, and start one process per GPU (torchrun --nproc-per-node N), each with a "
+    "copy of the model; where that does not fit, let FSDP2 split it"
+)
 
 
 def processes() -> int:
@@ -67,6 +71,14 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         raise ConfigError(
             f"{who} does not work under torch.nn.DataParallel, which trains copies of the model "
             f"that it does not see; {ONE_PROCESS_EACH}."
+        )
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
+    # ZeRO-3 marks the tensors of a model that it has taken apart.
+    apart = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if apart or any(isinstance(module, engine) for module in modules):
+        raise ConfigError(
+            f"{who} does not work under DeepSpeed, which keeps gradients{' and weights' * apart} "
+            f"in buffers of its own; {INSTEAD_OF_DEEPSPEED}."
         )
 
 

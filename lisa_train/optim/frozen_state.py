@@ -6,14 +6,27 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lisa_analysis.contract.errors import ConfigError
+from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED
 from lisa_train.optim.paged_state import paged_state
 from lisa_train.optim.policies import POLICIES, SetAside
 from lisa_train.optim.settings import OptimizerState
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside wrappers such as accelerate's `AcceleratedOptimizer`."""
+    """Return the torch optimizer inside wrappers such as accelerate's `AcceleratedOptimizer`.
+
+    Raises
+    ------
+    ConfigError
+        For an optimizer of DeepSpeed's ZeRO: the one inside steps flat pieces of the tensors.
+    """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        if type(optimizer).__module__.startswith("deepspeed.runtime"):
+            raise ConfigError(
+                f"{type(optimizer).__name__} of DeepSpeed steps flat pieces of the tensors, which "
+                f"nobody can tell apart; {INSTEAD_OF_DEEPSPEED}."
+            )
         optimizer = inner
     return optimizer
 

@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.model.parallel import ONE_PROCESS_EACH
+from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED, ONE_PROCESS_EACH
 from lisa_train.trainer.events import patch
 
 _PROVED = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED, ParallelMode.DISTRIBUTED)
@@ -34,8 +34,8 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
         )
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise ConfigError(
-            f"{who} cannot read gradients under DeepSpeed; use DDP{', FSDP2' if sharded else ''} "
-            "or a single device."
+            f"{who} cannot read gradients under DeepSpeed (its setting: deepspeed, or the file of "
+            f"accelerate launch), whichever stage of ZeRO; {INSTEAD_OF_DEEPSPEED}."
         )
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     version = getattr(plugin, "fsdp_version", 1)

@@ -44,6 +44,7 @@ def test_configurations_are_frozen_values() -> None:
         ({"packing": True, "max_length": None}, "set the length to pack to"),
         ({"assistant_only_loss": True, "completion_only_loss": True}, "both true"),
         ({"trainer_args": {"learning_rate": 1.0}}, "write learning_rate at the top level"),
+        ({"trainer_args": {"deepspeed": "zero1.json"}}, "trainer_args.deepspeed is set, but grad"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, object], words: str) -> None:

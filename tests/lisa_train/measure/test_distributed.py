@@ -29,6 +29,7 @@ def two(tmp_path_factory):
     """The folder of all runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     worker.small().save_pretrained(folder / "base")
+    worker.trainer(folder / "trainer-joined", 0, 1, lisa=worker.LISA, **worker.SAVING)
     ranks(worker.main, folder)
     return folder
 
@@ -334,29 +335,53 @@ def test_adapters_in_trainer_on_a_sharded_model(one, two):
     assert_same(folder / "trainer-adapters", two / "trainer-adapters", columns)
 
 
-def test_a_resume_with_another_number_of_processes_is_told(two, tmp_path):
+@pytest.mark.parametrize("name", ["trainer-saved", "trainer-lisa"])
+def test_a_resume_with_another_number_of_processes_is_told(two, tmp_path, name):
     """The same global batches: the sums have other parts, and everything else is as it was."""
-    shutil.copytree(two / "trainer-saved", tmp_path / "run")
+    shutil.copytree(two / name, tmp_path / "run")
     checkpoint = str(tmp_path / "run" / "out" / "checkpoint-2")
+    lisa = worker.LISA if name == "trainer-lisa" else None
     with pytest.warns(RuntimeWarning, match=r"processes = 2 \(now 1\).* still takes 8 rows"):
-        worker.trainer(tmp_path / "run", 0, 1, checkpoint=checkpoint, **worker.SAVING)
-    run = load(tmp_path / "run")
-    resume = run.events.query("event == 'resume'").iloc[0]
-    assert resume["changes"] == {"processes": [2, 1], "per_device_train_batch_size": [2, 4]}
-    assert resume["processes"] == 1
-    said = run.events.query("event == 'warning'")["message"].tolist()
-    assert any("processes = 2 (now 1)" in text for text in said)
-    assert [segment["processes"] for segment in run.manifest["segments"]] == [2, 1]
-    assert run.manifest["hardware"]["processes"] == 1
-    before, after = rows_of(two / "trainer-saved")[1], rows_of(tmp_path / "run")[1]
+        worker.trainer(
+            tmp_path / "run", 0, 1, lisa=lisa, checkpoint=checkpoint, **worker.SAVING
+        )
+    assert_resumed(tmp_path / "run", 2, 1)
+    before, after = rows_of(two / name)[1], rows_of(tmp_path / "run")[1]
     expected = before.loc[4]["weight_norm"]
     assert np.allclose(after.loc[4]["weight_norm"].loc[expected.index], expected, rtol=1e-5)
-    assert np.allclose(run.scalars["loss"], load(two / "trainer-saved").scalars["loss"], rtol=1e-5)
+    losses, wanted = (load(path).scalars["loss"] for path in (tmp_path / "run", two / name))
+    assert np.allclose(losses, wanted, rtol=1e-5)
+
+
+def test_two_processes_go_on_with_what_one_began(one, two):
+    folder, _ = one
+    worker.trainer(folder / "trainer-joined", 0, 1, lisa=worker.LISA, **worker.SAVING)
+    assert_resumed(two / "trainer-joined", 1, 2)
+    assert_same(folder / "trainer-joined", two / "trainer-joined", (*COLUMNS, "probe_grad_norm"))
+    draws = [
+        run.events.loc[run.events["event"] == "lisa_draw", "layers"].tolist()
+        for run in (load(folder / "trainer-joined"), load(two / "trainer-joined"))
+    ]
+    assert draws[0][:2] == draws[1][:2]
+
+
+def assert_resumed(path, before, after):
+    """Hold what a run says about the processes of its two segments."""
+    run = load(path)
+    resume = run.events.query("event == 'resume'").iloc[0]
+    assert resume["changes"] == {
+        "processes": [before, after], "per_device_train_batch_size": [4 // before, 4 // after],
+    }  # fmt: skip
+    assert resume["processes"] == after
+    said = run.events.query("event == 'warning'")["message"].tolist()
+    assert any(f"processes = {before} (now {after})" in text for text in said)
+    assert [segment["processes"] for segment in run.manifest["segments"]] == [before, after]
+    assert run.manifest["hardware"]["processes"] == after
 
 
 def test_lisa_in_trainer_with_two_processes_is_that_of_one(one, two):
     folder, _ = one
-    done = worker.trainer(folder / "trainer-lisa", 0, 1, lisa=worker.LISA)
+    done = worker.trainer(folder / "trainer-lisa", 0, 1, lisa=worker.LISA, **worker.SAVING)
     assert_same(folder / "trainer-lisa", two / "trainer-lisa", (*COLUMNS, "probe_grad_norm"))
     draws = [
         run.events.loc[run.events["event"] == "lisa_draw", "layers"].tolist()

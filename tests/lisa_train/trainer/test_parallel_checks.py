@@ -61,7 +61,9 @@ def test_fsdp(trainer, tmp_path, version, monkeypatch):
 def test_deepspeed(trainer, tmp_path):
     trainer.is_deepspeed_enabled = True
     for asked, who in zip(both(tmp_path), ("LISA", "the recorder"), strict=True):
-        assert f"{who} cannot read gradients under DeepSpeed" in refused(trainer, asked)
+        text = refused(trainer, asked)
+        assert f"{who} cannot read gradients under DeepSpeed (its setting: deepspeed, or" in text
+        assert "leave DeepSpeed out, and start one process per GPU (torchrun" in text
 
 
 def test_other_kinds_of_processes(trainer, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,6 +209,45 @@ def test_data_parallel_is_refused():
     ):
         Lisa(model, optimizer, CONFIG)
     with pytest.raises(ConfigError, match=r"the recorder does not work under torch\.nn\.DataPar"):
+        lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """DeepSpeed's wrapper as far as anybody asks it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_is_refused_in_a_loop(stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=DeepSpeedEngine))
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    if stage == 3:
+        for number, parameter in enumerate(model.parameters()):
+            parameter.ds_id = number
+    words = "gradients and weights in buffers" if stage == 3 else "gradients in buffers"
+    trained = model if stage == 3 else DeepSpeedEngine(model)
+    words = rf"does not work under DeepSpeed, which keeps {words}.*torchrun --nproc-per-node N"
+    with pytest.raises(ConfigError, match=f"LISA {words}"):
+        Lisa(trained, optimizer, CONFIG)
+    with pytest.raises(ConfigError, match=f"the recorder {words}"):
+        lt.NormRecorder(trained, optimizer, lt.RecordConfig("r"))
+
+
+def test_an_optimizer_of_zero_is_refused_beside_a_plain_model():
+    """What `deepspeed.initialize` returns holds an optimizer whose tensors are not the model's."""
+    kind = type(
+        "DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"}
+    )
+    model, optimizer = build(), kind()
+    optimizer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(9))], lr=1e-2)
+    words = "DeepSpeedZeroOptimizer of DeepSpeed steps flat pieces of the tensors"
+    with pytest.raises(ConfigError, match=words):
+        Lisa(model, optimizer, CONFIG)
+    with pytest.raises(ConfigError, match=words):
         lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))
 
 

@@ -8,6 +8,7 @@ import contextlib
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers_recording import arguments, examples, llama
@@ -435,7 +436,10 @@ def memory(folder, rank, world):
 # ---------------------------------------------------------------------- Trainer
 
 
-def trainer(folder, rank, world, model=None, *, lisa=None, record=None, checkpoint=None, **changes):
+def trainer(
+    folder, rank, world, model=None, *, lisa=None, record=None, checkpoint=None, incomplete=False,
+    **changes,
+):  # fmt: skip
     """The same global batches for any number of processes."""
     from transformers import Trainer
 
@@ -453,7 +457,7 @@ def trainer(folder, rank, world, model=None, *, lisa=None, record=None, checkpoi
     trainer = Keeping(model, arguments(folder / "out", **settings), train_dataset=examples(64))
     trainer.batches = []
     config = lt.RecordConfig(str(folder), **{"every": EVERY, "probe_every": 2, **(record or {})})
-    lt.attach(trainer, lisa=lisa, record=config)
+    lt.attach(trainer, lisa=lisa, record=config, resume_incomplete=incomplete)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert all(p.grad is None for p in trainer.model.parameters())
     return trainer
@@ -505,6 +509,20 @@ def trainer_lisa_fsdp2(folder, rank, world):
     weights = {name: p.full_tensor() for name, p in done.model.state_dict().items()}
     if not rank:
         torch.save(weights, folder / "model.pt")
+
+
+def trainer_fsdp2_saved(folder, rank, world):
+    """Checkpoints of sharded models hold weights alone, and cannot be resumed from."""
+    saving = {**SAVING, "save_only_model": True, "max_steps": 2}
+    again, checkpoint = folder.with_name("trainer-fsdp2-again"), str(folder / "out/checkpoint-2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that these are weights alone
+        trainer_fsdp2(folder, rank, world, **saving)
+        for incomplete in (False, True):
+            with pytest.raises(RunDirectoryError, match="keeps no optimizer state of a model that"):
+                trainer_fsdp2(
+                    again, rank, world, **saving, incomplete=incomplete, checkpoint=checkpoint
+                )
 
 
 def trainer_adapters(folder, rank, world):
@@ -590,5 +608,6 @@ SCENARIOS = {
     "trainer-joined": trainer_joined,
     "trainer-fsdp2": trainer_fsdp2,
     "trainer-lisa-fsdp2": trainer_lisa_fsdp2,
+    "trainer-fsdp2-saved": trainer_fsdp2_saved,
     "trainer-adapters": trainer_adapters,
 }

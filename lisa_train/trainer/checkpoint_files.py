@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.module_tree import unwrap
+from lisa_train.model.sharding import is_sharded
 from lisa_train.trainer.lisa_callback import STATE_KEY, TENSORS_FILE
 from lisa_train.trainer.renamed_weights import is_renamed
 
@@ -58,6 +59,13 @@ def examine(trainer: Trainer, path: Path, lisa: LisaConfig | None) -> Checkpoint
     if not path.is_dir():
         raise RunDirectoryError(
             f"{path} is no folder to resume from: give a checkpoint that Trainer wrote."
+        )
+    if _sharded_by_transformers(trainer):
+        raise RunDirectoryError(
+            f"{path} cannot be resumed from: transformers keeps no optimizer state of a model that "
+            "it has split over processes (DistributedConfig), and its Trainer cannot load weights "
+            "into one. Begin anew from its weights (from_pretrained), or train in a loop, "
+            "whose resume is exact (docs/several-gpus.md)."
         )
     state = _state(path)
     _check_weights(trainer, path)
@@ -155,6 +163,12 @@ def _processes(path: Path) -> int | None:
     if (path / "rng_state.pth").exists():
         return 1
     return len(list(path.glob("rng_state_*.pth"))) or None
+
+
+def _sharded_by_transformers(trainer: Trainer) -> bool:
+    return any(is_sharded(parameter) for parameter in trainer.model.parameters()) and bool(
+        getattr(trainer, "is_distributed_loading_by_transformers", False)
+    )
 
 
 def _sharded(trainer: Trainer) -> bool:

@@ -342,9 +342,7 @@ def test_a_resume_with_another_number_of_processes_is_told(two, tmp_path, name):
     checkpoint = str(tmp_path / "run" / "out" / "checkpoint-2")
     lisa = worker.LISA if name == "trainer-lisa" else None
     with pytest.warns(RuntimeWarning, match=r"processes = 2 \(now 1\).* still takes 8 rows"):
-        worker.trainer(
-            tmp_path / "run", 0, 1, lisa=lisa, checkpoint=checkpoint, **worker.SAVING
-        )
+        worker.trainer(tmp_path / "run", 0, 1, lisa=lisa, checkpoint=checkpoint, **worker.SAVING)
     assert_resumed(tmp_path / "run", 2, 1)
     before, after = rows_of(two / name)[1], rows_of(tmp_path / "run")[1]
     expected = before.loc[4]["weight_norm"]
@@ -407,6 +405,12 @@ def test_lisa_in_trainer_on_a_sharded_model(one, two):
     trained = torch.load(two / "trainer-lisa-fsdp2" / "model.pt")
     for name, value in done.model.state_dict().items():
         torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_resume_of_a_model_that_transformers_sharded_is_refused_before_anything_is_written(two):
+    """That it is refused, on every process, is asserted in `trainer_fsdp2_saved`."""
+    assert load(two / "trainer-fsdp2-saved").status == "finished"
+    assert not (two / "trainer-fsdp2-again" / "run.json").exists()
 
 
 def test_models_are_what_the_tests_take_them_for():

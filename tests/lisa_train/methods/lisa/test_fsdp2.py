@@ -70,6 +70,67 @@ def train(name, model, shares, loss_of):
     return {"drawn": drawn, "norms": torch.stack(norms), "model": weights}
 
 
+# Settings of LISA under which a run is left in the middle of an interval and taken up again.
+RESUMED = {
+    "reset": {},
+    "keep": {"optimizer_state": "keep"},
+    "offload": {"optimizer_state": "offload", "warmup_steps": 2, "sampling": "balanced"},
+    "learned": {
+        "optimizer_state": "keep", "sampling": "balanced",
+        "learn": lt.LearnConfig(metric="grad_rms", start_after=2),
+    },
+}  # fmt: skip
+
+
+def resumed(name, rank, folder):
+    """Whether a run that every process saved its pieces of goes on as the one that was not left."""
+
+    def begun(file=None):
+        model = shard(build(), half=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine = Lisa(model, optimizer, lt.LisaConfig(1, 2, **RESUMED[name]), seed=3)
+        if file is not None:
+            saved = torch.load(file, weights_only=True)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            engine.load_state_dict(saved["lisa"])
+        return model, optimizer, engine
+
+    def steps(model, optimizer, engine, numbers):
+        drawn = []
+        for step in numbers:
+            engine.begin_step(step)
+            drawn.append(engine.active_layers)
+            loss_of(model, batch(step, 0, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return drawn
+
+    file = folder / f"{name}-checkpoint-{rank}.pt"
+    model, optimizer, engine = parts = begun()
+    steps(*parts, range(9))
+    torch.save(
+        {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "lisa": engine.state_dict(),
+        },
+        file,
+    )  # fmt: skip
+    drawn = steps(*parts, range(9, 16))
+    engine.close()
+    again = begun(file)
+    assert steps(*again, range(9, 16)) == drawn
+    again[2].close()
+    states = [each.state_dict()["state"] for each in (optimizer, again[1])]
+    assert states[0].keys() == states[1].keys()
+    pairs = [(a[key], states[1][i][key]) for i, a in states[0].items() for key in a]
+    pairs += zip(model.parameters(), again[0].parameters(), strict=True)
+    return {
+        "drawn": drawn, "equal": all(torch.equal(whole(a), whole(b)) for a, b in pairs),
+        "pieces": [tuple(p.to_local().shape) for p in model.parameters()],
+    }  # fmt: skip
+
+
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -89,6 +150,8 @@ def process(rank, folder):
     for name, (_, half, _) in CASES.items():
         found = train(name, shard(build(), half=half), [rank], loss_of)
         torch.save(found, folder / f"{name}-{rank}.pt")
+    for name in RESUMED:
+        torch.save(resumed(name, rank, folder), folder / f"{name}-resumed-{rank}.pt")
     torch.save(refused(), folder / f"refused-{rank}.pt")
 
 
@@ -143,6 +206,17 @@ def test_two_processes_equal_one_with_the_whole_model(folder, name):
             assert (first["model"][key] - value).norm() <= 0.05 * moved, key
         else:
             torch.testing.assert_close(first["model"][key], value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_whose_pieces_were_saved_goes_on_to_the_bit(folder, name):
+    first, second = (torch.load(folder / f"{name}-resumed-{rank}.pt") for rank in range(WORLD))
+    assert first["equal"]
+    assert second["equal"]
+    assert first["drawn"] == second["drawn"]
+    assert len(set(first["drawn"])) > 1
+    sizes = [p.numel() for p in build().parameters()]
+    assert all(torch.tensor(a).prod() < n for a, n in zip(first["pieces"], sizes, strict=True))
 
 
 @pytest.mark.parametrize(

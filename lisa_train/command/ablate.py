@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
+from lisa_train.command.interruption import stop_on_signals
 
 PROG = "lisa-ablate"
 _FIRST = """\
@@ -97,10 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-ablate`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
     try:
+        stop_on_signals()
         arguments = build_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
         _check(arguments)
         _quiet()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _run(arguments)
     except LisaError as error:
         print(f"{PROG}: {error}", file=sys.stderr)

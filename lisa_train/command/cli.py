@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from lisa_analysis.contract.command_line import COMPLETION, SHELLS, completion, 
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.help import asked_help, screen
+from lisa_train.command.interruption import stop_on_signals
 from lisa_train.command.together import LostProcessError, is_to_say, launched
 from lisa_train.command.words import (
     asks_for_estimate,
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     levels = {name: logging.getLogger(name).level for name in _QUIETED}
     try:
+        stop_on_signals()
         command = parse(words)
         if command.estimate:
             from lisa_train.command.estimate import estimate_table
@@ -81,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(estimate_table(command.config, command.cards))
             return 0
         _quiet(command)
-        # A cluster ends a job with SIGTERM: the run is closed as after Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         from lisa_train.command.training import summary, train
 
         run_dir = train(command.config, resume=command.resume, quiet=command.quiet)

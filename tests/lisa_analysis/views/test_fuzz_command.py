@@ -24,9 +24,11 @@ from helpers_runs import write_run
 import lisa_analysis as la
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.views.cli import main
+from lisa_analysis.views.report import report_of
 
 SECONDS = 20  # of one command; a sound run takes 0.03
 EVERY_REPORT = 40  # rendering takes twenty times as long as everything else
+REPORT = "lisa_analysis.views.report.report_of"
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +262,22 @@ def apart_from_words(result: dict[str, Any]) -> dict[str, Any]:
 
 def fuzz(source, folder, capsys, monkeypatch, count, seed):
     rng = random.Random(seed)
-    report = la.report
     sound, _ = analyse(Path(shutil.copytree(source, folder / "sound" / "run")), capsys)
     assert sound is not None
     assert sound["warnings"] == []
     outcomes = {"read": 0, "refused": 0, "same": 0, "left out": 0}
+    asked = []  # numbers of the runs whose report was to be rendered
+    number = 0
+
+    def rendered(*args, **options):
+        asked.append(number)
+        return NoReport() if number % EVERY_REPORT else report_of(*args, **options)
+
+    monkeypatch.setattr(REPORT, rendered)
     for number in range(count):
         run = Path(shutil.copytree(source, folder / "damaged" / "run"))
         edit = rng.choice(EDITS)
         verdict = edit(run, rng)
-        rendered = report if number % EVERY_REPORT == 0 else lambda *a, **k: NoReport()
-        monkeypatch.setattr(la, "report", rendered)
         try:
             result, _ = analyse(run, capsys)
         except BaseException as error:
@@ -288,14 +295,18 @@ def fuzz(source, folder, capsys, monkeypatch, count, seed):
         if verdict == "refused":
             assert result is None, where
         shutil.rmtree(folder / "damaged")
+    assert len(asked) == outcomes["read"]  # whatever the door is through which reports come
     return outcomes
 
 
 def test_a_hundred_damaged_runs(source, tmp_path, capsys, monkeypatch):
     outcomes = fuzz(source, tmp_path, capsys, monkeypatch, count=100, seed=0)
     assert outcomes["read"] + outcomes["refused"] == 100
-    assert min(outcomes["read"], outcomes["refused"]) > 20
-    assert min(outcomes["same"], outcomes["left out"]) >= 5
+    # Seen: 73 and 27; of the edits that must change nothing 15, of rows to be left out 5.
+    assert outcomes["read"] > 60
+    assert outcomes["refused"] > 20
+    assert outcomes["same"] > 10
+    assert outcomes["left out"] > 3
 
 
 @pytest.mark.slow

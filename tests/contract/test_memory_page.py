@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,19 +19,24 @@ def section(name: str) -> list[str]:
     return found[1].splitlines()
 
 
-def printed(script: str, *arguments: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
-    return done.stdout.splitlines()
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Run a script in this process; return the lines that it prints."""
+
+    def run(script: str, *arguments: str) -> list[str]:
+        monkeypatch.syspath_prepend(SCRIPTS)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_the_smallest_model_of_the_papers_table_is_the_code_s_output():
+def test_the_smallest_model_of_the_papers_table_is_the_code_s_output(printed):
     assert printed("paper.py", "GPT2-Small") == section("paper")[:5]
 
 
-def test_the_goal_s_rows_are_the_code_s_output():
+def test_the_goal_s_rows_are_the_code_s_output(printed):
     names = ["LoRA r=16", "LISA 2L, no E, H, norm"]
     lines = section("predicted")
     rows = [line for name in names for line in lines if line.startswith(f"| {name} |")]
@@ -55,5 +60,5 @@ def test_the_measured_rows_are_those_of_the_studies():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "name"), [("paper.py", "paper"), ("predicted.py", "predicted")])
-def test_all_rows_are_the_code_s_output(script, name):
+def test_all_rows_are_the_code_s_output(printed, script, name):
     assert printed(script) == section(name), f"run: python reports/memory/{script} --write"

@@ -1,5 +1,7 @@
 """reports/memory/measure.py on the CPU: it counts what it says, and reports what fails."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -9,15 +11,52 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "reports" / "memory" / "measure.py"
-CASES = ["full", "LoRA r=16", "LISA E+H+2L", "… step in backward", "no such case"]
+CASES = ["full", "LoRA r=16", "LISA E+H+2L", "… step in backward"]
+WORDS = ["--device", "cpu", "--length", "32"]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measure():
+    """The script as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        import measure
+
+        yield measure
+
+
+def run_here(measure, words):
+    """Call the script with its cases in this process: processes have a study of their own below."""
+    import one
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def case(command, environment):
+            patch.setattr(sys, "argv", command[1:])
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                one.main()
+            return json.loads(out.getvalue().splitlines()[-1])
+
+        patch.setattr(measure, "result_of", case)
+        assert measure.main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def study(measure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
+    words = [*WORDS, "--shapes", "tiny-llama", "--cases", *CASES, "--out", str(folder)]
+    run_here(measure, words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study from the shell, each case in a process of its own."""
+    folder = tmp_path_factory.mktemp("processes")
+    cases = ["LISA E+H+2L", "no such case"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", "--shapes", "tiny-llama", "--length",
-         "32", "--cases", *CASES, "--out", str(folder)],
+        [sys.executable, str(SCRIPT), *WORDS, "--shapes", "tiny-qwen3", "--cases", *cases,
+         "--out", str(folder)],
         capture_output=True, text=True, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -28,7 +67,7 @@ def test_counted_bytes_are_the_estimates(study):
     results = json.loads((study / "results.json").read_text())
     rows = {row["case"]: row for row in results["rows"]}
     assert list(rows) == CASES
-    for name in CASES[:4]:
+    for name in CASES:
         assert rows[name]["status"] == "ok", rows[name]
         found, guess = rows[name]["measured"], rows[name]["estimate"]
         assert found["weights"] == guess["weights"]
@@ -40,22 +79,16 @@ def test_counted_bytes_are_the_estimates(study):
         assert found["gradients"] == (0 if inside else guess["gradients"])
 
 
-def test_a_tied_head_is_counted_once(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", "--shapes", "tiny-qwen3", "--length",
-         "32", "--cases", "LISA E+H+2L", "--out", str(tmp_path)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    [row] = json.loads((tmp_path / "results.json").read_text())["rows"]
+def test_a_tied_head_is_counted_once(processes):
+    row = json.loads((processes / "results.json").read_text())["rows"][0]
     assert row["measured"]["weights"] == row["estimate"]["weights"]
     assert row["measured"]["gradients"] == row["estimate"]["gradients"]
 
 
-def test_a_case_that_fails_is_reported_and_ends_alone(study):
-    results = json.loads((study / "results.json").read_text())
-    assert results["rows"][-1]["status"] == "failed"
-    assert "| no such case | failed |" in (study / "results.md").read_text()
+def test_a_case_that_fails_is_reported_and_ends_alone(processes):
+    results = json.loads((processes / "results.json").read_text())
+    assert [row["status"] for row in results["rows"]] == ["ok", "failed"]
+    assert "| no such case | failed |" in (processes / "results.md").read_text()
 
 
 def test_what_is_written(study):
@@ -65,15 +98,13 @@ def test_what_is_written(study):
     assert (study / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_times_and_arithmetic_of_later_cases_are_added(study):
+def test_times_and_arithmetic_of_later_cases_are_added(measure, study):
     """A second call adds its rows; those of a case that was measured before are replaced."""
-    command = [
-        sys.executable, str(SCRIPT), "--device", "cpu", "--shapes", "tiny-llama", "--length", "32",
-        "--append", "--timed", "2", "--out", str(study),
+    words = [
+        *WORDS, "--shapes", "tiny-llama", "--append", "--timed", "2", "--out", str(study),
     ]  # fmt: skip
     added = ["full", "LISA 2L, no E, H, norm"]
-    done = subprocess.run([*command, "--cases", *added], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_here(measure, [*words, "--cases", *added])
     results = json.loads((study / "results.json").read_text())
     assert [row["case"] for row in results["rows"]] == [*CASES, "LISA 2L, no E, H, norm"]
     rows = {row["case"]: row for row in results["rows"]}
@@ -89,17 +120,11 @@ def test_times_and_arithmetic_of_later_cases_are_added(study):
     assert rows["LISA 2L, no E, H, norm"]["measured"]["skipped_seconds"] > 0
     assert "skipped_seconds" not in rows["full"]["measured"]
     assert "| of full | allowed | arithmetic |" in (study / "results.md").read_text()
-    other = subprocess.run(
-        [*command, "--cases", "full", "--batch-size", "2"], capture_output=True, text=True
-    )
-    assert other.returncode != 0
-    assert "measured with another batch_size (1, here 2)" in other.stderr
+    with pytest.raises(SystemExit, match=r"with another batch_size \(1, here 2\)"):
+        measure.main([*words, "--cases", "full", "--batch-size", "2"])
 
 
-def test_a_case_that_the_kernel_kills_keeps_its_estimate(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import measure
-
+def test_a_case_that_the_kernel_kills_keeps_its_estimate(measure, monkeypatch):
     commands = []
 
     def fake(command, **kwargs):

@@ -344,17 +344,18 @@ print(*outcomes)
 """
 
 
-def test_thousands_of_mutations_give_a_sentence_or_a_reading(directory):
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutations_give_a_sentence_or_a_reading(directory, count):
     """In a process of its own: a damaged Parquet file must not bring the interpreter down."""
     code = FUZZ.format(
         tests=[str(parent) for parent in Path(__file__).parents[0:3]],
         path=str(directory),
         seed=0,
-        count=2000,
+        count=count,
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     read, refused = map(int, result.stdout.split())
-    assert read + refused == 2000
-    assert refused > 600
-    assert read > 200
+    assert read + refused == count
+    assert refused > 0.3 * count
+    assert read > 0.1 * count

@@ -140,7 +140,7 @@ def test_a_table_of_tensors_that_is_empty_or_absurd(run, capsys):
     assert "param_id" in analyse(run, capsys)[1]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_random_edits(source, tmp_path, capsys, seed):
     rng = random.Random(seed)
     for number in range(12):

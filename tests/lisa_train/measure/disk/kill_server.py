@@ -4,6 +4,7 @@ Usage: kill_server.py FOLDER RUNS SEED. Prints one line per run: what it did and
 is asserted here, where the process that was killed is known.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -148,6 +149,7 @@ def check_finished(folder):
 
 
 def main(folder, runs, seed):
+    gc.freeze()  # the runs' `gc.collect()` looks at what they made, not at all that was imported
     rng = random.Random(seed)
     steps, _, status = run(folder / "reference")
     assert status == 0

@@ -1,13 +1,14 @@
 """`lisa-ablate`: what every layer's change was worth in a finished run. No torch up here."""
 
 import argparse
-import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.interruption import stop_on_signals
+from lisa_train.command.volume import at_volume
 
 PROG = "lisa-ablate"
 _FIRST = """\
@@ -25,6 +26,8 @@ the trained model, and put into the base alone; what it costs on general text.
   --bf16                   compute in bfloat16
   --restore LAYERS         write the model with these put back, to --output DIR
   --model DIR, --base DIR  where they are, if not where the run says
+  -q, --quiet              print where the file is, and errors alone
+  -v, --verbose            what the libraries say too, and tracebacks
   --help all               every option in full
 
 Example: lisa-ablate runs/lora-20260101-120000 --by kind
@@ -91,18 +94,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", metavar="DIR", help="the base model, if not where the run's config.yaml says"
     )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print where the file is, and errors alone"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="print what the libraries say too, and the traceback of what is refused",
+    )  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lisa-ablate`; return 0, 2 for bad input, or 130 after Ctrl-C or SIGTERM."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
         stop_on_signals()
-        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+        arguments = build_parser().parse_args(words)
         _check(arguments)
-        _quiet()
-        _run(arguments)
+        with at_volume(quiet=arguments.quiet, verbose=arguments.verbose):
+            _run(arguments)
     except LisaError as error:
+        if {"-v", "--verbose"} & set(words):
+            traceback.print_exc()
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -134,6 +147,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "--restore writes weights and measures no units: leave out --by, --range and --bf16."
         )
+    if arguments.quiet and arguments.verbose:
+        raise ConfigError("--quiet and --verbose ask for opposite things; leave one of them out.")
     if arguments.max_examples != "all" and not arguments.max_examples.isdecimal():
         raise ConfigError(
             f"--max_examples is {arguments.max_examples!r}; expected a number of examples, or all."
@@ -152,25 +167,23 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.restore is not None:
         from lisa_train.command.ablate_restore import restore
 
-        restore(arguments.run_dir, arguments.restore, arguments.output, **shared)
+        say = _nothing if arguments.quiet else print
+        found = restore(arguments.run_dir, arguments.restore, arguments.output, say=say, **shared)
+        if arguments.quiet:
+            print(found.path)
         return
-    from lisa_train.command.ablate_run import ablate
+    from lisa_train.command.ablate_run import ablate, note
 
-    units = {"by": arguments.by, "ranges": arguments.range}
-    print(ablate(arguments.run_dir, **units, bf16=arguments.bf16, **shared))
+    done = ablate(
+        arguments.run_dir, by=arguments.by, ranges=arguments.range, bf16=arguments.bf16,
+        progress=False if arguments.quiet else None, say=_nothing if arguments.quiet else note,
+        **shared,
+    )  # fmt: skip
+    print(done.path if arguments.quiet else done)
 
 
-def _quiet() -> None:
-    """Leave the terminal to this command."""
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
-    from transformers.utils import logging
-
-    disable_datasets_bars()
-    logging.disable_progress_bar()
+def _nothing(text: str) -> None:
+    """Take what a quiet command does not say."""
 
 
 if __name__ == "__main__":

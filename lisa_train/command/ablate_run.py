@@ -52,6 +52,11 @@ class Ablation:
         return in_words(self)
 
 
+def note(text: str) -> None:
+    """Say something that a reader should know."""
+    print(f"note: {text}.", file=sys.stderr, flush=True)
+
+
 def ablate(
     run_dir: str | Path,
     *,
@@ -65,6 +70,7 @@ def ablate(
     collate: Callable[[list[Any]], Any] | None = None,
     bf16: bool = False,
     progress: bool | None = None,
+    say: Callable[[str], None] = note,
 ) -> Ablation:
     """Measure what every layer's change was worth, on held-out examples and on general text.
 
@@ -103,6 +109,8 @@ def ablate(
         ``keep`` and coarse for ``reset`` (`docs/ablation.md` has figures).
     progress
         True shows a bar, false nothing; None a bar on a terminal, and a few lines elsewhere.
+    say
+        Takes what a reader should know, each without its full stop.
 
     Returns
     -------
@@ -133,7 +141,7 @@ def ablate(
         measured = {name: one.measured for name, one in examples.items()}
         file = AblationFile(run.path, trained.about, measured)
         cost = ablate_units(
-            trained.change, losses, examples, units, file, progress=progress, say=note
+            trained.change, losses, examples, units, file, progress=progress, say=say
         )
         naive = len(examples) * (2 * sum(bool(unit.parts) for unit in units) + 2)
         return Ablation(file.path, summarize(file, units), cost, naive)
@@ -173,8 +181,3 @@ def check_max_examples(most: int | None) -> None:
     """`ConfigError` for a number of examples that is none."""
     if most is not None:
         whole("max_examples", most, " of at least 2 (intervals need two examples)", 2)
-
-
-def note(text: str) -> None:
-    """Say something that a reader should know."""
-    print(f"note: {text}.", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """`lisa-train`: recipe and command line -> `TrainConfig` -> a run directory. No torch up here."""
 
-import logging
 import os
 import sys
 import traceback
@@ -14,7 +13,8 @@ from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.help import asked_help, screen
 from lisa_train.command.interruption import stop_on_signals
-from lisa_train.command.together import LostProcessError, is_to_say, launched
+from lisa_train.command.together import LostProcessError, is_to_say
+from lisa_train.command.volume import at_volume
 from lisa_train.command.words import (
     asks_for_estimate,
     check_file,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROG = "lisa-train"
-_QUIETED = ("lisa_train", "transformers", "bitsandbytes")  # loggers; with --quiet the first two
 _EXTRA = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "jsonargparse", "yaml"}
 # In the place of a dataset that nothing reads.
 NO_DATA = ""
@@ -72,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in words:  # before anything is loaded that training needs
         print(f"{PROG} {version()}")
         return 0
-    levels = {name: logging.getLogger(name).level for name in _QUIETED}
     try:
         stop_on_signals()
         command = parse(words)
@@ -81,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(estimate_table(command.config, command.cards))
             return 0
-        _quiet(command)
-        from lisa_train.command.training import summary, train
+        with at_volume(quiet=command.quiet, verbose=command.verbose):
+            from lisa_train.command.training import summary, train
 
-        run_dir = train(command.config, resume=command.resume, quiet=command.quiet)
+            run_dir = train(command.config, resume=command.resume, quiet=command.quiet)
     except LisaError as error:
         lost = isinstance(error, LostProcessError)
         if is_to_say(str(error), consequence=lost):
@@ -105,9 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_to_say("interrupted", consequence=True):
             print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
         return 130
-    finally:  # in a notebook or a test the process goes on
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
     if _speaks():
         print(run_dir if command.quiet else summary(run_dir))
     return 0
@@ -116,30 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _speaks() -> bool:
     """Whether this process is the first of those that a launcher (torchrun, accelerate) started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _quiet(command: Command) -> None:
-    """Leave the terminal to this command: one progress bar, no notes between libraries."""
-    import warnings
-
-    if command.quiet:
-        warnings.simplefilter("ignore")
-        for package in _QUIETED[:2]:
-            logging.getLogger(package).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if launched() > 1:
-        # Trainer has DDP look for tensors without gradients, and DDP warns where there are none.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported
-    if command.verbose:
-        return
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # What it could not fetch for 4-bit weights on a CPU, in every process.
-    logging.getLogger(_QUIETED[2]).setLevel(logging.ERROR)
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
-    from transformers.utils import logging as transformers_logging
-
-    disable_datasets_bars()
-    transformers_logging.disable_progress_bar()
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -194,6 +194,27 @@ def test_layers_are_put_back(method, run_of, tiny_model_dir, tmp_path, capsys):
     assert np.array_equal(got, wanted.sort_values("example")["loss"].to_numpy())
 
 
+def test_quiet_prints_where_the_file_is_and_nothing_else(run_of, tmp_path, capsys):
+    run, out = run_of("lora"), tmp_path / "restored"
+    few = ["--general", "none", "--max_examples", "2"]
+    assert main([str(run), *few, "--quiet"]) == 0
+    assert capsys.readouterr() == (f"{run / ABLATION}\n", "")
+    assert main([str(run), *few, "-q", "--restore", "1", "--output", str(out)]) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert (out / "restored.json").exists()
+
+
+def test_verbose_shows_where_a_refusal_comes_from(tmp_path, capsys):
+    assert main([str(tmp_path / "gone"), "-v"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.rstrip().splitlines()[-1].startswith("lisa-ablate: ")
+    assert main([str(tmp_path / "gone"), "-q"]) == 2  # what is refused is said all the same
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([str(tmp_path / "gone"), "-q", "-v"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
 def test_somebody_elses_run(tmp_path, tiny_model_dir):
     """A Trainer with `attach`: model and examples are handed over."""
     from transformers import Trainer, TrainingArguments

@@ -37,11 +37,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1,
                 "target_modules": TARGETS},
 }  # fmt: skip
-# One of every way to be kept in a checkpoint: vectors, a norm's own weights, factors, rotations,
-# shared random matrices, random places, tokens of the input, keys and values.
-GOES_ON = (
-    "ia3", "ln_tuning", "loha", "oft", "vera", "fourierft", "prompt-tuning", "prefix-tuning"
-)  # fmt: skip
+# Those whose checkpoints hold less than the training goes on from are refused, see below.
+GOES_ON = tuple(kind for kind in TYPES if kind not in ("p-tuning", "adalora"))
 ESTIMATED = ("ia3", "oft", "vera", "prompt-tuning", "prefix-tuning")
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from lisa_analysis.profiles.relative import relative_frame
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.profiles import labelled
+from lisa_analysis.views.plots.scores import labelled
 
 # How a layer stands: colour, mark, words of the legend. Never colour alone.
 _LOOKS: Mapping[str, tuple[str, str, str]] = {

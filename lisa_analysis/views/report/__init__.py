@@ -8,7 +8,7 @@ from typing import Any
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.views.analysis import Analysis
-from lisa_analysis.views.report.assemble import assemble
+from lisa_analysis.views.report.document import assemble
 from lisa_analysis.views.report.page import render
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis import plots
-from lisa_analysis.views.plots.worth import NAMES
+from lisa_analysis.views.plots.ablations import NAMES
 from lisa_analysis.views.report import readout, svg
 from lisa_analysis.views.report.figure import HALF, WIDE, ReportFigure, canvas
 from lisa_analysis.views.report.figures import kind_figure

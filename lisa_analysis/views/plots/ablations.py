@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.plots.profiles import layers_below
+from lisa_analysis.views.plots.scores import layers_below
 
 # What the metrics of an ablation are called beside each other.
 NAMES = {

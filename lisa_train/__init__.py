@@ -16,11 +16,11 @@ from lisa_train.config import LisaConfig as LisaConfig
 from lisa_train.config import ProbeConfig as ProbeConfig
 from lisa_train.config import RecordConfig as RecordConfig
 from lisa_train.config import SelectConfig as SelectConfig
-from lisa_train.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
     from lisa_train.command.ablate_restore import restore as restore
     from lisa_train.command.ablate_run import ablate as ablate
+    from lisa_train.command.config import TrainConfig as TrainConfig
     from lisa_train.command.training import train as train
     from lisa_train.estimate.estimate import estimate_memory as estimate_memory
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
@@ -55,6 +55,7 @@ _HOME = {
     "NormRecorder": "measure.recorder",
     "Quantity": "measure.quantities",
     "StepInBackward": "optim.step_in_backward",
+    "TrainConfig": "command.config",
     "train": "command.training",
     "ablate": "command.ablate_run",
     "restore": "command.ablate_restore",
@@ -66,7 +67,6 @@ __all__ = [  # noqa: PLE0604
     "ProbeConfig",
     "RecordConfig",
     "SelectConfig",
-    "TrainConfig",
     *sorted(_HOME),
 ]
 

@@ -1,21 +1,27 @@
 """`TrainConfig`: a whole training run, LISA and the recorder in it."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.checks import one_of
 from lisa_train.command.probe import ProbeConfig
 from lisa_train.command.tasks import AUTO, TASKS
 from lisa_train.measure.config import RecordConfig
-from lisa_train.methods import METHODS
+from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import check_eight_bit_states, check_step_settings
 
+if TYPE_CHECKING:
+
+    class _Sections: ...
+else:
+    _Sections = sections()
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Sections):
     """A whole training run. Names are those of transformers, TRL and PEFT.
 
     Parameters
@@ -235,6 +241,12 @@ class TrainConfig:
                 "whichever stage of ZeRO; leave it out and start one process per GPU (torchrun "
                 "--nproc-per-node N -m lisa_train)."
             )
+
+
+for _own in fields(sections()):
+    TrainConfig.__doc__ = (
+        f"{TrainConfig.__doc__}{_own.name}\n        Settings of `method: {_own.name}`.\n    "
+    )
 
 
 def _check_method(config: TrainConfig) -> None:

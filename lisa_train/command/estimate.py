@@ -1,9 +1,12 @@
 """`lisa-train --estimate`: a configuration's memory and that of the usual methods, as a table."""
 
+from dataclasses import fields
+
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.estimate.cards import Card
 from lisa_train.estimate.setting import Autocast, Setting
+from lisa_train.methods import sections
 
 
 def setting_of(config: TrainConfig, task: str = "causal-lm") -> Setting:
@@ -34,6 +37,7 @@ def setting_of(config: TrainConfig, task: str = "causal-lm") -> Setting:
         lora=config.lora,
         peft=config.peft,
         select=config.select,
+        **{f.name: getattr(config, f.name) for f in fields(sections())},
     )
 
 

@@ -8,12 +8,13 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.words import dataclass_of, recipes
-from lisa_train.methods import METHODS
+from lisa_train.methods import METHODS, sections
 
 WIDTH = 79
 
@@ -47,6 +48,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "select": ("layers, tensors by name", ("select",)),
     "probe": ("gradients without training", ("probe",)),
     "record": ("what is measured, and when", ("record",)),
+    **{f.name: (f"settings of {f.name}", (f.name,)) for f in fields(sections())},
 }  # fmt: skip
 
 _FIRST = """\
@@ -116,8 +118,9 @@ def screen(word: str) -> str | None:
 def _first() -> str:
     wide = [f"{name:<9}{about}" for name, (about, _) in GROUPS.items()]
     wide.append("methods, recipes: which there are")
-    half = len(wide) // 2
-    lines = [f"  {a:<40}{b}" for a, b in zip(wide[:half], wide[half:], strict=True)]
+    half = -(-len(wide) // 2)
+    pairs = zip_longest(wide[:half], wide[half:], fillvalue="")
+    lines = [f"  {a:<40}{b}".rstrip() for a, b in pairs]
     methods = _cut(" | ".join(METHODS), WIDTH - 27)
     names = ", ".join(name for name in ("full", "lora", "lisa") if name in recipes())
     return _FIRST.format(recipes=names, methods=methods, groups="\n".join(lines))

@@ -16,7 +16,7 @@ from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks import AUTO
 from lisa_train.command.tasks.literal_path import at_home
 from lisa_train.command.together import is_first
-from lisa_train.methods import METHODS
+from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.run_entries import plain
 
@@ -178,7 +178,8 @@ def to_yaml(config: TrainConfig) -> str:
 
     settings = dataclasses.asdict(config)
     # Runs of an earlier version have no such lines, and are told from these by nothing.
-    for section in ("probe", "peft", "select"):
+    brought = [f.name for f in dataclasses.fields(sections())]
+    for section in ("probe", "peft", "select", *brought):
         if section not in METHODS[config.method].sections:
             del settings[section]
     if config.task == AUTO:

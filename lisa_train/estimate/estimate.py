@@ -13,6 +13,7 @@ from lisa_train.estimate.optimizers import optimizer_kind
 from lisa_train.estimate.result import MemoryEstimate
 from lisa_train.estimate.setting import Attention, Autocast, DType, Setting, Spread
 from lisa_train.estimate.stage import Stage
+from lisa_train.methods import sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.select.config import SelectConfig
 from lisa_train.private_names import check
@@ -104,7 +105,8 @@ def estimate_memory(
         Number of devices, and how a model is spread over them: ``fsdp`` shards every tensor
         (FSDP2, each device with its own batch), ``layers`` puts equally many layers on each.
     **unknown
-        Nothing else is taken; a name that is misspelt is answered with the nearest one.
+        Settings that a method brings with it, by the method's name. Nothing else is taken; a
+        name that is misspelt is answered with the nearest one.
 
     Returns
     -------
@@ -121,8 +123,11 @@ def estimate_memory(
     >>> estimate_memory(LlamaConfig(), "lisa", dtype="bfloat16").total < 24e9
     True
     """
-    if unknown:
-        raise _unknown(next(iter(unknown)))
+    brought = {f.name for f in fields(sections())}
+    given: Mapping[str, Any] = unknown
+    for name in given:
+        if name not in brought:
+            raise _unknown(name)
     wanted = Setting(
         method=method,
         batch_size=batch_size,
@@ -144,6 +149,7 @@ def estimate_memory(
         active_layers=active_layers,
         devices=devices,
         spread=spread,
+        **given,
     )
     return estimate(model_or_config, wanted)
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of
-from lisa_train.methods import METHODS
+from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.select.config import SelectConfig
 from lisa_train.optim.settings import check_eight_bit_states
@@ -16,9 +16,15 @@ Autocast = Literal["bfloat16", "float16"]
 Attention = Literal["sdpa", "eager"]
 Spread = Literal["fsdp", "layers"]
 
+if TYPE_CHECKING:
+
+    class _Sections: ...
+else:
+    _Sections = sections()
+
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(_Sections):
     """How a model is trained, as far as memory depends on it; see `estimate_memory`."""
 
     method: str = "lisa"

@@ -4,6 +4,8 @@ To add one, subclass `Method` and `register` it; nothing else has to know its na
 """
 
 from collections.abc import Mapping
+from dataclasses import field, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -27,9 +29,14 @@ class Method:
         Word for it in `TrainConfig.method` and run.json.
     help
         What it does, in half a sentence.
+    settings
+        Dataclass of the settings that this method brings with it, each with a default. They are a
+        section of its name wherever a run is configured: in `TrainConfig`, `estimate_memory`,
+        YAML files, options (``--name.setting``) and their help. None for the methods whose
+        settings are fields of `TrainConfig` itself.
     sections
-        Fields of `TrainConfig` with settings of this method. Those of methods that are not
-        chosen must be left alone.
+        Fields of `TrainConfig` with settings of this method; that of `settings` is added by
+        `register`. Those of methods that are not chosen must be left alone.
     recipe
         YAML file that `lisa-train --config <name>` finds. Those of this package's own methods
         lie in `command/recipes`.
@@ -45,6 +52,7 @@ class Method:
 
     name: ClassVar[str]
     help: ClassVar[str]
+    settings: ClassVar[type[Any] | None] = None
     sections: ClassVar[tuple[str, ...]] = ()
     recipe: ClassVar[Path | None] = None
     changes_model: ClassVar[bool] = True
@@ -124,7 +132,9 @@ def register(kind: _Kind) -> _Kind:
     Raises
     ------
     ConfigError
-        For a name that another method has.
+        For a name that another method has; for `settings` that cannot be a section, or that come
+        when the configuration has its sections already (that is, after `lisa_train.TrainConfig`
+        was used).
 
     Examples
     --------
@@ -142,5 +152,39 @@ def register(kind: _Kind) -> _Kind:
     """
     if kind.name in METHODS:
         raise ConfigError(f"there is a method {kind.name!r} already; choose another name.")
+    if kind.settings is not None:
+        _check_settings(kind.name, kind.settings)
+        kind.sections = tuple(dict.fromkeys((kind.name, *kind.sections)))
     METHODS[kind.name] = kind()
     return kind
+
+
+def _check_settings(name: str, settings: type[Any]) -> None:
+    if sections.cache_info().currsize:
+        raise ConfigError(
+            f"method {name} has settings, and comes after the configuration was made: register it "
+            "before lisa_train.TrainConfig is used, or lay its folder into lisa_train/methods."
+        )
+    try:
+        if not is_dataclass(settings):
+            raise TypeError("it is no dataclass")
+        settings()
+    except TypeError as error:
+        raise ConfigError(
+            f"method {name} has {settings.__name__} for settings, which is no section ({error}); "
+            "give a dataclass with a default for every field."
+        ) from None
+
+
+@cache
+def sections() -> type:
+    """Return a dataclass with the settings that methods bring; what a method reads inherits it.
+
+    From the first call on no method with `settings` is registered any more.
+    """
+    brought = [
+        (method.name, method.settings, field(default_factory=method.settings))
+        for method in METHODS.values()
+        if method.settings is not None
+    ]
+    return make_dataclass("Sections", brought, frozen=True, kw_only=True)

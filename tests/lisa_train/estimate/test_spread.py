@@ -18,30 +18,39 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import helpers_memory as small
-size = int(sys.argv[1])
-dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-mesh = init_device_mesh("cpu", (size,))
-model = small.real_model(getattr(small, sys.argv[2])())
-for block in model.transformer.h if sys.argv[2] == "gpt2" else model.model.layers:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-local = [p.to_local() for p in model.parameters()]
-print(sum(t.untyped_storage().nbytes() for t in local) + small.stored(model.buffers()))
+for family, size in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    mesh = init_device_mesh("cpu", (size,))
+    model = small.real_model(getattr(small, family)())
+    for block in model.transformer.h if family == "gpt2" else model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    local = [p.to_local() for p in model.parameters()]
+    print(sum(t.untyped_storage().nbytes() for t in local) + small.stored(model.buffers()))
+    dist.destroy_process_group()
 """
+SHARDED = [("llama", 3), ("gpt2", 8)]
 
 
-@pytest.mark.parametrize(("family", "devices"), [("llama", 3), ("gpt2", 8)])
-def test_weights_are_cut_as_fsdp2_cuts_them(family, devices):
+@pytest.fixture(scope="module")
+def shards():
+    """Bytes of the first device of each case, as FSDP2 cuts them."""
+    words = [str(word) for case in SHARDED for word in case]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SHARDS, str(devices), family],
+        [sys.executable, "-W", "ignore", "-c", SHARDS, *words],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(SHARDED, map(int, done.stdout.split()), strict=True))
+
+
+@pytest.mark.parametrize(("family", "devices"), SHARDED)
+def test_weights_are_cut_as_fsdp2_cuts_them(shards, family, devices):
     found = lt.estimate_memory(
         getattr(small, family)(), "full", sequence_length=16, devices=devices
     )
     assert len(found.devices) == devices
-    assert found.fullest.weights == int(done.stdout)
+    assert found.fullest.weights == shards[family, devices]
 
 
 def test_gradients_and_state_are_divided_like_the_weights():

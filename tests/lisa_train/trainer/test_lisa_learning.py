@@ -74,8 +74,20 @@ def test_a_trainer_learns_what_a_plain_loop_learns(tmp_path):
     assert np.ptp(drawn[-1].inclusion_probabilities) > 0.01
 
 
-@pytest.mark.parametrize("stop", [14, 15], ids=["at a draw", "inside an interval"])
-@pytest.mark.parametrize("metric", ["grad_rms", "signal", "probe"])
+AT_A_DRAW, INSIDE = 14, 15
+
+
+@pytest.mark.parametrize(
+    ("metric", "stop"),
+    [
+        ("grad_rms", INSIDE),
+        ("signal", INSIDE),
+        ("probe", INSIDE),
+        ("probe", AT_A_DRAW),  # made there; the others read the steps in between
+        pytest.param("grad_rms", AT_A_DRAW, marks=pytest.mark.slow),
+        pytest.param("signal", AT_A_DRAW, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_it_goes_on_to_the_bit(tmp_path, metric, stop):
     saving = {"save_strategy": "steps", "save_steps": stop}
     whole, _, draws = make(tmp_path / "a", lisa(metric), **saving)

@@ -79,8 +79,13 @@ RARE = np.array([0.001, 0.299, 0.7])
 
 @pytest.mark.parametrize("index", [0, 1, 2, 7])
 @pytest.mark.parametrize(
-    "pi", [SKEWED, WITH_CERTAIN, RARE, np.array([0.9, 0.9, 0.1, 0.1])], ids=str
-)
+    "pi",
+    [
+        SKEWED, WITH_CERTAIN, RARE,
+        pytest.param(np.array([0.9, 0.9, 0.1, 0.1]), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_single_balanced_draw_meets_unequal_probabilities(pi, index):
     seeds, counts = 2_000, np.zeros(pi.size)
     for seed in range(seeds):

@@ -18,7 +18,7 @@ from lisa_train.command.tasks.literal_path import at_home
 from lisa_train.command.together import is_first
 from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
-from lisa_train.model.run_entries import plain
+from lisa_train.model.run_entries import as_lists
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
 INPUT_PROFILE = "select_profile.json"
@@ -158,13 +158,13 @@ def _check_same(config: TrainConfig, path: Path) -> None:
             f"{path} cannot be read ({reason}), and without it nobody knows whether these are the "
             "run's settings: restore the file to resume the run."
         ) from error
-    now = plain(dataclasses.asdict(config))
+    now = as_lists(dataclasses.asdict(config))
     # A run of an earlier version did not know every setting of today's.
-    defaults = plain(dataclasses.asdict(TrainConfig("", "")))
+    defaults = as_lists(dataclasses.asdict(TrainConfig("", "")))
     for name, value in now.items():
         before = kept.get(name, defaults[name])
         if name == "lisa" and isinstance(before, dict):
-            before = plain(dataclasses.asdict(LisaConfig())) | before
+            before = as_lists(dataclasses.asdict(LisaConfig())) | before
         if name not in _MAY_CHANGE and before != value:
             raise ConfigError(
                 f"{name} is {value} but the run to resume had {before}; a continued run "
@@ -186,7 +186,7 @@ def to_yaml(config: TrainConfig) -> str:
         del settings["task"]
     if not config.columns:
         del settings["columns"]
-    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_lists(settings), sort_keys=False, allow_unicode=True)
 
 
 def last_checkpoint(run_dir: Path) -> Path:

@@ -17,7 +17,7 @@ from lisa_train.measure.buffers import Piece
 from lisa_train.measure.quantities import REGISTRY
 from lisa_train.model.norms import local, wide
 from lisa_train.model.parallel import is_first, processes
-from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, shards
+from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, pieces
 from lisa_train.model.tensor_table import TensorTable
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class Processes:
 
 def _share(tensor: torch.Tensor, count: int) -> float:
     """Part that one process's sum has in the sum over all processes."""
-    return shards(tensor) / count
+    return pieces(tensor) / count
 
 
 def _weight(line: dict[str, Any]) -> Any:

@@ -46,7 +46,7 @@ def method_entries(model: nn.Module) -> dict[str, Any]:
     kind = getattr(adapter, "peft_type", "peft")
     method = "lora" if str(getattr(kind, "value", kind)).upper() == "LORA" else "peft"
     shown = {k: getattr(v, "value", v) for k, v in adapter.to_dict().items()}  # of its enums
-    settings = {k: plain(v) for k, v in shown.items() if _is_plain(v)}
+    settings = {k: as_lists(v) for k, v in shown.items() if _is_plain(v)}
     return {"method": method, method: settings}
 
 
@@ -54,7 +54,7 @@ def lisa_entries(config: Any, seed: int) -> dict[str, Any]:
     """Entries of a run with LISA; `seed` is that of the training, unless the config has its own."""
     return {
         "method": "lisa",
-        "lisa": plain(dataclasses.asdict(config)),
+        "lisa": as_lists(dataclasses.asdict(config)),
         "seeds": {"lisa_seed": seed if config.seed is None else config.seed},
     }
 
@@ -69,14 +69,14 @@ def joined(entries: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def plain(value: Any) -> Any:
+def as_lists(value: Any) -> Any:
     """Replace tuples and sets by lists, as YAML and JSON hold them."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: as_lists(entry) for key, entry in value.items()}
     if isinstance(value, set | frozenset):
-        return [plain(entry) for entry in sorted(value, key=str)]
+        return [as_lists(entry) for entry in sorted(value, key=str)]
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [as_lists(entry) for entry in value]
     return value
 
 

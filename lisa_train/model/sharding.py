@@ -16,7 +16,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def shards(tensor: torch.Tensor) -> int:
+def pieces(tensor: torch.Tensor) -> int:
     """Return how many pieces make up the tensor; 1 for a plain one, which every process holds."""
     return math.prod(parts for _, parts, _ in _splits(tensor))
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.module_tree import unwrap
-from lisa_train.model.run_entries import plain
+from lisa_train.model.run_entries import as_lists
 from lisa_train.model.sharding import is_sharded
 from lisa_train.trainer.checkpoint_files import Checkpoint, examine
 from lisa_train.trainer.renamed_weights import load_renamed
@@ -136,10 +136,10 @@ class Continuation(TrainerCallback):
 
     def _inputs(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         settings = {
-            name: plain(_json(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
+            name: as_lists(_json(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
         }
         flat = settings["lr_scheduler_type"] in _FLAT or self._own_schedule
-        lisa = None if self._lisa is None else plain(dataclasses.asdict(self._lisa))
+        lisa = None if self._lisa is None else as_lists(dataclasses.asdict(self._lisa))
         return {
             **self.parts(args),
             "settings": settings | ({} if flat else {"max_steps": state.max_steps}),

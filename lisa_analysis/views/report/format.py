@@ -171,10 +171,10 @@ def with_bounds(value: Any, digits: int = 3) -> str:
     return f"{middle} ({number(low, digits)}–{number(high, digits)})"
 
 
-def plain(value: Any) -> str:
+def as_datum(value: Any) -> str:
     """Format a datum for a table's CSV: digits that a program reads back; of an interval its value.
 
-    >>> plain(0.1234567), plain(3.0), plain(float("nan")), plain("x")
+    >>> as_datum(0.1234567), as_datum(3.0), as_datum(float("nan")), as_datum("x")
     ('0.123457', '3', '', 'x')
     """
     if value is None:
@@ -239,5 +239,5 @@ def _float(value: Any) -> float | None:
         return None
 
 
-_ALL = (number, count, percent, seconds, size, with_bounds, plain, redact, breakable, formula)
+_ALL = (number, count, percent, seconds, size, with_bounds, as_datum, redact, breakable, formula)
 FILTERS = {function.__name__: function for function in _ALL}

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.metrics.thinning import Series
-from lisa_analysis.views.report.format import plain
+from lisa_analysis.views.report.format import as_datum
 
 # A layer × step table for people; the figure itself shows more columns, the run directory all.
 TABLE_COLUMNS = 24
@@ -79,7 +79,7 @@ def cell(value: Any, formatter: Callable[[Any], str] | None = None) -> Cell:
     """One cell; the raw value is kept beside the text when the two differ."""
     if value is pd.NA or (isinstance(value, float) and np.isnan(value) and formatter is None):
         return Cell("", None)
-    raw = plain(value) if not isinstance(value, str) else value
+    raw = as_datum(value) if not isinstance(value, str) else value
     text = raw if formatter is None else formatter(value)
     return Cell(text, raw if raw != text else None)
 

@@ -14,7 +14,7 @@ from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.contract.schema import ABLATION, ABLATION_TABLE, ABLATION_UNFINISHED
 from lisa_analysis.rundir.jsonl import NON_FINITE
 from lisa_analysis.rundir.shards import arrow_schema, check_stored_version
-from lisa_train.measure.disk.encoding import plain, write_parquet
+from lisa_train.measure.disk.encoding import as_json, write_parquet
 from lisa_train.measure.disk.storage import LineFile, describe_os_error, replace_file
 
 _KEY = ("unit", "kind", "mode", "data")
@@ -219,7 +219,7 @@ class AblationFile:
     def _check_same(self, path: Path, about: Mapping[str, Any]) -> None:
         """Rows that are paired have the same examples, model and arithmetic."""
         for name in _SAME:
-            if about.get(name) != plain(self.about.get(name)):
+            if about.get(name) != as_json(self.about.get(name)):
                 raise RunDirectoryError(
                     f"{path} was measured with {name} {about.get(name)!r}, this call has "
                     f"{self.about.get(name)!r}: repeat it with the same, or move the file away to "
@@ -246,7 +246,7 @@ def _row(key: Key, examples: Sequence[int], losses: Sequence[float]) -> str:
 
 
 def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(plain(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(as_json(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def _unreadable(path: Path, error: Exception) -> RunDirectoryError:

@@ -11,7 +11,7 @@ from lisa_train.measure.adapters.lora_pairs import Factors, LoraPair
 from lisa_train.measure.processes import Processes
 from lisa_train.model.joined import Joined
 from lisa_train.model.norms import stacked
-from lisa_train.model.sharding import is_sharded, shards
+from lisa_train.model.sharding import is_sharded, pieces
 
 
 @dataclass
@@ -48,9 +48,9 @@ def product_squares(
     plain = _plain_deltas(pairs, now)
     for i, pair in enumerate(pairs):
         delta, square = _squares_of(pair, now[i], plain.get(i), merged, dense)
-        parts = shards(pair.b)
+        parts = pieces(pair.b)
         if square is not None or pair.magnitude is not None:  # sums over this process's part of W
-            share = 1.0 if pair.weight is None else shards(pair.weight) / parts
+            share = 1.0 if pair.weight is None else pieces(pair.weight) / parts
             square = None if square is None else square * share
         if delta is not None:
             delta = delta * share if pair.magnitude is not None else delta / parts

@@ -105,12 +105,12 @@ def round_bits(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), rounded.astype(np.uint32).view(np.float32), values)
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return `value` as JSON can hold it: plain numbers, non-finite ones as text."""
     if isinstance(value, Mapping):
-        return {as_utf8(str(key)): plain(item) for key, item in value.items()}
+        return {as_utf8(str(key)): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

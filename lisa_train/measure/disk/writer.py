@@ -23,8 +23,8 @@ from lisa_analysis.contract.schema import (
     shard_name,
 )
 from lisa_train.measure.disk.encoding import (
+    as_json,
     fact_table,
-    plain,
     write_parquet,
 )
 from lisa_train.measure.disk.run_file import begun, continued, now, one_sentence, segments
@@ -209,7 +209,7 @@ class RunWriter:
             self._flush_lines()
 
     def _line(self, fields: Mapping[str, Any]) -> str:
-        line = {key: plain(value) for key, value in fields.items() if value is not None}
+        line = {key: as_json(value) for key, value in fields.items() if value is not None}
         if self.segment:
             line["segment"] = self.segment
         return json.dumps(line, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
@@ -269,7 +269,7 @@ class RunWriter:
     def _save_manifest(self, **fields: Any) -> None:
         self.manifest.update(fields)
         self.manifest["updated"] = now()
-        text = json.dumps(plain(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(as_json(self.manifest), indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(self.path / MANIFEST, lambda path: path.write_text(text + "\n", "utf-8"))
 
     def close(self, status: str = "finished", **fields: Any) -> None:

@@ -158,6 +158,8 @@ WORLDS = [
     World("white + slow .15", slow(0.15), 500, n_eff=35),
     World("white + slow .15", slow(0.15), 2000, n_eff=121),
     World("white + slow .15, 6 layers", slow(0.15), 300, layers=6),
+    World("white + slower .15, 6 layers", slow(0.15, rho=0.995), 300, layers=6),
+    World("independent, 6 layers", course(0.0), 300, n_eff=300, layers=6),
     World("smooth slow .15", slow(0.15, smooth=True), 500),
     World("smooth slow .3", slow(0.3, smooth=True), 2000),
     World("own trends", trend(0.3), 200),

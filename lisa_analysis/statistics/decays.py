@@ -93,6 +93,10 @@ class Mixture:
         squares = self.weights @ (1 / (1 - np.outer(self.decays, self.decays))) @ self.weights
         return 1 / float(2 * squares - 1)
 
+    def of_decays(self, decays: Array) -> tuple[Array, Array]:
+        """Power by band, (bands, decays), and n · Var(mean) of courses of variance 1."""
+        return _of_decays(decays, self.rows)
+
 
 def cosines(filled: Array) -> Array:
     """Orthonormal cosine transform (DCT-II) of every column without the mean, (n − 1, columns)."""
@@ -103,17 +107,30 @@ def cosines(filled: Array) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _model(n: int) -> tuple[Array, NDArray[np.int64], Array, Array, Array]:
-    """Decays, first frequency and size of every band, expected power, n · Var(mean) of each."""
-    lasting = np.concatenate([[np.inf], 1 / np.geomspace(0.3, n / 2, DECAYS)])
-    decays = np.exp(-lasting)
+def _model(n: int) -> tuple[Array, Array, Array]:
+    """Decays of the mixture, their expected power by band, n · Var(mean) of each."""
+    decays = np.exp(-np.concatenate([[np.inf], 1 / np.geomspace(0.3, n / 2, DECAYS)]))
+    return decays, *_of_decays(decays, n)
+
+
+def _of_decays(decays: Array, n: int) -> tuple[Array, Array]:
     frequency = np.pi * np.arange(1, n) / n
     power = (1 - decays**2) / (1 + decays**2 - 2 * np.outer(np.cos(frequency), decays))
-    first = np.unique(np.round(np.geomspace(1, n, BANDS)).astype(np.int64))[:-1] - 1
-    size = np.diff(np.append(first, n - 1))
-    banded = np.add.reduceat(power, first, axis=0) / size[:, None]
     error = (1 + decays) / (1 - decays) - 2 * decays * (1 - decays**n) / (n * (1 - decays) ** 2)
-    return decays, first, size.astype(np.float64), banded, error
+    return banded(power, n)[0], np.asarray(error)
+
+
+@lru_cache(maxsize=64)
+def _bands(n: int) -> tuple[NDArray[np.int64], Array]:
+    """First frequency and size of every band."""
+    first = np.unique(np.round(np.geomspace(1, n, BANDS)).astype(np.int64))[:-1] - 1
+    return first, np.diff(np.append(first, n - 1)).astype(np.float64)
+
+
+def banded(power: Array, n: int) -> tuple[Array, Array]:
+    """Mean power of every column by band, (bands, columns), and frequencies in it, (bands, 1)."""
+    first, size = _bands(n)
+    return np.add.reduceat(power, first, axis=0) / size[:, None], size[:, None]
 
 
 def fit(relative: Array, n: int) -> Mixture:
@@ -129,9 +146,9 @@ def fits(relative: Array, n: int) -> list[Mixture]:
     The steps are multiplicative (expectation–maximisation of a mixture of variances), from equal
     weights: where frequencies do not decide, the decays share.
     """
-    decays, first, size, power, error = _model(n)
-    found = np.add.reduceat(relative, first, axis=0) / size[:, None]
-    count = np.minimum(size, MOST_IN_BAND)[:, None]
+    decays, power, error = _model(n)
+    found, size = banded(relative, n)
+    count = np.minimum(size, MOST_IN_BAND)
     weights = np.full((len(decays), relative.shape[1]), 1 / len(decays))
     for _ in range(ITERATIONS):
         expected = np.maximum(power @ weights, 1e-300)
@@ -146,7 +163,7 @@ def fits(relative: Array, n: int) -> list[Mixture]:
 
 def expected_power(mixture: Mixture) -> Array:
     """Expected power by frequency of a layer of variance 1."""
-    _, _, size, _, _ = _model(mixture.rows)
+    _, size = _bands(mixture.rows)
     return np.repeat(mixture.power, size.astype(np.int64))[: mixture.rows - 1]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.statistics.decays import Mixture, cosines, expected_power, fit, fits, lowest
+from lisa_analysis.statistics.hidden import Allowed, allowed
 from lisa_analysis.statistics.moderation import moderated_variance
 
 Array = NDArray[np.float64]
@@ -19,6 +20,8 @@ MIN_ROWS = 8
 # A layer that was seen at fewer of the rows has no spectrum of its own.
 SEEN = 0.9
 PASSES = 3
+# Fewer layers than these tell too little of a slow course for the likeliest one to be believed.
+FEW_LAYERS = 8
 # Waves that what layers have in common is read from.
 MIN_WAVES, MOST_WAVES = 3, 64
 
@@ -68,13 +71,16 @@ class Persistence:
     slowest: Array | None = None
 
 
-def persistence(residuals: Array) -> Persistence:
+def persistence(residuals: Array, hidden: bool = True) -> Persistence:
     """Fit the memory of residuals from one row to the next.
 
     Parameters
     ----------
     residuals
         Shape (n, layers), each column centred; NaN where a layer was not observed.
+    hidden
+        Where few layers pool, allow for slow courses that they do not exclude, see
+        `hidden.allowed`.
 
     Returns
     -------
@@ -102,7 +108,7 @@ def persistence(residuals: Array) -> Persistence:
         if (found == departs).all() or found.sum() > len(columns) // 3:
             break
         departs = found
-    return _spread(common, relative, waves, columns, departs, raw, counts, n)
+    return _spread(common, relative, waves, columns, departs, raw, counts, hidden)
 
 
 def _spread(
@@ -113,21 +119,24 @@ def _spread(
     departs: NDArray[np.bool_],
     raw: Array,
     counts: NDArray[np.int64],
-    n: int,
+    hidden: bool,
 ) -> Persistence:
     """Give every layer the common memory, or its own."""
-    layers = len(raw)
+    layers, n = len(raw), common.rows
     low = lowest(common)
     level = relative[:low] / expected_power(common)[:low, None]
     shared = moderated_variance(
         np.where(departs, np.nan, level.mean(axis=0)), np.full(len(columns), float(low))
     )
     together = _independent_layers(waves[:, ~departs], expected_power(common))
-    behind = together * common.pieces
-    stretch = np.full(layers, common.stretch)
+    behind, slowly = together * common.pieces, Allowed(common.stretch, common.slow, np.inf)
+    if hidden and (~departs).sum() < FEW_LAYERS:
+        slowly = allowed(common, relative[:, ~departs].mean(axis=1), together, behind)
+        behind = slowly.worth
+    stretch = np.full(layers, slowly.stretch)
     worth = np.full(layers, behind)
     neighbours = np.full(layers, float(common.weights @ common.decays))
-    slow, degrees = np.full(layers, common.slow), np.full(layers, common.degrees)
+    slow, degrees = np.full(layers, slowly.slow), np.full(layers, common.degrees)
     apart = np.zeros(layers, dtype=bool)
     apart[columns] = departs
     if np.isfinite(shared.prior) and np.isfinite(shared.prior_degrees):
@@ -162,7 +171,7 @@ def of_halves(residuals: Array) -> Persistence:
     halves = np.hstack([residuals[:n], residuals[-n:]])
     known = np.isfinite(halves)
     mean = np.where(known, halves, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    found = persistence(halves - mean)
+    found = persistence(halves - mean, hidden=False)
     layers = residuals.shape[1]
     both = {
         name: np.asarray(getattr(found, name)).reshape(2, layers)

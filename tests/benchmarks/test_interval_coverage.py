@@ -15,7 +15,10 @@ pytestmark = pytest.mark.benchmark
 REPETITIONS = int(os.environ.get("LISA_COVERAGE_REPETITIONS", "100"))
 NAMED = ("U", "U with a spike", "inverted U", "ramp", "spikes", "uneven")
 # Courses slower than a fifth of the run: .90 at least, or no interval.
-SLOW = {"white + slow .15, 500", "white + slow .15, 6 layers, 300", "smooth slow .15, 500"}
+SLOW = {
+    "white + slow .15, 500", "white + slow .15, 6 layers, 300",
+    "white + slower .15, 6 layers, 300", "smooth slow .15, 500",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +28,16 @@ def table():
     print("\n| world | rows | n_eff | true | shown | pointwise | joint | shapes | drift |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for world in worlds.WORLDS:
-        held = worlds.coverage(world, repetitions=REPETITIONS)
-        false = sum(held.verdicts[word] for word in NAMED)
+        # A run of six layers tells less of the rates than one of 32.
+        repetitions = REPETITIONS if world.layers > 6 else 4 * REPETITIONS
+        held = worlds.coverage(world, repetitions=repetitions)
+        false = sum(held.verdicts[word] for word in NAMED) / repetitions
         true = "" if world.n_eff is None else f"{world.n_eff:.0f}"
         rows[f"{world.name}, {world.steps}"] = (held, false)
         print(
             f"| {world.name} | {world.steps} | {held.rate('n_eff'):.0f} | {true} | "
             f"{held.rate('shown'):.2f} | {held.rate('layer'):.3f} | {held.rate('joint'):.2f} | "
-            f"{false / REPETITIONS:.1%} | {np.mean(held.drift):.1%} |",
+            f"{false:.1%} | {np.mean(held.drift):.1%} |",
             flush=True,
         )
     return rows
@@ -47,14 +52,14 @@ def test_joint_bands_hold_all_layers(table):
     # Three standard errors below .95 at this number of repetitions, never below .93 by more.
     least = 0.93 - 2 * (0.05 * 0.95 / REPETITIONS) ** 0.5
     for name, (held, _) in table.items():
-        # Six layers cannot tell how slow a course is that outlasts a fifth of the run.
-        assert held.rate("joint") >= (0.82 if "6 layers" in name else least), name
+        # How slow a course is that lasts two thirds of the run cannot be told.
+        assert held.rate("joint") >= (0.82 if "slower" in name else least), name
 
 
 def test_equal_layers_are_rarely_given_a_shape(table):
     plain = {name: row for name, row in table.items() if name not in SLOW}
     false = sum(row[1] for row in plain.values())
-    assert false <= 0.02 * REPETITIONS * len(plain)
+    assert false <= 0.02 * len(plain)
 
 
 @pytest.mark.parametrize("layers", [12, 32])

@@ -10,7 +10,9 @@ from lisa_analysis import statistics as st
 from lisa_analysis.profiles import verdict as judgement
 from lisa_analysis.profiles.standing import standing
 from lisa_analysis.profiles.thresholds import THRESHOLDS
+from lisa_analysis.statistics.decays import fit
 from lisa_analysis.statistics.estimate import fit_series
+from lisa_analysis.statistics.hidden import allowed
 
 LAYERS = 32
 X = np.linspace(-1, 1, LAYERS)
@@ -105,10 +107,11 @@ def test_independent_resampling_would_not_hold_the_truth():
 @pytest.mark.parametrize("world", worlds.WORLDS, ids=lambda w: f"{w.name}, {w.steps} steps")
 def test_intervals_hold_the_truth_in_every_world(world):
     """Quick: the rates at length are printed by `make bench` (docs/statistics.md)."""
-    # About as many intervals of six layers as of 32.
-    repetitions = 8 * worlds.LAYERS // world.layers
+    # Six layers tell about as much as 32 in three times as many runs.
+    repetitions = 8 if world.layers > 6 else 24
     held = worlds.coverage(world, repetitions=repetitions, judge=False)
-    assert held.rate("layer") > (0.88 if world.layers > 6 else 0.85)  # measured .877
+    # What lasts longer than the run takes more intervals with it at a time.
+    assert held.rate("layer") > (0.82 if "slower" in world.name else 0.88)
     assert held.rate("shown") > 0.75
 
 
@@ -142,6 +145,30 @@ def test_a_white_log_with_a_slow_course_is_not_taken_for_white():
     held = worlds.coverage(world, repetitions=20, judge=False)
     assert held.rate("n_eff") < 70
     assert held.rate("layer") >= 0.9
+
+
+def test_six_layers_allow_for_a_course_that_they_cannot_show():
+    """A memory of 200 steps in a run of 300: 79 % of the intervals held, bands in 68 % of runs."""
+    world = worlds.World("slower", worlds.slow(0.15, rho=0.995), 300, layers=6)
+    held = worlds.coverage(world, repetitions=60, judge=False, replicates=200)
+    assert held.rate("layer") >= 0.88
+    assert held.rate("joint") >= 0.8
+    assert held.rate("shown") >= 0.95
+
+
+def test_more_layers_leave_less_to_hide():
+    """The allowance by itself: of a white spectrum without any error."""
+    white = np.ones(299)
+    found = [allowed(fit(white, 300), white, layers, 1e3) for layers in (2, 6, 32, 128)]
+    stretch, worth = [[getattr(x, name) for x in found] for name in ("stretch", "worth")]
+    assert stretch == sorted(stretch, reverse=True)
+    assert worth == sorted(worth)
+    assert stretch[1] > 1.05 * stretch[3]
+    assert worth[1] < 20 < 300 < worth[3]
+    assert stretch[3] == pytest.approx(1, abs=0.15)
+    # A short run tells a slow course from the memory of neighbouring rows by nothing.
+    few = fit(np.ones(29), 30)
+    assert allowed(few, np.ones(29), 6, 50).worth == 50
 
 
 def test_a_slow_course_that_is_smooth_over_depth_is_rarely_given_a_shape():

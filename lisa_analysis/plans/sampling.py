@@ -212,7 +212,8 @@ def _evidence(profile: Any, use_intervals: bool) -> Evidence:
     check_profile(profile)
     if profile.by != "layer":
         raise ProbabilitiesError(
-            f"sampling probabilities need a profile by layer, got one by {profile.by}."
+            f"sampling probabilities need a profile by layer, got one by {profile.by}; make it by "
+            "layer, whose π every part of it takes over where lisa.by parts layers."
         )
     return Evidence.of(profile, use_intervals)
 

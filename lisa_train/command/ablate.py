@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.interruption import stop_on_signals
+from lisa_train.command.together import is_to_say, launched
 from lisa_train.command.volume import at_volume
 
 PROG = "lisa-ablate"
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LisaError as error:
         if {"-v", "--verbose"} & set(words):
             traceback.print_exc()
-        print(f"{PROG}: {error}", file=sys.stderr)
+        if is_to_say(str(error)):
+            print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
@@ -137,6 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if launched() > 1:
+        raise ConfigError(
+            f"{launched()} processes were started, which would all write the same table; start "
+            f"{PROG} by itself, without torchrun or accelerate launch: it measures in one process."
+        )
     if (arguments.restore is None) != (arguments.output is None):
         given, missing = ("--restore", "--output DIR") if arguments.restore else (
             "--output", "--restore LAYERS"

@@ -105,6 +105,7 @@ class NormRecorder(StepRecorder):
     ) -> None:
         began = time.perf_counter() if began is None else began
         refuse_wrappers(model, "the recorder")
+        stepping = as_one(optimizers_of(optimizer))  # refuses some, before anything is written
         layer_map = layer_map or known_layers(model, config.layers)
         table = table or tensor_table(model, layer_map, config.select)
         processes = Processes(table)
@@ -114,7 +115,7 @@ class NormRecorder(StepRecorder):
             session.open_for_loop(writer, model, table, layer_map, manifest)
         super().__init__(
             model,
-            as_one(optimizers_of(optimizer)),
+            stepping,
             config,
             table,
             processes,

@@ -237,7 +237,7 @@ def test_deepspeed_is_refused_in_a_loop(stage, monkeypatch):
         lt.NormRecorder(trained, optimizer, lt.RecordConfig("r"))
 
 
-def test_an_optimizer_of_zero_is_refused_beside_a_plain_model():
+def test_an_optimizer_of_zero_is_refused_beside_a_plain_model(tmp_path):
     """What `deepspeed.initialize` returns holds an optimizer whose tensors are not the model's."""
     kind = type(
         "DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"}
@@ -248,7 +248,8 @@ def test_an_optimizer_of_zero_is_refused_beside_a_plain_model():
     with pytest.raises(ConfigError, match=words):
         Lisa(model, optimizer, CONFIG)
     with pytest.raises(ConfigError, match=words):
-        lt.NormRecorder(model, optimizer, lt.RecordConfig("r"))
+        lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_agree_and_equal_one_process_with_both_batches(folder):

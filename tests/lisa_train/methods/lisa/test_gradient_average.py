@@ -28,6 +28,11 @@ CASES = {
         torch.float32,
     ),
     "nobody calls": ({}, {"clip": False}, torch.float32),
+    "modules": (
+        {"by": "module", "sampling": "balanced", "recompute": "frozen"}, {"checkpointing": True},
+        torch.float32,
+    ),
+    "halves, fp32_active": ({"by": "half", "precision": "fp32_active"}, {}, torch.bfloat16),
 }  # fmt: skip
 
 
@@ -41,7 +46,7 @@ def train(name, model, shares, micro=1, *, checkpointing=False, clip=True):
     with Lisa(model, optimizer, lt.LisaConfig(1, 2, **CASES[name][0]), seed=3) as engine:
         for step in range(STEPS):
             engine.begin_step(step)
-            drawn.append((engine.active_layers, engine.active_groups))
+            drawn.append((engine.active_units, engine.active_groups))
             for number in range(micro):
                 for rank in shares:
                     ids = batch(step, number, rank)

@@ -1,5 +1,6 @@
 """Parts of layers that take turns: what they are, exact draws within a budget, training by them."""
 
+import copy
 import itertools
 import json
 
@@ -399,6 +400,94 @@ def test_what_learns_is_what_the_matrices_show(make_llama):
     assert np.isnan(np.delete(shown[0], loop.draws[0].units)).all()
 
 
+def test_a_measuring_pass_shows_every_module(make_llama):
+    """What `lisa.learn` with the metric `probe` hands to the learner, drawn or not."""
+    model = make_llama(layers=3)
+    learn = LearnConfig(metric="probe", probe_every=1, start_after=0)
+    units = Units.of(model, find_layers(model), "module")
+    shown, expected, ids = [], [], batch(99)
+
+    def probe():
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with Lisa(model, optimizer, settings(learn=learn), probe=probe) as engine:
+        told = engine._schedule.learn
+        engine._schedule.learn = lambda step, values: (shown.append(values), told(step, values))[1]
+        for step in range(7):
+            if engine.probes_at(step):
+                expected.append(shares(copy.deepcopy(model).double(), ids, units))
+            engine.begin_step(step)
+            model(input_ids=batch(step), labels=batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+    assert len(shown) == len(expected) >= 2
+    for values, wanted in zip(shown, expected, strict=True):
+        values = np.array(values)
+        assert values.shape == (21,)
+        np.testing.assert_allclose(values / values.mean(), wanted / wanted.mean(), rtol=1e-4)
+
+
+def shares(model, ids, units):
+    """Root mean square of every part's gradient, in float64; of its matrix alone."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    parameters = dict(model.named_parameters())
+    return np.array([
+        next(parameters[n].grad.square().mean().sqrt().item()
+             for n in names if parameters[n].dim() > 1)
+        for names in units.tensors
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["half", "module"])
+def test_a_layer_is_spared_the_second_pass_where_any_part_of_it_trains(make_llama, by):
+    found = {}
+    for recompute in ("all", "frozen"):
+        model = make_llama(layers=6, hidden_size=32)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        loop, runs = Loop(model, settings(by, recompute=recompute)), []
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, runs=runs: runs.append(i))
+        again = []
+        with loop.engine() as engine:
+
+            def each(engine=engine, runs=runs, again=again):
+                again.append((engine.active_layers, sorted(runs[6:])))
+                runs.clear()
+
+            loop.run(engine, range(9), each)
+        found[recompute] = loop.model, again
+    for layers, again in found["frozen"][1]:
+        assert again == [i for i in range(6) if i not in layers]
+    assert all(again == list(range(6)) for _, again in found["all"][1])
+    assert {layers for layers, _ in found["all"][1]} == {layers for layers, _ in found["frozen"][1]}
+    both = (model.parameters() for model, _ in found.values())
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("by", ["half", "module"])
+def test_parts_that_train_are_held_in_fp32_and_no_others(make_llama, by):
+    model = make_llama(layers=3).to(torch.bfloat16)
+    loop = Loop(model, settings(by, precision="fp32_active"))
+    layers = find_layers(model)
+    units = Units.of(model, layers, by)
+    inside = {n for names in layers.layers for n in names}
+    names = dict(zip(units.names, units.tensors, strict=True))
+    with loop.engine() as engine:
+
+        def each():
+            wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+            assert wide & inside == {n for unit in engine.active_units for n in names[unit]}
+
+        loop.run(engine, range(9), each)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert len({draw.units for draw in loop.draws}) > 1
+
+
 def test_a_trainer_is_recorded_and_read_by_module(tmp_path):
     trainer = Trainer(
         llama(layers=3), arguments(tmp_path / "out", max_steps=40), train_dataset=examples(16)
@@ -436,6 +525,10 @@ def test_a_trainer_is_recorded_and_read_by_module(tmp_path):
             own = rows[rows["param_id"] == names[names == parts.tensors[i][0]].index[0]]
             norms = own["grad_norm"].dropna().to_numpy() / parts.sizes[i] ** 0.5
             assert np.isfinite(norms).sum() == 2 * visits[i]
+    with pytest.raises(ProbabilitiesError, match="by module; make it by layer, whose π every part"):
+        la.sampling_probabilities(profile, activated_layers=1)
+    with pytest.raises(ProbabilitiesError, match="exports need a profile by layer, got one by mod"):
+        la.export(profile, "probabilities", activated_layers=1)
     # Of a layer, steps count at which all of it trained.
     by_layer = la.importance(run)
     assert "trained layers in parts" in by_layer.statement
@@ -477,6 +570,30 @@ def test_the_estimate_looks_for_the_dearest_draw(make_llama):
 
 
 # ---------------------------------------------------------------------- probabilities, refusals
+
+
+def test_a_profile_becomes_a_file_and_the_file_draws_parts(tmp_path):
+    """Probe, profile, export, training by halves: π of a half is that of its layer."""
+    run = tmp_path / "probe"
+    model = llama(layers=4)
+    ids = [row["input_ids"][None] for row in examples(4)]
+    lt.probe(model, [{"input_ids": x, "labels": x} for x in ids], str(run))
+    path = tmp_path / "probabilities.json"
+    profile = la.importance(la.load(run))
+    la.export(profile, "probabilities", activated_layers=2, use_intervals=False).save(path)
+    made = SamplingProbabilities.load(path)
+    assert len(set(made.inclusion_probabilities)) == 4
+    trainer = Trainer(
+        model, arguments(tmp_path / "out", max_steps=6), train_dataset=examples(16)
+    )  # fmt: skip
+    chosen = settings("half", activated_layers=2, probabilities=str(path))
+    lt.attach(trainer, lisa=chosen, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    trained = la.load(tmp_path / "run")
+    parts = parts_of(trained)
+    for _, _, pi in part_draws(trained, parts):
+        np.testing.assert_allclose(pi, np.repeat(made.inclusion_probabilities, 2), rtol=1e-9)
+        assert float(pi @ parts.sizes) == pytest.approx(parts.sizes.sum() / 2)
 
 
 def test_a_file_of_whole_layers_gives_parts_the_probability_of_their_layer(tmp_path, make_llama):

@@ -73,7 +73,7 @@ class Arms:
         """Return the name of the run that a profile of this kind is read from."""
         if kind == "ablation":
             return self.run_name("lora-everything", seed)
-        return self.run_name(kind, seed)
+        return self.run_name(f"source-{kind}", seed)  # `pilot` is the name of an arm
 
     def run_name(self, arm: str, seed: int) -> str:
         """Return the name of the run of an arm, or of what is read, of one seed."""

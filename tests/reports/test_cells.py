@@ -134,7 +134,7 @@ class TestSampling:
 
     def test_rates_come_first_and_a_best_one_at_the_edge_moves_the_grid(self, plan):
         plan, finish = plan
-        assert {c.name.split("/")[1] for c in plan.cells()} == {"probe", "rates"}
+        assert {c.name.split("/")[1] for c in plan.cells()} == {"source-probe", "rates"}
         centre = plan.environment.centres["head"]
         assert plan.tried("head") == pytest.approx([centre * f for f in (0.1, 0.316, 1, 3.16, 10)])
         for rate in plan.tried("head"):
@@ -161,6 +161,22 @@ class TestSampling:
         for arm in plan.arms.values():
             for name in plan.cell(arm, 3).after:
                 assert name.endswith("/s4")
+
+    def test_no_source_is_taken_for_an_arm(self, plan, monkeypatch):
+        plan, _ = plan
+        monkeypatch.setattr(plan, "settled", lambda: True)
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
+        monkeypatch.setattr(plan, "_common", lambda *given, **settings: [])  # fetches the model
+        cells = {}
+        for cell in plan.cells():
+            assert cell.name not in cells
+            cells[cell.name] = cell
+        pilot = cells["pos/source-pilot/s2"]
+        assert pilot.after == ()
+        assert "--method=full" in pilot.words()
+        for name in ("pos/pilot/s1", "pos/level/s1"):
+            assert cells[name].after == ("pos/source-pilot/s2",)
+        assert {name for cell in cells.values() for name in cell.after} <= set(cells)
 
     def test_patterns_name_the_layers_of_every_stack(self, sampling):
         import re

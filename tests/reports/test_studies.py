@@ -12,8 +12,10 @@ STUDIES = {  # name -> what the script writes beside the page
     "2026-11-23-skew": ("report.html", "profiles.png"),
     "2026-11-24-learned-sampling": ("losses.png",),
     "2026-11-27-validity": ("metrics.png", "worth.png"),
+    "2026-11-27-sampling": (),
 }
-WORDS = {"2026-11-27-validity": ["--analyse"]}  # of a plan that was not run to its end
+# Of plans whose missing runs are not for a test.
+WORDS = {"2026-11-27-validity": ["--analyse"], "2026-11-27-sampling": ["--page"]}
 
 
 @pytest.mark.parametrize("name", STUDIES)

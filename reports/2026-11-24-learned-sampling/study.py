@@ -57,7 +57,7 @@ def commands(work: Path) -> dict[str, list[str]]:
     found = {}
     for seed in SEEDS:
         for arm in ARMS:
-            # So short a pilot gives no intervals: the scores are taken as they are.
+            # When this was run so short a pilot gave no intervals: scores are taken as they are.
             probabilities = la.sampling_probabilities(
                 profile, 2, use_intervals=False, seed=seed,
                 control=None if arm == "learned" else arm,

@@ -2,19 +2,22 @@
 
 Everything returned is additive over pieces of a tensor (sums of squares, of magnitudes, of
 products) and in double precision, so that shards of one tensor can be added across processes
-before a root is taken. Tensors are walked in rows, because a flat fp32 sum is 1 % off at 100
-million elements; on the CPU by `lisa_train.model.host_sums`, which reads the memory once.
+before a root is taken. On the CPU tensors are walked in chunks that stay in the cache: a flat
+fp32 sum is 1 % off at 100 million elements and reads the memory once per quantity.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
-from lisa_train.model import host_sums
-from lisa_train.model.host_sums import ROW as _ROW
-from lisa_train.model.joined import Layout
+from lisa_train.model.joined import ROW as _ROW
+from lisa_train.model.joined import SMALL, Layout, Owners, Pack
 
-# Elements of a tensor that are taken at once on accelerators: what bounds an fp32 temporary.
+# 2 MB of fp32: a chunk, its difference and its gradient stay in the last-level cache, and what
+# calling a kernel costs is a small part.
+CHUNK = 524_288
+# On accelerators the limit is the memory of the fp32 temporary, not the cache.
 DEVICE_CHUNK = 16_777_216
 
 
@@ -38,7 +41,7 @@ def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        return host_sums.walk([[_flat(x)] for x in tensors], host_sums.SQUARE)[:, 0]
+        return _walk([[x] for x in tensors], _SQUARE)[:, 0]
     return _norms(tensors, 2).square()
 
 
@@ -48,8 +51,7 @@ def squares_and_magnitudes(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tenso
     if not tensors:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        flat = [[_flat(x)] for x in tensors]
-        sums = host_sums.walk(flat, host_sums.SQUARE_AND_MAGNITUDE)
+        sums = _walk([[x] for x in tensors], _SQUARE_AND_MAGNITUDE)
         return sums[:, 0], sums[:, 1]
     return _norms(tensors, 2).square(), _norms(tensors, 1)
 
@@ -79,11 +81,9 @@ def changes(
         empty = torch.zeros(0, dtype=torch.float64)
         return empty, empty, None if gradients is None else empty
     if gradients is None:
-        pairs = list(zip(before, after, strict=True))
-        sums = _walk(pairs, host_sums.CHANGE, _change)
+        sums = _walk(list(zip(before, after, strict=True)), _CHANGE)
         return sums[:, 0], sums[:, 1], None
-    groups = list(zip(before, after, gradients, strict=True))
-    sums = _walk(groups, host_sums.CHANGE_AND_PRODUCT, _change_and_product)
+    sums = _walk(list(zip(before, after, gradients, strict=True)), _CHANGE_AND_PRODUCT)
     return sums[:, 0], sums[:, 1], sums[:, 2]
 
 
@@ -92,8 +92,8 @@ def squares_and_magnitudes_of_rows(
     layout: Layout, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σx² and Σ|x| of joined tensors, in the order of the layout, as `squares_and_magnitudes`."""
-    sums = layout.sums([rows], host_sums.SQUARE_AND_MAGNITUDE)
-    return sums[:, 0], sums[:, 1]
+    square, magnitude = _walk_rows(layout, [rows], _SQUARE_AND_MAGNITUDE)
+    return square, magnitude
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def changes_of_rows(
     layout: Layout, before: torch.Tensor, after: torch.Tensor, gradients: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a step did to joined tensors, in the order of the layout, as `changes`."""
-    sums = layout.sums([before, after, gradients], host_sums.CHANGE_AND_PRODUCT)
-    return sums[:, 0], sums[:, 1], sums[:, 2]
+    update, weight, product = _walk_rows(layout, [before, after, gradients], _CHANGE_AND_PRODUCT)
+    return update, weight, product
 
 
 @torch.no_grad()
@@ -113,8 +113,7 @@ def inner_products(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
     """
     if not first:
         return torch.zeros(0, dtype=torch.float64)
-    pairs = list(zip(first, second, strict=True))
-    return _walk(pairs, host_sums.PRODUCT, _product)[:, 0]
+    return _walk(list(zip(first, second, strict=True)), _PRODUCT)[:, 0]
 
 
 def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -145,66 +144,120 @@ def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:
     return stacked(torch._foreach_norm(parts, order, dtype=torch.float32))
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    # `local` asks for an attribute that most tensors lack, which takes longer than this.
-    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    return (tensor.detach() if plain else local(tensor)).reshape(-1)
+# What a kernel makes of rows (two-dimensional pieces of every tensor of a group): one value per row
+# of each result, and which results are norms, to be squared before they are added.
+_Kernel = tuple[Callable[..., list[torch.Tensor]], tuple[bool, ...]]
 
 
-# How many rows of one block belong to which group.
-_Owners = list[tuple[int, int]]
-# What a kernel of accelerators makes of rows (two-dimensional pieces of every tensor of a group):
-# one value per row of each result.
-_Kernel = Callable[..., list[torch.Tensor]]
-
-
-def _walk(
-    groups: Sequence[Sequence[torch.Tensor]], on_host: host_sums.Kernel, on_device: _Kernel
-) -> torch.Tensor:
+def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Tensor:
     """Sum a kernel's results over the rows of every group of equally shaped tensors.
 
-    Returns shape (len(groups), results of the kernel), in double precision.
+    Returns shape (len(groups), results of the kernel). Rows are added in double precision, all
+    tensors together: tensor by tensor it would cost more than the sums themselves for small ones.
     """
-    flat = [[_flat(x) for x in group] for group in groups]
-    everything = [x for group in flat for x in group]
-    if _on_cpu(everything):
-        return host_sums.walk(flat, on_host)
-    owners: _Owners = []
-    results: list[list[torch.Tensor]] = [[] for _ in range(on_host.results)]
-    for whose, pieces in _blocks(flat):
-        for found, values in zip(results, on_device(*pieces), strict=True):
+    measure, norms = kernel
+    host = _on_cpu([x for group in groups for x in group])
+    scratch = torch.empty(0)
+    owners: Owners = []
+    results: list[list[torch.Tensor]] = [[] for _ in norms]
+    for whose, pieces in _blocks_in_cache(groups) if host else _blocks(groups):
+        if host and scratch.numel() < pieces[0].numel():
+            scratch = torch.empty(pieces[0].numel())
+        out = scratch[: pieces[0].numel()].view(pieces[0].shape) if host else None
+        for found, values in zip(results, measure(out, *pieces), strict=True):
             found.append(values)
-        owners.append(whose)
+        owners += whose
     if not owners:
-        home = common_device(everything)
-        return torch.zeros(len(groups), on_host.results, dtype=wide(home), device=home)
-    sums = [_per_tensor(_together(found), owners, len(groups)) for found in results]
+        home = common_device([x for group in groups for x in group])
+        return torch.zeros(len(groups), len(norms), dtype=wide(home), device=home)
+    sums = [
+        _per_tensor(_joined(found, squared), owners, len(groups))
+        for found, squared in zip(results, norms, strict=True)
+    ]
     return torch.stack(sums, dim=1)
+
+
+def _walk_rows(
+    layout: Layout, columns: Sequence[torch.Tensor], kernel: _Kernel
+) -> list[torch.Tensor]:
+    """Sum a kernel's results over the rows of every joined tensor, as `_walk`."""
+    measure, norms = kernel
+    scratch = torch.empty(max(last - first for first, last in layout.blocks), _ROW)
+    results: list[list[torch.Tensor]] = [[] for _ in norms]
+    for first, last in layout.blocks:
+        pieces = [rows[first:last] for rows in columns]
+        for found, values in zip(results, measure(scratch[: last - first], *pieces), strict=True):
+            found.append(values)
+    joined = [_joined(found, squared) for found, squared in zip(results, norms, strict=True)]
+    count = len(layout.shapes)
+    return [x.new_zeros(count).index_add_(0, layout.owners, x) for x in joined]
 
 
 def _blocks(
     groups: Sequence[Sequence[torch.Tensor]],
-) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
+) -> Iterator[tuple[Owners, list[torch.Tensor]]]:
     """Cut tensors into rows where they are; what is left of a tensor is a short row of its own."""
-    for number, flat in enumerate(groups):
+    for number, group in enumerate(groups):
+        flat = [_flat(x) for x in group]
         size = flat[0].numel()
         whole = size - size % _ROW
         for start in range(0, whole, DEVICE_CHUNK):
             stop = min(start + DEVICE_CHUNK, whole)
             rows = (stop - start) // _ROW
-            yield (number, rows), [x[start:stop].float().view(rows, _ROW) for x in flat]
+            yield [(number, rows)], [x[start:stop].float().view(rows, _ROW) for x in flat]
         if whole < size:
-            yield (number, 1), [x[whole:].float().view(1, -1) for x in flat]
+            yield [(number, 1)], [x[whole:].float().view(1, -1) for x in flat]
 
 
-def _together(values: list[torch.Tensor]) -> torch.Tensor:
-    """All rows' values in the widest type, on the first accelerator."""
+def _blocks_in_cache(
+    groups: Sequence[Sequence[torch.Tensor]],
+) -> Iterator[tuple[Owners, list[torch.Tensor]]]:
+    """Cut tensors into blocks of rows that fit into the cache, at most `CHUNK` elements.
+
+    Rows of large fp32 tensors are read where they are. Small tensors, remainders and other
+    precisions are brought together in fp32 buffers, many tensors in one block: a call for each
+    would cost more than the sums.
+    """
+    pack = Pack(min(CHUNK // 2, sum(_ROW * -(-group[0].numel() // _ROW) for group in groups)))
+    for number, group in enumerate(groups):
+        flat = [_flat(x) for x in group]
+        size, start = flat[0].numel(), 0
+        if size >= SMALL and all(x.dtype == torch.float32 for x in flat):
+            start = size - size % _ROW
+            for begin in range(0, start, CHUNK):
+                end = min(begin + CHUNK, start)
+                rows = (end - begin) // _ROW
+                yield [(number, rows)], [x[begin:end].view(rows, _ROW) for x in flat]
+        while start < size:
+            stop = min(size, start + pack.room)
+            pack.add(number, flat if stop - start == size else [x[start:stop] for x in flat])
+            start = stop
+            if not pack.room:
+                yield pack.take()
+    if pack.owners:
+        yield pack.take()
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    # `local` asks for an attribute that most tensors lack, which takes longer than this.
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return (tensor if plain else local(tensor)).reshape(-1)
+
+
+def _joined(values: list[torch.Tensor], squared: bool) -> torch.Tensor:
+    """All rows' values in the widest type, on the first accelerator if there is any."""
     home = common_device(values)
-    return torch.cat([x.to(home) for x in values]).to(wide(home))
+    joined = torch.cat([x.to(home) for x in values]).to(wide(home))
+    return joined.square_() if squared else joined
 
 
-def _per_tensor(values: torch.Tensor, owners: _Owners, count: int) -> torch.Tensor:
-    """Add up the rows of every tensor; an index from the host would have to be waited for."""
+def _per_tensor(values: torch.Tensor, owners: Owners, count: int) -> torch.Tensor:
+    """Add up the rows of every tensor."""
+    if values.device.type == "cpu":
+        numbers, rows = zip(*owners, strict=True)
+        index = torch.from_numpy(np.repeat(np.array(numbers), np.array(rows)))
+        return values.new_zeros(count).index_add_(0, index, values)
+    # There an index from the host would have to be waited for.
     parts: dict[int, list[torch.Tensor]] = {}
     for (number, _), part in zip(owners, values.split([n for _, n in owners]), strict=True):
         parts.setdefault(number, []).append(part)
@@ -213,25 +266,41 @@ def _per_tensor(values: torch.Tensor, owners: _Owners, count: int) -> torch.Tens
     return torch.stack(sums)
 
 
-def _square(rows: torch.Tensor) -> torch.Tensor:
-    """‖x‖² of every row, in the widest type.
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    """‖x‖ of every row.
 
     Products of half-precision values lie on a coarse grid, where one long fp32 sum rounds in one
     direction: 1e-5 off after 65,536 of them, 1e-7 in rows of 1,024.
     """
-    return torch.linalg.vector_norm(rows, dim=-1).to(wide(rows.device)).square_()
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _change(old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
-    return [_square(new - old), _square(new)]
+def _square(out: torch.Tensor | None, x: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(x)]
+
+
+def _square_and_magnitude(out: torch.Tensor | None, x: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(x), torch.abs(x, out=out).sum(-1)]
+
+
+def _change(out: torch.Tensor | None, old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+    return [_norm(torch.sub(new, old, out=out)), _norm(new)]
 
 
 def _change_and_product(
-    old: torch.Tensor, new: torch.Tensor, gradient: torch.Tensor
+    out: torch.Tensor | None, old: torch.Tensor, new: torch.Tensor, gradient: torch.Tensor
 ) -> list[torch.Tensor]:
-    difference = new - old
-    return [_square(difference), _square(new), difference.mul_(gradient).sum(-1)]
+    difference = torch.sub(new, old, out=out)
+    update = _norm(difference)
+    return [update, _norm(new), difference.mul_(gradient).sum(-1)]
 
 
-def _product(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    return [(x * y).sum(-1)]
+def _product(out: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.mul(x, y, out=out).sum(-1)]
+
+
+_SQUARE: _Kernel = (_square, (True,))
+_SQUARE_AND_MAGNITUDE: _Kernel = (_square_and_magnitude, (True, False))
+_CHANGE: _Kernel = (_change, (True, True))
+_CHANGE_AND_PRODUCT: _Kernel = (_change_and_product, (True, True, False))
+_PRODUCT: _Kernel = (_product, (False,))

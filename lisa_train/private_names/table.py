@@ -99,7 +99,7 @@ def _models() -> list[PrivateName]:
 def _recorder() -> list[PrivateName]:
     recorder = [
         ("torch", "_foreach_norm", "model/norms", "norms cannot be taken"),
-        ("torch", "_foreach_copy_", "model/host_sums", "norms of half precision cannot be taken"),
+        ("torch", "_foreach_copy_", "model/joined", "norms of small tensors cannot be taken"),
         ("torch:Tensor", "_version", "measure/adapters/lora_pairs",
          "merged_norm stays that of an earlier weight"),
         ("torch:Tensor", "_make_subclass", "model/stand_ins",

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lisa_train.model.host_sums import BLOCK
 from lisa_train.model.joined import Layout
-from lisa_train.model.norms import DEVICE_CHUNK, wide
+from lisa_train.model.norms import CHUNK, DEVICE_CHUNK, wide
 
 # Gram matrices are taken in fp32 up to this length, whose rounding is 2e-6 of a square then; and
 # where ‖BA‖² is no smaller part than this of Σ‖aᵢ‖²‖bᵢ‖², what it is without any cancellation.
@@ -164,7 +163,7 @@ def _walk_rows(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """‖W + sBA‖² from blocks of rows of the sum, in double precision."""
-    rows = max(1, 16 * BLOCK // max(1, weight.shape[1]))
+    rows = max(1, 4 * CHUNK // max(1, weight.shape[1]))
     blocks = (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
     wide_a, wide_b = a.detach().double(), b.detach().double() * scale
     return torch.stack(
@@ -186,7 +185,7 @@ def rescaled_squares(
     row norms alone could tell.
     """
     kind = wide(weight.device)
-    size = 16 * BLOCK if weight.device.type == "cpu" else DEVICE_CHUNK // 2
+    size = 4 * CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK // 2
     rows = max(1, size // max(1, weight.shape[1]))
     moved, whole = [], []
     for start in range(0, weight.shape[0], rows):

@@ -19,7 +19,6 @@ from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.measure.step.own_quantities import OwnQuantities
 from lisa_train.measure.step.parts import Gradients, OptimizerSteps, Part, Updates, Weights
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside
-from lisa_train.model import host_sums
 from lisa_train.model.joined import Joined, is_small
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
@@ -236,8 +235,5 @@ def _copies(
             copies[i] = tensor.detach().clone()
     if again:
         targets, sources = map(list, zip(*again, strict=True))
-        if all(x.device.type == "cpu" for x in sources):
-            host_sums.copy(targets, sources)
-        else:
-            torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(targets, sources)
     return copies

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lisa_train.model.joined import SMALL, Joined, is_small
+from lisa_train.model.joined import ROW, SMALL, Joined, Layout, is_small
 from lisa_train.model.norms import changes_of_rows, squares_and_magnitudes_of_rows
 
 SHAPES = [(16, 64), (7,), (64, 16), (3, 5, 2), (16, 64), (1,), (2, 700), (7,), (300, 200)]
@@ -67,6 +67,14 @@ def test_memory_is_used_again_for_the_same_shapes_only(parameters):
     other = Joined(parameters[1:], first)
     assert other.layout.shapes == [p.shape for p in parameters[1:]]
     assert other.before is not first.before
+
+
+def test_rows_of_a_large_layout_are_cut_into_blocks():
+    layout = Layout([torch.Size((ROW * 50,))] * 12)
+    assert layout.blocks[0][0] == 0
+    assert layout.blocks[-1][1] == layout.rows == 600
+    assert all(a[1] == b[0] for a, b in zip(layout.blocks, layout.blocks[1:], strict=False))
+    assert layout.owners.tolist() == sorted([*range(12)] * 50)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_train.measure.adapters.factor_norms import gram_square, merged_square, rescaled_squares
-from lisa_train.model.host_sums import BLOCK
-from lisa_train.model.norms import changes, squares, squares_and_magnitudes
+from lisa_train.model.norms import CHUNK, changes, squares, squares_and_magnitudes
 
-SHAPES = [(), (1,), (7,), (3, 5), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (5, BLOCK), (0, 33)]
+SHAPES = [(), (1,), (7,), (3, 5), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5, CHUNK), (0, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -81,8 +80,8 @@ def test_tensors_that_are_not_contiguous_are_paired_element_by_element():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_so(bad):
-    x = torch.ones(3 * BLOCK)
-    x[BLOCK + 5] = bad
+    x = torch.ones(3 * CHUNK)
+    x[CHUNK + 5] = bad
     square, magnitude = squares_and_magnitudes([x, torch.ones(4)])
     assert not square[0].isfinite()
     assert not magnitude[0].isfinite()

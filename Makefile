@@ -36,7 +36,7 @@ demo-vision: setup  ## classify small pictures with DINOv2: full, LoRA, LISA and
 demo-speech: setup  ## teach Whisper a synthetic voice: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.speech $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
-test: setup  ## the test suite (about 10 minutes on 2 cores)
+test: setup  ## the test suite (about 16 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## ruff (lint, format) and mypy

@@ -27,7 +27,7 @@ TOKENS = (4, 256)
 FEW = (4, 48)
 # Largest share of a step, recording included, that recording every quantity may take. The aim for
 # few tokens is 8 % (full) and 3 %. What is asserted holds for one thread beside other work on all
-# cores, where 9.0, 3.4 and 2.4 % were measured: memory is shared with that, arithmetic is not.
+# cores, where 9.4, 3.9 and 2.0 % were measured: memory is shared with that, arithmetic is not.
 MOST = {TOKENS: {"full": 0.05, "lisa": 0.05, "lora": 0.05},
         FEW: {"full": 0.11, "lisa": 0.045, "lora": 0.03}}  # fmt: skip
 

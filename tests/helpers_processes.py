@@ -2,22 +2,26 @@
 
 Every process speaks over the loopback device by its address, whatever this machine is called and
 whether anybody can resolve that. The test's own process keeps the store at which they meet, on a
-port that the system gave it; as a script, `MODULE FUNCTION FOLDER RANK WORLD PORT`, this file is
-one of the processes.
+port that the system gave it. The processes are forked from one that has imported what trainings
+need, once for all tests of a worker: importing it anew takes longer than most of these tests.
 """
 
 import faulthandler
+import functools
 import gc
 import importlib
+import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,7 @@ HERE = Path(__file__).parent
 TIMEOUT = 240  # seconds; a hang, which no test should wait for longer
 _GRACE = 5  # seconds in which the others may end by themselves after the first has failed
 _STARTS = 3  # how often processes that died before they had formed a group are started
+_IMPORTED = ["lisa_train", "transformers.trainer", "trl.trainer.sft_trainer", "peft", __name__]
 _SAID = 3000  # characters of a process's output that a failure shows
 
 
@@ -66,9 +71,8 @@ def torchrun(words, *, processes=2, fails=False):
 def ranks(function, folder, *arguments, world=2):
     """Call `function(rank, folder, *arguments)` in as many processes, which form a group."""
     with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, "arguments").write_bytes(pickle.dumps(arguments))
         for _ in range(_STARTS):
-            failure = _together(function, folder, scratch, world)
+            failure = _together((function, folder, arguments), scratch, world)
             if failure is None:
                 return
             if any(Path(scratch, f"formed-{rank}").exists() for rank in range(world)):
@@ -78,28 +82,28 @@ def ranks(function, folder, *arguments, world=2):
     raise AssertionError(failure)
 
 
-def _together(function, folder, scratch, world):
+def _together(call, scratch, world):
     """Start the processes and wait; return None, or what went wrong."""
+    function, folder, arguments = call
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
     for rank in range(world):
-        words = (function.__module__, function.__qualname__, folder, rank, world, store.port)
-        with Path(scratch, f"said-{rank}").open("wb") as said:
-            command = [sys.executable, __file__, *map(str, words), scratch]
-            started.append(
-                subprocess.Popen(
-                    command, env=environment(), cwd=HERE.parent, stdout=said, stderr=said
-                )
-            )
+        said = Path(scratch, f"said-{rank}")
+        said.unlink(missing_ok=True)
+        words = (function.__module__, function.__qualname__, folder, arguments)
+        place = (rank, world, store.port, scratch)
+        process = _forking().Process(target=_process, args=(said, environment(), words, place))
+        process.start()
+        started.append(process)
     end = time.monotonic() + TIMEOUT
-    while (codes := [process.poll() for process in started]).count(None) and time.monotonic() < end:
+    while (codes := [p.exitcode for p in started]).count(None) and time.monotonic() < end:
         if any(codes):
             end = min(end, time.monotonic() + _GRACE)
         time.sleep(0.02)
     for process in started:
-        if process.poll() is None:
-            process.send_signal(signal.SIGABRT)  # the fault handler writes down where it stands
-            process.wait()
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGABRT)  # the fault handler writes down where it stands
+        process.join()
     if not any(codes) and None not in codes:
         return None
     outputs = [Path(scratch, f"said-{r}").read_text(errors="replace") for r in range(world)]
@@ -114,17 +118,53 @@ def _story(what, outputs):
     return "\n".join([f"{what}: {last}", *(output[-_SAID:] for output in outputs)])
 
 
-def _process(module, function, folder, rank, world, port, scratch):
-    torch.set_num_threads(1)
-    rank, world = int(rank), int(world)
+@functools.cache
+def _forking():
+    """Return what forks processes from one that has imported everything and runs no thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with mock.patch.dict(os.environ, environment()):  # what it imports reads them
+        forkserver.ensure_running()
+    return context
+
+
+def _process(said, variables, call, place):
+    """Be one of the processes."""
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # pytest's own streams are not this process's.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable(sys.stderr)
+    try:
+        _join(variables, call, place)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    # A reducer of DDP in a reference cycle may be the last to hold the group. Its destructor keeps
+    # the interpreter's lock and joins a thread of gloo that waits for it: no end, or SIGABRT.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join(variables, call, place):
+    """Form the group, call the function, and wait for the others."""
+    module, name, folder, arguments = call
+    rank, world, port, scratch = place
+    os.chdir(HERE.parent)
+    os.environ.clear()
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        **variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }  # fmt: skip
-    arguments = pickle.loads(Path(scratch, "arguments").read_bytes())
-    function = getattr(importlib.import_module(module), function)
+    torch.set_num_threads(1)
+    function = getattr(importlib.import_module(module), name)
     gc.freeze()  # as in conftest.py: a training collects what it made, not all that was imported
-    store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     dist.barrier()
     Path(scratch, f"formed-{rank}").touch()
@@ -133,13 +173,3 @@ def _process(module, function, folder, rank, world, port, scratch):
     store.set(f"done/{rank}", "")
     store.wait([f"done/{r}" for r in range(world)], timedelta(seconds=TIMEOUT))
     dist.destroy_process_group()
-    # A reducer of DDP in a reference cycle may be the last to hold the group. Its destructor keeps
-    # the interpreter's lock and joins a thread of gloo that waits for it: no end, or SIGABRT.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    faulthandler.enable()
-    _process(*sys.argv[1:])

@@ -1,18 +1,26 @@
 """The report on an ablation: what the layers were worth, what they cost, and who predicted it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import MultipleLocator
 
 from lisa_analysis import plots
 from lisa_analysis.views.plots.ablations import NAMES
+from lisa_analysis.views.plots.style import legend
 from lisa_analysis.views.report import readout, svg
-from lisa_analysis.views.report.figure import HALF, WIDE, ReportFigure, canvas
+from lisa_analysis.views.report.figure import HALF, NARROW, WIDE, ReportFigure, canvas
 from lisa_analysis.views.report.figures import kind_figure
 from lisa_analysis.views.report.format import correlation, number
 from lisa_analysis.views.report.tables import Table, frame_table
 
+# Draws into axes under a name, and returns the picture and what is read out of it.
+Drawn = Callable[[str, Axes], tuple[Markup, Markup]]
+Size = dict[str, float]
 # Figures of more levels would say the same thing again.
 _TARGETS = {"ablation_keep": "keep", "ablation_reset": "reset"}
 
@@ -55,20 +63,33 @@ def _worth_figure(
     slug: str, task: Mapping[str, Any], by_layer: Mapping[str, Any], layer_names: Sequence[str]
 ) -> ReportFigure:
     title = "What each layer’s change is worth"
-    with svg.ink(slug):
-        ax = canvas(WIDE, 3.3)
+    table = _table(by_layer)
+    text = f"Marks with intervals for {len(next(iter(task.values())))} layers."
+
+    def drawn(slug: str, ax: Axes) -> tuple[Markup, Markup]:
         plots.worth(task, ax=ax)
-        text = f"Marks with intervals for {len(next(iter(task.values())))} layers."
-        image = svg.to_svg(ax, slug, title, text, layer_names)
+        return svg.to_svg(ax, slug, title, text, layer_names), readout.of_layers(ax, table)
+
     parts = [f"{NAMES[metric]}: {profile.definition}" for metric, profile in task.items()]
     caption = (
         " ".join(f"{part[0].upper()}{part[1:]}" for part in parts)
         + " Whiskers are intervals over examples. Neither removes a layer: what is taken out or "
         "put in is what it learned."
     )
-    table = _table(by_layer)
-    spoken = readout.of_layers(ax, table)
-    return ReportFigure(slug, title, caption, image, table, readout=spoken)
+    sizes = ({"width": WIDE, "height": 3.3}, {"width": NARROW, "height": 2.9, "left": 0.7})
+    return _twice(ReportFigure(slug, title, caption, None, table), drawn, sizes)
+
+
+def _twice(figure: ReportFigure, drawn: Drawn, sizes: tuple[Size, Size]) -> ReportFigure:
+    """Draw a figure for a wide screen and for a narrow one, on canvases of these sizes."""
+    slugs = (figure.slug, f"{figure.slug}-narrow")
+    pictures = []
+    for slug, size in zip(slugs, sizes, strict=True):
+        with svg.ink(slug):
+            pictures.append(drawn(slug, canvas(**size)))
+    (image, spoken), (narrow, narrow_spoken) = pictures
+    return replace(figure, image=image, readout=spoken, narrow=narrow,
+                   narrow_readout=narrow_spoken)  # fmt: skip
 
 
 def _table(by_layer: Mapping[str, Any]) -> Table:
@@ -124,28 +145,36 @@ def validity_figures(validity: Any) -> list[ReportFigure]:
     return [_validity_figure(f"validity-{i}", validity, level) for i, level in enumerate(shown)]
 
 
-def _validity_figure(slug: str, validity: Any, level: str) -> ReportFigure:
+def _validity_figure(wide: str, validity: Any, level: str) -> ReportFigure:
     frame = validity.to_frame()
     frame = frame[frame["level"] == level]
     rows = frame[["metric", "source"]].drop_duplicates()
     what = {"layer": "layers", "module": "modules", "within kind": "layers within each kind"}[level]
     title = f"Which metric predicts it, over {what}"
-    with svg.ink(slug):
-        ax = canvas(WIDE, 1.15 + 0.27 * max(len(rows), 2), left=2.1)
+
+    def drawn(slug: str, ax: Axes) -> tuple[Markup, Markup]:
         plots.validity(validity, level=level, ax=ax)
+        if slug != wide:
+            ax.xaxis.set_major_locator(MultipleLocator(0.5))
+            ax.set_xlabel("Spearman's ρ with the ablation")
+            legend(ax, columns=1)
         image = svg.to_svg(ax, slug, title, f"Marks with intervals for {len(rows)} metrics.")
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        at = readout.places(ax, [0] * len(names), ax.get_yticks())
+        return image, readout.points(at, [_agreement_words(name, frame) for name in names])
+
     caption = (
         "Rank correlation with the ablation. Filled: better than chance among all metrics "
         "that were tried; open: not. Grey: where one metric alone lands by chance in 95 of 100 "
         "orders of the layers. Small bars: the most that the noise of both sides leaves."
     )
     table = _agreements(frame, title)
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    spoken = readout.points(
-        readout.places(ax, [0] * len(names), ax.get_yticks()),
-        [_agreement_words(name, frame) for name in names],
+    high = 1.15 + 0.27 * max(len(rows), 2)
+    sizes = (
+        {"width": WIDE, "height": high, "left": 2.1},
+        {"width": NARROW, "height": high + 0.3, "left": 1.25, "top": 0.72},
     )
-    return ReportFigure(slug, title, caption, image, table, readout=spoken)
+    return _twice(ReportFigure(wide, title, caption, None, table), drawn, sizes)
 
 
 def _agreement_words(name: str, frame: pd.DataFrame) -> str:

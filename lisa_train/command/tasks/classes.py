@@ -23,10 +23,13 @@ class TaskWithClasses(TaskWithHead):
     Attributes
     ----------
     class_column
-        Column of the data that holds the class of a row, or a list of them.
+        Column of the data that holds the class of a row.
+    several_classes
+        A row holds a list of classes, and not one.
     """
 
     class_column: ClassVar[str]
+    several_classes: ClassVar[bool] = False
 
     def classes(self, train: Part, held_out: Part | None, config: TrainConfig) -> "Classes":
         """Find the classes of the training part, and check the labels of both parts."""
@@ -34,7 +37,7 @@ class TaskWithClasses(TaskWithHead):
         return find_classes(
             train, held_out, self.class_column, source, config,
             trained_head=self.has_trained_head(source, config),
-            place=partial(place, config.dataset_name),
+            place=partial(place, config.dataset_name), several=self.several_classes,
         )  # fmt: skip
 
     def load_classifier(
@@ -82,6 +85,7 @@ def find_classes(
     *,
     trained_head: bool,
     place: Callable[[Part, int], str],
+    several: bool = False,
 ) -> Classes:
     """Find the classes of the training part, and check the labels of both parts.
 
@@ -90,7 +94,7 @@ def find_classes(
     train, held_out
         Parts of the data.
     column
-        Column of the labels; a row holds one, or a list of them.
+        Column of the labels.
     source
         The model's configuration: the classes of a head that was trained already.
     config
@@ -99,6 +103,8 @@ def find_classes(
         Whether the model comes with a head for the task.
     place
         Words for a row of a part.
+    several
+        A row holds a list of labels, and not one.
 
     Raises
     ------
@@ -108,7 +114,7 @@ def find_classes(
     """
     declared = _declared(train.dataset.features[column])
     counts: Counter[Any] = Counter()
-    for row, labels in enumerate(_listed(train.dataset[column])):
+    for row, labels in enumerate(_listed(train.dataset[column], several)):
         for label in labels:
             _check_label(label, column, declared, place(train, row))
             counts[label] += 1
@@ -121,7 +127,7 @@ def find_classes(
             f"{column!r}; a classification needs two or more."
         )
     if held_out is not None:
-        for row, labels in enumerate(_listed(held_out.dataset[column])):
+        for row, labels in enumerate(_listed(held_out.dataset[column], several)):
             for label in labels:
                 _check_label(label, column, declared, place(held_out, row))
                 if label not in counts:
@@ -159,9 +165,8 @@ def _declared(feature: Any) -> list[str]:
     return list(getattr(feature, "names", None) or [])
 
 
-def _listed(column: Iterable[Any]) -> Iterable[Sequence[Any]]:
-    for value in column:
-        yield value if isinstance(value, list) else [value]
+def _listed(column: Iterable[Any], several: bool) -> Iterable[Sequence[Any]]:
+    return column if several else ([value] for value in column)
 
 
 def _check_label(label: Any, column: str, declared: Sequence[str], where: str) -> None:

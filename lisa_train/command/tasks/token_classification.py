@@ -30,6 +30,7 @@ class TokenClassification(TaskWithClasses):
         "tags": "a class for each of them",
     }
     class_column = "tags"
+    several_classes = True
     needed = ("tokens", "tags")
 
     def load(self, config: TrainConfig) -> Loaded:

@@ -1,6 +1,7 @@
 """An ablation in the report, the terminal, the JSON and the plots, and what it forbids to say."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,19 @@ def test_the_report_says_what_the_layers_were_worth(against):
     assert "No metric predicts" in section
     assert '<a href="#worth">' in html
     assert html == la.report(against).html
+
+
+def test_narrow_screens_have_pictures_of_their_own(against):
+    """Not wider than 390 pixels, and everything that is read out of the wide picture is there."""
+    html = la.report(against).html
+    for slug in ("r0-worth", "validity-0", "validity-1"):
+        figure = re.search(rf'<figure id="{slug}".*?</figure>', html, re.DOTALL)[0]
+        wide, narrow = (int(w) for w in re.findall(r"<svg [^>]*max-width:(\d+)px", figure))
+        assert narrow <= 390 < wide
+        read = [json.loads(r)["p"] for r in re.findall(r"data-readout='(.*?)'", figure)]
+        assert [p[-1] for p in read[0]] == [p[-1] for p in read[1]]
+        assert len(read[0]) > 8
+        assert all(0 <= p[0] <= 0.75 * narrow for p in read[1])  # in points
 
 
 def test_a_proxy_is_no_importance_where_the_ablation_disagrees(against, tmp_path):

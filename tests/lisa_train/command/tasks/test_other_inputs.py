@@ -1,6 +1,7 @@
 """Text to text, images and speech by every method; and images and sounds that are not right."""
 
 import dataclasses
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from helpers_models import write_jsonl
 from helpers_tasks import (
     RATE,
+    build_bert,
     build_t5,
     build_vit,
     build_whisper,
@@ -63,6 +65,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
         "image-classification": (build_vit(home / "vit"), write_images(home / "images")),
         "speech-recognition": (build_whisper(home / "whisper"), write_speech(home / "speech")),
     }
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_bert(tmp_path_factory.mktemp("bert"))
 
 
 def settings(
@@ -269,3 +276,106 @@ def test_lists_of_sounds_with_their_columns_named(inputs: Any, tmp_path: Path) -
     columns = {"audio": "file", "text": "words"}
     run = train(settings(both, tmp_path / "run", task, "full", max_steps=1, columns=columns))
     assert la.load(run).manifest["dataset"]["train_examples"] == 4
+
+
+# ------------------------------------------------------------------ one sentence, exit code 2
+
+
+def _no_label(folder: Path) -> Path:
+    rows = [{"picture": f"images/{n}.png", "kind": "dark"} for n in range(8)]
+    return write_jsonl(folder / "rows.jsonl", rows)
+
+
+def _labels_of(values: list[Any]) -> Any:
+    def write(folder: Path) -> Path:
+        images = write_images(folder / "d", len(values))
+        paths = sorted(str(p.resolve()) for p in images.rglob("*.png"))
+        rows = [{"image": p, "label": v} for p, v in zip(paths, values, strict=True)]
+        return write_jsonl(folder / "rows.jsonl", rows)
+
+    return write
+
+
+def _torn(folder: Path) -> Path:
+    images = write_images(folder / "d", 8)
+    (images / "train" / "dark" / "4.png").write_bytes(b"no image at all")
+    return images
+
+
+def _sounds(fault: str) -> Any:
+    def write(folder: Path) -> Path:
+        speech = write_speech(folder / "d", 8)
+        listed = speech / "metadata.csv"
+        if fault == "rate":
+            write_tone(speech / "3.wav", 440, rate=8000)
+        elif fault == "gone":
+            (speech / "3.wav").unlink()
+        elif fault == "text":
+            listed.write_text(listed.read_text().replace("file_name,text", "file_name,words"))
+        return speech
+
+    return write
+
+
+def _tags(row: dict[str, Any]) -> Any:
+    def write(folder: Path) -> Path:
+        rows = [{"tokens": ["a", "fox"], "tags": ["x", "y"]} for _ in range(8)]
+        return write_jsonl(folder / "rows.jsonl", [*rows, row])
+
+    return write
+
+
+BAD: dict[str, tuple[str, Any, str]] = {
+    "columns of an image": (
+        "image-classification", _no_label,
+        r"columns 'picture', 'kind', and task image-classification reads 'image' and 'label'",
+    ),
+    "an image that is none": ("image-classification", _torn, r"cannot be read as an image"),
+    "a label that is a fraction": (
+        "image-classification", _labels_of([0.5, 1.5] * 4), r"holds 0\.5, which is no class",
+    ),
+    "a label that is missing": (
+        "image-classification", _labels_of(["a", "b", None, "a"] * 2), r"holds no label \(None\)",
+    ),
+    "a label that is a list": (
+        "image-classification", _labels_of([["a"], ["b"]] * 4), r"holds \['a'\], which is no",
+    ),
+    "one class": ("image-classification", _labels_of(["a"] * 8), r"the one label 'a'"),
+    "sound at another rate": (
+        "speech-recognition", _sounds("rate"), r"row 4 .*8000 samples a second .*expects 16000",
+    ),
+    "a sound that is gone": ("speech-recognition", _sounds("gone"), r"row 4 .*3\.wav cannot be"),
+    "sounds without a text": (
+        "speech-recognition", _sounds("text"), r"task speech-recognition reads 'audio' and 'text'",
+    ),
+    "a tag too few": (
+        "token-classification", _tags({"tokens": ["a", "fox"], "tags": ["x"]}),
+        r"row 9 .*column 'tags' must have an entry for each of the 2 tokens; it has 1",
+    ),
+    "no words": (
+        "token-classification", _tags({"tokens": [], "tags": []}), r"'tokens' must be a list of wo",
+    ),
+    "a tag that is nothing": (
+        "token-classification", _tags({"tokens": ["a"], "tags": [None]}), r"holds no label \(None",
+    ),
+    "an unknown task": ("image-clasification", _torn, r"Did you mean 'image-classification'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_the_command_refuses_in_one_sentence(
+    what: str, inputs: Any, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, write, expected = BAD[what]
+    data = write(tmp_path)
+    model = bert if task == "token-classification" else inputs.get(task, [bert])[0]
+    words = ["--config", "full", "--task", task, "--model_name_or_path", str(model),
+             "--dataset_name", str(data), "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main([*words, "--max_steps", "1", "--eval_size", "0"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(said) == 1, said
+    assert said[0].startswith("lisa-train: ")
+    assert re.search(expected, said[0]), said[0]
+    assert sorted(tmp_path.rglob("*")) == before

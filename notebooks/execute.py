@@ -54,16 +54,20 @@ def execute(notebook: Any, *, timeout: int = 1800) -> None:
     nbclient.exceptions.CellExecutionError
         When a cell fails.
     """
+    client_of(notebook, timeout).execute()
+
+
+def client_of(notebook: Any, timeout: int) -> nbclient.NotebookClient:
+    """Return what runs a notebook in its own folder, see `execute`."""
     os.environ.update(QUIET)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums that do not depend on the thread count
-    client = nbclient.NotebookClient(
+    return nbclient.NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": HERE}},
         record_timing=False,
     )
-    client.execute()
 
 
 def tidy(notebook: Any) -> list[str]:

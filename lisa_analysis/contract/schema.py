@@ -22,6 +22,7 @@ from lisa_analysis.contract.tables import Adds as Adds
 from lisa_analysis.contract.tables import Column as Column
 from lisa_analysis.contract.tables import ColumnType as ColumnType
 from lisa_analysis.contract.tables import FactTable as FactTable
+from lisa_analysis.contract.tables import Moment as Moment
 from lisa_analysis.contract.tables import Table as Table
 from lisa_analysis.contract.tables import to_markdown as to_markdown
 
@@ -83,6 +84,7 @@ METRICS_TABLE = FactTable(
             "‖θ_t‖ of the tensor after the step (Frobenius, accumulated in at least two-level "
             "fp32)",
             adds="squares",
+            when="weights",
         ),
         Column(
             "grad_norm",
@@ -90,7 +92,7 @@ METRICS_TABLE = FactTable(
             True,
             "‖g_t‖ of the accumulated gradient of the optimizer step, before clipping",
             adds="squares",
-            of_training=True,
+            when="gradients",
         ),
         Column(
             "grad_norm_l1",
@@ -98,7 +100,7 @@ METRICS_TABLE = FactTable(
             True,
             "‖g_t‖₁ of the same gradient",
             adds="values",
-            of_training=True,
+            when="gradients",
         ),
         Column(
             "update_norm",
@@ -106,7 +108,7 @@ METRICS_TABLE = FactTable(
             True,
             "‖θ_{t+1} − θ_t‖ as realised in the stored precision",
             adds="squares",
-            of_training=True,
+            when="update",
         ),
         Column(
             "descent",
@@ -115,8 +117,8 @@ METRICS_TABLE = FactTable(
             "−⟨g_t, θ_{t+1} − θ_t⟩: the loss decrease that the step predicts, additive over "
             "tensors; g_t is the gradient before clipping",
             adds="values",
+            when="update",
             signed=True,
-            of_training=True,
         ),
         Column(
             "delta_norm",
@@ -126,6 +128,7 @@ METRICS_TABLE = FactTable(
             "matrices, on the row of lora_B (DoRA: of the rescaled weight, in censuses); null "
             "where the adapter is no product BA",
             adds="squares",
+            when="weights",
         ),
         Column(
             "merged_norm",
@@ -135,6 +138,7 @@ METRICS_TABLE = FactTable(
             "lora_B; measured in censuses (step 0, checkpoints, the end), since it takes all base "
             "weights; at step 0 it is the ‖W_0‖ of delta_norm",
             adds="squares",
+            when="census",
         ),
         Column(
             "opt_steps",
@@ -142,7 +146,7 @@ METRICS_TABLE = FactTable(
             True,
             "the optimizer's own step count of the tensor: a reset is visible",
             adds="copies",
-            of_training=True,
+            when="update",
         ),
         Column(
             "grad_noise",
@@ -151,7 +155,7 @@ METRICS_TABLE = FactTable(
             "optional: variance of the gradient between the micro-batches of the step, those of "
             "all processes, tr Σ of one micro-batch gradient (unbiased)",
             adds="values",
-            of_training=True,
+            when="gradients",
         ),
         Column(
             "probe_grad_norm",
@@ -161,6 +165,7 @@ METRICS_TABLE = FactTable(
             "over the processes; of several batches (probes) the root of the mean square; no "
             "update is made from it",
             adds="squares",
+            when="probe",
         ),
     ),
 )

@@ -10,6 +10,10 @@ ColumnType = Literal["int64", "int32", "int16", "float32", "float64", "string", 
 # How the numbers of disjoint tensors, or of the shards of one, make the number of them together:
 # their squares add (norms), they add, or each is a copy of the same number (a count of steps).
 Adds = Literal["squares", "values", "copies"]
+# When a number is measured: on the accumulated gradients, before clipping; on what the optimizer
+# did to the weights; on weights, at recorded steps and in each census; in each census alone
+# (start, checkpoints, end); in a measuring pass.
+Moment = Literal["gradients", "update", "weights", "census", "probe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,12 @@ class Column:
         merges processes by it, the analysis sums tensors to layers.
     signed
         Whether a number below zero means something; else it is damage, and read as null.
+    when
+        Of a built-in measured column, the moment at which it is measured.
     of_training
         Whether only a tensor that trains in the step has it: a row with such a number is one of
-        training, a row without any is a census.
+        training, a row without any is a census. Follows from `when`, where that is given: true of
+        ``gradients`` and ``update``.
     """
 
     name: str
@@ -37,6 +44,11 @@ class Column:
     adds: Adds | None = None
     signed: bool = False
     of_training: bool = False
+    when: Moment | None = None
+
+    def __post_init__(self) -> None:
+        if self.when is not None:
+            object.__setattr__(self, "of_training", self.when in ("gradients", "update"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,17 @@
 """What can be measured: one entry per measured column, read by everything else in this room.
 
-An entry is a column of the contract (name, type, meaning, how it adds up: what both halves need)
-and what the recorder alone needs: at which moment it is measured, and what turns it on. How a sum
-becomes the recorded number follows from the column, so that nothing can be forgotten there. No
-torch here: `RecordConfig` asks which names there are.
+An entry is a column of the contract (name, type, meaning, how it adds up, when it is measured)
+and what the recorder alone needs: a function of one's own, or the option that turns it on. Those
+that are built in follow from the columns, so that nothing can be forgotten here, nor how a sum
+becomes the recorded number. No torch: `RecordConfig` asks which names there are.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, cast, get_args
 
 from lisa_analysis.contract.errors import ConfigError, suggest
-from lisa_analysis.contract.schema import METRICS_TABLE, Column
-
-# When a quantity is measured: on the accumulated gradients, before clipping; on what the optimizer
-# did to the weights; on weights, at recorded steps and in each census; in each census alone
-# (start, checkpoints, end); in a measuring pass.
-Moment = Literal["gradients", "update", "weights", "census", "probe"]
+from lisa_analysis.contract.schema import METRICS_TABLE, Column, FactTable, Moment
 
 
 @dataclass(frozen=True)
@@ -103,14 +98,20 @@ class Quantity:
         return self
 
 
+# Those that are not named in `RecordConfig.quantities`: column -> field that turns it on.
+_OPTIONS = {"grad_noise": "grad_noise", "probe_grad_norm": "probe_every"}
+
+
 class Quantities(Mapping[str, Quantity]):
     """Quantities by name, in the order of the metrics table."""
 
-    def __init__(self, quantities: tuple[Quantity, ...]) -> None:
-        self._found = {quantity.name: quantity for quantity in quantities}
-        different = set(METRICS_TABLE.measured) ^ set(self._found)
-        if different:
-            raise ValueError(f"metrics columns without a quantity, or the reverse: {different}")
+    def __init__(self, table: FactTable) -> None:
+        columns = [table[name] for name in table.measured]
+        self._found = {
+            # A column without a moment is refused there.
+            c.name: Quantity(c, cast(Moment, c.when), option=_OPTIONS.get(c.name))
+            for c in columns
+        }
 
     def remove(self, name: str) -> None:
         """Take a quantity of one's own out again."""
@@ -136,21 +137,4 @@ class Quantities(Mapping[str, Quantity]):
         return len(self._found)
 
 
-def _built_in(name: str, when: Moment, option: str | None = None) -> Quantity:
-    return Quantity(METRICS_TABLE[name], when, option=option)
-
-
-REGISTRY = Quantities(
-    (
-        _built_in("weight_norm", "weights"),
-        _built_in("grad_norm", "gradients"),
-        _built_in("grad_norm_l1", "gradients"),
-        _built_in("update_norm", "update"),
-        _built_in("descent", "update"),
-        _built_in("delta_norm", "weights"),
-        _built_in("merged_norm", "census"),
-        _built_in("opt_steps", "update"),
-        _built_in("grad_noise", "gradients", option="grad_noise"),
-        _built_in("probe_grad_norm", "probe", option="probe_every"),
-    )
-)
+REGISTRY = Quantities(METRICS_TABLE)

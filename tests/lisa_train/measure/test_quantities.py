@@ -17,7 +17,7 @@ from lisa_analysis.metrics.step_table import step_table
 from lisa_train.measure.buffers import MetricBuffer, Piece
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES
 from lisa_train.measure.processes import Processes
-from lisa_train.measure.quantities import REGISTRY
+from lisa_train.measure.quantities import REGISTRY, Quantities
 from lisa_train.measure.step import step_measure
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable
@@ -225,6 +225,37 @@ def test_every_column_has_an_entry_and_a_part_that_measures_it():
     for name, quantity in REGISTRY.items():
         if quantity.option is not None:
             assert hasattr(lt.RecordConfig(), quantity.option), name
+
+
+def test_one_that_shares_a_read_is_a_column_and_a_line_in_a_part(tmp_path, monkeypatch):
+    """What is built in follows from the columns: no other module has to know the name."""
+
+    class Gradients(step_measure.Gradients):
+        measures = step_measure.Gradients.measures | {"grad_square"}
+
+        def gradients(self, now):
+            super().gradients(now)
+            if "grad_square" in self.want:
+                square, _ = now.gradient_sums(magnitudes=False)
+                self.buffer.add(now.step, "grad_square", now.numbers, square / now.scale**2)
+
+    METRICS_TABLE.add(Column("grad_square", "float32", True, "", "values", when="gradients"))
+    try:
+        monkeypatch.setattr(REGISTRY, "_found", Quantities(METRICS_TABLE)._found)
+        monkeypatch.setattr(step_measure, "Gradients", Gradients)
+        assert REGISTRY["grad_square"].column.of_training
+        train(tmp_path, model_of(), quantities=REGISTRY.choosable(), scale=1024.0)
+        rows = la.load(tmp_path).metrics(["grad_norm", "grad_square"]).dropna()
+        assert len(rows) == 3 * 12
+        assert rows["grad_square"].to_numpy() == pytest.approx(rows["grad_norm"] ** 2, rel=2e-5)
+    finally:
+        METRICS_TABLE.remove("grad_square")
+
+
+def test_a_column_without_its_moment_is_no_quantity():
+    columns = (*METRICS_TABLE.columns, column("grad_max"))
+    with pytest.raises(ConfigError, match="'grad_max' has when=None"):
+        Quantities(FactTable("metrics", "metrics", "", columns))
 
 
 def test_a_quantity_that_no_part_measures_is_an_error(tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from lisa_train.command.probe import ProbeConfig
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES, RecordConfig
 from lisa_train.methods import Method
-from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig
+from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS, LisaConfig, OptimizerState
 from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.methods.select.config import SelectConfig
-from lisa_train.optim.settings import OptimizerState, check_eight_bit_states
+from lisa_train.optim.settings import check_eight_bit_states
 
 if TYPE_CHECKING:
     from lisa_train.command.config import TrainConfig as TrainConfig

@@ -28,6 +28,7 @@ from lisa_train.estimate.spread import Held, by_layers, sharded, whole
 from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
+from lisa_train.methods.lisa.samplers import SAMPLERS
 from lisa_train.optim.policies import POLICIES
 
 
@@ -59,7 +60,7 @@ class Estimator:
             return self._of_parts()
         draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
         costs = draw_costs(stage, setting, self._held)
-        every = rotation.sampling == "bernoulli"
+        every = self._any_size
         k = len(drawable(stage, setting)) if every else rotation.activated_layers
         groups = tuple(rotation.group_probabilities)
         candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
@@ -72,6 +73,12 @@ class Estimator:
         spared = max(0.0, costs.of(worst.active_layers, groups) - costs.mean(draws))
         return replace(worst, mean=int(worst.total - spared))
 
+    @property
+    def _any_size(self) -> bool:
+        """Whether a draw of the rotation may take every layer."""
+        rotation = self.setting.rotation
+        return rotation is not None and SAMPLERS[rotation.sampling].may_draw_nothing
+
     def _of_parts(self) -> MemoryEstimate:
         """Of the draws of halves or modules that may cost the most, the one that does."""
         setting, stage = self.setting, self.stage
@@ -83,7 +90,7 @@ class Estimator:
         draws = some_draws(stage, setting)
         costs = part_costs(stage, setting, self._held)
         among = drawable(stage, setting)
-        every = setting.lisa.sampling == "bernoulli"
+        every = self._any_size
         candidates = [among] if every else costs.candidates(among)
         results = {parts: self._result(lisa_pattern(stage, setting, parts), parts)
                    for parts in candidates}  # fmt: skip
@@ -202,12 +209,12 @@ class Estimator:
         if rotation is None or self._resting_state != "nowhere":
             return sum(state.paged for state in states.values())
         layers = drawable(self.stage, self.setting)
-        k = len(layers) if rotation.sampling == "bernoulli" else rotation.activated_layers
+        k = len(layers) if self._any_size else rotation.activated_layers
         if setting.active_layers is not None:
             k = len(setting.active_layers)
         turns = turns_of(self.stage, setting)
         units = units_of(self.stage, turns)
-        if rotation.by != "layer" and rotation.sampling != "bernoulli":
+        if rotation.by != "layer" and not self._any_size:
             # As many of the smallest as a draw has room for.
             largest = part_costs(self.stage, setting, self._held).largest
             k = int(largest // min(turns.sizes))

@@ -10,7 +10,6 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED
 from lisa_train.optim.paged_state import paged_state
 from lisa_train.optim.policies import POLICIES, SetAside
-from lisa_train.optim.settings import OptimizerState
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
@@ -141,7 +140,7 @@ class FrozenState:
         Tensor -> the optimizer that holds it.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], policy: OptimizerState) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], policy: str) -> None:
         self.owners = {p: optimizer for optimizer in optimizers for p in tensors_of(optimizer)}
         self._optimizers = tuple(optimizers)
         self._policy = POLICIES[policy]()

@@ -1,12 +1,10 @@
 """Settings of what is done to an optimizer, and when they fit it. No torch here."""
 
 import re
-from typing import Literal
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of
 
-OptimizerState = Literal["reset", "keep", "offload"]
 # Whose optimizer state can have 8 bits.
 EIGHT_BIT_GROUPS = ("layers", "embed", "head", "norm")
 

@@ -18,7 +18,6 @@ from lisa_train.model.sharding import is_sharded
 from lisa_train.optim.frozen_state import tensors_of
 from lisa_train.optim.policies import POLICIES
 from lisa_train.optim.schedule_free import is_schedule_free
-from lisa_train.optim.settings import OptimizerState
 
 
 def refuse_adapters_and_quantization(model: nn.Module) -> None:
@@ -44,7 +43,7 @@ def refuse_adapters_and_quantization(model: nn.Module) -> None:
 
 
 def check_optimizers(
-    optimizers: Sequence[Any], tensors: Mapping[str, torch.Tensor], policy: OptimizerState
+    optimizers: Sequence[Any], tensors: Mapping[str, torch.Tensor], policy: str
 ) -> None:
     """`ConfigError` unless every one of `tensors` is in exactly one parameter group of all.
 
@@ -78,7 +77,7 @@ def _first(names: Sequence[str]) -> str:
     return "first: " + ", ".join(canonical_name(name) for name in names[:3])
 
 
-def _refuse_unfollowable(optimizer: Any, policy: OptimizerState) -> None:
+def _refuse_unfollowable(optimizer: Any, policy: str) -> None:
     """`ConfigError` for an optimizer whose steps LISA cannot follow tensor by tensor."""
     kind = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):

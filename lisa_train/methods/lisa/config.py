@@ -8,16 +8,16 @@ from typing import Literal, get_args
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.checks import one_of, real, whole
 from lisa_train.methods.lisa.learning.config import LearnConfig
-from lisa_train.optim.settings import OptimizerState
 
 ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm", "other")
 Sampling = Literal[
     "uniform", "bernoulli", "cyclic", "systematic", "conditional_poisson", "balanced"
 ]
+OptimizerState = Literal["reset", "keep", "offload"]
 ActivePrecision = Literal["model", "fp32_active"]
 Recompute = Literal["all", "frozen"]
 By = Literal["layer", "half", "module"]
-# Schemes that can keep a budget of parameters.
+# Those of them that keep a budget of parameters (`Sampler.keeps_budget`).
 BUDGETED = ("uniform", "bernoulli", "balanced")
 ControlKind = Literal["none", "permuted", "reversed", "uniform"]
 # Σπ may miss k by the rounding of a file that keeps six decimals.
@@ -210,12 +210,19 @@ class LisaConfig:
                     "activated_layers says how many; set lisa.by to 'module' or 'half', or leave "
                     "lisa.budget out."
                 )
-        elif self.sampling not in BUDGETED:
+        elif not self._keeps_budget():
             raise ConfigError(
                 f"lisa.sampling is {self.sampling!r} with lisa.by={self.by!r}: it draws a fixed "
                 "number, and what differs in size needs a budget of parameters; choose one of "
                 f"{', '.join(BUDGETED)}."
             )
+
+    def _keeps_budget(self) -> bool:
+        if self.sampling in get_args(Sampling):
+            return self.sampling in BUDGETED
+        from lisa_train.methods.lisa.samplers import SAMPLERS
+
+        return SAMPLERS[self.sampling].keeps_budget
 
     def _check_learning(self) -> None:
         one_of("lisa.control", self.control, get_args(ControlKind))

@@ -5,10 +5,10 @@ import torch
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.config import OptimizerState
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.optim.frozen_state import FrozenState
 from lisa_train.optim.policies import POLICIES, SetAside, StatePolicy, register
-from lisa_train.optim.settings import OptimizerState
 
 CONFIG = lt.LisaConfig(1, 2, "cyclic", always_active=(), seed=0)
 

@@ -48,10 +48,8 @@ def make_sampler(
         Sizes over their mean where parts of layers are drawn: see `Sampler`.
     """
     if weights is not None:
-        schemes: dict[str, type[PureSampler]] = {
-            "uniform": BudgetSampler, "bernoulli": BernoulliSampler, "balanced": BalancedSampler
-        }  # fmt: skip
-        return schemes[sampling](pi, k, seed, weights)
+        kind = BudgetSampler if sampling == "uniform" else SAMPLERS[sampling]
+        return kind(pi, k, seed, weights)
     if sampling == "uniform" and np.ptp(np.asarray(pi, dtype=np.float64)) > SUM_TOLERANCE:
         sampling = "systematic"
     return SAMPLERS[sampling](pi, k, seed)

@@ -41,7 +41,10 @@ class Sampler(ABC):
     scheme : str
         Its name among the `SAMPLERS`.
     may_draw_nothing : bool
-        Whether a draw may take no layer at all.
+        Whether draws may be of any size, no layer at all or every one among them; an estimate of
+        memory then counts with all.
+    keeps_budget : bool
+        Whether it takes `weights`: then parts of layers can be drawn by it (`LisaConfig.by`).
     inclusion_probabilities : numpy.ndarray
         Those that it started with, freed of rounding.
 
@@ -58,6 +61,7 @@ class Sampler(ABC):
 
     scheme: ClassVar[str]
     may_draw_nothing: ClassVar[bool] = False
+    keeps_budget: ClassVar[bool] = False
 
     def __init__(
         self, pi: ArrayLike, k: float, seed: int, weights: NDArray[np.float64] | None = None

@@ -36,9 +36,13 @@ class SystematicSampler(PureSampler):
 
 @register
 class UniformSampler(SystematicSampler):
-    """k of L layers, all sets equally likely: the systematic scheme with equal weights."""
+    """k of L layers, all sets equally likely: the systematic scheme with equal weights.
+
+    Of what differs in size draws `BudgetSampler` instead.
+    """
 
     scheme = "uniform"
+    keeps_budget = True
 
 
 @register
@@ -47,6 +51,7 @@ class BernoulliSampler(PureSampler):
 
     scheme = "bernoulli"
     may_draw_nothing = True
+    keeps_budget = True
 
     def _choose(self, index: int) -> NDArray[np.intp]:
         uniforms = self._rng(index).random(self._open.size)
@@ -113,6 +118,7 @@ class BalancedSampler(PureSampler):
     """
 
     scheme = "balanced"
+    keeps_budget = True
     # Breaks the fixed rotation that equal credits would fall into, without letting a layer slip
     # by more than half a visit.
     _JITTER = 0.5

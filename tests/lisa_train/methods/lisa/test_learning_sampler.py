@@ -8,7 +8,7 @@ import torch
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.methods.lisa.config import Sampling
+from lisa_train.methods.lisa.config import BUDGETED, Sampling
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.samplers import (
     SAMPLERS,
@@ -219,3 +219,4 @@ def test_a_built_in_name_is_taken():
 
 def test_the_setting_lists_every_built_in_sampler():
     assert set(Sampling.__args__) == set(SAMPLERS)
+    assert set(BUDGETED) == {name for name, kind in SAMPLERS.items() if kind.keeps_budget}

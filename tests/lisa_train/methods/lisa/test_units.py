@@ -24,7 +24,7 @@ from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.methods.lisa.learning.sampler import LearnedSampler
-from lisa_train.methods.lisa.samplers import make_sampler
+from lisa_train.methods.lisa.samplers import SAMPLERS, PureSampler, make_sampler, register
 from lisa_train.methods.lisa.samplers.within_budget import exchange
 from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import find_layers
@@ -567,6 +567,45 @@ def test_the_estimate_looks_for_the_dearest_draw(make_llama):
         assert size + rest <= worst.trainable + max(units.sizes)
     whole = lt.estimate_memory(model, "full", batch_size=2, sequence_length=16)
     assert worst.total < whole.total
+
+
+class Coins(PureSampler):
+    """Parts by a coin each, of a module that only this file knows."""
+
+    scheme = "coins"
+    may_draw_nothing = True
+    keeps_budget = True
+
+    def _choose(self, index):
+        return np.flatnonzero(self._rng(index).random(self._open.size) < 0.5)
+
+
+def test_a_sampler_of_ones_own_draws_parts_and_is_estimated_by_what_it_says(make_llama):
+    class Fixed(Coins):
+        scheme = "fixed"
+        keeps_budget = False
+
+    register(Coins), register(Fixed)
+    try:
+        model = make_llama(layers=4)
+        loop = Loop(model, settings("half", sampling="coins"))
+        with loop.engine() as engine:
+            loop.run(engine, range(60))
+        sizes = {len(draw.layers) for draw in loop.draws}
+        assert len(sizes) > 2, sizes
+        for by in ("half", "layer"):
+            mine, theirs = (
+                lt.estimate_memory(
+                    model, "lisa", batch_size=2, sequence_length=16,
+                    lisa=lt.LisaConfig(1, 3, by=by, sampling=sampling),
+                ).total
+                for sampling in ("coins", "bernoulli")
+            )  # fmt: skip
+            assert mine == theirs
+        with pytest.raises(ConfigError, match=r"lisa\.sampling is 'fixed'"):
+            settings("half", sampling="fixed")
+    finally:
+        del SAMPLERS["coins"], SAMPLERS["fixed"]
 
 
 # ---------------------------------------------------------------------- probabilities, refusals

@@ -47,7 +47,7 @@ def cadence(run: "Run", *, gradients: bool, batches: bool) -> Cadence:
 
 def _batch_seconds(run: "Run") -> float | None:
     scalars = run.scalars
-    if "step_seconds" not in scalars or run.method == "probe":
+    if "step_seconds" not in scalars or run.is_probe:
         return None
     seconds = scalars["step_seconds"].to_numpy(dtype=np.float64, na_value=np.nan)
     seconds = seconds[np.isfinite(seconds) & (seconds > 0)]

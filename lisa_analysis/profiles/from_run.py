@@ -39,7 +39,7 @@ def default_metric(run: Run) -> str:
     """Metric that a run is profiled by unless another one is asked for."""
     if isinstance(run, PlainWeights):
         return run.default_metric
-    return "grad_signal" if run.method == "probe" else DEFAULT_METRIC
+    return "grad_signal" if run.is_probe else DEFAULT_METRIC
 
 
 def importance(

@@ -75,8 +75,14 @@ def held_out_losses(run: "Run") -> "pd.DataFrame":
 
 
 def held_out_scores(run: "Run") -> dict[str, float]:
-    """Return what the last evaluation was judged by beside its loss, see `HELD_OUT_SCORES`."""
+    """Return what the last evaluation was judged by beside its loss, see `HELD_OUT_SCORES`.
+
+    A score that only this run's task knows stands in its `result`, once the run has ended.
+    """
     events = run.events
+    result = run.manifest.get("result")
+    own = result.get("last_held_out_scores") if isinstance(result, dict) else None
+    names = dict.fromkeys([*HELD_OUT_SCORES, *(own if isinstance(own, dict) else ())])
     if not len(events) or "metrics" not in events:
         return {}
     found: dict[str, float] = {}
@@ -84,7 +90,7 @@ def held_out_scores(run: "Run") -> dict[str, float]:
         if isinstance(metrics, dict):
             found = {
                 name: float(metrics[f"eval_{name}"])
-                for name in HELD_OUT_SCORES
+                for name in names
                 if isinstance(metrics.get(f"eval_{name}"), int | float)
             } or found
     return found

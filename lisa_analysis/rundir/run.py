@@ -98,6 +98,11 @@ class Run:
             self.status = "interrupted"
 
     @property
+    def is_probe(self) -> bool:
+        """Whether nothing was trained: batches went through a model as it is."""
+        return self.method == "probe"
+
+    @property
     def waiting(self) -> str | None:
         """Of a run that is being written: that no step has reached the disk yet, and until when."""
         return next_flush(self.path, self.manifest) if self.status == "running" else None

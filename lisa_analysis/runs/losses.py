@@ -63,6 +63,12 @@ def table(summaries: list[RunSummary]) -> pd.DataFrame:
     return frame
 
 
+def score_columns(frame: pd.DataFrame) -> list[str]:
+    """Columns of `table` with what the held-out part was judged by beside its loss."""
+    columns = list(map(str, frame))
+    return columns[columns.index("held_out_loss") + 1 : columns.index("loss_at_equal_steps")]
+
+
 def loss_at(curve: pd.DataFrame, cost: str, value: float) -> float:
     """Held-out loss at a cost, linear between evaluations; NaN outside of what was evaluated."""
     if not len(curve) or not np.isfinite(value):

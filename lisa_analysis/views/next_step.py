@@ -52,7 +52,7 @@ def _of_one(one: RunAnalysis) -> NextStep:
     profile, run = one.profile, one.run
     if profile is None or not profile.above + profile.below:
         return _know_more(one)
-    if run.method == "probe":
+    if run.is_probe:
         sentence = (
             "Train by this profile, and beside it uniformly: only that shows what it is worth."
         )
@@ -65,13 +65,13 @@ def _of_one(one: RunAnalysis) -> NextStep:
     lines = [_analyze(run, "--probabilities probabilities.json")]
     if one.probabilities is not None:
         lines.append(_train("lisa", run, "--lisa.probabilities probabilities.json"))
-    if run.method != "probe" and run.ablation.empty:
+    if not run.is_probe and run.ablation.empty:
         lines.insert(0, f"lisa-ablate {shlex.quote(_name(run))}")
     return NextStep(sentence, "\n".join(lines))
 
 
 def _know_more(one: RunAnalysis) -> NextStep:
-    if one.run.method == "probe":
+    if one.run.is_probe:
         batches = 2 * max(_batches(one.run), PROBE_BATCHES)
         return NextStep("Probe more batches: these leave the order of the layers open.",
                         _train("probe", one.run, f"--probe.batches {batches}"))  # fmt: skip
@@ -110,7 +110,7 @@ def _of_several(analysis: Analysis) -> NextStep:
             f"--output_dir {shlex.quote(f'{_name(one.run)}-seed-{seed}')}",
         )
     trained = [one.run for one in analysis.runs if one.run.has_course and one.run.has_layers]
-    trained = [run for run in trained if run.method != "probe" and run.ablation.empty]
+    trained = [run for run in trained if not run.is_probe and run.ablation.empty]
     if trained:
         return NextStep(
             "See what the layers’ changes were worth, and whether the profile predicted it.",

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lisa_analysis.contract.schema import HELD_OUT_SCORES
 from lisa_analysis.views.states import STATES
 
 if TYPE_CHECKING:
@@ -181,7 +180,9 @@ def run_table(comparison: "Comparison") -> str:
         ("seconds", "seconds", _decimals(1)),
         ("peak_memory_bytes", "peak memory", _bytes),
     ]
-    scores = [name for name in HELD_OUT_SCORES if name in comparison.table]
+    from lisa_analysis.runs.losses import score_columns
+
+    scores = score_columns(comparison.table)
     columns[6:6] = [(name, name.replace("_", " "), _decimals(4)) for name in scores]
     repeated = len(comparison.arms) < len(comparison.table)
     if not repeated:

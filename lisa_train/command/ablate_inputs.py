@@ -86,7 +86,7 @@ def open_run(run_dir: str | Path) -> Run:
         raise RunDirectoryError(
             f"{run.path} is being trained at the moment: wait until the run ends to ablate it."
         )
-    if run.method == "probe":
+    if run.is_probe:
         raise RunDirectoryError(
             f"{run.path} is a probe, which trains nothing: there is no change to ablate."
         )

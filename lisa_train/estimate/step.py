@@ -93,7 +93,7 @@ def _loss(stage: Stage, setting: Setting, batch: dict[str, torch.Tensor]) -> tor
     ) as error:
         what = type(stage.base).__name__
         advice = "for experts set experts_implementation='grouped_mm' in the configuration"
-        if setting.method == "peft":
+        if "peft_type" in setting.peft:
             what += f" with {setting.peft['peft_type']}"
             advice = "estimate another adapter of that size"
         raise ConfigError(

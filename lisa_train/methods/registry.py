@@ -45,6 +45,9 @@ class Method:
         of memory then builds a model for this method alone.
     resumable
         Whether a run that was interrupted goes on from a checkpoint.
+    head_setting
+        Setting in which ``head`` has to be named for the head to train, as ``select.groups``; None
+        where there is none, or where it trains without being named.
     refuses_float16, refuses_quantized
         Why it does not take weights held in fp16, or quantized ones, and what to do; None where
         it takes them.
@@ -57,6 +60,7 @@ class Method:
     recipe: ClassVar[Path | None] = None
     changes_model: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
+    head_setting: ClassVar[str | None] = None
     refuses_float16: ClassVar[str | None] = (
         "fp16 weights cannot be trained, small updates and Adam's epsilon vanish; set dtype to "
         "float32 and fp16 to true, or use bfloat16"

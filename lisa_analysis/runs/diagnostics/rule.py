@@ -111,7 +111,7 @@ class Rule:
 
     def applies(self, run: "Run") -> bool:
         """Whether the rule means anything for this method of training; a probe trains nothing."""
-        return run.method != "probe" if self.methods is None else run.method in self.methods
+        return not run.is_probe if self.methods is None else run.method in self.methods
 
     def __call__(self, evidence: Evidence) -> Finding:
         """Check, and put the outcome together with the texts of the rule."""

@@ -6,13 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from lisa_analysis.contract.schema import (
-    HELD_OUT_SCORES,
-    METRICS_TABLE,
-    SCALARS_TABLE,
-    SCHEMA_VERSION,
-)
+from lisa_analysis.contract.schema import METRICS_TABLE, SCALARS_TABLE, SCHEMA_VERSION
 from lisa_analysis.runs.comparison import Comparison
+from lisa_analysis.runs.losses import score_columns
 from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.next_step import next_step
@@ -154,7 +150,7 @@ def _key_numbers(analysis: Analysis) -> Table:
         ("tokens", "tokens", count),
         ("held_out_loss", "held-out loss", loss),
     ]
-    scores = [name for name in HELD_OUT_SCORES if name in analysis.numbers]
+    scores = score_columns(analysis.numbers)
     columns += [(name, name.replace("_", " "), loss) for name in scores]
     if not analysis.alone:
         columns.append(("loss_at_equal_steps", "at equal steps", loss))

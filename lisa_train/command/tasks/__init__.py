@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.fields import HELD_OUT_SCORES
 
 if TYPE_CHECKING:
     from lisa_train.command.tasks.task import Task
@@ -33,6 +34,8 @@ def task_named(name: str) -> "Task":
     if isinstance(found, tuple):
         module, kind = found
         found = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    for score, meaning in found.new_scores.items():
+        HELD_OUT_SCORES.setdefault(score, meaning)
     return found()
 
 

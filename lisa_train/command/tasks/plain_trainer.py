@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, LisaError
+from lisa_analysis.contract.fields import HELD_OUT_SCORES
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import (
@@ -241,7 +242,13 @@ class TaskWithHead(Task):
 
     def _judge(self, loaded: Loaded, output: Any) -> dict[str, float]:
         predicted, labels = np.asarray(output.predictions), np.asarray(output.label_ids)
-        return dict(self.scores(predicted, labels, loaded))
+        scores = dict(self.scores(predicted, labels, loaded))
+        for name in scores.keys() - HELD_OUT_SCORES:
+            raise LisaError(
+                f"task {self.name} gives the score {name!r}, of which nothing says what it is; "
+                "put it into the task's new_scores, with its meaning."
+            )
+        return scores
 
     def survey(
         self, trainer: Any, loaded: Loaded, config: TrainConfig
@@ -260,10 +267,11 @@ class TaskWithHead(Task):
         trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
         resting = [name for name in loaded.new if not any(name in full for full in trains)]
         adapters = hasattr(trainer.model, "peft_config")
-        if resting and not adapters and config.method == "select":
+        setting = METHODS[config.method].head_setting
+        if resting and not adapters and setting is not None:
             said.append(
                 f"{resting[0]} is new and does not train: what is selected learns for a head that "
-                "stays at random; add head to select.groups"
+                f"stays at random; add head to {setting}"
             )
         return {}, said
 

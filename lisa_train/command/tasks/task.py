@@ -52,12 +52,16 @@ class Task:
         of the auto class.
     reads
         Columns that it reads, and what they hold, for `TrainConfig.columns` and for errors.
+    new_scores
+        Scores of its held-out part that `lisa_analysis.contract.schema.HELD_OUT_SCORES` does not
+        know, with their meaning.
     """
 
     name: ClassVar[str]
     peft_type: ClassVar[str | None] = None
     mappings: ClassVar[Mapping[str, str]]
     reads: ClassVar[Mapping[str, str]]
+    new_scores: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: TrainConfig) -> None:
         """Refuse settings that belong to another task."""

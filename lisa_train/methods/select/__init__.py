@@ -17,6 +17,7 @@ class Select(Method):
     name = "select"
     help = "trains the layers, groups or tensors that are named"
     sections = ("select",)
+    head_setting = "select.groups"
 
     def check(self, config: Any) -> None:
         """Refuse settings that name nothing."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,10 @@ from helpers_tasks import build_bert, classified
 
 import lisa_analysis as la
 import lisa_train as lt
-from lisa_analysis.contract.errors import ConfigError
-from lisa_train.command.tasks import TASKS, register
+from lisa_analysis.contract.errors import ConfigError, LisaError
+from lisa_analysis.contract.fields import HELD_OUT_SCORES
+from lisa_analysis.runs.losses import RunSummary, score_columns, table
+from lisa_train.command.tasks import TASKS, register, task_named
 from lisa_train.command.tasks.data import TrainingData
 from lisa_train.command.tasks.plain_trainer import TaskWithHead, tokenized
 from lisa_train.command.tasks.task import Loaded
@@ -29,6 +32,7 @@ class CountWords(TaskWithHead):
     }
     reads: ClassVar[Mapping[str, str]] = {"text": "the text"}
     needed = ("text",)
+    new_scores: ClassVar[Mapping[str, str]] = {"closeness": "share of counts within one word"}
 
     def load(self, config: Any) -> Loaded:
         train_part, held_out = self.parts(config)
@@ -55,7 +59,7 @@ class CountWords(TaskWithHead):
         return logits
 
     def scores(self, predicted: Any, labels: Any, loaded: Loaded) -> Mapping[str, float]:
-        return {"accuracy": float(np.mean(np.abs(predicted.ravel() - labels.ravel()) < 0.1))}
+        return {"closeness": float(np.mean(np.abs(predicted.ravel() - labels.ravel()) < 0.1))}
 
 
 @pytest.fixture
@@ -63,6 +67,7 @@ def counting() -> Iterator[None]:
     register(CountWords)
     yield
     del TASKS["count-words"]
+    HELD_OUT_SCORES.pop("closeness", None)
 
 
 def test_a_task_can_be_added_from_outside(counting: None, tmp_path: Path) -> None:
@@ -80,7 +85,21 @@ def test_a_task_can_be_added_from_outside(counting: None, tmp_path: Path) -> Non
     assert run.status == "finished"
     assert run.manifest["task"] == "count-words"
     assert result["last_held_out_loss"] < result["first_held_out_loss"]
-    assert set(result["last_held_out_scores"]) == {"accuracy"}
+    [closeness] = result["last_held_out_scores"].values()
+    assert set(result["last_held_out_scores"]) == {"closeness"}
+    # Whoever reads the run knows nothing of the task.
+    del HELD_OUT_SCORES["closeness"]
+    frame = table([RunSummary.of(run, "run")])
+    assert score_columns(frame) == ["closeness"]
+    assert frame["closeness"].tolist() == [closeness]
+    assert f"closeness {closeness:.4f}" in lt.METHODS["lisa"].outcome(result)
+
+
+def test_a_score_without_a_meaning_is_refused(counting: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(CountWords, "new_scores", {})
+    output = SimpleNamespace(predictions=np.ones((2, 1)), label_ids=np.ones(2))
+    with pytest.raises(LisaError, match="task count-words gives the score 'closeness', of which"):
+        task_named("count-words")._judge(Loaded(None, None, None), output)
 
 
 def test_names_are_taken_and_given_back(counting: None, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a metric may look at: the table of norms, learning rates, visits and active steps."""
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,30 @@ class Measurements:
         return exposure**power
 
 
+# What the metrics need of a run that has finished, by level: a report asks for it dozens of times.
+# Without the run itself, which would keep its own entry alive.
+_CACHE: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
 def measurements(run: "Run", by: str = "layer") -> Measurements:
-    """Read the table of `run` and what else the metrics need."""
+    """Read the table of `run` and what else the metrics need.
+
+    Of a run that has finished it is made once and remembered for as long as the object lives.
+    """
     table = step_table(run, by)
+    if run.status == "running":
+        return Measurements(run, *_around(run, table))
+    remembered = _CACHE.setdefault(run, {})
+    if by not in remembered:
+        remembered[by] = _around(run, table)
+        for array in remembered[by]:
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+    return Measurements(run, *remembered[by])
+
+
+def _around(run: "Run", table: StepTable) -> tuple[Any, ...]:
+    """Return what `Measurements` holds beside the run, in its order."""
     rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
     rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
     interval = ruling_draws(run, table.steps) if draws(run) else None
@@ -151,7 +173,7 @@ def measurements(run: "Run", by: str = "layer") -> Measurements:
     width = len(table.groups.names)
     weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
     elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
-    return Measurements(run, table, rate, visits, active, interval, elements, rates)
+    return table, rate, visits, active, interval, elements, rates
 
 
 def _visits(

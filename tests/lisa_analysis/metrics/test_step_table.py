@@ -1,13 +1,18 @@
 """Sums per step and layer against pandas, and what null, NaN and absence mean."""
 
+import gc
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.metrics import log
 from lisa_analysis.metrics.changes import growth_exponent
 from lisa_analysis.metrics.gradients import running_mean
 from lisa_analysis.metrics.layer_sums import Accumulator, Chunk, sum_batch, unpack
+from lisa_analysis.metrics.log import measurements
 from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_table import grouping, step_table
 from lisa_analysis.rundir.events import draw_events, draws, ruling_draws
@@ -203,6 +208,21 @@ def test_a_finished_run_is_read_once(make_run):
     assert step_table(run) is step_table(run)
     run.status = "running"
     assert step_table(run) is not step_table(run)
+
+
+def test_what_metrics_look_at_is_made_once_and_given_up_with_the_run(make_run, monkeypatch):
+    run = make_run(method="lisa", steps=20, interval=10, profile=4, draws=[[0, 1], [1, 2]])
+    first = measurements(run)
+    monkeypatch.setattr(log, "draws", None)  # is not asked again
+    again = measurements(run)
+    assert again.visits is first.visits
+    assert again.table is first.table
+    with pytest.raises(ValueError, match="read-only"):
+        again.visits[0] = 2  # the next metric would look at it
+    alive = weakref.ref(run)
+    del run, first, again
+    gc.collect()
+    assert alive() is None
 
 
 def test_running_mean_is_the_recurrence():

@@ -82,6 +82,7 @@ redirect(
         "judgement": "profiles.verdict",
         "layers": "contract.layers",
         "measurements": "metrics.log",
+        "metrics.spectra": "statistics.spectra",
         "notebook": "contract.reprs",
         "outcomes": "runs.losses",
         "plots": "views.plots",

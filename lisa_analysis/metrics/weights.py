@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import metric
-from lisa_analysis.metrics.spectra import alpha_hill, effective_rank, snr
 from lisa_analysis.rundir.weights.adapter import Factors
 from lisa_analysis.rundir.weights.changes import Changed
 from lisa_analysis.rundir.weights.of_run import weights_of
 from lisa_analysis.rundir.weights.spectra import cost, singular_values
+from lisa_analysis.statistics.spectra import alpha_hill, effective_rank, snr
 
 if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run

@@ -9,7 +9,7 @@ from scipy import stats
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.spectra import alpha_hill, effective_rank, snr
+from lisa_analysis.statistics.spectra import alpha_hill, effective_rank, snr
 
 SHAPES = {"self_attn.q_proj": (30, 20), "mlp.up_proj": (50, 20)}
 

@@ -20,7 +20,7 @@ from transformers import (
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.spectra import effective_rank
+from lisa_analysis.statistics.spectra import effective_rank
 
 
 def llama(layers=4, **options):

@@ -24,7 +24,8 @@ class Select(Method):
         if not config.select.names_something:
             raise ConfigError(
                 "method is select but nothing is named; set select.layers ('0-3,11'), select.last, "
-                "select.top with select.profile, select.tensors ('.*bias') or select.groups (head)."
+                "select.top with select.profile, select.spectrum (0.25), select.tensors ('.*bias') "
+                "or select.groups (head)."
             )
 
     def check_model(self, model: "nn.Module", config: Any) -> None:

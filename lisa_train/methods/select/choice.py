@@ -11,6 +11,7 @@ from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.select.config import SelectConfig, layer_indices
+from lisa_train.methods.select.spectrum import spectrum_choice
 from lisa_train.model.known_layers import known_layers
 from lisa_train.model.layer_map import LayerMap
 
@@ -64,6 +65,8 @@ def choose(model: nn.Module, config: SelectConfig) -> Choice:
                 f"{type(model).__name__}; names look like {_examples(layer_map)}."
             )
         chosen.update(map(id, matched))
+    if config.spectrum:
+        chosen.update(id(names[n]) for n in spectrum_choice(model, layer_map, config.spectrum))
     found = tuple(name for name, p in names.items() if id(p) in chosen)
     return Choice(layers, found, sum(names[name].numel() for name in found))
 

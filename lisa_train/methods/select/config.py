@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.checks import one_of, whole
+from lisa_train.checks import one_of, real, whole
 
 GROUPS = ("embed", "head", "norm", "other")
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
@@ -27,6 +27,10 @@ class SelectConfig:
         So many layers with the highest scores in the file `profile`.
     profile
         A profile that was saved as .json, or a probabilities file, of this model's layers.
+    spectrum
+        Spectrum's choice (arXiv 2406.06623): of each kind of matrix in the layers this share, at
+        most 1, that has the highest signal to noise by the singular values of the weights as they
+        were loaded. Its authors train embeddings and head beside them: name `groups` for that.
     tensors
         Regular expressions; a tensor trains whose whole name one of them matches (``.*bias`` is
         BitFit, arXiv 2106.10199).
@@ -41,6 +45,7 @@ class SelectConfig:
     last: int = 0
     top: int = 0
     profile: str | None = None
+    spectrum: float = 0.0
     tensors: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     stack: str | None = None
@@ -50,6 +55,10 @@ class SelectConfig:
             object.__setattr__(self, "layers", _as_ranges(layer_indices(self.layers)))
         for name in ("last", "top"):
             whole(f"select.{name}", getattr(self, name), " of at least 0", 0)
+        share = real("select.spectrum", self.spectrum, "a share from 0 to 1, as 0.25")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"select.spectrum is {share}, but must be a share from 0 to 1.")
+        object.__setattr__(self, "spectrum", share)
         for name in ("tensors", "groups"):
             value: Any = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -73,7 +82,8 @@ class SelectConfig:
     @property
     def names_something(self) -> bool:
         """Whether anything is to train at all."""
-        return bool(self.layers is not None or self.last or self.top or self.tensors or self.groups)
+        named = (self.last, self.top, self.spectrum, self.tensors, self.groups)
+        return self.layers is not None or any(named)
 
 
 def layer_indices(given: str | int | Iterable[int]) -> tuple[int, ...]:

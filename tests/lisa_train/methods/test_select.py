@@ -20,6 +20,7 @@ from lisa_train.command.cli import main
 from lisa_train.command.training import train
 from lisa_train.methods.select.choice import choose
 from lisa_train.methods.select.config import SelectConfig, layer_indices
+from lisa_train.methods.select.spectrum import weight_snr
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,66 @@ def test_the_kept_configuration_repeats_the_run_without_the_file(
     assert b.manifest["select"]["chosen_layers"] == [3]
 
 
-@pytest.mark.parametrize("select", [{"layers": "1"}, {"groups": ("head",)}], ids=str)
+def spectrum_snr(matrix: np.ndarray) -> float:
+    """SNR as the code of arXiv 2406.06623 has it, from a singular value decomposition."""
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    beta = min(matrix.shape) / max(matrix.shape)
+    sigma = np.subtract(*np.percentile(values, [75, 25])) / 1.349
+    edge = sigma * np.sqrt((1 + np.sqrt(beta)) ** 2)
+    return values[values > edge].sum() / values[values <= edge].sum() / values[0]
+
+
+def test_spectrum_takes_the_best_of_each_kind_by_the_weights_as_loaded(
+    model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    before = load_file(model_dir / "model.safetensors")
+    kinds: dict[str, dict[str, float]] = {}
+    for name, tensor in before.items():
+        if (m := re.fullmatch(r"model\.layers\.\d+\.(.*)", name)) and tensor.ndim == 2:
+            kinds.setdefault(m[1], {})[name] = spectrum_snr(tensor)
+    assert len(kinds) == 7
+    best = {n for scores in kinds.values() for n in sorted(scores, key=lambda n: -scores[n])[:2]}
+    wanted = best | {n.replace(".weight", ".bias") for n in best} & set(before)
+    # 0.7 of four is 2.8: two, as in its code.
+    config = settings(model_dir, text_file, tmp_path / "run", select=SelectConfig(spectrum=0.7))
+    run = la.load(train(config))
+    after = load_file(run.path / "checkpoints" / "final" / "model.safetensors")
+    assert {n for n in before if not np.array_equal(before[n], after[n])} == wanted
+    assert run.manifest["select"]["chosen_tensors"] == len(wanted) == 14 + 8
+    # The metric of the analysis is the mean over a layer's matrices of the same figure.
+    metric = la.importance(la.load(model_dir), metric="spectrum_snr")
+    means = [np.mean([v for scores in kinds.values() for n, v in scores.items()
+                      if n.startswith(f"model.layers.{i}.")]) for i in range(4)]  # fmt: skip
+    np.testing.assert_allclose(metric.scores, means, rtol=1e-6)
+
+
+def test_spectrum_in_stacks_experts_and_matrices_without_a_spectrum() -> None:
+    import torch
+
+    t5 = build("t5")
+    with torch.no_grad():
+        for name, tensor in t5.named_parameters():
+            if name.endswith("wo.weight") and name.startswith("decoder.block.1"):
+                tensor.zero_()
+    half = set(choose(t5, SelectConfig(spectrum=0.5)).tensors)
+    # Three encoder layers give one of a kind, two decoder layers one, and never the zeros.
+    for stack in ("encoder", "decoder"):
+        found = [n for n in half if re.search(rf"{stack}.*\.SelfAttention\.q\.", n)]
+        assert len(found) == 1
+    assert {n for n in half if n.startswith("decoder") and "wo.w" in n} == {
+        "decoder.block.0.layer.2.DenseReluDense.wo.weight"
+    }
+    assert not any("relative_attention_bias" in n for n in half)  # the one of its kind
+
+    experts = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0))
+    mean = np.mean([spectrum_snr(m.numpy()) for m in experts])
+    assert weight_snr(experts) == pytest.approx(mean, rel=1e-6)
+    assert np.isnan(weight_snr(torch.zeros(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "select", [{"layers": "1"}, {"groups": ("head",)}, {"spectrum": 0.25}], ids=str
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(
     select: dict[str, Any], model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -182,6 +242,13 @@ def test_its_memory_is_that_of_what_is_named(model_dir: Path) -> None:
     )
     assert found.trainable == 4 * (32 + 16 + 16 + 32)
     assert found.fullest.gradients == 4 * found.trainable
+    quarter = lt.estimate_memory(
+        str(model_dir), "select", select=SelectConfig(spectrum=0.25), **options
+    )
+    one_layer = lt.estimate_memory(
+        str(model_dir), "select", select=SelectConfig(layers="0"), **options
+    )
+    assert quarter.trainable == one_layer.trainable - 2 * 32  # but for the norms
     whole = lt.estimate_memory(str(model_dir), "select", select=SelectConfig(
         layers="0-3", groups=("embed", "head", "norm")), **options)  # fmt: skip
     full = lt.estimate_memory(str(model_dir), "full", **options)
@@ -195,6 +262,10 @@ def test_its_memory_is_that_of_what_is_named(model_dir: Path) -> None:
         ({"last": 5}, r"select.last is 5, but model.layers has 4 layers"),
         ({"groups": ("other",)}, r"no such tensors; beside its layers it has embed, head, norm"),
         ({"tensors": ("bias",)}, r"matches no whole name of a tensor.*'model.layers.0"),
+        (
+            {"spectrum": 0.2},
+            r"spectrum is 0.2, which is less than one of the 4 layers.* least 0.25",
+        ),
         ({"top": 5, "profile": [1, 2, 3, 4]}, r"select.top is 5, but .* a score of 4 layers"),
         ({"top": 1, "profile": [2, 2, 3, 3]}, r"layers 2 and 3 have the same score"),
         ({"top": 1, "profile": [1, 2]}, r"is about 2 layers .* and not the 4"),
@@ -221,6 +292,8 @@ def test_names_that_the_model_does_not_have(
         ({"tensors": ("(",)}, r"no regular expression"),
         ({"groups": ("heads",)}, r"Did you mean 'head'"),
         ({"top": 2}, r"select.top and select.profile go together"),
+        ({"spectrum": 1.5}, r"select.spectrum is 1.5, but must be a share from 0 to 1"),
+        ({"spectrum": "half"}, r"select.spectrum is 'half', but must be a share from 0 to 1"),
         ({"last": 1.5}, r"select.last is 1.5"),
     ],
     ids=str,

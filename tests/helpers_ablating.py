@@ -118,6 +118,7 @@ ADAPTERS = {
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}),
     "bert": ("bert", {"target_modules": ["query", "dense"]}),
     "t5": ("t5", {"target_modules": ["q", "v", "wo"]}),
+    "whisper": ("whisper", {"target_modules": ["q_proj", "v_proj", "fc2"], "use_dora": True}),
 }
 
 

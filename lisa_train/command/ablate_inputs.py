@@ -261,9 +261,8 @@ def _load(
     adapter = (folder / ADAPTER_CONFIG).is_file()
     if not adapter and _has_processor(base) and not _has_processor(folder):
         raise RunDirectoryError(
-            f"{folder} lacks the processor that {base} has (preprocessor_config.json): whole "
-            "models with one are not ablated so far, their adapters are; copy the file into the "
-            "folder to try it."
+            f"{folder} holds no preprocessor_config.json, without which no example can be made "
+            f"into inputs: copy that of {base} into it."
         )
     source = base if adapter else str(folder)
     revision = config.model_revision if source == config.model_name_or_path else None

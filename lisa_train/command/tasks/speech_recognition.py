@@ -109,6 +109,7 @@ class SpeechRecognition(TaskWithHead):
                 )
             rows.append(ready)
         self._extractor = extractor
+        _save_together(tokenizer, extractor)
         return Loaded(model, tokenizer, self.data(train, held_out, rows, config), new)
 
     def build_trainer(
@@ -169,6 +170,21 @@ class SoundBatch:
         longest = max(map(len, labels))
         filled = [ids + [IGNORED] * (longest - len(ids)) for ids in labels]
         return {name: features[name], "labels": torch.tensor(filled)}
+
+
+def _save_together(tokenizer: Any, extractor: Any) -> None:
+    """Let the feature extractor be saved wherever the tokenizer is.
+
+    Trainer saves one processor beside the weights (final ones, checkpoints, the hub); without its
+    feature extractor a speech model cannot be loaded again to hear anything.
+    """
+    save = tokenizer.save_pretrained
+
+    def both(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        extractor.save_pretrained(folder)
+        return save(folder, *args, **kwargs)
+
+    tokenizer.save_pretrained = both
 
 
 def _check_sounds(part: Part, rate: int, config: TrainConfig) -> None:

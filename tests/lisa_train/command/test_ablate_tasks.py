@@ -1,10 +1,14 @@
 """An ablation of every task that is trained: its losses are those that the run evaluated."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from helpers_ablating import by_hand, mixed
 from helpers_tasks import (
     build_bert,
     build_t5,
@@ -20,7 +24,10 @@ from helpers_tasks import (
 import lisa_train as lt
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import ABLATION
+from lisa_train.command.ablate_examples import held_out_rows
+from lisa_train.command.ablate_inputs import load_trained, open_run
 from lisa_train.command.training import train
+from lisa_train.model.layer_map import find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore:.*delta_norm.*")
 TASKS: dict[str, tuple[Any, Any]] = {
@@ -44,10 +51,6 @@ def test_every_task(task, method, tmp_path):
             eval_size=6, progress_bar=False, per_device_train_batch_size=4, **more,
         )
     )  # fmt: skip
-    if (task, method) == ("speech-recognition", "full"):
-        with pytest.raises(LisaError, match=r"lacks the processor that .* adapters are"):
-            lt.ablate(run, progress=False)
-        return
     found = lt.ablate(run, progress=False)
     rows = pd.read_parquet(run / ABLATION)
     whole = rows[rows["unit"].isna()].groupby("mode")
@@ -58,6 +61,50 @@ def test_every_task(task, method, tmp_path):
     assert layers <= set(rows["unit"].dropna())
     assert set(rows["data"]) == {"held_out"}
     assert found.summary.forgetting is None
+    if method == "full":
+        swapped_by_hand(run, tmp_path / "model", rows)
+
+
+def swapped_by_hand(run: Path, base: Path, rows: pd.DataFrame) -> None:
+    """Every layer again: both models as transformers loads them, and one layer of the other."""
+    trained = load_trained(open_run(run))
+    kind, final = type(trained.model), run / "checkpoints/final"
+    models = [kind.from_pretrained(folder).eval() for folder in (base, final)]
+    with torch.no_grad():  # a head that the base lacks stays as it was trained
+        for (name, own), learned in zip(
+            models[0].named_parameters(), models[1].parameters(), strict=True
+        ):
+            if name in trained.change.unmeasured:
+                own.copy_(learned)
+    held_out = held_out_rows(trained, None, None)
+    for layer, names in enumerate(find_layers(models[0]).layers):
+        for start, mode in (("trained", "reset"), ("base", "keep")):
+            expected = by_hand(mixed(*models, list(names), start), held_out)
+            got = rows[(rows["unit"] == str(layer)) & (rows["mode"] == mode)]
+            got = got.sort_values("example")["loss"]
+            np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_whole_speech_model_can_be_loaded_from_its_run(tmp_path):
+    """Final weights and checkpoints hold what makes the inputs; a folder without is refused."""
+    from transformers import AutoProcessor
+
+    run = train(
+        lt.TrainConfig(
+            str(build_whisper(tmp_path / "model")), str(write_speech(tmp_path / "data")), "full",
+            str(tmp_path / "run"), task="speech-recognition", max_steps=2, save_steps=2,
+            eval_size=4, progress_bar=False, per_device_train_batch_size=4,
+        )
+    )  # fmt: skip
+    for name in ("final", "checkpoint-2"):
+        folder = run / "checkpoints" / name
+        assert AutoProcessor.from_pretrained(folder).feature_extractor.feature_size == 8
+    back = tmp_path / "back"
+    lt.restore(run, "1", back, max_examples=2, say=lambda line: None)
+    assert AutoProcessor.from_pretrained(back).feature_extractor.feature_size == 8
+    (run / "checkpoints/final/preprocessor_config.json").unlink()
+    with pytest.raises(LisaError, match=r"holds no preprocessor_config.json, .* copy that of"):
+        lt.ablate(run, progress=False)
 
 
 def test_classes_of_other_data_have_no_number_for_an_adapter(tmp_path):

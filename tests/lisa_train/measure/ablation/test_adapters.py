@@ -39,7 +39,9 @@ def measure(losses, examples, model):
 def layer_of(path):
     """By the names of these models alone."""
     match = re.search(r"(?:layers|layer|h|block)\.(\d+)\.", path)
-    return None if match is None else int(match[1]) + (3 if "decoder.block" in path else 0)
+    encoder = {"decoder.block": 3, "decoder.layers": 2}  # its layers come first
+    before = sum(count for part, count in encoder.items() if part in path)
+    return None if match is None else int(match[1]) + before
 
 
 def without(model, base, layers):

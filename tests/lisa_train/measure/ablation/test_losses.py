@@ -7,7 +7,7 @@ from helpers_ablating import build, by_hand, rows_of, stack
 from torch import nn
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_train.measure.ablation.losses import ExampleLosses, Rows, choose_examples
+from lisa_train.measure.ablation.losses import ExampleLosses, Rows, _sums, choose_examples
 from lisa_train.measure.ablation.summary import effect
 
 RULES = {
@@ -28,6 +28,24 @@ def test_the_rule_is_the_model_s_own(name):
         for batch in examples.batches:
             found[list(batch.examples)] = losses(model, batch.inputs)
     np.testing.assert_allclose(found, by_hand(model, rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "whisper", "llama"])
+def test_the_rule_of_a_model_whose_logits_hardly_depend_on_the_place(name):
+    """As after a few steps at a high rate: the loss by the neighbour's label comes near as well."""
+    model, rows = build(name), rows_of(name)
+    for row in rows.rows:
+        row["labels"] = torch.full_like(row["input_ids" if name != "whisper" else "labels"], 7)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    batch = rows.collate(rows.rows[:2])
+    with torch.no_grad():
+        output = model(**batch)
+    sums = [_sums(output.logits, batch["labels"], rule).sum() for rule in ("next", "same")]
+    means = [float(total / n) for total, n in zip(sums, (14, 16), strict=True)]
+    assert means[0] == pytest.approx(means[1], rel=5e-4)
+    assert means[0] != means[1]
+    assert ExampleLosses(model, rows).rule == RULES[name]
 
 
 def test_examples_are_spread_and_those_without_labels_left_out():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def redirect(package: str, moved: Mapping[str, str]) -> None:
@@ -22,6 +23,19 @@ def redirect(package: str, moved: Mapping[str, str]) -> None:
     table = {f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()}
     # Last: only what no file answers to is looked up here.
     sys.meta_path.append(_OldNames(table))
+
+
+class _OldModule(ModuleType):
+    """A module under its old name, which may be that of a function of its package as well.
+
+    Importing ``lisa_analysis.report`` takes the place of the function `lisa_analysis.report`,
+    which is then still to be called by that name.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the package's function of this name."""
+        package, _, name = self.__name__.rpartition(".")
+        return sys.modules[package].__getattr__(name)(*args, **kwargs)
 
 
 class _OldNames(MetaPathFinder, Loader):
@@ -42,7 +56,7 @@ class _OldNames(MetaPathFinder, Loader):
         """Import the module that took the place of an old name."""
         new = self.table[spec.name]
         warnings.warn(f"{spec.name} is now {new}.", DeprecationWarning, stacklevel=2)
-        module = ModuleType(spec.name)
+        module = _OldModule(spec.name)
         module.__dict__["_moved_to"] = importlib.import_module(new)
         return module
 

@@ -259,6 +259,45 @@ def test_every_old_path_leads_to_a_module() -> None:
             assert importlib.util.find_spec(new) is not None, new
 
 
+def names_shown(init: Path) -> set[str]:
+    """What a package binds in its `__init__`, or takes from a module, its own modules aside."""
+    package = ".".join(init.parent.relative_to(ROOT).parts)
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(init.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module != package:
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+INITS = [p for package in FLOORS for p in modules(package) if p.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("init", INITS, ids=lambda p: p.parent.name)
+def test_no_package_shows_a_name_that_one_of_its_modules_has(init: Path) -> None:
+    """Importing the module would put it into the place of the function."""
+    own = {p.stem for p in init.parent.glob("*.py")} | {p.parent.name for p in
+           init.parent.glob("*/__init__.py")}  # fmt: skip
+    assert not names_shown(init) & own
+
+
+def test_a_function_is_called_by_its_name_after_an_old_module_of_that_name() -> None:
+    code = (
+        "import warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "import lisa_analysis.importance, lisa_analysis.report, lisa_train.probe\n"
+        "import lisa_analysis as la, lisa_train as lt\n"
+        "from lisa_analysis.importance import DEFAULT_METRIC\n"
+        "for function in (la.importance, la.report):\n"
+        "    try: function('nowhere')\n"
+        "    except la.LisaError as error: assert 'nowhere' in str(error)\n"
+        "try: lt.probe()\n"
+        "except TypeError as error: assert 'batches' in str(error), error"
+    )
+    loaded_after(code)
+
+
 def test_functions_stay_functions_after_their_module_is_imported() -> None:
     code = (
         "import lisa_analysis.profiles.from_run, lisa_analysis.runs.compare\n"

@@ -100,7 +100,7 @@ class Held:
 
 
 def simulate(world, truth, rng):
-    """Logs of one run, and its activation intervals (None where all layers train)."""
+    """Logs of one run, and its periods (None where all layers train)."""
     logs = truth + world.noise(rng, world.steps, len(truth))
     if world.lisa is None:
         return logs, None

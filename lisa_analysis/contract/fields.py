@@ -32,7 +32,7 @@ MANIFEST_FIELDS: dict[str, str] = {
 
 EVENT_FIELDS: dict[str, dict[str, str]] = {
     "lisa_draw": {
-        "layers": "indices of the layers active for the next interval",
+        "layers": "indices of the layers active for the next period",
         "inclusion_probabilities": "π of every layer for this draw",
         "scores": "scores that π was learned from, before the control; null for a layer not "
         "known, and while nothing is learned",
@@ -44,7 +44,7 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "unit_scores": "then, in place of scores: those of every part",
         "unit_visits": "then, in place of visits: draws of every part so far",
         "groups": "groups (embed, head) that were drawn like layers",
-        "trainable_share": "part of the model's parameters that train in the interval",
+        "trainable_share": "part of the model's parameters that train in the period",
         "state_bytes": "bytes of optimizer state held after the draw: what left is freed or on the "
         "host, what came has none yet",
     },

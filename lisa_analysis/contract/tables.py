@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 from lisa_analysis.contract.errors import LisaError
 
 ColumnType = Literal["int64", "int32", "int16", "float32", "float64", "string", "bool"]
-# How the numbers of disjoint tensors, or of the shards of one, make the number of them together:
+# How the numbers of disjoint tensors, or of the pieces of one, make the number of them together:
 # their squares add (norms), they add, or each is a copy of the same number (a count of steps).
 Adds = Literal["squares", "values", "copies"]
 # When a number is measured: on the accumulated gradients, before clipping; on what the optimizer

@@ -42,12 +42,12 @@ def delta_rel(data: Measurements) -> NDArray[Any]:
         if not data.has("weights.base"):
             raise KeyError(data.lacks("weights.base"))
         relative = at_the_end(data, ratio(change_norm(data), norm_before(data, changed=True)))
-    if data.interval is None or not len(table.steps):
+    if data.period is None or not len(table.steps):
         return relative
     power = 1.0
     if "delta_norm" in table:
         power = growth_exponent(
-            table["delta_norm"], data.exposure(), data.interval, table.groups.inside
+            table["delta_norm"], data.exposure(), data.period, table.groups.inside
         )
     exposure = data.exposure(power)
     return relative / np.where(exposure > 0, exposure, 1.0)
@@ -79,7 +79,7 @@ def directedness(data: Measurements) -> NDArray[Any]:
 
 
 def growth_exponent(
-    relative: NDArray[Any], exposure: NDArray[Any], interval: NDArray[np.int64], inside: int
+    relative: NDArray[Any], exposure: NDArray[Any], period: NDArray[np.int64], inside: int
 ) -> float:
     """Power of the exposure to training with which the layers' change grows, in [½, 1].
 
@@ -90,7 +90,7 @@ def growth_exponent(
         change = np.log(np.asarray(relative[:, :inside], dtype=np.float64))
     change[~np.isfinite(change)] = np.nan
     products = squares = 0.0
-    last_row = np.append(np.flatnonzero(np.diff(interval)), len(interval) - 1)
+    last_row = np.append(np.flatnonzero(np.diff(period)), len(period) - 1)
     for layer in range(inside):
         rows = last_row[np.isfinite(change[last_row, layer])]
         rows = rows[exposure[rows, layer] > 0]

@@ -42,12 +42,12 @@ class Measurements:
     learning_rate
         Shape (n,), NaN where it was not logged.
     visits
-        Shape (n, groups): activation intervals of each group up to the step, 1 throughout for a
+        Shape (n, groups): periods of each group up to the step, 1 throughout for a
         group that always trains.
     active_steps
         Shape (n, groups): optimizer steps that trained the group up to the step.
-    interval
-        Shape (n,): index of the activation interval of every step, or None without LISA.
+    period
+        Shape (n,): index of the period of every step, or None without LISA.
     all_numel
         Shape (groups,): elements of all tensors of a group, trained or not.
     rates
@@ -60,7 +60,7 @@ class Measurements:
     learning_rate: Array = field(repr=False)
     visits: Array = field(repr=False)
     active_steps: Array = field(repr=False)
-    interval: NDArray[np.int64] | None = field(repr=False)
+    period: NDArray[np.int64] | None = field(repr=False)
     all_numel: Array = field(repr=False)
     rates: Array | None = field(repr=False)
 
@@ -122,11 +122,11 @@ class Measurements:
 
         The steps that trained it, weighted by their learning rates, to the power with which
         change grows with them: (Σ lr^(1/p))^p, Σ lr for a directed change (p = 1) and √Σ lr² for
-        a random one (p = ½). The unit is an average interval, so that it is `visits`^p where all
-        intervals weigh the same; a layer drawn late in a decaying schedule has less.
+        a random one (p = ½). The unit is an average period, so that it is `visits`^p where all
+        periods weigh the same; a layer drawn late in a decaying schedule has less.
         """
         drawn = draws(self.run)
-        if self.interval is None or self.rates is None or not self.rates[1:].any():
+        if self.period is None or self.rates is None or not self.rates[1:].any():
             result: NDArray[Any] = self.visits**power
             return result
         weights = (self.rates / self.rates[1:].max()) ** (1 / power)
@@ -134,7 +134,7 @@ class Measurements:
         exposure = self.visits.copy()
         columns = np.flatnonzero(self.table.groups.layer >= 0)
         share = _share(self.run, self.table, columns)
-        exposure[:, columns] = _behind(self.run, self.table, self.interval, spent, share)
+        exposure[:, columns] = _behind(self.run, self.table, self.period, spent, share)
         exposure[:, columns] /= spent[-1] / len(drawn)
         return exposure**power
 
@@ -165,38 +165,38 @@ def _around(run: "Run", table: StepTable) -> tuple[Any, ...]:
     """Return what `Measurements` holds beside the run, in its order."""
     rates = learning_rates(run, np.arange(_last_step(run, table) + 1))
     rate = np.full(len(table.steps), np.nan) if rates is None else rates[table.steps]
-    interval = ruling_draws(run, table.steps) if draws(run) else None
-    visits, active, table = _visits(run, table, interval)
+    period = ruling_draws(run, table.steps) if draws(run) else None
+    visits, active, table = _visits(run, table, period)
     frame = run.parameters
     group = table.groups.of[frame["param_id"].to_numpy(dtype=np.int64)]
     inside = (group >= 0) & (frame["role"] == "base").to_numpy()
     width = len(table.groups.names)
     weights = frame["numel"].to_numpy(dtype=np.float64)[inside]
     elements = np.bincount(group[inside], weights=weights, minlength=width).astype(np.float64)
-    return table, rate, visits, active, interval, elements, rates
+    return table, rate, visits, active, period, elements, rates
 
 
 def _visits(
-    run: "Run", table: StepTable, interval: NDArray[np.int64] | None
+    run: "Run", table: StepTable, period: NDArray[np.int64] | None
 ) -> tuple[NDArray[Any], NDArray[Any], StepTable]:
-    """Activation intervals and optimizer steps behind every group at every recorded step.
+    """Periods and optimizer steps behind every group at every recorded step.
 
     And the table without what was measured of a group while only a part of it trained.
     """
     shape = table.trained.shape
     visits: NDArray[Any] = np.broadcast_to(np.float32(1), shape)
     active: NDArray[Any] = np.broadcast_to(table.steps[:, None].astype(np.float32), shape)
-    if interval is None or not len(table.steps):
+    if period is None or not len(table.steps):
         return visits, active, table
     visits, active = visits.copy(), active.copy()
     columns = np.flatnonzero(table.groups.layer >= 0)
     share = _share(run, table, columns)
-    visits[:, columns] = np.cumsum(share, axis=0)[np.maximum(interval, 0)]
+    visits[:, columns] = np.cumsum(share, axis=0)[np.maximum(period, 0)]
     count = np.arange(_last_step(run, table) + 1, dtype=np.float64)
-    active[:, columns] = _behind(run, table, interval, count, share)
-    ruling = share[np.maximum(interval, 0)]
+    active[:, columns] = _behind(run, table, period, count, share)
+    ruling = share[np.maximum(period, 0)]
     partly = np.zeros(shape, dtype=bool)
-    partly[:, columns] = (ruling > 0) & (ruling < 1 - 1e-9) & (interval >= 0)[:, None]
+    partly[:, columns] = (ruling > 0) & (ruling < 1 - 1e-9) & (period >= 0)[:, None]
     if partly.any():
         kept = {name: np.where(partly, np.nan, held) for name, held in table.measures.items()}
         table = replace(table, measures=kept)
@@ -218,7 +218,7 @@ def _last_step(run: "Run", table: StepTable) -> int:
 def _behind(
     run: "Run",
     table: StepTable,
-    interval: NDArray[np.int64],
+    period: NDArray[np.int64],
     total: NDArray[Any],
     drawn: NDArray[np.float64],
 ) -> NDArray[Any]:
@@ -227,7 +227,7 @@ def _behind(
     `total` is the sum over all steps up to each, of whatever is summed; `drawn` the share of each
     group that every draw took.
     """
-    now = np.maximum(interval, 0)
+    now = np.maximum(period, 0)
     starts = np.array([step for step, _ in draws(run)], dtype=np.int64)
     ends = np.append(starts[1:], _last_step(run, table))
     whole = np.cumsum(drawn * (total[ends] - total[starts])[:, None], axis=0)

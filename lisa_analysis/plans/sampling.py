@@ -56,7 +56,7 @@ def sampling_probabilities(
     profile
         A profile by layer; scores from elsewhere become one with `ImportanceProfile.from_scores`.
     activated_layers
-        k, layers that train in each interval; any 1 … number of layers.
+        k, layers that train in each period; any 1 … number of layers.
     strength
         How strongly π follows the scores: 0 is uniform (LISA), 1 the deliberately mild default, up
         to 16. It is the power on the scores; above 1, `mix` and `floor` fall in proportion and

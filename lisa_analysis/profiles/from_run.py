@@ -96,7 +96,7 @@ def importance(
     Intervals are those of a layer relative to the others: what all layers share at a step
     (learning rate, difficulty of the batch) is removed, from logarithms as a mean, from linear
     metrics as a size. They are Student's t with one memory from step to step that all layers share
-    (activation intervals for LISA, batches for a probe) and variances moderated over layers; the
+    (periods for LISA, batches for a probe) and variances moderated over layers; the
     joint band is the max-t of bootstrap samples with layers kept together. A layer below
     `Thresholds.min_effective` effective observations is unknown, and silences no other. A logarithm
     has no zero: single steps at which a layer was exactly zero are left out, and the statement
@@ -124,7 +124,7 @@ def _of_run(
     """Fit, judge and put into words what one metric says of one run."""
     data = measurements(run, by)
     values = _evaluate(chosen, data)
-    fit, outside, steps, interval, rng = _fits(chosen, data, values, confidence, thresholds, seed)
+    fit, outside, steps, period, rng = _fits(chosen, data, values, confidence, thresholds, seed)
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
     # What is forgotten within a fifth of the run is noise of a step, what lasts longer a change.
@@ -133,7 +133,7 @@ def _of_run(
     # An encoder and a decoder have no common depth.
     stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
     judged = judge(
-        fit, confidence, thresholds, steps=steps, interval=interval, rng=rng,
+        fit, confidence, thresholds, steps=steps, period=period, rng=rng,
         has_depth=by == "layer" and stacks <= 1,
     )  # fmt: skip
     groups = data.table.groups
@@ -289,7 +289,7 @@ def _fits(
     steps = {"steps": data.table.steps, "probes": data.table.probe_steps}.get(
         chosen.rows, np.arange(len(values))
     )
-    interval = data.interval if chosen.rows == "steps" else None
+    period = data.period if chosen.rows == "steps" else None
     rng = np.random.default_rng(seed)
     log = chosen.scale == "log"
     total = chosen.scale == "total"
@@ -306,9 +306,9 @@ def _fits(
         )  # fmt: skip
 
     inside = data.table.groups.inside
-    fit = fitted(slice(0, inside), interval)
+    fit = fitted(slice(0, inside), period)
     outside = [fitted(slice(column, column + 1), None) for column in range(inside, values.shape[1])]
-    return fit, outside, steps, interval, rng
+    return fit, outside, steps, period, rng
 
 
 def _samples(fit: Fit) -> Array | None:

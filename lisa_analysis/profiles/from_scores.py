@@ -55,7 +55,7 @@ def profile_of(
         raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
     fit = _fit(score, *_bounds(score, low, high), confidence)
     judged = judge(
-        fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), interval=None,
+        fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), period=None,
         rng=np.random.default_rng(0), has_depth=by == "layer",
     )  # fmt: skip
     special = remarks(Metric(metric, definition, "linear", np.asarray), by, labels, fit)

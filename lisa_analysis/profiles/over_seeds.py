@@ -174,7 +174,7 @@ def over_seeds(
     means = seed_means(values, log=log, confidence=first.confidence, rng=rng, ordered=ordered)
     fit = _fit(means, log, zero, zeros)
     judged = judge(
-        fit, first.confidence, thresholds, steps=np.zeros(0, np.int64), interval=None, rng=rng,
+        fit, first.confidence, thresholds, steps=np.zeros(0, np.int64), period=None, rng=rng,
         has_depth=ordered,
     )  # fmt: skip
     seeds = each_seed(profiles, names, means, log)

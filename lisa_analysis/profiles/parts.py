@@ -88,7 +88,7 @@ class ProfileRow:
     joint_low, joint_high
         Bounds that hold for all rows at once: what is compared, is compared by these.
     n_eff, steps, visits, zeros
-        Effective observations, observations, activation intervals, and observations that were
+        Effective observations, observations, periods, and observations that were
         exactly zero.
     initial, rho
         Score at step 0, and correlation between neighbouring observations.

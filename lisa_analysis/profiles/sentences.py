@@ -132,7 +132,7 @@ def why_unknown(fit: Fit, rows: NDArray[np.bool_], limits: Thresholds) -> str:
     if n < 2:
         return "one observation of each"
     if fit.adjusted_by_visits:
-        return f"seen in fewer than {limits.min_visits:g} activation intervals"
+        return f"seen in fewer than {limits.min_visits:g} periods between two draws"
     if n < MIN_ROWS:
         return f"{n} records, at least {MIN_ROWS} needed"
     if not np.isfinite(fit.error[rows]).any():

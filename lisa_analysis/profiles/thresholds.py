@@ -22,7 +22,7 @@ class Thresholds:
         estimate.MIN_EFFECTIVE, "effective observations in time below which a layer is unknown"
     )
     min_visits: float = _number(
-        estimate.MIN_VISITS, "activation intervals below which it is unknown as well"
+        estimate.MIN_VISITS, "periods between two draws below which it is unknown as well"
     )
     headroom: float = _number(
         1.05, "1 + CV² of the scores up to which sampling by them is not worth it"

@@ -41,7 +41,7 @@ def judge(
     limits: Thresholds,
     *,
     steps: NDArray[np.int64],
-    interval: NDArray[np.int64] | None,
+    period: NDArray[np.int64] | None,
     rng: np.random.Generator,
     has_depth: bool,
 ) -> Judgement:
@@ -51,15 +51,15 @@ def judge(
     ----------
     fit, confidence, limits
         The fit, the coverage of its intervals, and the limits to judge by.
-    steps, interval
-        Recorded steps behind the fit, and the activation interval of each (None without LISA).
+    steps, period
+        Recorded steps behind the fit, and the period of each (None without LISA).
     rng
         Of the drift's noise floor.
     has_depth
         Whether the rows are the layers of one stack, in order.
     """
     found = concentration(fit, confidence)
-    stable = reliability(fit, steps, interval, rng, limits)
+    stable = reliability(fit, steps, period, rng, limits)
     apart = standing(fit, confidence, limits)
     said = shape(fit, confidence, found, limits, has_depth, apart)
     if stable.drift:
@@ -223,7 +223,7 @@ def _with_spikes(
 def reliability(
     fit: Fit,
     steps: NDArray[np.int64],
-    interval: NDArray[np.int64] | None,
+    period: NDArray[np.int64] | None,
     rng: np.random.Generator,
     limits: Thresholds,
 ) -> Reliability:
@@ -239,7 +239,7 @@ def reliability(
         taus = st.kendall_taus(fit.samples[:200], fit.effect)
         rank_low = float(np.quantile(taus[np.isfinite(taus)], 0.05)) if np.ptp(fit.effect) else nan
     divergence, floor, drift = nan, nan, None
-    in_time = fit.parts is not None and np.isfinite(fit.parts.error).any() and interval is None
+    in_time = fit.parts is not None and np.isfinite(fit.parts.error).any() and period is None
     if fit.noise is not None and in_time:
         divergence, floor = _halves_in_time(fit, rng, limits.drift_level)
         if np.isfinite(divergence):

@@ -160,7 +160,7 @@ class Run:
         draws: dict[int, int] = {}
         for line in self._still_valid(self._event_lines):
             if line["event"] == "lisa_draw":
-                # A resume repeats the draw of the interval that it continues.
+                # A resume repeats the draw of the period that it continues.
                 if line["step"] in draws:
                     kept[draws[line["step"]]] = line
                     continue

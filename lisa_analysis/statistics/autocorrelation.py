@@ -27,20 +27,20 @@ def intraclass_correlation(residuals: Array, clusters: NDArray[np.int64]) -> flo
     """Share of the residual variance that observations of one cluster have in common.
 
     One-way analysis of variance pooled over the columns: (MSB − MSW)/(MSB + (m − 1) MSW) with
-    m the adjusted mean cluster size; a cluster is one column in one activation interval.
+    m the adjusted mean cluster size; a cluster is one column in one period.
 
     Parameters
     ----------
     residuals
         Shape (n, layers); NaN where not observed.
     clusters
-        Shape (n,), the interval of every row.
+        Shape (n,), the period of every row.
 
     Returns
     -------
     float
         In [0, 1]; 1 when it cannot be estimated (fewer than two clusters in every column), which
-        counts every interval as a single observation.
+        counts every period as a single observation.
     """
     totals, counts = cluster_sums(residuals, clusters)
     columns = (counts > 0).sum(axis=0) >= 2

@@ -81,7 +81,7 @@ def cluster_totals(
 ) -> Array:
     """Totals over time of cluster bootstrap samples, shape (replicates, columns).
 
-    Whole clusters (activation intervals) are drawn with replacement, with all the layers that
+    Whole clusters (periods) are drawn with replacement, with all the layers that
     were active in them. Beyond 2000 clusters, consecutive ones are drawn together.
     """
     totals, _ = cluster_sums(contributions, clusters)

@@ -115,21 +115,21 @@ def of_memory(found: Persistence, observed: Array, scale: Array) -> Errors:
 
 
 def of_visits(effects: Effects, labels: NDArray[np.int64], scale: Array) -> Errors:
-    """Errors where few layers are seen at a time: an activation interval is one observation.
+    """Errors where few layers are seen at a time: a period is one observation.
 
     Parameters
     ----------
     effects
         The fit of the layers.
     labels
-        Shape (n,): activation interval of every row.
+        Shape (n,): period of every row.
     scale
         As in `of_repetitions`.
 
     Notes
     -----
-    With A the layers active in an interval of w rows, P_A the projector that takes their mean
-    out, and D the (moderated) variances of a layer's mean in an interval, the effects have the
+    With A the layers active in a period of w rows, P_A the projector that takes their mean
+    out, and D the (moderated) variances of a layer's mean in a period, the effects have the
     covariance M (Σ w² P_A D P_A) M with M the inverse of the fit's normal equations. A layer's
     own variance is its squared residuals over what the fit has left of its degrees of freedom.
     """
@@ -218,7 +218,7 @@ def _between_visits(deviates: Array, active: Array, most: int = 20) -> tuple[Arr
 
     And how many degrees of freedom that was read from: visits over lags (Priestley 1981, 6.2.4).
 
-    1 + 2 Σ_h ρ_h p_h with p_h the layer's share of visits that had another h intervals before, and
+    1 + 2 Σ_h ρ_h p_h with p_h the layer's share of visits that had another h periods before, and
     ρ_h of all layers together, as long as it is positive. Residuals about a mean of v visits are
     by 1/v of that mean's own variance too little alike, which is put back.
     """
@@ -284,7 +284,7 @@ def deviates(
     """Bootstrap samples of the errors, standardised; None with fewer than four rows.
 
     Of a course in time the slowest waves are combined at random, of others rows or activation
-    intervals are drawn, with all layers together: the samples keep what the layers' errors have in
+    periods are drawn, with all layers together: the samples keep what the layers' errors have in
     common. Few of them make up correlations: what their number alone would give is taken out
     again, by as much independent noise.
     """

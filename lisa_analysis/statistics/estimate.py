@@ -60,9 +60,9 @@ class Fit:
     within
         Standard deviation over time of a layer about its effect, pooled over layers.
     blocks
-        Shape (blocks, layers): means of the adjusted series over bootstrap blocks or intervals.
+        Shape (blocks, layers): means of the adjusted series over bootstrap blocks or periods.
     length
-        Rows per block (1 for activation intervals).
+        Rows per block (1 for periods).
     halves
         Effects from odd and from even blocks, shape (2, layers), or None.
     zero
@@ -86,7 +86,7 @@ class Fit:
     over_depth
         `noise` with what neighbouring layers share: for courses over depth.
     adjusted_by_visits
-        Whether layers were seen in activation intervals only (LISA).
+        Whether layers were seen in periods only (LISA).
     passing
         Share of an observation's variance that is forgotten within a fifth of the run.
     widened
@@ -177,14 +177,14 @@ def fit_series(
         out: see `Fit.zero` and `Fit.zeros`. Otherwise values are divided by what all layers share
         in size at a step, so that a common course is no noise either.
     clusters
-        Shape (n,): activation interval of every row when layers were sampled, else None.
+        Shape (n,): period of every row when layers were sampled, else None.
     confidence, rng, replicates
         Of the intervals, and of the bootstrap: circular blocks over time, or whole intervals, all
         layers together.
     remove_common
         Remove what all layers share at a step before errors are estimated.
     min_effective, min_visits
-        Effective observations in time, or activation intervals, below which a layer has no
+        Effective observations in time, or periods, below which a layer has no
         interval.
     independent
         The rows are independent repetitions (batches of a probe), not a course over time: every

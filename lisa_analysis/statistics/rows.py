@@ -74,7 +74,7 @@ def _mean(values: Array, observed: NDArray[np.bool_], axis: int) -> Array:
 def condense(
     series: NDArray[np.floating], clusters: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.floating], NDArray[np.int64] | None]:
-    """Average neighbouring rows (never across an activation interval) down to about MAX_ROWS."""
+    """Average neighbouring rows (never across a period) down to about MAX_ROWS."""
     n = len(series)
     if n <= MAX_ROWS:
         return series, clusters

@@ -111,7 +111,7 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--activated-layers", type=int, metavar="K",
-        help="layers per interval that the probabilities are for (default: the run's own, or 2)",
+        help="layers per period that the probabilities are for (default: the run's own, or 2)",
     )  # fmt: skip
     group.add_argument(
         "--export", action="append", default=[], metavar="KIND:FILE",

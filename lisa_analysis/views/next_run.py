@@ -70,7 +70,7 @@ class NextRun:
     Attributes
     ----------
     activated_layers
-        For how many layers per interval probabilities are; None takes the run's own, or 2.
+        For how many layers per period probabilities are; None takes the run's own, or 2.
     use_intervals
         Whether layers that the intervals leave open get their uniform share.
     strength, control, control_seed

@@ -100,9 +100,9 @@ def estimate_memory(
     autocast_adapter_dtype
         As PEFT's: adapters of a half-precision model are held in fp32.
     active_layers
-        LISA's layers of the interval; None takes those that cost the most.
+        LISA's layers of the period; None takes those that cost the most.
     devices, spread
-        Number of devices, and how a model is spread over them: ``fsdp`` shards every tensor
+        Number of devices, and how a model is spread over them: ``fsdp`` splits every tensor
         (FSDP2, each device with its own batch), ``layers`` puts equally many layers on each.
     **unknown
         Settings that a method brings with it, by the method's name. Nothing else is taken; a

@@ -39,7 +39,7 @@ class Estimator:
         self.stage, self.setting, self.kind = stage, setting, kind
         self.parameters = dict(stage.model.named_parameters())
         self._wide = stage.wide_states(setting)
-        self._shards = setting.devices if setting.spread == "fsdp" else 1
+        self._pieces = setting.devices if setting.spread == "fsdp" else 1
         self._known: dict[Any, StateBytes] = {}
 
     def run(self) -> MemoryEstimate:
@@ -160,8 +160,8 @@ class Estimator:
         """Optimizer state of a tensor, of a device's share where it is sharded."""
         parameter = self.parameters[name]
         shape = parameter.shape
-        if self._shards > 1 and shape:
-            shape = torch.Size((-(-shape[0] // self._shards), *shape[1:]))
+        if self._pieces > 1 and shape:
+            shape = torch.Size((-(-shape[0] // self._pieces), *shape[1:]))
         key = (
             shape,
             torch.float32 if raised else parameter.dtype,

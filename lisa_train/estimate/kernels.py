@@ -55,8 +55,8 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         compute = torch.get_autocast_dtype("cpu")
     shared = query.shape[-3] != key.shape[-3]
-    plain = compute == torch.float32 and shared and settings.get("enable_gqa", False)
-    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+    without_kernel = compute == torch.float32 and shared and settings.get("enable_gqa", False)
+    with sdpa_kernel(SDPBackend.MATH) if without_kernel else contextlib.nullcontext():
         return F.scaled_dot_product_attention(query, key, value, **settings)
 
 

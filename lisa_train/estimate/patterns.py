@@ -42,7 +42,7 @@ def plain_pattern(stage: Stage) -> Pattern:
 
 
 def lisa_pattern(stage: Stage, setting: Setting, layers: Iterable[int]) -> Pattern:
-    """What trains in an interval with these layers (or parts) and every group that may train."""
+    """What trains in a period with these layers (or parts) and every group that may train."""
     units = units_of(stage, turns_of(stage, setting))
     groups = (*setting.lisa.always_active, *setting.lisa.group_probabilities)
     chosen: list[Unit] = [*layers, *groups]
@@ -86,7 +86,7 @@ class DrawCosts:
     groups
         Bytes of a drawn group (embed, head).
     all_pass
-        Whether something below the layers trains in every interval (the embeddings, a norm or a
+        Whether something below the layers trains in every period (the embeddings, a norm or a
         convolution before the first layer), so that gradients pass all layers.
     """
 

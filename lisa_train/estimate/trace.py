@@ -96,7 +96,7 @@ class StorageLog(TorchDispatchMode):
 class Trace:
     """The storages of one step: bytes, kind, label (where in the model), birth and death.
 
-    `rows` is the first dimension, along which FSDP2 shards.
+    `rows` is the first dimension, along which FSDP2 splits.
     """
 
     bytes: NDArray[np.int64]

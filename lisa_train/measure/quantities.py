@@ -38,7 +38,7 @@ class Quantity:
 
     Notes
     -----
-    Only what adds up over the shards of a tensor, over tensors and processes can be recorded: a
+    Only what adds up over the pieces of a tensor, over tensors and processes can be recorded: a
     maximum cannot.
 
     Examples

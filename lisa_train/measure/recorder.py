@@ -11,7 +11,7 @@ from torch import nn
 from lisa_train.measure import faults
 from lisa_train.measure.adapters import start as adapter_start
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk.run_file import outcome
+from lisa_train.measure.disk.run_file import status_of
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.output import tensor_groups
 from lisa_train.measure.probe.measuring_pass import GuardedPasses, Passes
@@ -275,7 +275,7 @@ class NormRecorder(StepRecorder):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(*outcome(error))
+        self.close(*status_of(error))
 
 
 def _needed(model: nn.Module, config: RecordConfig, processes: Processes) -> list[str]:

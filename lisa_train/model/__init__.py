@@ -1,1 +1,1 @@
-"""What a model is: its layers, tensors and shards, and sums over them. Reads, never changes."""
+"""What a model is: its layers, tensors and pieces, and sums over them. Reads, never changes."""

@@ -1,7 +1,7 @@
 """Per-tensor sums that norms are made of: exact to 1e-6, one pass, no host synchronisation.
 
 Everything returned is additive over pieces of a tensor (sums of squares, of magnitudes, of
-products) and in double precision, so that shards of one tensor can be added across processes
+products) and in double precision, so that pieces of one tensor can be added across processes
 before a root is taken. On the CPU tensors are walked in chunks that stay in the cache: a flat
 fp32 sum is 1 % off at 100 million elements and reads the memory once per quantity.
 """

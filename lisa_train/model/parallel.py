@@ -95,7 +95,7 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
         Whether any tensor ever rests.
     """
     refuse_wrappers(model, "LISA")
-    _check_shards(model, precision)
+    _check_pieces(model, precision)
     replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
     if precision == "fp32_active" and replicas:
         raise ConfigError(
@@ -109,7 +109,7 @@ def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
             _check_ddp(replica)
 
 
-def _check_shards(model: nn.Module, precision: str) -> None:
+def _check_pieces(model: nn.Module, precision: str) -> None:
     """`ConfigError` for tensors that processes share in another way than by FSDP2 alone."""
     split = [(name, p) for name, p in model.named_parameters() if is_sharded(p)]
     if not split:

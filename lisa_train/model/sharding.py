@@ -43,12 +43,12 @@ def local_slices(tensor: torch.Tensor) -> tuple[slice, ...] | None:
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that FSDP2 gathers and shards, each on its own."""
+    """Return the modules that FSDP2 gathers and splits, each on its own."""
     return [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put its shards back into the modules, which an evaluation leaves gathered."""
+    """Let FSDP2 put its pieces back into the modules, which an evaluation leaves gathered."""
     for module in fsdp_modules(model):
         module.reshard()
 

@@ -80,7 +80,7 @@ class TensorTable:
 def tensor_table(
     model: nn.Module, layer_map: LayerMap, select: Sequence[str | int] | None
 ) -> TensorTable:
-    """Return the table of the tensors that stay: FSDP2's shards are put back in their places first.
+    """Return the table of the tensors that stay: FSDP2's pieces are put back in their places first.
 
     An evaluation leaves tensors gathered, which the next step throws away.
     """

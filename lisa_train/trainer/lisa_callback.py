@@ -151,7 +151,7 @@ class LisaCallback(Listener, TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw, when an interval begins; never between micro-batches."""
+        """Draw, when a period begins; never between micro-batches."""
         assert self.engine is not None
         self.engine.begin_step(state.global_step)
 

@@ -13,7 +13,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import peak_memory_bytes
-from lisa_train.measure.disk.run_file import outcome
+from lisa_train.measure.disk.run_file import status_of
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
@@ -190,7 +190,7 @@ class RecordCallback(Listener, TrainerCallback):
         self._events.unsubscribe(self)
         if self.recorder is None:
             return
-        status, sentence = outcome(error)
+        status, sentence = status_of(error)
         if not self.recorder.writer.closed:
             self.recorder.close(status, sentence, **(self._result() or {}))
         elif error is not None:

@@ -28,7 +28,7 @@ class LogGaps(Rule):
         return "a missing recorded step, an unfinished run, or a warning of the reader"
 
     def check(self, evidence: Evidence) -> Outcome:
-        """Compare the recorded steps with the recording interval."""
+        """Compare the recorded steps with the cadence."""
         run, steps = evidence.run, evidence.table.steps
         problems = []
         if run.status != "finished":

@@ -60,7 +60,7 @@ class Evidence:
         return draw_events(self.run)
 
     @cached_property
-    def interval(self) -> NDArray[np.int64]:
+    def period(self) -> NDArray[np.int64]:
         """Index of the draw that ruled every recorded step."""
         return ruling_draws(self.run, self.table.steps)
 

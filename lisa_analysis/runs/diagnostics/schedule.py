@@ -54,18 +54,18 @@ class ScheduleMismatch(_ScheduleRule):
         """Compare every recorded step with its draw."""
         self.draws(evidence)
         declared = chosen(evidence.run)
-        ruled = evidence.interval >= 0
+        ruled = evidence.period >= 0
         if not ruled.any():
             raise CouldNotRunError("no step was recorded after a draw")
         trained = evidence.table.trained[ruled][:, : evidence.n_layers]
-        wrong = trained != declared[evidence.interval[ruled]]
+        wrong = trained != declared[evidence.period[ruled]]
         if not wrong.any():
             return Outcome(
                 "ok", f"Trained layers are the drawn ones at all {int(ruled.sum())} recorded steps."
             )
         row = int(np.argmax(wrong.any(axis=1)))
         step = int(evidence.table.steps[ruled][row])
-        drawn = np.flatnonzero(declared[evidence.interval[ruled][row]])
+        drawn = np.flatnonzero(declared[evidence.period[ruled][row]])
         active = np.flatnonzero(trained[row])
         return Outcome(
             "fail",
@@ -96,8 +96,7 @@ class Coverage(_ScheduleRule):
         "Layers that the run's probabilities leave out (π = 0) are not counted."
     )
     advice: ClassVar[str] = (
-        "Use a balanced or cyclic sampler, shorter intervals, more layers per interval, or more "
-        "steps."
+        "Use a balanced or cyclic sampler, shorter periods, more layers per period, or more steps."
     )
 
     @property

@@ -45,8 +45,8 @@ class SampledNotUpdated(Rule):
             due &= (evidence.learning_rate() > 0)[:, None]
         due &= np.isfinite(update)
         moved = due & (update > 0)
-        interval = evidence.interval if evidence.draws else np.zeros(len(update), dtype=np.int64)
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(interval) != 0]))
+        period = evidence.period if evidence.draws else np.zeros(len(update), dtype=np.int64)
+        starts = np.flatnonzero(np.concatenate([[True], np.diff(period) != 0]))
         expected = np.logical_or.reduceat(due, starts, axis=0)
         happened = np.logical_or.reduceat(moved, starts, axis=0)
         stuck = (expected > 0) & (happened == 0)
@@ -178,11 +178,11 @@ class ReactivationSpike(Rule):
     id: ClassVar[str] = "reactivation_spike"
     title: ClassVar[str] = "Spike at re-activation"
     meaning: ClassVar[str] = (
-        "The first step after a layer returns is much larger than the others of its interval: "
+        "The first step after a layer returns is much larger than the others of its period: "
         "its optimizer state is stale, or restarts without warm-up."
     )
     advice: ClassVar[str] = (
-        "Compare optimizer_state reset, keep and offload; lengthen the interval or warm up the "
+        "Compare optimizer_state reset, keep and offload; lengthen the period or warm up the "
         "rate at each activation."
     )
     methods: ClassVar[tuple[str, ...] | None] = ("lisa",)
@@ -191,7 +191,7 @@ class ReactivationSpike(Rule):
     def threshold(self) -> str:
         """When the rule fires."""
         return (
-            f"first update > {self.factor:g} × the median of its interval in at least a quarter "
+            f"first update > {self.factor:g} × the median of its period in at least a quarter "
             "of the re-activations"
         )
 
@@ -200,13 +200,13 @@ class ReactivationSpike(Rule):
         update = evidence.layers("update_norm")
         if not evidence.draws:
             raise CouldNotRunError("no lisa_draw event was logged")
-        steps, interval = evidence.table.steps, evidence.interval
+        steps, period = evidence.table.steps, evidence.period
         row_of = {int(step): row for row, step in enumerate(steps)}
         before: set[int] = set()
         ratios: list[tuple[float, int, int]] = []
         for index, (step, layers, _) in enumerate(evidence.draws):
             first = row_of.get(step + 1)
-            rows = np.flatnonzero(interval == index) if first is not None else np.zeros(0, int)
+            rows = np.flatnonzero(period == index) if first is not None else np.zeros(0, int)
             for layer in set(layers) - before if len(rows) > 2 else ():
                 rest = update[rows, layer]
                 rest = rest[np.isfinite(rest) & (rest > 0)]
@@ -222,12 +222,12 @@ class ReactivationSpike(Rule):
         largest = max(ratios)
         if len(spikes) < max(1, len(ratios) / 4):
             return Outcome(
-                "ok", f"Largest first step is {largest[0]:.1f} × the median of its interval."
+                "ok", f"Largest first step is {largest[0]:.1f} × the median of its period."
             )
         return Outcome(
             "warn",
             f"{len(spikes)} of {len(ratios)} activations begin with a spike; the largest is "
-            f"{largest[0]:.1f} × the median of its interval (layer {largest[1]}, step "
+            f"{largest[0]:.1f} × the median of its period (layer {largest[1]}, step "
             f"{largest[2]}).",
             tuple(sorted({layer for _, layer, _ in spikes})),
             min(step for _, _, step in spikes),

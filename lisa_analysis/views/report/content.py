@@ -261,11 +261,11 @@ def _method(run: "Run") -> str:
     """Name the method with the settings that define it."""
     lisa, lora = mapping(run.manifest, "lisa"), mapping(run.manifest, "lora")
     if run.method == "lisa" and lisa:
-        k, interval = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
+        k, steps = lisa.get("activated_layers", "?"), lisa.get("interval_steps", "?")
         how = ", probabilities learned meanwhile" if lisa.get("learn") else ""
         if lisa.get("control", "none") != "none":
             how += f" ({lisa['control']} control)"
-        return f"LISA, {k} layers for {interval} steps at a time{how}"
+        return f"LISA, {k} layers for {steps} steps at a time{how}"
     if run.method == "lora" and lora:
         return f"LoRA, r = {lora.get('r', '?')}"
     peft, select = mapping(run.manifest, "peft"), mapping(run.manifest, "select")

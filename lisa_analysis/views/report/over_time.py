@@ -127,7 +127,7 @@ def schedule_figure(
         shown, _ = schedule_grid(run).thinned(budget.columns)
         spoken = readout.of_grid(ax, shown, what="active after step")
     caption = (
-        "Blue: active during the interval that begins at that step. Right: draws of each layer "
+        "Blue: active during the period that begins at that step. Right: draws of each layer "
         "(bar) and the number that its inclusion probabilities add up to (mark)."
     )
     table = frame_table(

@@ -11,7 +11,7 @@ from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.ablation.units import Part, kinds_by_layer
 from lisa_train.measure.step.base_weights import StoredWeights
-from lisa_train.measure.step.checkpoint_conversions import Recipe
+from lisa_train.measure.step.checkpoint_conversions import Conversion
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.module_tree import below
 from lisa_train.model.sharding import is_sharded
@@ -209,15 +209,15 @@ class _Values:
                 seen[id(tensor)] = len(self.tensors)
                 self.tensors.append((name, tensor))
             self._of.setdefault(canonical_name(name), []).append(seen[id(tensor)])
-        self._recipes = stored.recipes(self._of)
-        # Which recipe a tensor's values come from: of two the last one counts.
-        self._by: dict[int, Recipe] = {}
-        for recipe in self._recipes:
-            self._by |= dict.fromkeys(self._of.get(recipe.target, ()), recipe)
+        self._conversions = stored.conversions(self._of)
+        # Which conversion a tensor's values come from: of two the last one counts.
+        self._by: dict[int, Conversion] = {}
+        for conversion in self._conversions:
+            self._by |= dict.fromkeys(self._of.get(conversion.target, ()), conversion)
 
     def every(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield number and values of every tensor that the checkpoint has, once."""
-        yield from self._read(self._recipes)
+        yield from self._read(self._conversions)
 
     def some(self, numbers: Collection[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield number and values of some tensors, each once."""
@@ -226,14 +226,14 @@ class _Values:
             if number in numbers:
                 yield number, values
 
-    def _read(self, recipes: Iterable[Recipe]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _read(self, conversions: Iterable[Conversion]) -> Iterator[tuple[int, torch.Tensor]]:
         with self._stored.opened() as checkpoint:
-            for recipe in recipes:
-                targets = self._of.get(recipe.target, ())
+            for conversion in conversions:
+                targets = self._of.get(conversion.target, ())
                 dtype = self.tensors[targets[0]][1].dtype if targets else None
-                for name, values in self._stored.build(recipe, checkpoint, dtype).items():
+                for name, values in self._stored.build(conversion, checkpoint, dtype).items():
                     for number in dict.fromkeys(self._of.get(name, ())):
-                        if self._by.setdefault(number, recipe) is recipe:
+                        if self._by.setdefault(number, conversion) is conversion:
                             yield number, values
 
 

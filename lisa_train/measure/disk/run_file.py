@@ -113,7 +113,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def outcome(error: BaseException | None) -> tuple[str, str | None]:
+def status_of(error: BaseException | None) -> tuple[str, str | None]:
     """Return the status and the sentence of a run that ended with `error`, or without one."""
     if error is None:
         return "finished", None

@@ -70,8 +70,8 @@ class BatchGradients:
         def hook(number: int | None) -> Callable[[torch.Tensor], None]:
             def take(leaf: torch.Tensor) -> None:
                 if number is not None and leaf.grad is not None:
-                    plain = isinstance(scale, float) and scale == 1.0
-                    self.take(number, leaf.grad if plain else leaf.grad.float() / scale)
+                    unscaled = isinstance(scale, float) and scale == 1.0
+                    self.take(number, leaf.grad if unscaled else leaf.grad.float() / scale)
                 leaf.grad = None
 
             return take

@@ -1,7 +1,7 @@
 """A measuring pass: one backward pass with all tensors, of which only the norms are kept.
 
-With several processes the norms are those of the gradient averaged over all of them. What FSDP2
-shards it averages itself; for plain tensors see `lisa_train.measure.probe.averaged_gradients`.
+With several processes the norms are those of the gradient averaged over all of them. FSDP2
+averages sharded tensors itself; for the others see `lisa_train.measure.probe.averaged_gradients`.
 """
 
 from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_analysis.statistics.signal import MIN_BATCHES, signal_and_noise
-from lisa_train.measure.disk.run_file import one_sentence, outcome
+from lisa_train.measure.disk.run_file import one_sentence, status_of
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe.batch_gradients import BatchGradients, agreement, sums_fit
 from lisa_train.measure.probe.measuring_pass import Passes
@@ -222,7 +222,7 @@ class ProbeResult:
         """
         if self._writer is None or self._writer.closed:
             return
-        status, sentence = outcome(error)
+        status, sentence = status_of(error)
         try:
             if self.gradients.batches and self._processes.count == 1:
                 self.write()

@@ -12,7 +12,7 @@ from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.faults import come_through, reason
-from lisa_train.measure.step.checkpoint_conversions import Recipe, recipes
+from lisa_train.measure.step.checkpoint_conversions import Conversion, conversions
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.norms import changes
 from lisa_train.model.sharding import local_slices
@@ -46,7 +46,7 @@ class StoredWeights:
     def __bool__(self) -> bool:
         return bool(self._where)
 
-    def recipes(self, names: Mapping[str, Sequence[int]]) -> list[Recipe]:
+    def conversions(self, names: Mapping[str, Sequence[int]]) -> list[Conversion]:
         """Return how parameters come out of the checkpoint.
 
         Parameters
@@ -57,41 +57,41 @@ class StoredWeights:
 
         Returns
         -------
-        list of Recipe
+        list of Conversion
             Of two names of one tensor the model's own comes last, and counts. Parameters of which
             the checkpoint has nothing have none.
         """
         # Transformers is asked; what it does not explain is looked up by name.
         try:
-            made = recipes(self._model, self._where, names)
+            made = conversions(self._model, self._where, names)
         except Exception as error:  # another version's rules: names alone
             come_through(error, foreign=True)
             self.unreadable[""] = reason(error, foreign=True)
             made = []
-        told = {recipe.target for recipe in made}
+        told = {conversion.target for conversion in made}
         for name in names.keys() - told:
             if (key := self._key(name)) is not None:
-                made.append(Recipe(name, sources=[(key, None)]))
+                made.append(Conversion(name, sources=[(key, None)]))
         own: dict[int, str] = {}
         for name, chosen in names.items():
             for number in chosen:
                 own.setdefault(number, name)
         owners = set(own.values())
-        return sorted(made, key=lambda recipe: recipe.target in owners)
+        return sorted(made, key=lambda conversion: conversion.target in owners)
 
     def opened(self) -> "_Checkpoint":
         """Return the files, to be closed again; `build` reads them."""
         return _Checkpoint(self._where)
 
     def build(
-        self, recipe: Recipe, checkpoint: "_Checkpoint", dtype: torch.dtype | None
+        self, conversion: Conversion, checkpoint: "_Checkpoint", dtype: torch.dtype | None
     ) -> dict[str, torch.Tensor]:
-        """Return the parameters of a recipe by name; nothing where they cannot be built."""
+        """Return the parameters of a conversion by name; nothing where they cannot be built."""
         try:
-            return recipe.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
+            return conversion.build(self._model, lambda key: checkpoint.read(key).to(dtype=dtype))
         except Exception as error:
             come_through(error, foreign=True)
-            self.unreadable.setdefault(recipe.target, reason(error, foreign=True))
+            self.unreadable.setdefault(conversion.target, reason(error, foreign=True))
             return {}
 
     def _key(self, name: str) -> str | None:
@@ -116,7 +116,7 @@ class BaseWeights:
 
     def __init__(self, model: nn.Module) -> None:
         name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
-        self._recipes: list[Recipe] | None = None
+        self._conversions: list[Conversion] | None = None
         self._stored = StoredWeights(model, find_checkpoint(name) if name else {})
         self._told = False
         if not self._stored:
@@ -131,17 +131,17 @@ class BaseWeights:
         """Return (number, ‖W − W₀‖²) of every tensor whose W₀ is in the checkpoint."""
         measured = {i: p for i, p in table.tensors if local_slices(p) is not None}
         numbers = _numbers(table)
-        if self._recipes is None:
-            self._recipes = self._stored.recipes(numbers)
+        if self._conversions is None:
+            self._conversions = self._stored.conversions(numbers)
         found: dict[int, torch.Tensor] = {}
         with self._stored.opened() as checkpoint:
-            for recipe in self._recipes:
-                chosen = [i for i in numbers[recipe.target] if i in measured]
+            for conversion in self._conversions:
+                chosen = [i for i in numbers[conversion.target] if i in measured]
                 # One tensor of the checkpoint may be split into parameters not yet known by name.
-                if not chosen and recipe.converter is None:
+                if not chosen and conversion.converter is None:
                     continue
                 dtype = measured[chosen[0]].dtype if chosen else None
-                for name, base in self._stored.build(recipe, checkpoint, dtype).items():
+                for name, base in self._stored.build(conversion, checkpoint, dtype).items():
                     for i in numbers.get(name, ()):
                         if i in measured and measured[i].shape == base.shape:
                             found[i] = _distance(base, measured[i])
@@ -223,13 +223,13 @@ def find_checkpoint(name: str, revision: str | None = None) -> dict[str, Path]:
                    "_raise_exceptions_for_missing_entries": False,
                    "_raise_exceptions_for_connection_errors": False}  # fmt: skip
         try:
-            files = [cached_file(name, file, **options) for file in (_SINGLE, _INDEX)]
+            found = [cached_file(name, file, **options) for file in (_SINGLE, _INDEX)]
         except OSError:
             return {}
-        single, index = (Path(file) if file else Path() for file in files)
+        single, index = (Path(file) if file else Path() for file in found)
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {key: index.parent / file for key, file in shards.items()}
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {key: index.parent / file for key, file in files.items()}
     if single.is_file():
         from safetensors import safe_open
 

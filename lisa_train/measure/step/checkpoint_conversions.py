@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass
-class Recipe:
+class Conversion:
     """How one parameter (or several, of one tensor that is split) comes out of a checkpoint.
 
     Attributes
@@ -43,7 +43,7 @@ class Recipe:
         return {name: x[0] if isinstance(x, list) else x for name, x in built.items()}
 
 
-def recipes(model: Any, keys: Iterable[str], names: Collection[str]) -> list[Recipe]:
+def conversions(model: Any, keys: Iterable[str], names: Collection[str]) -> list[Conversion]:
     """Return how the parameters called `names` come out of a checkpoint with these keys.
 
     Parameters
@@ -57,7 +57,7 @@ def recipes(model: Any, keys: Iterable[str], names: Collection[str]) -> list[Rec
 
     Returns
     -------
-    list of Recipe
+    list of Conversion
         Parameters of which nothing is in the checkpoint have none.
     """
     from transformers.core_model_loading import (
@@ -73,14 +73,14 @@ def recipes(model: Any, keys: Iterable[str], names: Collection[str]) -> list[Rec
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
     prefix = getattr(model, "base_model_prefix", None) or None
     known = dict.fromkeys(names, True)
-    found: dict[str, Recipe] = {}
+    found: dict[str, Conversion] = {}
     for key in sorted(keys, key=dot_natural_key):  # as experts are numbered: 2 before 10
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
             name, pattern = key, None
         if name in known:
             converter = by_pattern[pattern] if pattern is not None else None
-            found.setdefault(name, Recipe(name, converter)).sources.append((key, pattern))
+            found.setdefault(name, Conversion(name, converter)).sources.append((key, pattern))
     return list(found.values())
 
 

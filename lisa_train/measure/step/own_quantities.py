@@ -27,9 +27,9 @@ class OwnQuantities(Part):
 
     def gradients(self, now: StepTensors) -> None:
         """Measure gradients, without the factor of a loss scaler."""
-        plain = isinstance(now.scale, float) and now.scale == 1.0
+        unscaled = isinstance(now.scale, float) and now.scale == 1.0
         for quantity in self._of("gradients"):
-            arguments = ((g if plain else g / now.scale,) for g in map(local, now.gradients))
+            arguments = ((g if unscaled else g / now.scale,) for g in map(local, now.gradients))
             self._add(quantity, now.step, now.numbers, arguments)
 
     def update(self, now: StepTensors, clip_coef: Any) -> None:

@@ -144,7 +144,7 @@ def check_units(
     *,
     may_draw_nothing: bool,
 ) -> None:
-    """`ConfigError` for what would leave an interval, or a layer, with nothing to train.
+    """`ConfigError` for what would leave a period, or a layer, with nothing to train.
 
     `drawn` are the layers that draws may take; `may_draw_nothing` says whether one may take none.
     """
@@ -163,7 +163,7 @@ def check_units(
     certain = [*config.always_active, *(g for g, p in config.group_probabilities.items() if p == 1)]
     if may_draw_nothing and not any(units[group] for group in certain):
         raise ConfigError(
-            f"sampling={config.sampling!r} draws no layer at all in some intervals, and "
+            f"sampling={config.sampling!r} draws no layer at all in some periods, and "
             f"always_active = {list(config.always_active)} trains nothing in this model; keep a "
             "group active or use sampling='uniform'."
         )
@@ -195,7 +195,7 @@ def refuse_sharded_parts(model: nn.Module, config: LisaConfig) -> None:
 
 
 def check_budget(config: LisaConfig, turns: Units) -> None:
-    """`ConfigError` for a budget that leaves intervals empty, or nothing at rest."""
+    """`ConfigError` for a budget that leaves periods empty, or nothing at rest."""
     given, total = config.budget, sum(turns.sizes)
     if not turns.sizes:
         raise ConfigError(
@@ -206,7 +206,7 @@ def check_budget(config: LisaConfig, turns: Units) -> None:
         if not 1 <= config.activated_layers < turns.count:
             raise ConfigError(
                 f"activated_layers is {config.activated_layers}, whose share of {turns.count} "
-                "layers is the budget of every interval, and nothing would ever rest; lower it, or "
+                "layers is the budget of every period, and nothing would ever rest; lower it, or "
                 "set lisa.budget."
             )
         return

@@ -31,12 +31,12 @@ class LisaConfig:
     Parameters
     ----------
     activated_layers
-        Number of layers k that train in each interval (γ in the paper); with
+        Number of layers k that train in each period (γ in the paper); with
         `sampling="bernoulli"` the expected number.
     interval_steps
-        Optimizer steps K between two draws.
+        Optimizer steps K of a period, from one draw to the next.
     sampling
-        How the layers of an interval are drawn: ``uniform`` (all sets of k layers equally
+        How the layers of a period are drawn: ``uniform`` (all sets of k layers equally
         likely), ``bernoulli`` (every layer on its own, the paper's first version), ``cyclic``
         (shuffled sweeps), and three exact schemes for unequal probabilities: ``systematic``,
         ``conditional_poisson`` and ``balanced`` (no layer waits long). ``uniform`` with unequal
@@ -47,7 +47,7 @@ class LisaConfig:
         layer, Σπ = k. None means equal probabilities k/L. A layer with π = 0 is never drawn: it
         has no gradient and no optimizer state.
     always_active
-        Groups that train in every interval: any of ``embed``, ``head``, ``norm``, and ``other``,
+        Groups that train in every period: any of ``embed``, ``head``, ``norm``, and ``other``,
         which is all else outside the layers (a head of an unknown name, a projection, a vision
         tower); what is frozen before LISA starts stays frozen.
     optimizer_state
@@ -60,7 +60,7 @@ class LisaConfig:
         Scale the first updates of a layer after its activation by 1/(n+1), 2/(n+1), … over n
         steps; after a state reset, Adam's first step moves every weight by the full learning rate.
     embed_probability
-        Draw the embeddings in each interval with this probability, like a layer, instead of
+        Draw the embeddings in each period with this probability, like a layer, instead of
         naming them in `always_active`.
     head_probability
         The same for the head; a head tied to the embeddings goes with them.
@@ -93,7 +93,7 @@ class LisaConfig:
         With ``uniform``, ``balanced`` or ``bernoulli`` sampling.
     budget
         With ``by="half"`` or ``"module"``: share of the layers' parameters that trains in an
-        interval, between 0 and 1; None takes k/L, what `activated_layers` layers would have.
+        period, between 0 and 1; None takes k/L, what `activated_layers` layers would have.
     correct_lr
         Power ρ, from 0 to 1: the update of a drawn layer is multiplied by ((k/L)/π)^ρ, the ratio
         between 1/4 and 4. At 0, layers drawn more often move more; at 1 they move alike on

@@ -275,7 +275,7 @@ class Lisa:
         return self._schedule.state_dict() | self._learning.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, in the middle of an interval too.
+        """Continue where `state` was taken, in the middle of a period too.
 
         The model and the optimizer may be loaded before or after, except with
         ``precision="fp32_active"``: see `tensors`.

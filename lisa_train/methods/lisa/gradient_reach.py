@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Unreached:
-    """Layers of a draw that steps of its interval left without any gradient.
+    """Layers of a draw that steps of its period left without any gradient.
 
     `layers` gives, for each of them, in how many of the `steps` since step `since` that was so;
     where parts of layers take turns, it counts parts, and `names` has what they are called.
@@ -55,7 +55,7 @@ class GradientReach:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Begin an interval after `step` completed steps."""
+        """Begin a period after `step` completed steps."""
         self._since, self._steps = step, 0
         self._missed: dict[int, int] = {}
 
@@ -77,7 +77,7 @@ class GradientReach:
         self._stepping = False
 
     def found(self) -> Unreached | None:
-        """Return what the interval so far shows; None when every layer always had a gradient."""
+        """Return what the period so far shows; None when every layer always had a gradient."""
         if not self._missed:
             return None
         return Unreached(self._since, self._steps, dict(self._missed), self._names)

@@ -61,7 +61,7 @@ def check_probabilities(
             )
         raise ProbabilitiesError(
             f"inclusion probabilities sum to {total:.6g}, but {activated_layers} layers are active "
-            f"in each interval: they must sum to {activated_layers}; scale them or set "
+            f"in each period: they must sum to {activated_layers}; scale them or set "
             "activated_layers to their sum."
         )
     certain = values >= CERTAIN

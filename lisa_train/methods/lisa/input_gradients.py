@@ -22,7 +22,7 @@ class InputGradients:
     model
         The model.
     embeddings_train
-        Whether the embeddings train in every interval, so that backward reaches them anyway.
+        Whether the embeddings train in every period, so that backward reaches them anyway.
     """
 
     def __init__(self, model: nn.Module, *, embeddings_train: bool) -> None:

@@ -61,7 +61,7 @@ class Notices:
             )
 
     def unreached(self, found: Unreached | None) -> None:
-        """Name the drawn layers that steps of the interval did not reach; on the screen once."""
+        """Name the drawn layers that steps of the period did not reach; on the screen once."""
         if found is not None:
             self._say(str(found), logging.INFO if self._unreached_said else logging.WARNING)
             self._unreached_said = True
@@ -142,7 +142,7 @@ def at_start(
             f"{len(missing)} of {len(turns)} {_called(turns, missing)} will "
             f"never train: {total_steps} steps with interval_steps = {config.interval_steps} and "
             f"{_amount(config)} do not reach them; use a shorter "
-            f"interval, more {'layers' if turns.by == 'layer' else 'parameters'}, or "
+            f"period, more {'layers' if turns.by == 'layer' else 'parameters'}, or "
             f"sampling='balanced'{' or ' + repr('cyclic') if turns.by == 'layer' else ''}"
         )
     return [text for text in found if text]
@@ -162,7 +162,7 @@ def unclassified(model: nn.Module, tensors: Sequence[torch.Tensor], *, active: b
         f"{share:.1%} of the model ({_listing(named)})"
     )
     if active:
-        return f"LISA trains in every interval {what}; freeze them first to let them rest"
+        return f"LISA trains in every period {what}; freeze them first to let them rest"
     return f"LISA never trains {what}; put 'other' into lisa.always_active to train them"
 
 
@@ -198,7 +198,7 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
     if config.by == "layer" and config.activated_layers >= count:
         return (
             f"activated_layers is {config.activated_layers} and the model has {layers}{shared}: "
-            "every layer trains in every interval, as in full fine-tuning"
+            "every layer trains in every period, as in full fine-tuning"
         )
     return f"the model has {layers}{shared}" if shared else None
 

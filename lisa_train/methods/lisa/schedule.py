@@ -165,7 +165,7 @@ class Schedule:
     def advance(self, step: int) -> Draw | None:
         """Go to the optimizer step after `step` completed ones; the draw that this makes, if any.
 
-        A schedule that starts in the middle of an interval makes the draw of that interval.
+        A schedule that starts in the middle of a period makes the draw of that period.
         """
         if step < 0:
             raise ConfigError(f"step counts completed optimizer steps from 0, got {step}.")
@@ -256,11 +256,11 @@ class Schedule:
                 f"…), this model has {len(self._layer_names)} ({self._layer_names[0]} …); resume "
                 "with the model that it was saved with."
             )
-        interval = self._config.interval_steps
-        if state["interval_steps"] != interval:
+        period = self._config.interval_steps
+        if state["interval_steps"] != period:
             raise ConfigError(
                 f"the saved LISA state has interval_steps = {state['interval_steps']}, this run "
-                f"{interval}; resume with the setting that it was saved with."
+                f"{period}; resume with the setting that it was saved with."
             )
         settings = _settings(self._config)
         for name, saved in state.get("settings", {}).items():  # states of older versions lack it

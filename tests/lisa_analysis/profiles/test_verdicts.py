@@ -63,7 +63,7 @@ class TestWords:
         profile = la.importance(run)
         assert profile.unknown == (5, 6)
         assert "layers 5 and 6 are unknown" in profile.statement
-        assert "Layer 5 has no interval (seen in fewer than 2 activation intervals)" in (
+        assert "Layer 5 has no interval (seen in fewer than 2 periods between two draws)" in (
             profile.statement
         )
         assert profile.concentration.headroom.sufficient
@@ -126,7 +126,7 @@ class TestUndecided:
         truth[5] = 0.6
         logs = truth + 0.8 * rng.standard_normal((40, 12))
         fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
-        found = judge(fit, 0.95, THRESHOLDS, steps=np.arange(40), interval=None, rng=rng,
+        found = judge(fit, 0.95, THRESHOLDS, steps=np.arange(40), period=None, rng=rng,
                       has_depth=True)  # fmt: skip
         assert found.standing.above.nonzero()[0].tolist() == [5]
         assert found.shape.verdict == "apart"

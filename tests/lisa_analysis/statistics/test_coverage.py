@@ -190,7 +190,7 @@ def test_one_layer_of_another_memory_has_its_own_and_silences_nobody():
         others = np.arange(LAYERS) != 7
         assert fit.known[others].all()
         assert fit.n_eff[7] <= fit.n_eff[others].min()
-        found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(400), interval=None,
+        found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(400), period=None,
                                 rng=rng, has_depth=True)  # fmt: skip
         assert found.shape.verdict in ("U", "drifting")
     assert apart >= 5
@@ -204,7 +204,7 @@ def test_an_unknown_layer_is_named_and_the_rest_is_judged():
     assert (~fit.known).nonzero()[0].tolist() == [9]
     assert np.isnan(fit.samples[:, 9]).all()
     assert np.isfinite(np.delete(fit.samples, 9, axis=1)).all()
-    found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(300), interval=None, rng=rng,
+    found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(300), period=None, rng=rng,
                             has_depth=True)  # fmt: skip
     assert found.shape.verdict == "U"
     assert found.concentration.headroom.sufficient

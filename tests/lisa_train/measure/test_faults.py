@@ -13,7 +13,7 @@ from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_analysis.rundir.opening import load
 from lisa_train.measure import faults
 from lisa_train.measure.disk.storage import UnwritableError
-from lisa_train.measure.step.checkpoint_conversions import Recipe
+from lisa_train.measure.step.checkpoint_conversions import Conversion
 from lisa_train.measure.step.step_measure import StepMeasure
 
 FAULTS = [
@@ -335,17 +335,17 @@ def test_a_fault_of_the_probe_itself(tmp_path, monkeypatch, mode):
                 recorder.probe(1, lambda: model(**batch).loss.backward())
 
 
-@pytest.mark.parametrize("where", ["lines", "recipes", "elsewhere"])
+@pytest.mark.parametrize("where", ["lines", "conversions", "elsewhere"])
 def test_a_fault_in_reading_the_base_weights(tmp_path, monkeypatch, where):
     """Transformers' rules may fail in any way; what is built on them may not."""
     from transformers import AutoModelForCausalLM
 
     llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    if where == "lines":  # a line of the toolkit's own: the recipe's first source is None
+    if where == "lines":  # a line of the toolkit's own: the conversion's first source is None
         monkeypatch.setattr(
-            "lisa_train.measure.step.base_weights.recipes",
-            lambda *args: [Recipe("model.norm.weight", sources=[])],
+            "lisa_train.measure.step.base_weights.conversions",
+            lambda *args: [Conversion("model.norm.weight", sources=[])],
         )
     else:
 
@@ -353,7 +353,7 @@ def test_a_fault_in_reading_the_base_weights(tmp_path, monkeypatch, where):
             raise AttributeError("another version")
 
         target = {
-            "recipes": "transformers.core_model_loading.rename_source_key",
+            "conversions": "transformers.core_model_loading.rename_source_key",
             "elsewhere": "transformers.core_model_loading.dot_natural_key",
         }
         monkeypatch.setattr(target[where], fail)

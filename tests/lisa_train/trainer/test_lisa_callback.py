@@ -103,7 +103,7 @@ def test_draws_happen_at_optimizer_steps_and_one_schedule_runs_through(make_llam
         ("schedule_free_adamw", "keep"),
     ],
 )
-def test_a_run_resumed_inside_an_interval_is_bit_identical(make_llama, tmp_path, optim, policy):
+def test_a_run_resumed_inside_a_period_is_bit_identical(make_llama, tmp_path, optim, policy):
     config = lt.LisaConfig(1, 3, "balanced", optimizer_state=policy)
     settings = {"save_strategy": "steps", "save_steps": 5, "optim": optim, "max_steps": 10}
     if optim == "schedule_free_adamw":

@@ -219,7 +219,7 @@ def test_checkpoints_hold_plain_numbers(tmp_path):
     trainer.train()
     text = (tmp_path / "checkpoint-7" / "trainer_state.json").read_text()
     state = json.loads(text)["stateful_callbacks"]["lisa_toolkit"]
-    assert len(state["learning"]["visits"]["steps"]) == 1  # step 7 began the interval of 6
+    assert len(state["learning"]["visits"]["steps"]) == 1  # step 7 began the period of 6
     assert state["sampler"]["next"] == 4
 
 

@@ -50,7 +50,7 @@ def test_the_run_names_what_trains_beside_the_layers_and_draws_without_gradient(
     run = load(tmp_path / "run")
     events = run.events
     said = events.loc[events["event"] == "warning", "message"].tolist()
-    assert "LISA trains in every interval what is neither layer, embedding, head nor" in said[0]
+    assert "LISA trains in every period what is neither layer, embedding, head nor" in said[0]
     assert "feature_projection.projection" in said[0]
     assert said[1].startswith("config.layerdrop is 0.5: the model skips")
     draws = events[events["event"] == "lisa_draw"]

@@ -29,7 +29,7 @@ class LearnConfig:
         ``l1_descent``: η‖g‖₁, the loss decrease that a step of Adam promises. ``descent``:
         −⟨g, θ′−θ⟩, what the step that was made promises; it takes a copy of the layers that train.
         ``signal``: √(‖E g‖²/N), what the micro-batches of a step agree on, or, where there is one,
-        the halves of a batch, in a pass of its own once in every interval.
+        the halves of a batch, in a pass of its own once in every period.
         ``probe``: the gradient per element of all layers, drawn or not, in a measuring pass.
     learner
         How visits become scores: ``ema``, a running mean with its interval; ``kl``, a

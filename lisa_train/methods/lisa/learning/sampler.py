@@ -69,7 +69,7 @@ class LearnedSampler(Sampler):
         if k >= layers:
             raise ConfigError(
                 f"lisa.learn has nothing to learn: activated_layers is {k} and the model has "
-                f"{layers} layers, which train in every interval; lower activated_layers or leave "
+                f"{layers} layers, which train in every period; lower activated_layers or leave "
                 "lisa.learn out."
             )
         strength = Strength.of(

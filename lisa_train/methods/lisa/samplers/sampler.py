@@ -16,7 +16,7 @@ STREAM = 0x115A
 
 
 class Sampler(ABC):
-    """Draws the layers of every interval; under `register`, `LisaConfig.sampling` can name it.
+    """Draws the layers of every period; under `register`, `LisaConfig.sampling` can name it.
 
     The engine asks in the order of training: `probabilities(index)`, `draw(index)`, and whatever
     it is given to `learn` until the next draw. A sampler of its own is a subclass with `draw`. One

@@ -19,7 +19,7 @@ from lisa_train.methods.lisa.samplers.sampler import STREAM, PureSampler, regist
 class SystematicSampler(PureSampler):
     """Systematic sampling with probability proportional to size, on a fresh random order (Madow).
 
-    Lay the layers end to end as intervals of length π in random order and take those that
+    Lay the layers end to end as stretches of length π in random order and take those that
     contain u, u+1, …, u+k−1 for one uniform u in [0, 1): exact π, fixed size.
     """
 

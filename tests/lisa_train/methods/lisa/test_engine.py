@@ -207,7 +207,7 @@ def test_gradient_accumulation_draws_between_optimizer_steps_only(make_llama):
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize(("name", "policy"), CASES)
-def test_frozen_layers_are_bit_identical_over_their_interval(make_llama, name, set_to_none, policy):
+def test_frozen_layers_are_bit_identical_over_their_period(make_llama, name, set_to_none, policy):
     model = make_llama(layers=4)
     optimizer = OPTIMIZERS[name](model.parameters())
     config = lt.LisaConfig(activated_layers=1, interval_steps=3, optimizer_state=policy)
@@ -548,7 +548,7 @@ def test_a_file_of_another_model_or_number_is_refused_naming_both(make_llama, tm
 
 
 @pytest.mark.parametrize(("name", "policy"), CASES)
-def test_a_run_resumed_inside_an_interval_is_bit_identical(make_llama, name, policy, tmp_path):
+def test_a_run_resumed_inside_a_period_is_bit_identical(make_llama, name, policy, tmp_path):
     config = lt.LisaConfig(
         1, 4, "balanced", optimizer_state=policy, warmup_steps=0 if name == "schedule_free" else 2
     )

@@ -56,7 +56,7 @@ def test_neither_gradient_nor_state_nor_change(make_llama, sampling, policy):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_run_resumed_inside_an_interval_is_bit_identical(make_llama):
+def test_a_run_resumed_inside_a_period_is_bit_identical(make_llama):
     def start(model):
         return torch.optim.AdamW(model.parameters(), lr=1e-2)
 

@@ -135,7 +135,7 @@ def test_exactly_the_active_tensors_move_and_have_state(policy):
 
 
 @pytest.mark.parametrize("policy", ["reset", "keep"])
-def test_a_run_resumed_inside_an_interval_is_bit_identical(policy):
+def test_a_run_resumed_inside_a_period_is_bit_identical(policy):
     config = lt.LisaConfig(1, 3, "balanced", optimizer_state=policy, warmup_steps=2)
     whole = llama(layers=4)
     optimizers = muon_and_adamw(whole)

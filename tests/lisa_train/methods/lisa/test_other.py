@@ -103,7 +103,7 @@ def test_a_fresh_head_trains_whatever_its_name(head, caplog):
             train(model, optimizer, engine, [step], REGRESSION)
             assert not torch.equal(weight, previous)
     assert not torch.equal(weight, before)
-    said = [r.getMessage() for r in caplog.records if "in every interval" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "in every period" in r.getMessage()]
     if head == "classifier":  # a name that is known
         assert not said
     else:
@@ -140,7 +140,7 @@ def test_a_second_tower_is_announced_by_its_parts(caplog):
     tower = sum(p.numel() for p in model.model.vision_tower.encoder.parameters())
     with Lisa(model, adamw(model), lt.LisaConfig(1, 1)):
         pass
-    (said,) = (r.getMessage() for r in caplog.records if "in every interval" in r.getMessage())
+    (said,) = (r.getMessage() for r in caplog.records if "in every period" in r.getMessage())
     assert f"model.vision_tower.encoder {tower:,}" in said
     assert "model.multi_modal_projector" in said
 
@@ -175,7 +175,7 @@ def test_a_model_of_one_shared_layer_says_that_nothing_rotates(caplog):
         pass
     assert (
         "activated_layers is 1 and the model has 1 layer that the 3 hidden layers of its "
-        "configuration share: every layer trains in every interval, as in full fine-tuning"
+        "configuration share: every layer trains in every period, as in full fine-tuning"
     ) in caplog.text
 
 

@@ -171,7 +171,7 @@ def test_a_resumed_run_is_bit_identical(make_llama, tmp_path, policy):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_trainer_run_resumed_inside_an_interval_is_bit_identical(make_llama, tmp_path, elsewhere):
+def test_a_trainer_run_resumed_inside_a_period_is_bit_identical(make_llama, tmp_path, elsewhere):
     rows = [{k: v[0].tolist() for k, v in batch(i).items()} for i in range(40)]
 
     def trainer(model):

@@ -339,7 +339,7 @@ def test_exactly_the_drawn_parts_train(make_llama, by, policy):
 
 
 @pytest.mark.parametrize("stop", [6, 7])
-def test_a_resumed_run_goes_on_to_the_bit_inside_an_interval_too(make_llama, stop):
+def test_a_resumed_run_goes_on_to_the_bit_inside_a_period_too(make_llama, stop):
     chosen = settings(learn=LearnConfig(start_after=1), optimizer_state="keep", control="permuted",
                       correct_lr=0.5)  # fmt: skip
     whole = Loop(make_llama(layers=3), chosen)

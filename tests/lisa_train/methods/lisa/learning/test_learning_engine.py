@@ -205,7 +205,7 @@ def test_signal_of_one_micro_batch_is_refused(make_llama):
 
 
 def test_signal_of_halves_is_their_product_and_leaves_no_trace(make_llama):
-    """⟨G₁, G₂⟩ of the halves of the step's batch, once in every interval, before the draw."""
+    """⟨G₁, G₂⟩ of the halves of the step's batch, once in every period, before the draw."""
     model = make_llama(layers=LAYERS)
     loop = Loop(model, config("signal"), micro=1)
     layers = loop.layers

@@ -158,7 +158,7 @@ def test_all_processes_learn_the_same(ranks, metric):
 
 
 @pytest.mark.parametrize("metric", ["grad_rms", "signal", "probe"])
-def test_resumed_inside_an_interval_they_go_on_to_the_bit(ranks, metric):
+def test_resumed_inside_a_period_they_go_on_to_the_bit(ranks, metric):
     for each in ranks:
         whole, again = each[metric], each[metric]["again"]
         assert again["draws"] == whole["draws"]

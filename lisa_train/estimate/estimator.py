@@ -1,5 +1,6 @@
 """From one setting to bytes: which draws may cost the most, and what each of them holds."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,6 +31,8 @@ from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
 from lisa_train.methods.lisa.samplers import SAMPLERS
 from lisa_train.optim.policies import POLICIES
+
+_FP32 = 4
 
 
 class Estimator:
@@ -110,7 +113,13 @@ class Estimator:
         trace = record_step(stage, setting, pattern, scratch=scratch)
         kept, aside = self._with_state(pattern)
         held = [
-            Held(stage.label(name), state.device, state.scratch if name in pattern.trainable else 0)
+            Held(
+                stage.label(name),
+                state.device,
+                state.scratch if name in pattern.trainable else 0,
+                self._copy(name) if name in pattern.raised else 0,
+                self._digits(name) if name in pattern.raised else 0,
+            )
             for name, state in kept.items()
         ]
         devices = self._devices(trace, held)
@@ -159,11 +168,8 @@ class Estimator:
     def _state(self, name: str, raised: bool) -> StateBytes:
         """Optimizer state of a tensor, of a device's share where it is sharded."""
         parameter = self.parameters[name]
-        shape = parameter.shape
-        if self._pieces > 1 and shape:
-            shape = torch.Size((-(-shape[0] // self._pieces), *shape[1:]))
         key = (
-            shape,
+            self._shape(name),
             torch.float32 if raised else parameter.dtype,
             id(parameter) in self._wide,
         )
@@ -171,13 +177,30 @@ class Estimator:
             self._known[key] = self.kind.state(*key)
         return self._known[key]
 
+    def _shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, or of a device's share."""
+        shape = self.parameters[name].shape
+        if self._pieces > 1 and shape:
+            return torch.Size((-(-shape[0] // self._pieces), *shape[1:]))
+        return shape
+
+    def _copy(self, name: str) -> int:
+        """Bytes of the fp32 copy of a tensor, and of its gradient in fp32 in the step."""
+        half = self.parameters[name].dtype == torch.bfloat16
+        return math.prod(self._shape(name)) * _FP32 if half else 0
+
+    def _digits(self, name: str) -> int:
+        """Bytes that its gradient has beside bf16 while micro-batches are added up."""
+        adds = self.setting.gradient_accumulation_steps > 1 and self._pieces == 1
+        return self._copy(name) // 2 if adds else 0
+
     @property
     def _resting_state(self) -> str:
         """Where the optimizer state of a frozen tensor lies: nowhere, device or host."""
         return POLICIES[self.setting.lisa.optimizer_state].place
 
     def _held(self, name: str) -> int:
-        """Bytes that a tensor adds when it trains: gradient, state that comes and goes, fp32."""
+        """Bytes that a tensor adds when it trains: gradient, state that comes and goes, copy."""
         parameter = self.parameters[name]
         half = parameter.dtype == torch.bfloat16
         raised = half and self.setting.lisa.precision == "fp32_active"
@@ -235,6 +258,7 @@ class Estimator:
         """What the optimizer allocates to step one tensor."""
         sizes = {
             id(self.parameters[name]): self._state(name, name in pattern.raised).scratch
+            + (self._copy(name) if name in pattern.raised else 0)
             for name in pattern.trainable
         }
         return lambda parameter: sizes[id(parameter)]

@@ -81,10 +81,3 @@ class Setting(_Sections):
     def rotation(self) -> LisaConfig | None:
         """Settings by which layers take turns; None where the same tensors train at every step."""
         return METHODS[self.method].rotation(self)
-
-    @property
-    def compute(self) -> str | None:
-        """Precision of autocast, or None; fp32-held layers of a bf16 model need it."""
-        if self.rotation is not None and self.rotation.precision == "fp32_active":
-            return self.autocast or "bfloat16"
-        return self.autocast

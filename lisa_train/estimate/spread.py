@@ -8,15 +8,24 @@ from numpy.typing import NDArray
 
 from lisa_train.estimate.result import DeviceMemory
 from lisa_train.estimate.trace import ACTIVATIONS, GRADIENTS, LOGITS, WEIGHTS, Trace
+from lisa_train.optim.step_copies import TOGETHER
+
+_FP32 = 4
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a parameter holds outside the trace, and where it lies."""
+    """What a parameter holds outside the trace, and where it lies.
+
+    `copy` is its fp32 copy, and while it steps its gradient in fp32; `digits` what its gradient has
+    beside bf16 while micro-batches are added up.
+    """
 
     label: int
     state: int
     scratch: int
+    copy: int = 0
+    digits: int = 0
 
 
 def whole(trace: Trace, held: list[Held], *, at_once: bool, stepped: bool) -> DeviceMemory:
@@ -81,26 +90,38 @@ def _device(
     trace: Trace, sizes: NDArray[np.int64], held: list[Held], *, at_once: bool, stepped: bool
 ) -> DeviceMemory:
     """Peaks of one device from the storages that lie on it, with these sizes."""
-    state = sum(h.state for h in held)
-    scratch = (h.scratch for h in held)
+    state, copies = sum(h.state for h in held), sum(h.copy for h in held)
+    digits = sum(h.digits for h in held)
     start, forward, end = (trace.marks[mark] for mark in ("start", "forward", "end"))
     live = trace.live(sizes)
     gradients = trace.live(np.where(trace.kinds == GRADIENTS, sizes, 0))
     logits = trace.live(np.where(trace.kinds == LOGITS, sizes, 0))
     saved = trace.alive(forward) & (trace.kinds == ACTIVATIONS)
     phases = {
-        "forward": int(live[start : forward + 1].max()) + state,
-        "backward": int(live[forward : end + 1].max()) + state,
+        "forward": int(live[start : forward + 1].max()) + state + copies,
+        "backward": int(live[forward : end + 1].max()) + state + copies,
     }
+    if digits:
+        phases["forward"] += digits
+        phases["backward"] += digits + max(h.digits for h in held)  # and one new sum
     if not stepped:
-        phases["step"] = (
-            int(live[end]) + state + (sum(scratch) if at_once else max(scratch, default=0))
-        )
+        phases["step"] = int(live[end]) + state + copies + _room(held, at_once=at_once)
     return DeviceMemory(
-        weights=int(sizes[trace.kinds == WEIGHTS].sum()),
-        gradients=int(gradients[start:].max()),
+        weights=int(sizes[trace.kinds == WEIGHTS].sum()) + copies,
+        gradients=int(gradients[start:].max()) + digits,
         optimizer=state,
         activations=int(sizes[saved].sum()),
         logits=int(logits.max()),
         phases=phases,
     )
+
+
+def _room(held: list[Held], *, at_once: bool) -> int:
+    """What the optimizer allocates to step; an upper estimate where it steps copies in groups."""
+    plain = [h.scratch for h in held if not h.copy]
+    room = sum(plain) if at_once else max(plain, default=0)
+    if copied := [h for h in held if h.copy]:
+        each = [h.copy + h.scratch for h in copied]
+        rate = max(size / h.copy for size, h in zip(each, copied, strict=True))
+        room += min(sum(each), max(max(each), int(rate * TOGETHER * _FP32)))
+    return room

@@ -24,7 +24,7 @@ from lisa_train.trainer.trl_head import sliced_head_gradient
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which parameters train, and which of them are held in fp32 for it."""
+    """Which parameters train, and which of them have an fp32 copy for it."""
 
     trainable: frozenset[str]
     raised: frozenset[str] = frozenset()
@@ -46,7 +46,7 @@ def record_step(
     """
     names = {id(p): name for name, p in stage.model.named_parameters()}
     spared = _spared(stage, setting, pattern)
-    with stage.mode, _precision(stage.model, pattern), spared, _hooks() as handles:
+    with stage.mode, _training(stage.model, pattern), spared, _hooks() as handles:
         batch = stage.batch(setting)
         log = StorageLog()
         for name, parameter in stage.model.named_parameters():
@@ -79,7 +79,7 @@ def record_step(
 
 def _loss(stage: Stage, setting: Setting, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Run the forward pass; only the loss outlives it, as in Trainer."""
-    cast = setting.compute
+    cast = setting.autocast
     kind = getattr(torch, cast) if cast else torch.bfloat16
     try:
         with torch.autocast("cpu", dtype=kind, enabled=cast is not None):
@@ -116,19 +116,16 @@ def _route(setting: Setting) -> Any:
 
 
 @contextlib.contextmanager
-def _precision(model: nn.Module, pattern: Pattern) -> Any:
-    """Set `requires_grad` and hold the raised parameters in fp32; undo both."""
-    before = [(p, p.requires_grad, p.data) for p in model.parameters()]
+def _training(model: nn.Module, pattern: Pattern) -> Any:
+    """Set `requires_grad`; undo it."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in pattern.trainable)
-            if name in pattern.raised:
-                parameter.data = parameter.data.float()
         yield
     finally:
-        for parameter, flag, data in before:
+        for parameter, flag in before:
             parameter.requires_grad_(flag)
-            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -82,34 +82,25 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         )
 
 
-def refuse_unproved(model: nn.Module, precision: str, *, rotates: bool) -> None:
+def refuse_unproved(model: nn.Module, *, rotates: bool) -> None:
     """`ConfigError` for ways to train on several devices in which LISA is not known to be right.
 
     Parameters
     ----------
     model
         The model as LISA gets it, wrapped or not.
-    precision
-        `LisaConfig.precision`.
     rotates
         Whether any tensor ever rests.
     """
     refuse_wrappers(model, "LISA")
-    _check_pieces(model, precision)
+    _check_pieces(model)
     replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if precision == "fp32_active" and replicas:
-        raise ConfigError(
-            "lisa.precision is 'fp32_active' under DistributedDataParallel, whose copies of the "
-            "model would part, as it goes on exchanging the bf16 gradients that it was built for; "
-            "leave the model unwrapped (LISA averages gradients itself), or set lisa.precision to "
-            "'model'."
-        )
     if rotates:
         for replica in replicas:
             _check_ddp(replica)
 
 
-def _check_pieces(model: nn.Module, precision: str) -> None:
+def _check_pieces(model: nn.Module) -> None:
     """`ConfigError` for tensors that processes share in another way than by FSDP2 alone."""
     split = [(name, p) for name, p in model.named_parameters() if is_sharded(p)]
     if not split:
@@ -120,12 +111,6 @@ def _check_pieces(model: nn.Module, precision: str) -> None:
             f"LISA is not proved with weights that tensor parallelism splits, or FSDP2 with copies "
             f"(HSDP), as {name} is; use FSDP2 over one dimension, or one copy of the model per "
             "process."
-        )
-    if precision == "fp32_active":
-        raise ConfigError(
-            f"lisa.precision is 'fp32_active' and {name} is split over processes by FSDP2, which "
-            "keeps the precision of a tensor: hold the weights in fp32 and compute in bf16 "
-            "(MixedPrecisionPolicy(param_dtype=torch.bfloat16)), or set lisa.precision to 'model'."
         )
 
 

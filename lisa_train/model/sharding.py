@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.private_names import check
 
 
@@ -40,6 +41,32 @@ def local_slices(tensor: torch.Tensor) -> tuple[slice, ...] | None:
         if shape != tuple(tensor.to_local().shape):  # type: ignore[attr-defined]
             return None
     return tuple(cuts)
+
+
+def split_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor as this process's part of one that is split as `like` is.
+
+    Raises
+    ------
+    ConfigError
+        For another shape, of which it is not known where it would be cut.
+    """
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    where = local_slices(like)
+    if where is None or tensor.shape != like.shape:
+        raise ConfigError(
+            f"optimizer state of shape {tuple(tensor.shape)} belongs to a tensor of shape "
+            f"{tuple(like.shape)} that is split over processes, and cannot be split like it; take "
+            "an optimizer whose state has the shape of its tensors, as AdamW."
+        )
+    from torch.distributed.tensor import DTensor
+
+    split: Any = like
+    part = tensor[where].to(split.to_local().device).contiguous()
+    return DTensor.from_local(  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+        part, split.device_mesh, split.placements, shape=like.shape, stride=like.stride()
+    )
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED
+from lisa_train.model.sharding import split_as
 from lisa_train.optim.paged_state import paged_state
 from lisa_train.optim.policies import POLICIES, SetAside
 
@@ -189,7 +190,7 @@ class FrozenState:
                 if position not in states:
                     continue
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device)
+                    key: split_as(value.to(parameter.device), parameter)
                     if torch.is_tensor(value) and value.ndim
                     else value
                     for key, value in states[position].items()

@@ -93,6 +93,12 @@ def _models() -> list[PrivateName]:
             "optimizers that step inside backward themselves are not seen",
             refused=False, in_source=True, if_loaded=True,
         ),
+        PrivateName(
+            "step of copies", "torch.optim.optimizer", "hooked", ("optim/step_copies",),
+            "all gradients are in fp32 at once in a step with lisa.precision 'fp32_active': two "
+            "bytes more for every weight that trains",
+            refused=False, in_source=True,
+        ),
     ]  # fmt: skip
 
 

@@ -27,11 +27,6 @@ from lisa_train.trainer.parallel_checks import check_lisa_processes
 STATE_KEY = "lisa_toolkit"
 # Beside it with precision="fp32_active": what a bf16 model cannot hold.
 TENSORS_FILE = "lisa.pt"
-# A warning, where the last weights were measured before `rounds_at_the_end`.
-ROUNDED = (
-    "delta_norm of step {} is that of the checkpoint, whose active layers are in fp32; after it "
-    "they were rounded to bfloat16, and the final model differs by that rounding."
-)
 
 logger = logging.getLogger(__name__)
 
@@ -181,18 +176,17 @@ class LisaCallback(Listener, TrainerCallback):
     ) -> None:
         """Save the fp32 tensors beside the checkpoint of a bf16 model."""
         assert self.engine is not None
-        if self.config.precision == "fp32_active" and state.is_world_process_zero:
-            torch.save(self.engine.tensors(), _folder(args, state) / TENSORS_FILE)
+        if self.config.precision != "fp32_active":
+            return
+        tensors = self.engine.tensors()  # split ones are put together by all processes
+        if state.is_world_process_zero:
+            torch.save(tensors, _folder(args, state) / TENSORS_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End the engine; flags are restored."""
         self.close()
-
-    def rounds_at_the_end(self, args: TrainingArguments) -> bool:
-        """Whether the engine changes the last weights when it ends: fp32 becomes bf16 again."""
-        return self.config.precision == "fp32_active" and not args.load_best_model_at_end
 
     def _probe_source(self, trainer: Trainer | None) -> ProbeSource | None:
         """Return what measuring passes of all layers are made with, if they are to be made."""
@@ -217,7 +211,7 @@ class LisaCallback(Listener, TrainerCallback):
         """Refuse what only the wrapped model shows, of which Trainer hands on the inside."""
         assert self.engine is not None
         try:
-            refuse_unproved(model, self.config.precision, rotates=self.engine.rotates)
+            refuse_unproved(model, rotates=self.engine.rotates)
         except ConfigError:
             self.close()
             raise

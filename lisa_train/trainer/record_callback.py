@@ -23,7 +23,7 @@ from lisa_train.model.tensor_table import tensor_table
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.lisa_callback import ROUNDED, LisaCallback, draw_fields
+from lisa_train.trainer.lisa_callback import LisaCallback, draw_fields
 from lisa_train.trainer.optimizer_callbacks import StepCallback
 from lisa_train.trainer.parallel_checks import check_parallel
 from lisa_train.trainer.probe_pass import TrainerProbes
@@ -178,11 +178,6 @@ class RecordCallback(Listener, TrainerCallback):
         """Take the last census and close the run."""
         if state.global_step == 0 and self.recorder is not None:
             raise ConfigError(f"no step was made: {NO_BATCH}")
-        step, lisa = state.global_step, self._lisa
-        rounds = lisa is not None and lisa.rounds_at_the_end(args) and self.config.base_delta
-        if rounds and self.recorder is not None and self.recorder.census_step == step:
-            # The rows are on the disk, with the checkpoint, and are never rewritten.
-            self.recorder.event("warning", step, message=ROUNDED.format(step))
         self.close()
 
     def close(self, error: BaseException | None = None) -> None:
@@ -258,10 +253,8 @@ class RecordCallback(Listener, TrainerCallback):
         self.recorder.amend(epoch=state.epoch)
         last = control.should_training_stop
         self._probes.step_end(self.recorder, state.global_step, last=last)
-        rounds = self._lisa is not None and self._lisa.rounds_at_the_end(args)
-        if last and not rounds:
-            # The last census is that of the weights that stay; but Trainer may put the best ones
-            # in the place of the last ones before it ends.
+        if last:
+            # Trainer may put the best weights in the place of the last ones before it ends.
             self.recorder.census(state.global_step)
 
     @_recording

@@ -24,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.model.master_copies import exact
+from lisa_train.optim import step_copies
 from lisa_train.optim.eight_bit import set_eight_bit_states
 from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.trainer import trl_head as head_gradient
@@ -152,8 +154,9 @@ def measure(option: Option) -> dict[str, float]:
             engine.begin_step(step)
             assert engine.active_layers == DRAWN
         states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        copies = [exact(p) for p in model.parameters() if exact(p) is not p]
         head = sliced_head_gradient if option.slices else nullcontext
-        with head(), Allocations([*tensors_of(model), *states], width=TILE) as seen:
+        with head(), Allocations([*tensors_of(model), *copies, *states], width=TILE) as seen:
             loss = model(input_ids=ids, labels=ids, **extra).loss
             found["activations"] = seen.live
             found["peak, forward"] = seen.peak
@@ -161,7 +164,8 @@ def measure(option: Option) -> dict[str, float]:
             found["gradients"] = largest.most if option.inside else gradient_bytes(model)
             optimizer.step()
             optimizer.zero_grad()
-        found |= {"state": state_bytes(optimizer), "weights": bytes_of(model.parameters())}
+        weights = bytes_of([*model.parameters(), *copies])
+        found |= {"state": state_bytes(optimizer), "weights": weights}
         found["peak"] = found["weights"] + bytes_of(states) + seen.peak
     if engine is not None:
         engine.close()
@@ -176,6 +180,8 @@ def table() -> dict[str, dict[str, float]]:
     import trl.trainer.utils
 
     tile, rows_at_once = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, head_gradient.SLICE
+    together = step_copies.TOGETHER
+    step_copies.TOGETHER //= 1024
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = TILE
     head_gradient.SLICE //= 32
     try:
@@ -186,6 +192,7 @@ def table() -> dict[str, dict[str, float]]:
     finally:
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
         head_gradient.SLICE = rows_at_once
+        step_copies.TOGETHER = together
     print(f"\n| MiB (GiB for 8B) | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in COLUMNS)} |")
@@ -239,3 +246,15 @@ def test_lisa_against_lora(table):
     assert table["E+H+2L, 8-bit: all groups"]["peak"] < 0.95 * lora["peak"]
     assert table["E+H+2L, checkpointing"]["peak"] > 1.2 * thrifty["peak"]
     assert table["2L, checkpointing, in backward, 8-bit"]["peak"] < thrifty["peak"]
+
+
+def test_a_step_of_fp32_copies_adds_one_gradient_in_fp32(table):
+    """16 bytes a weight that trains, and no more of a step than the largest tensor."""
+    plain, copied = table["E+H+2L"], table["E+H+2L, fp32_active"]
+    assert copied["gradients"] == plain["gradients"]
+    assert copied["weights"] == pytest.approx(plain["weights"] + 2 * plain["gradients"], rel=0.01)
+    held = copied["weights"] + copied["gradients"] + copied["state"]
+    # The peak is where the logits are, as without copies, or in the step of the embedding.
+    logits = plain["peak"] - plain["weights"] - plain["state"]
+    most = max(copied["weights"] + copied["state"] + logits, held + 2 * LARGEST)
+    assert copied["peak"] == pytest.approx(most, rel=0.02)

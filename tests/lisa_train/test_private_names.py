@@ -102,6 +102,12 @@ def eight_bit(tmp_path):
     lt.attach(trainer, eight_bit_states=("layers",))
 
 
+def copies():
+    config = lt.LisaConfig(1, precision="fp32_active")
+    model = llama().bfloat16()
+    lt.Lisa(model, torch.optim.SGD(model.parameters(), 0.1), config).close()
+
+
 def in_backward():
     lt.StepInBackward(torch.optim.SGD(llama().parameters(), 0.1))
 
@@ -151,6 +157,7 @@ DOORS = {
     "eight bit": lambda tmp, mp: eight_bit(tmp),
     "bitsandbytes": lambda tmp, mp: in_backward_of_bitsandbytes(),
     "step in backward": lambda tmp, mp: in_backward(),
+    "step of copies": lambda tmp, mp: copies(),
     "estimate": lambda tmp, mp: estimate(),
     "estimate trl": lambda tmp, mp: estimated_head(),
     "sharded": lambda tmp, mp: check(*private_needs(sharded=True)),

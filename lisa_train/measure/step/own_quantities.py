@@ -12,6 +12,7 @@ from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.quantities import REGISTRY, Quantity
 from lisa_train.measure.step.parts import Part
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, numbers
+from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import local, stacked, wide
 from lisa_train.model.tensor_table import TensorTable
 
@@ -35,13 +36,13 @@ class OwnQuantities(Part):
     def update(self, now: StepTensors, clip_coef: Any) -> None:
         """Measure what the optimizer did to the tensors."""
         for quantity in self._of("update"):
-            arguments = ((local(now.before[i]), local(p)) for i, p in now.tensors)
+            arguments = ((local(now.before[i]), local(exact(p))) for i, p in now.tensors)
             self._add(quantity, now.step, now.numbers, arguments)
 
     def state(self, step: int, active: Numbered) -> None:
         """Measure the weights that trained in the step."""
         for quantity in self._of("weights"):
-            self._add(quantity, step, numbers(active), ((local(p),) for _, p in active))
+            self._add(quantity, step, numbers(active), ((local(exact(p)),) for _, p in active))
 
     def census(self, step: int) -> None:
         """Measure all weights."""

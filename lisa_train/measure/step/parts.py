@@ -5,6 +5,7 @@ gradient and the new weight are read together, for example). `StepMeasure` calls
 every moment; a part overrides the moments that concern it.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside, numbers
+from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import squares, wide
 from lisa_train.model.tensor_table import TensorTable
 
@@ -173,14 +175,14 @@ class Weights(Part):
     def state(self, step: int, active: Numbered) -> None:
         """Measure the tensors that trained in the step, after it."""
         if self.want:
-            self._dtypes |= {i: p.dtype for i, p in active}
+            self._dtypes |= {i: exact(p).dtype for i, p in active}
             done = self.buffer.measured(step, "weight_norm")
-            self._add(step, [(i, p) for i, p in active if i not in done])
+            self._add(step, [(i, exact(p)) for i, p in active if i not in done])
 
     def census(self, step: int) -> None:
         """Measure every tensor that this step has not measured yet."""
         done = self.buffer.measured(step, "weight_norm")
-        # A tensor in another precision than at its step has been rounded since: what it is now
+        # Where the step moved an fp32 copy, the tensor is its rounding: what the model holds
         # counts, and stands later in the buffer.
         kinds = self._dtypes
         self._add(
@@ -192,7 +194,7 @@ class Weights(Part):
             ],
         )
 
-    def _add(self, step: int, tensors: Numbered) -> None:
+    def _add(self, step: int, tensors: Sequence[tuple[int, torch.Tensor]]) -> None:
         if tensors:
             square = squares([p for _, p in tensors])
             self.buffer.add(step, "weight_norm", numbers(tensors), square)

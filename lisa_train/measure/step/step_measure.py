@@ -20,6 +20,7 @@ from lisa_train.measure.step.own_quantities import OwnQuantities
 from lisa_train.measure.step.parts import Gradients, OptimizerSteps, Part, Updates, Weights
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside
 from lisa_train.model.joined import Joined, is_small
+from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import local
 from lisa_train.model.tensor_table import TensorTable
 
@@ -226,7 +227,8 @@ def _copies(
     """Copy the tensors into the buffers of the last time; drop buffers that are out of use."""
     copies: dict[int, torch.Tensor] = {}
     again: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for i, tensor in tensors:
+    for i, parameter in tensors:
+        tensor = exact(parameter)
         kept = buffers.get(i)
         if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
             copies[i] = kept

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lisa_train.model.joined import Joined
+from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import (
     changes,
     changes_of_rows,
@@ -73,7 +74,7 @@ class StepTensors:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Σ(θ′−θ)², Σθ′² and Σg(θ′−θ) of the tensors that are not joined."""
         before = [self.before[i] for i, _ in self.apart]
-        return changes(before, [p.detach() for _, p in self.apart], gradients)
+        return changes(before, [exact(p).detach() for _, p in self.apart], gradients)
 
     def joined_changes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return the same of the joined tensors, with the gradients of before clipping."""

@@ -72,7 +72,7 @@ class ActiveTensors:
             model, embeddings_train="embed" in config.always_active
         )
 
-    def choose(self, wanted: set[nn.Parameter], layers: Sequence[int], index: int) -> None:
+    def choose(self, wanted: set[nn.Parameter], layers: Sequence[int]) -> None:
         """Let exactly the `wanted` tensors require gradients.
 
         Parameters
@@ -81,8 +81,6 @@ class ActiveTensors:
             Tensors that train from now on.
         layers
             Layers that train.
-        index
-            Number of the draw.
         """
         if self._sharded is not None:
             reshard(self._sharded)  # an evaluation leaves other tensors in their place
@@ -90,12 +88,28 @@ class ActiveTensors:
             if parameter in wanted:
                 self._activate(parameter)
             else:
-                self._freeze(parameter, index)
+                self._freeze(parameter)
         self.now = wanted
         if self._sharded is not None:
             settle_reductions(self._sharded)
         if self._recomputation is not None:
             self._recomputation.spare(layers)
+
+    def before_step(self, optimizer: Optimizer, closure: object) -> None:
+        """Let an optimizer step the fp32 copies of what trains, where there are any."""
+        if self._master_weights is not None:
+            self._master_weights.before_step(optimizer, closure)
+
+    def after_step(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        """Give an optimizer its tensors back; return those that `round` is to bring up to date."""
+        if self._master_weights is None:
+            return []
+        return self._master_weights.after_step(optimizer)
+
+    def round(self, moved: Sequence[torch.Tensor], step: int) -> None:
+        """Make the tensors roundings of their copies again."""
+        if self._master_weights is not None:
+            self._master_weights.round(moved, step)
 
     def share(self) -> float:
         """Part of the model's parameters that trains now."""
@@ -113,11 +127,11 @@ class ActiveTensors:
         """Take up what `tensors` returned."""
         load_exact_tensors(tensors, self.trainable, self.now, self.state)
 
-    def close(self, index: int) -> None:
+    def close(self) -> None:
         """Restore every `requires_grad` flag and leave the optimizers as plain ones."""
         self.state.close()
         if self._master_weights is not None:
-            self._master_weights.close(index)
+            self._master_weights.close()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._input_gradients.restore()
@@ -128,14 +142,14 @@ class ActiveTensors:
         if parameter not in self.now:
             self.state.thaw(parameter)
         if self._master_weights is not None:
-            self._master_weights.upcast(parameter)
+            self._master_weights.hold(parameter)
         parameter.requires_grad_(True)
 
-    def _freeze(self, parameter: nn.Parameter, index: int) -> None:
+    def _freeze(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(False)
         # A loop that zeroes gradients instead of dropping them would otherwise go on moving the
         # tensor by momentum and weight decay.
         parameter.grad = None
         self.state.freeze(parameter)
         if self._master_weights is not None:
-            self._master_weights.downcast(parameter, index)
+            self._master_weights.drop(parameter)

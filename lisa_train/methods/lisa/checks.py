@@ -185,6 +185,17 @@ def check_warmup(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig
             )
 
 
+def check_precision(optimizers: Sequence[torch.optim.Optimizer], config: LisaConfig) -> None:
+    """`ConfigError` for an optimizer that moves weights outside its step, where copies are."""
+    for optimizer in optimizers:
+        if config.precision == "fp32_active" and is_schedule_free(optimizer):
+            raise ConfigError(
+                f"lisa.precision is 'fp32_active', but {type(optimizer).__name__} keeps its "
+                "weights as an average that it moves outside its step too, past the fp32 copies; "
+                "hold the model in fp32, or set lisa.precision to 'model'."
+            )
+
+
 def refuse_sharded_parts(model: nn.Module, config: LisaConfig) -> None:
     """`ConfigError` for parts of layers under FSDP2, which gathers and reduces whole layers."""
     if config.by != "layer" and any(is_sharded(p) for p in model.parameters()):

@@ -69,10 +69,10 @@ class LisaConfig:
         ``model.vision_tower.encoder.layers``; several separated by commas. Needed only where the
         structure of a model leaves a choice.
     precision
-        ``model`` trains in the precision of the weights. ``fp32_active`` holds the active tensors
-        of a bf16 model in fp32, computes under bf16 autocast, and rounds them stochastically to
-        bf16 when they are frozen: pure bf16 rounds most of a small update away. Checkpoints of a
-        running training hold the active tensors in fp32; the trained model is bf16 again.
+        ``model`` trains in the precision of the weights. ``fp32_active`` keeps an fp32 copy of
+        every active tensor of a bf16 model, which the optimizer steps, and of which the model
+        holds a stochastic rounding, new after every step: pure bf16 rounds most of a small update
+        away. Model and gradients stay bf16; micro-batches are added up in fp32, but under FSDP2.
     recompute
         With gradient checkpointing, the layers that run again in the backward pass: ``all``, or
         the ``frozen`` ones alone: those that train keep their activations, which saves their

@@ -21,6 +21,7 @@ from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
 from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
+from lisa_train.model.master_copies import exact
 from lisa_train.model.run_entries import announce, joined, lisa_entries
 from lisa_train.optim.frozen_state import on_load
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
@@ -262,7 +263,7 @@ class Lisa:
         for unhook in self._unhook:
             unhook()
         self._learning.close()
-        self._active.close(self._schedule.index or 0)
+        self._active.close()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +291,8 @@ class Lisa:
         """Return the fp32 weights and optimizer state, which a bf16 model's checkpoint rounds.
 
         Save it beside the others with ``precision="fp32_active"``, and hand it to `load_tensors`
-        after everything else is loaded.
+        after everything else is loaded. Where FSDP2 splits the weights, all processes call it
+        together, and each gets whole tensors, which any number of processes can load.
         """
         return self._active.tensors()
 
@@ -313,10 +315,12 @@ class Lisa:
         """Let exactly the active units require gradients; clear the rest out of the optimizer."""
         drawn: tuple[Unit, ...] = (*self._schedule.layers, *self.active_groups)
         wanted = {p for unit in drawn for p in self._units[unit]}
-        self._active.choose(wanted, self.active_layers, self._schedule.index or 0)
+        self._active.choose(wanted, self.active_layers)
         self._write_check.start(self._optimizers)
 
-    def _before_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_optimizer_step(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...] = (), named: Any = None
+    ) -> None:
         """Drop gradients that somebody gave to frozen tensors; note where a warm-up starts."""
         if self._schedule.index is None:
             raise ConfigError(
@@ -337,14 +341,18 @@ class Lisa:
         self._write_check.before_step(optimizer, frozen)
         # A tensor without a gradient does not move: one that steps inside backward is alone here.
         self._warmup.before_step(
-            (p, age, self._schedule.update_factor(unit))
+            (exact(p), age, self._schedule.update_factor(unit))
             for unit, age in self._schedule.ages().items()
             for p in self._units[unit]
             if p.grad is not None and self._state.owners.get(p) is optimizer
         )
+        closure = (named or {}).get("closure", next(iter(arguments[1:]), None))  # after itself
+        self._active.before_step(optimizer, closure)
 
     def _after_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Shorten the update of tensors in their warm-up; after a draw, check the frozen ones."""
+        moved = self._active.after_step(optimizer)
         self._warmup.after_step()
         self._learning.after_step(optimizer)
         self._write_check.after_step(optimizer)
+        self._active.round(moved, self._schedule.step)

@@ -14,6 +14,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.checks import (
     check_budget,
     check_optimizers,
+    check_precision,
     check_units,
     check_warmup,
     given_probabilities,
@@ -74,7 +75,7 @@ class Plan:
         may_train = {name: p for name, p in model.named_parameters() if p in wanted}
         plan = cls(config, layer_map, turns, schedule, units, may_train, probabilities)
         refuse_sharded_parts(model, config)
-        refuse_unproved(model, config.precision, rotates=plan.rotates(model))
+        refuse_unproved(model, rotates=plan.rotates(model))
         return plan
 
     def check_optimizer(self, optimizer: Any) -> tuple[Optimizer, ...]:
@@ -90,6 +91,7 @@ class Plan:
         for held in optimizers:
             check_paged_state(held)
         check_warmup(optimizers, self.config)
+        check_precision(optimizers, self.config)
         return optimizers
 
     def loaded_config(self) -> LisaConfig:

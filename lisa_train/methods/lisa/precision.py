@@ -1,43 +1,34 @@
-"""fp32 master weights of the active tensors of a bf16 model: small updates are not rounded away."""
+"""fp32 master weights of the active tensors of a bf16 model: small updates are not rounded away.
 
+The parameters stay what they are, bf16 tensors of the same identity, so that hooks, replicas,
+pieces, autocast and compiled code never see another dtype. Beside every active one lies an fp32
+copy, which the optimizer steps; after the step the parameter is the copy, stochastically rounded.
+"""
+
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.model.master_copies import drop_copy, exact, keep_copy
+from lisa_train.model.norms import local
+from lisa_train.model.sharding import is_sharded, local_slices
 from lisa_train.optim.frozen_state import FrozenState
+from lisa_train.optim.gradient_sums import GradientSums
+from lisa_train.optim.rounding import mixed, round_into, stochastic_round
+from lisa_train.optim.step_copies import CopyStep
+from lisa_train.private_names import check
 
 # First word of the seed of every rounding, so that no other stream is the same.
 _STREAM = 0x115D
 
 
-def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Round fp32 to bf16, up or down with the probability that makes the mean exact.
-
-    bf16 is the upper half of fp32: adding 16 uniform random bits to the lower half and cutting
-    it off rounds up in magnitude with probability (distance from below)/(distance of the two).
-
-    Parameters
-    ----------
-    values
-        fp32, any shape. Infinities and NaN stay what they are.
-    generator
-        Source of the random bits, on the tensor's device.
-    """
-    bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(
-        0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
-    )
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
-
-
 class MasterWeights:
-    """Holds the weights of active bf16 tensors in fp32 and rounds them back on freezing.
-
-    The forward pass runs under bf16 autocast, so that layers of both precisions meet.
+    """Holds fp32 copies of the active bf16 tensors, and has the optimizers step those.
 
     Parameters
     ----------
@@ -50,7 +41,10 @@ class MasterWeights:
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], seed: int) -> None:
-        self._numbers = {p: i for i, p in enumerate(parameters) if p.dtype == torch.bfloat16}
+        check("step of copies")
+        self._numbers: dict[torch.Tensor, int] = {
+            p: i for i, p in enumerate(parameters) if p.dtype == torch.bfloat16
+        }
         half = [n for n, p in model.named_parameters() if p.dtype == torch.float16]
         if half:
             raise ConfigError(
@@ -58,53 +52,74 @@ class MasterWeights:
                 "load the model with dtype='bfloat16'."
             )
         self._seed = seed
-        self._autocasts: list[Any] = []
-        self._handles = [
-            model.register_forward_pre_hook(self._enter),
-            model.register_forward_hook(self._leave, always_call=True),
-            *(
-                part.register_forward_pre_hook(_match_a_resting_norm)
-                for part in model.modules()
-                if isinstance(part, nn.LayerNorm)
-            ),
-        ]
+        self._copies: dict[torch.Tensor, torch.Tensor] = {}
+        self._sums = GradientSums()
+        self._steps: dict[Optimizer, CopyStep] = {}
 
-    def upcast(self, parameter: nn.Parameter) -> None:
-        """Hold an activated tensor in fp32; exact."""
-        if parameter in self._numbers and parameter.dtype == torch.bfloat16:
-            parameter.grad = None
-            parameter.data = parameter.data.float()
+    def hold(self, parameter: nn.Parameter) -> None:
+        """Begin a copy of a tensor that trains from now on; exact."""
+        if parameter in self._numbers and parameter not in self._copies:
+            copy = parameter.detach().float()
+            self._copies[parameter] = copy
+            keep_copy(parameter, copy)
+            self._sums.watch(parameter)
 
-    def downcast(self, parameter: nn.Parameter, draw: int) -> None:
-        """Round a tensor that is being frozen to bf16; `draw` keys the random bits."""
-        if parameter in self._numbers and parameter.dtype == torch.float32:
-            generator = torch.Generator(parameter.device)
-            key = [_STREAM, self._seed, draw, self._numbers[parameter]]
-            generator.manual_seed(_mix(key))
-            parameter.grad = None
-            parameter.data = stochastic_round(parameter.data, generator)
+    def drop(self, parameter: nn.Parameter) -> None:
+        """Let the copy of a tensor go: its last rounding is what stays."""
+        if self._copies.pop(parameter, None) is not None:
+            drop_copy(parameter)
+            self._sums.leave(parameter)
 
-    def close(self, draw: int) -> None:
-        """Round what is still in fp32, and end autocast."""
-        for parameter in self._numbers:
-            self.downcast(parameter, draw)
-        for handle in self._handles:
-            handle.remove()
+    def before_step(self, optimizer: Optimizer, closure: object) -> None:
+        """Have the optimizer step the copies, in this step and, in part, before it."""
+        self.after_step(optimizer)  # a step before that an exception has left
+        if closure is not None:
+            raise ConfigError(
+                "the optimizer's step is given a closure, and lisa.precision is 'fp32_active', "
+                "which steps copies that a closure's gradients would not reach; compute the "
+                "gradients before, and call optimizer.step() without it."
+            )
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._sums.stepped(parameter)
+        step = self._steps[optimizer] = CopyStep(optimizer)
+        step.begin(self._copies)
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        device = next(module.parameters()).device.type
-        self._autocasts.append(torch.autocast(device, dtype=torch.bfloat16))
-        self._autocasts[-1].__enter__()
+    def after_step(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        """Put the parameters back; return those whose copies have moved."""
+        step = self._steps.pop(optimizer, None)
+        return [] if step is None else step.end()
 
-    def _leave(self, *_: Any) -> None:
-        if self._autocasts:
-            self._autocasts.pop().__exit__(None, None, None)
+    @torch.no_grad()
+    def round(self, parameters: Iterable[torch.Tensor], step: int) -> None:
+        """Make parameters the roundings of their copies; `step` keys the random bits."""
+        for parameter in parameters:
+            copy = self._copies.get(parameter)
+            if copy is None:
+                continue
+            key = mixed([_STREAM, self._seed, step, self._numbers[parameter]])
+            target, values = local(parameter), local(copy)
+            if target.is_contiguous():
+                round_into(target, values, key, _start(parameter))
+            else:
+                target.copy_(stochastic_round(values, key, _start(parameter)))
+
+    def close(self) -> None:
+        """Let go of every copy."""
+        for optimizer in list(self._steps):
+            self.after_step(optimizer)
+        for parameter in list(self._copies):
+            drop_copy(parameter)
+            self._sums.leave(parameter)
+        self._copies = {}
 
 
 def exact_tensors(
     trainable: Sequence[nn.Parameter], active: Collection[nn.Parameter], state: FrozenState
 ) -> dict[str, Any]:
-    """Return the weights of the active tensors and all optimizer state, uncast.
+    """Return the weights of the active tensors and all optimizer state, uncast and whole.
+
+    All processes call it together where the weights are split over them.
 
     Parameters
     ----------
@@ -115,8 +130,8 @@ def exact_tensors(
     state
         Their optimizer state.
     """
-    weights = [p.detach() if p in active else None for p in trainable]
-    return {"weights": weights, "optimizer": state.states()}
+    weights = [_whole(exact(p).detach()) if p in active else None for p in trainable]
+    return {"weights": weights, "optimizer": _whole(state.states())}
 
 
 @torch.no_grad()
@@ -129,31 +144,25 @@ def load_exact_tensors(
     """Take up what `exact_tensors` returned, to the bit."""
     for parameter, weight in zip(trainable, tensors["weights"], strict=True):
         if weight is not None:
-            parameter.copy_(weight)
+            held = exact(parameter)
+            where = local_slices(held) if is_sharded(held) else None
+            local(held).copy_(weight if where is None else weight[where])
     state.replace(tensors["optimizer"], active)
 
 
-def _match_a_resting_norm(norm: nn.Module, arguments: Any) -> Any:
-    """Let a bf16 layer norm take fp32 from a layer that trains.
-
-    CUDA's autocast computes it in fp32. The CPU's leaves it as it is, where an fp32 input and bf16
-    weights are an error: the input is rounded, as it would be in a bf16 model.
-    """
-    weight = norm.weight
-    if not arguments or weight is None or weight.device.type != "cpu":
-        return None
-    entered, *rest = arguments
-    if entered.dtype == torch.float32 and weight.dtype == torch.bfloat16:
-        return (entered.to(torch.bfloat16), *rest)
-    return None
+def _whole(value: Any) -> Any:
+    """Put the tensors that are split together, on the host, wherever they lie in `value`."""
+    if isinstance(value, Mapping):
+        return {key: _whole(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return value.full_tensor().cpu() if is_sharded(value) else value
 
 
-def _mix(key: list[int]) -> int:
-    """One 63-bit seed from several numbers (SplitMix64's finaliser, chained)."""
-    state = 0
-    for word in key:
-        state = (state + word + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
+def _start(parameter: torch.Tensor) -> int:
+    """Place of this process's first element in the whole tensor, which is cut into rows."""
+    if not is_sharded(parameter) or not parameter.ndim:
+        return 0
+    where = local_slices(parameter)
+    first = 0 if where is None else where[0].start
+    return first * math.prod(parameter.shape[1:])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import lisa_train as lt
 from lisa_train.methods.adapter_heads import train_heads_whole
+from lisa_train.model.master_copies import exact
 from lisa_train.model.module_tree import task_type_of
 
 LISA = lt.LisaConfig(activated_layers=2)
@@ -175,7 +176,8 @@ def test_state_of_refrozen_layers(policy):
     assert (aside > 0) == (policy != "reset")
 
 
-def test_active_layers_in_fp32():
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_active_layers_in_fp32(micro_batches):
     config = small.llama()
     lisa = lt.LisaConfig(2, precision="fp32_active")
     model = small.real_model(config, dtype=torch.bfloat16)
@@ -183,12 +185,22 @@ def test_active_layers_in_fp32():
     with lt.Lisa(model, optimizer, lisa) as engine:
         engine.begin_step(0)
         ids = torch.ones(1, 8, dtype=torch.long)
-        model(input_ids=ids, labels=ids).loss.backward()
-        weights = small.stored((*model.parameters(), *model.buffers()))
+        for _ in range(micro_batches):
+            model(input_ids=ids, labels=ids).loss.backward()
+        copies = [exact(p) for p in model.parameters() if exact(p) is not p]
+        assert copies
+        weights = small.stored((*model.parameters(), *model.buffers(), *copies))
         gradients = small.stored(p.grad for p in model.parameters() if p.grad is not None)
+        gradients += engine._active._master_weights._sums.bytes()  # the digits of their sums
         optimizer.step()
         state, layers = small.state_bytes(optimizer), engine.active_layers
     found = lt.estimate_memory(
-        config, "lisa", dtype="bfloat16", sequence_length=8, lisa=lisa, active_layers=layers
+        config,
+        "lisa",
+        dtype="bfloat16",
+        sequence_length=8,
+        lisa=lisa,
+        active_layers=layers,
+        gradient_accumulation_steps=micro_batches,
     ).fullest
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, state)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.learning.evidence import Array
+from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import (
     changes,
     common_device,
@@ -120,7 +121,7 @@ class Descent(StepMetric):
     def before(self, optimizer: Optimizer, tensors: Tensors) -> Numbers:
         """Nothing yet; the weights are kept."""
         self._before = {
-            layer: [(p, p.detach().clone()) for p in some] for layer, some in tensors.items()
+            layer: [(p, exact(p).detach().clone()) for p in some] for layer, some in tensors.items()
         }
         return {}
 
@@ -132,7 +133,7 @@ class Descent(StepMetric):
         if not moved or any(p.grad is None for p, _ in moved):
             return {}
         gradients = [p.grad for p, _ in moved if p.grad is not None]
-        _, _, products = changes([old for _, old in moved], [p for p, _ in moved], gradients)
+        _, _, products = changes([old for _, old in moved], [exact(p) for p, _ in moved], gradients)
         assert products is not None
         return _by_layer(-products, tensors)
 

@@ -11,6 +11,7 @@ from torch import nn
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.model.master_copies import exact
 
 WORLD, STEPS = 2, 8
 # name -> settings of LISA, bf16 in the forward and backward pass, recomputed activations
@@ -23,11 +24,18 @@ CASES = {
         {"always_active": ("norm",), "embed_probability": 0.5, "head_probability": 0.5}, False,
         False,
     ),
+    "fp32_active": ({"precision": "fp32_active", "optimizer_state": "keep"}, False, False),
     "bf16": ({}, True, False),
     "bf16, groups drawn": (
         {"always_active": ("norm",), "embed_probability": 0.5, "head_probability": 0.5}, True, True,
     ),
 }  # fmt: skip
+
+
+def begin(settings):
+    """A model, in bf16 where what trains has fp32 copies."""
+    copied = settings.get("precision") == "fp32_active"
+    return build().to(torch.bfloat16 if copied else torch.float32)
 
 
 def shard(model, *, half):
@@ -79,6 +87,7 @@ RESUMED = {
         "optimizer_state": "keep", "sampling": "balanced",
         "learn": lt.LearnConfig(metric="grad_rms", start_after=2),
     },
+    "fp32_active": {"optimizer_state": "keep", "precision": "fp32_active"},
 }  # fmt: skip
 
 
@@ -86,7 +95,7 @@ def resumed(name, rank, folder):
     """Whether a run that every process saved its pieces of goes on as the one that was not left."""
 
     def begun(file=None):
-        model = shard(build(), half=False)
+        model = shard(begin(RESUMED[name]), half=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         engine = Lisa(model, optimizer, lt.LisaConfig(1, 2, **RESUMED[name]), seed=3)
         if file is not None:
@@ -94,6 +103,7 @@ def resumed(name, rank, folder):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             engine.load_state_dict(saved["lisa"])
+            engine.load_tensors(saved["tensors"])
         return model, optimizer, engine
 
     def steps(model, optimizer, engine, numbers):
@@ -112,7 +122,7 @@ def resumed(name, rank, folder):
     torch.save(
         {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "lisa": engine.state_dict(),
+            "lisa": engine.state_dict(), "tensors": engine.tensors(),
         },
         file,
     )  # fmt: skip
@@ -147,8 +157,8 @@ def loss_in_bf16(model, ids):
 
 def process(rank, folder):
     folder = Path(folder)
-    for name, (_, half, _) in CASES.items():
-        found = train(name, shard(build(), half=half), [rank], loss_of)
+    for name, (settings, half, _) in CASES.items():
+        found = train(name, shard(begin(settings), half=half), [rank], loss_of)
         torch.save(found, folder / f"{name}-{rank}.pt")
     for name in RESUMED:
         torch.save(resumed(name, rank, folder), folder / f"{name}-resumed-{rank}.pt")
@@ -161,7 +171,6 @@ def refused():
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor.placement_types import Shard
 
-    half = shard(build().bfloat16(), half=False)
     copies = fully_shard(
         build(), mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
     )
@@ -170,7 +179,6 @@ def refused():
     parallel.lm_head.weight = nn.Parameter(head)
     said = {}
     for name, model, settings in (
-        ("fp32_active", half, {"precision": "fp32_active"}),
         ("HSDP", copies, {}),
         ("tensor parallel", parallel, {}),
     ):
@@ -193,12 +201,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_with_the_whole_model(folder, name):
     first, second = (torch.load(folder / f"{name}-{rank}.pt") for rank in range(WORLD))
-    half = CASES[name][1]
-    alone = train(name, build(), range(WORLD), loss_in_bf16 if half else loss_of)
+    settings, half, _ = CASES[name]
+    alone = train(name, begin(settings), range(WORLD), loss_in_bf16 if half else loss_of)
+    half = half or begin(settings).dtype == torch.bfloat16
     assert first["drawn"] == second["drawn"] == alone["drawn"]
     tolerance = 2e-2 if half else 2e-5  # roundings to bf16 that fall otherwise
     torch.testing.assert_close(first["norms"], alone["norms"], rtol=tolerance, atol=0)
-    begun = build().state_dict()
+    begun = begin(settings).state_dict()
     for key, value in alone["model"].items():
         assert torch.equal(first["model"][key], second["model"][key]), key
         if half:
@@ -219,10 +228,23 @@ def test_a_run_whose_pieces_were_saved_goes_on_to_the_bit(folder, name):
     assert all(torch.tensor(a).prod() < n for a, n in zip(first["pieces"], sizes, strict=True))
 
 
+def test_one_process_takes_up_the_copies_of_two(folder):
+    saved = torch.load(folder / "fp32_active-checkpoint-0.pt", weights_only=True)
+    model = begin(RESUMED["fp32_active"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with Lisa(model, optimizer, lt.LisaConfig(1, 2, **RESUMED["fp32_active"]), seed=3) as engine:
+        engine.load_state_dict(saved["lisa"])
+        engine.load_tensors(saved["tensors"])
+        weights = saved["tensors"]["weights"]
+        assert sum(weight is not None for weight in weights) > 5
+        for p, weight in zip(model.parameters(), weights, strict=True):
+            assert weight is None or torch.equal(exact(p), weight)
+        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fp32_active", "hold the weights in fp32 and compute in bf16"),
         ("HSDP", "FSDP2 with copies (HSDP)"),
         ("tensor parallel", "weights that tensor parallelism splits"),
     ],

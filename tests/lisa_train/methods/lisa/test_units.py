@@ -28,6 +28,7 @@ from lisa_train.methods.lisa.samplers import SAMPLERS, PureSampler, make_sampler
 from lisa_train.methods.lisa.samplers.within_budget import exchange
 from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import find_layers
+from lisa_train.model.master_copies import exact
 
 SIZES = np.array([4, 1, 1, 4, 6, 6, 6] * 4, dtype=np.float64)
 WEIGHTS = SIZES / SIZES.mean()
@@ -470,7 +471,7 @@ def test_a_layer_is_spared_the_second_pass_where_any_part_of_it_trains(make_llam
 
 
 @pytest.mark.parametrize("by", ["half", "module"])
-def test_parts_that_train_are_held_in_fp32_and_no_others(make_llama, by):
+def test_parts_that_train_have_fp32_copies_and_no_others(make_llama, by):
     model = make_llama(layers=3).to(torch.bfloat16)
     loop = Loop(model, settings(by, precision="fp32_active"))
     layers = find_layers(model)
@@ -480,7 +481,7 @@ def test_parts_that_train_are_held_in_fp32_and_no_others(make_llama, by):
     with loop.engine() as engine:
 
         def each():
-            wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+            wide = {n for n, p in model.named_parameters() if exact(p).dtype == torch.float32}
             assert wide & inside == {n for unit in engine.active_units for n in names[unit]}
 
         loop.run(engine, range(9), each)

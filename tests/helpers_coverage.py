@@ -136,7 +136,7 @@ def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
         if judge:
             found = judgement.judge(
                 fit, 0.95, THRESHOLDS, steps=np.arange(world.steps), interval=clusters, rng=rng,
-                has_depth=True,
+                stacks=("h",) * len(truth),
             )  # fmt: skip
             held.verdicts[found.shape.verdict] += 1
             held.drift.append(bool(found.reliability.drift))

@@ -6,6 +6,7 @@ found from the module structure by `lisa_train.find_layers`, not guessed from th
 """
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ _ROLE_NAMES = {
     "internal_xlora_classifier": "xlora",
     "shadow_backbone": "shadow",
 }
+
+_NUMBERED = re.compile(r"(?P<stack>.+)\.\d+")
 
 _ATTENTION = r"(attn|attention)\w*\.(.*\.)?"
 
@@ -169,3 +172,29 @@ def describe(name: str, *, layer_path: str | None = None) -> ParameterName:
     return ParameterName(
         canonical_name(name), module_of(name), kind_of(name, layer_path=layer_path), role_of(name)
     )
+
+
+def stacks_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Path of the stack that each layer is in, from its name; empty for names without a number.
+
+    >>> stacks_of(["encoder.block.0", "encoder.block.1", "decoder.block.0"])
+    ('encoder.block', 'encoder.block', 'decoder.block')
+    """
+    found = [_NUMBERED.fullmatch(str(name)) for name in names]
+    return tuple(match["stack"] if match else "" for match in found)
+
+
+def short_stacks(stacks: Iterable[str]) -> dict[str, str]:
+    """Stacks in order, each with the part of its path that tells it from the others.
+
+    >>> short_stacks(["model.encoder.layers", "model.encoder.layers", "model.decoder.layers"])
+    {'model.encoder.layers': 'encoder', 'model.decoder.layers': 'decoder'}
+    """
+    paths = {stack: stack.split(".") for stack in stacks}
+    if len(paths) < 2:
+        return {stack: stack for stack in paths}
+    least = min(map(len, paths.values())) - 1
+    first = next((i for i in range(least) if len({p[i] for p in paths.values()}) > 1), least)
+    last = next((i for i in range(least - first) if len({p[-1 - i] for p in paths.values()}) > 1),
+                least - first)  # fmt: skip
+    return {stack: ".".join(path[first : len(path) - last]) for stack, path in paths.items()}

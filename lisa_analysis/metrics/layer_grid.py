@@ -30,12 +30,15 @@ class LayerGrid:
         Layer values, shape (L, T). NaN where nothing was measured: the layer was frozen.
     non_finite
         True where a tensor of the layer was measured as NaN or inf, shape (L, T).
+    names
+        Names of the layers; empty where they are not known.
     """
 
     column: str
     steps: np.ndarray
     values: np.ndarray
     non_finite: np.ndarray
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -68,7 +71,7 @@ class LayerGrid:
             means = sums / counts
         bad = np.add.reduceat(self.non_finite, starts, axis=1) > 0
         group = int(np.diff([*starts, len(self)]).max())
-        return LayerGrid(self.column, self.steps[starts], means, bad), group
+        return LayerGrid(self.column, self.steps[starts], means, bad, self.names), group
 
 
 def layer_grids(run: "Run", columns: Iterable[str]) -> dict[str, LayerGrid]:
@@ -85,15 +88,17 @@ def layer_grids(run: "Run", columns: Iterable[str]) -> dict[str, LayerGrid]:
         Names of metrics columns; one that the run does not hold gives an empty grid.
     """
     table = step_table(run)
-    grids = {}
+    grids, names = {}, tuple(run.layer_names)
     for column in columns:
         if column not in table:
             empty = np.empty((run.n_layers, 0))
-            grids[column] = LayerGrid(column, np.empty(0, np.int64), empty, empty.astype(bool))
+            grids[column] = LayerGrid(
+                column, np.empty(0, np.int64), empty, empty.astype(bool), names
+            )
             continue
         values = table[column][:, : run.n_layers].T.astype(np.float64)
         bad = np.isinf(values)
-        grids[column] = LayerGrid(column, table.steps, np.where(bad, np.nan, values), bad)
+        grids[column] = LayerGrid(column, table.steps, np.where(bad, np.nan, values), bad, names)
     return grids
 
 
@@ -116,7 +121,8 @@ def update_ratio_grid(grids: Mapping[str, LayerGrid]) -> LayerGrid:
     with np.errstate(divide="ignore", invalid="ignore"):
         values = update.values[:, left] / weight.values[:, right]
     bad = update.non_finite[:, left] | weight.non_finite[:, right]
-    return LayerGrid("update / weight", steps, np.where(np.isfinite(values), values, np.nan), bad)
+    values = np.where(np.isfinite(values), values, np.nan)
+    return LayerGrid("update / weight", steps, values, bad, update.names)
 
 
 def over_learning_rate(grid: LayerGrid, run: "Run") -> LayerGrid:
@@ -134,7 +140,9 @@ def over_learning_rate(grid: LayerGrid, run: "Run") -> LayerGrid:
     if not (np.isfinite(by_step) & (by_step > 0)).any():
         return grid
     values = grid.values / np.where(by_step > 0, by_step, np.nan)
-    return LayerGrid(f"{grid.column} / learning rate", grid.steps, values, grid.non_finite)
+    return LayerGrid(
+        f"{grid.column} / learning rate", grid.steps, values, grid.non_finite, grid.names
+    )
 
 
 def band_series(grid: LayerGrid, part: slice, most: int = MAX_POINTS) -> Series:

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
@@ -124,17 +125,15 @@ def _of_run(
     """Fit, judge and put into words what one metric says of one run."""
     data = measurements(run, by)
     values = _evaluate(chosen, data)
-    fit, outside, steps, period, rng = _fits(chosen, data, values, confidence, thresholds, seed)
+    fit, outside, steps, period, rng = _fits(chosen, data, values, by, confidence, thresholds, seed)
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
     # What is forgotten within a fifth of the run is noise of a step, what lasts longer a change.
     batch = fit.within**2 * fit.passing
     start = compare_with_start(chosen, data, scores, initial, thresholds, batch)
-    # An encoder and a decoder have no common depth.
-    stacks = len({layer.get("stack") for layer in run.manifest.get("layers", [])})
     judged = judge(
         fit, confidence, thresholds, steps=steps, period=period, rng=rng,
-        has_depth=by == "layer" and stacks <= 1,
+        stacks=_stacks(data.table.groups, by),
     )  # fmt: skip
     groups = data.table.groups
     if chosen.rows == "examples":
@@ -144,9 +143,8 @@ def _of_run(
     visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
     visits[~data.table.trained.any(axis=0)] = 0
     said, agrees = _said(
-        chosen, data, by, fit, judged, start, thresholds, special, confidence=confidence,
-        stacks=stacks,
-    )  # fmt: skip
+        chosen, data, by, fit, judged, start, thresholds, special, confidence=confidence
+    )
     return ImportanceProfile(
         metric=chosen.id,
         definition=chosen.definition,
@@ -165,6 +163,7 @@ def _of_run(
         statement=said,
         concentration=judged.concentration,
         shape=judged.shape,
+        stacks=judged.stacks,
         initialisation=start,
         reliability=judged.reliability,
         samples=_samples(fit),
@@ -202,7 +201,6 @@ def _said(
     special: tuple[str, ...],
     *,
     confidence: float,
-    stacks: int,
 ) -> tuple[str, bool | None]:
     """The statement of a profile, and whether the run's ablation confirms it; None without one."""
     run, groups = data.run, data.table.groups
@@ -212,7 +210,7 @@ def _said(
         )
         return said, None
     if chosen.rows == "weights" or isinstance(run, PlainWeights):
-        return of_weights.statement(run, chosen.id, by, groups.names, fit, judged, stacks), None
+        return of_weights.statement(run, chosen.id, by, groups.names, fit, judged), None
     # A measuring pass sees what never trained as well.
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
     if chosen.rows != "steps":
@@ -223,7 +221,7 @@ def _said(
     )  # fmt: skip
     said = statement(
         chosen.id, by, groups.names, fit, judged, start, thresholds, special, trained,
-        confidence=confidence, estimand=estimand(run, chosen), stacks=stacks, cost=spent,
+        confidence=confidence, estimand=estimand(run, chosen), cost=spent,
     )  # fmt: skip
     agrees, doubt = ablated.confirmed(data, fit.score)
     said = f"{said} {doubt}".rstrip()
@@ -281,6 +279,7 @@ def _fits(
     chosen: Metric,
     data: Measurements,
     values: NDArray[np.floating],
+    by: str,
     confidence: float,
     limits: Thresholds,
     seed: int,
@@ -302,13 +301,18 @@ def _fits(
             values[:, columns], log=log, clusters=None if total else clusters,
             confidence=confidence, rng=rng, remove_common=log,
             min_effective=limits.min_effective, min_visits=limits.min_visits,
-            independent=chosen.independent, levelled=chosen.levels,
+            independent=chosen.independent, levelled=chosen.levels, stacks=stacks[columns],
         )  # fmt: skip
 
-    inside = data.table.groups.inside
+    inside, stacks = data.table.groups.inside, _stacks(data.table.groups, by)
     fit = fitted(slice(0, inside), period)
     outside = [fitted(slice(column, column + 1), None) for column in range(inside, values.shape[1])]
     return fit, outside, steps, period, rng
+
+
+def _stacks(groups: Grouping, by: str) -> tuple[str, ...]:
+    """The stack of every layer; empty where the rows are parts of layers."""
+    return stacks_of(groups.names[: groups.inside]) if by == "layer" else ()
 
 
 def _samples(fit: Fit) -> Array | None:

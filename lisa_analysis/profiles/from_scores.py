@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.over_seeds import over_seeds
@@ -56,7 +57,7 @@ def profile_of(
     fit = _fit(score, *_bounds(score, low, high), confidence)
     judged = judge(
         fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), period=None,
-        rng=np.random.default_rng(0), has_depth=by == "layer",
+        rng=np.random.default_rng(0), stacks=stacks_of(labels) if by == "layer" else (),
     )  # fmt: skip
     special = remarks(Metric(metric, definition, "linear", np.asarray), by, labels, fit)
     return ImportanceProfile(
@@ -73,6 +74,7 @@ def profile_of(
         statement=_statement(metric, by, labels, fit, judged, special, confidence),
         concentration=judged.concentration,
         shape=judged.shape,
+        stacks=judged.stacks,
         initialisation=None,
         reliability=judged.reliability,
         samples=None,

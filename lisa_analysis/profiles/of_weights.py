@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def statement(
-    run: "Run", metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement, stacks: int
+    run: "Run", metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement
 ) -> str:
     """What a person should take away, in sentences."""
     said = []
@@ -39,7 +39,7 @@ def statement(
             "One set of weights is one observation: no interval, and nothing says how sure the "
             "order is; importance([a, b, c]) over seeds of the same training would."
         )
-        said.append(shape_words(judged, by, stacks))
+        said.append(shape_words(judged, by))
     return " ".join(said)
 
 

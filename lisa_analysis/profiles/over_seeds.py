@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import METRICS, Metric, find_metric
 from lisa_analysis.profiles.profile import ImportanceProfile
@@ -92,11 +93,9 @@ def over_seeds_of_runs(
     if metric is None and profiles[0].metric in METRICS:
         metric = METRICS[profiles[0].metric]
     linear = metric is not None and metric.scale == "linear"
-    stacks = len({layer.get("stack") for layer in runs[0].manifest.get("layers", [])})
     return over_seeds(
-        profiles, labels(runs), log=False if linear else None, stacks=stacks, seed=seed,
-        thresholds=thresholds,
-    )  # fmt: skip
+        profiles, labels(runs), log=False if linear else None, seed=seed, thresholds=thresholds
+    )
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
@@ -136,7 +135,6 @@ def over_seeds(
     names: Sequence[str],
     *,
     log: bool | None = None,
-    stacks: int = 1,
     seed: int = 0,
     thresholds: Thresholds = THRESHOLDS,
 ) -> ImportanceProfile:
@@ -150,8 +148,6 @@ def over_seeds(
         What the seeds are called.
     log
         Average logarithms; None does where all scores are positive.
-    stacks
-        Stacks of layers, which have no common depth when there are several.
     seed
         Of the resampled means.
     thresholds
@@ -170,12 +166,12 @@ def over_seeds(
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.log(np.where(values > 0, values, np.nan))
     rng = np.random.default_rng(seed)
-    ordered = first.by == "layer" and stacks <= 1
+    ordered = first.by == "layer"
     means = seed_means(values, log=log, confidence=first.confidence, rng=rng, ordered=ordered)
     fit = _fit(means, log, zero, zeros)
     judged = judge(
         fit, first.confidence, thresholds, steps=np.zeros(0, np.int64), period=None, rng=rng,
-        has_depth=ordered,
+        stacks=stacks_of(first.layers["name"]) if ordered else (),
     )  # fmt: skip
     seeds = each_seed(profiles, names, means, log)
     special = _remarks(first, fit, means)
@@ -194,9 +190,10 @@ def over_seeds(
         ),
         outside=_outside(profiles, means, values, log),
         verdict=judged.shape.verdict,
-        statement=_statement(first, fit, means, judged, seeds, special, stacks),
+        statement=_statement(first, fit, means, judged, seeds, special),
         concentration=judged.concentration,
         shape=judged.shape,
+        stacks=judged.stacks,
         initialisation=None,
         reliability=judged.reliability,
         samples=None if fit.samples is None else np.where(zero, 0.0, fit.scale(fit.samples)),
@@ -292,7 +289,7 @@ def _remarks(first: ImportanceProfile, fit: Fit, means: SeedMeans) -> tuple[str,
 
 def _statement(
     first: ImportanceProfile, fit: Fit, means: SeedMeans, judged: Judgement, seeds: Seeds,
-    special: Sequence[str], stacks: int,
+    special: Sequence[str],
 ) -> str:  # fmt: skip
     """What a person should take away: estimand, layers that stand out, shape, seeds."""
     count = len(seeds.runs)
@@ -314,7 +311,7 @@ def _statement(
             sentences.append(
                 standing_words(first.by, names, judged.standing, first.confidence, limit=12)
             )
-        sentences.append(shape_words(judged, first.by, stacks))
+        sentences.append(shape_words(judged, first.by))
     if seeds.statement:
         sentences.append(seeds.statement)
     return " ".join(sentences)

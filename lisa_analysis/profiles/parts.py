@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.statistics import Shape
+
 Array = NDArray[np.float64]
 
 # Columns of a row where unknown is NaN; elsewhere it is None.
@@ -36,6 +38,26 @@ class Initialisation:
     explained: bool
     expected: Array = field(repr=False, compare=False)
     statement: str
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """The shape of one stack of several, an encoder's or a decoder's.
+
+    Attributes
+    ----------
+    path
+        Path of the stack in the model.
+    first, last
+        Its layers, as the profile numbers them.
+    shape
+        Its shape over its own depth; layers in it are those of the profile.
+    """
+
+    path: str
+    first: int
+    last: int
+    shape: Shape
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.paths import as_path
-from lisa_analysis.profiles.parts import NUMBERS, Initialisation, ProfileRow, Reliability
+from lisa_analysis.profiles.parts import (
+    NUMBERS,
+    Initialisation,
+    ProfileRow,
+    Reliability,
+    StackShape,
+)
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
 
@@ -41,7 +47,8 @@ class ImportanceProfile:
     `remarks` say what is special about single layers. `seeds` is what the runs behind a
     profile over seeds show each, None for a single run; `n_eff` counts seeds there.
     `agrees_with_ablation` says whether the run's own ablation ranks the layers so beyond chance,
-    None where that is not known.
+    None where that is not known. `stacks` holds the shape of each stack where the model has several
+    (an encoder and a decoder), and is empty for one: `verdict` and `shape` then name no course.
     """
 
     metric: str
@@ -65,6 +72,7 @@ class ImportanceProfile:
     seeds: "Seeds | None" = field(default=None, repr=False)
     agrees_with_ablation: bool | None = field(default=None, repr=False)
     estimand: str = field(default="", repr=False)
+    stacks: tuple[StackShape, ...] = field(default=(), repr=False)
 
     @classmethod
     def from_scores(
@@ -278,6 +286,7 @@ class ImportanceProfile:
         record["shape"] = asdict(self.shape)
         record["reliability"] = asdict(self.reliability)
         record["initialisation"] = self.initialisation and asdict(self.initialisation)
+        record["stacks"] = [asdict(stack) for stack in self.stacks]
         record["thresholds"] = asdict(self.thresholds)
         record["seeds"] = self.seeds and self.seeds.to_dict()
         record["agrees_with_ablation"] = self.agrees_with_ablation

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability
+from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability, StackShape
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.seeds import Seeds
 from lisa_analysis.profiles.thresholds import Thresholds
@@ -123,10 +123,6 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         start = Initialisation(
             **_numbers(start) | {"expected": np.array(start["expected"], dtype=np.float64)}
         )
-    shape: dict[str, Any] = {
-        name: _interval(value) if isinstance(value, dict) else _tuple(value)
-        for name, value in record["shape"].items()
-    }
     texts = ("metric", "definition", "method", "model", "by", "confidence", "verdict", "statement")
     return ImportanceProfile(
         **{name: record[name] for name in texts},
@@ -136,7 +132,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         concentration=Concentration(
             **{name: _interval(value) for name, value in record["concentration"].items()}
         ),
-        shape=Shape(**shape),
+        shape=_shape(record["shape"]),
         initialisation=start,
         reliability=Reliability(**_numbers(record["reliability"])),
         samples=None,
@@ -146,7 +142,19 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         seeds=Seeds.from_dict(record["seeds"]) if record.get("seeds") else None,
         agrees_with_ablation=record.get("agrees_with_ablation"),
         estimand=record.get("estimand", ""),
+        stacks=tuple(
+            StackShape(**stack | {"shape": _shape(stack["shape"])})
+            for stack in record.get("stacks", ())
+        ),
     )
+
+
+def _shape(record: dict[str, Any]) -> Shape:
+    found: dict[str, Any] = {
+        name: _interval(value) if isinstance(value, dict) else _tuple(value)
+        for name, value in record.items()
+    }
+    return Shape(**found)
 
 
 def _tuple(value: Any) -> Any:

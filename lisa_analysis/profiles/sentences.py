@@ -10,6 +10,7 @@ from lisa_analysis.profiles.parts import Initialisation
 from lisa_analysis.profiles.standing import Standing
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import Judgement
+from lisa_analysis.statistics import Shape
 from lisa_analysis.statistics.estimate import Fit
 from lisa_analysis.statistics.persistence import MIN_ROWS
 
@@ -65,7 +66,6 @@ def statement(
     *,
     confidence: float,
     estimand: str,
-    stacks: int = 1,
     cost: str = "",
 ) -> str:
     """What a person should take away, in sentences."""
@@ -93,7 +93,7 @@ def statement(
     if not seen.any():
         return " ".join(sentences)
     sentences += _of_intervals(by, names, fit, limits)
-    sentences.append(shape_words(judged, by, stacks))
+    sentences.append(shape_words(judged, by))
     if judged.reliability.drift:
         sentences.append(drift_words(judged, by, names, confidence))
     if cost:
@@ -214,17 +214,30 @@ def listed(by: str, names: Sequence[str], mask: NDArray[np.bool_], limit: int = 
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def shape_words(judged: Judgement, by: str, stacks: int = 1) -> str:
+def shape_words(judged: Judgement, by: str) -> str:
     """Say the verdict, and how far the scores are spread."""
-    shape, found = judged.shape, judged.concentration.headroom
+    found = judged.concentration.headroom
     between = (
         "" if found.low is None or found.high is None else f" ({found.low:.2f} … {found.high:.2f})"
     )
     spread = f"the spread of the scores, 1 + CV², is {found.value:.2f}{between}"
     if by != "layer":
         return f"Depth shapes are judged by layer only; {spread}."
-    if stacks > 1:
-        return f"The {stacks} stacks have no common depth to judge a shape by; {spread}."
+    if not judged.stacks:
+        return f"{_course(judged.shape, found.sufficient)}; {spread}."
+    each = []
+    for stack in judged.stacks:
+        words = _course(stack.shape, found.sufficient)
+        each.append(f"In {stack.path} (layers {stack.first} to {stack.last}): "
+                    f"{words[0].lower()}{words[1:]}.")  # fmt: skip
+    return (
+        f"The {len(each)} stacks have no common depth, and each is judged by itself. "
+        f"{' '.join(each)} Over all of them {spread}."
+    )
+
+
+def _course(shape: Shape, sufficient: bool) -> str:
+    """The verdict on one stack, without its full stop."""
     spikes = ", ".join(map(str, shape.spikes[:-1]))
     spikes = f"{spikes} and {shape.spikes[-1]}" if spikes else "".join(map(str, shape.spikes))
     several = "s" if len(shape.spikes) > 1 else ""
@@ -242,9 +255,9 @@ def shape_words(judged: Judgement, by: str, stacks: int = 1) -> str:
         "drifting": "No shape is named, since the profile drifted",
         "apart": "No course over depth can be told from noise",
         "undecided": "No course over depth can be told from noise"
-        if found.sufficient
+        if sufficient
         else "Nothing can be said of its shape",
     }[shape.verdict]
     if shape.rests_on is not None and shape.verdict in ("apart", "undecided"):
         words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
-    return f"{words}; {spread}."
+    return words

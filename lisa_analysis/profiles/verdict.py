@@ -1,18 +1,18 @@
 """Concentration, shape and reliability of a profile, from its fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
-from lisa_analysis.profiles.parts import Reliability
+from lisa_analysis.profiles.parts import Reliability, StackShape
 from lisa_analysis.profiles.standing import Standing, standing, standing_of_parts
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 from lisa_analysis.statistics import shape as shapes
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.estimate import Fit, of_each_stack
 
 Array = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class Judgement:
     """What a fit is worth: how unequal, of what shape, how reliable, and which layers stand apart.
 
     `parts` holds the standing of the layers in the earlier and the later half, where the profile
-    drifted.
+    drifted; `stacks` the shape of each stack, where there are several: they have no common one.
     """
 
     concentration: Concentration
@@ -33,6 +33,7 @@ class Judgement:
     reliability: Reliability
     standing: Standing
     parts: tuple[Standing, Standing] | None = None
+    stacks: tuple[StackShape, ...] = ()
 
 
 def judge(
@@ -43,7 +44,7 @@ def judge(
     steps: NDArray[np.int64],
     period: NDArray[np.int64] | None,
     rng: np.random.Generator,
-    has_depth: bool,
+    stacks: Sequence[str],
 ) -> Judgement:
     """Judge a fit.
 
@@ -55,18 +56,40 @@ def judge(
         Recorded steps behind the fit, and the period of each (None without LISA).
     rng
         Of the drift's noise floor.
-    has_depth
-        Whether the rows are the layers of one stack, in order.
+    stacks
+        The stack that each layer is in, in order; empty where the rows are no layers.
     """
     found = concentration(fit, confidence)
     stable = reliability(fit, steps, period, rng, limits)
     apart = standing(fit, confidence, limits)
-    said = shape(fit, confidence, found, limits, has_depth, apart)
+    said = shape(fit, confidence, found, limits, len(set(stacks)) == 1, apart)
+    each = _of_stacks(fit, confidence, limits, stacks)
     if stable.drift:
         # One word for all of a run that changed its profile would be the word for none of it.
-        said = replace(said, verdict="drifting", rests_on=None, spikes=())
+        said, *shapes = (replace(one, verdict="drifting", rests_on=None, spikes=())
+                         for one in (said, *(stack.shape for stack in each)))  # fmt: skip
+        each = tuple(replace(s, shape=one) for s, one in zip(each, shapes, strict=True))
     parts = standing_of_parts(fit, confidence, limits) if stable.drift else None
-    return Judgement(found, said, stable, apart, parts)
+    return Judgement(found, said, stable, apart, parts, each)
+
+
+def _of_stacks(
+    fit: Fit, confidence: float, limits: Thresholds, stacks: Sequence[str]
+) -> tuple[StackShape, ...]:
+    """Shape of each of several stacks; all of them together err as rarely as one alone does."""
+    masks = of_each_stack(stacks)
+    if len(masks) < 2:
+        return ()
+    shared = 1 - (1 - confidence) / len(masks)
+    found = []
+    for path, mask in zip(dict.fromkeys(stacks), masks, strict=True):
+        part, layers = fit.only(mask), np.flatnonzero(mask)
+        said = shape(part, shared, concentration(part, shared), limits)
+        if said.rests_on is not None:
+            said = replace(said, rests_on=int(layers[said.rests_on]))
+        said = replace(said, spikes=tuple(int(layers[spike]) for spike in said.spikes))
+        found.append(StackShape(path, int(layers[0]), int(layers[-1]), said))
+    return tuple(found)
 
 
 def concentration(fit: Fit, confidence: float) -> Concentration:

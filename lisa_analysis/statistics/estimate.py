@@ -1,5 +1,6 @@
 """Values per step and layer -> scores with intervals, and bootstrap samples (numpy only)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import NormalDist
 from typing import Any
@@ -164,6 +165,7 @@ def fit_series(
     min_visits: float = MIN_VISITS,
     independent: bool = False,
     levelled: bool = True,
+    stacks: Sequence[str] = (),
 ) -> Fit:
     """Average over time and find out how well the average is known.
 
@@ -191,6 +193,8 @@ def fit_series(
         row counts in full, and `min_effective` does not apply.
     levelled
         Divide values that are no logarithms by what all layers share in size at a step.
+    stacks
+        The stack of every layer, where there are several: each has a depth of its own.
     """
     values = np.where(np.isfinite(values), values, np.nan)
     zero, zeros = find_zeros(values)
@@ -218,10 +222,12 @@ def fit_series(
     noise = _noise(shape, found, enough, rng)
     over_depth, widened = noise, np.ones(len(scale))
     if noise is not None and labels is None and not independent:
-        shared = along_depth(noise, residuals, enough)
-        over_depth = shared.stretch(noise, rng)
-        # A band for all layers must hold where a slow course moves many of them at once.
-        widened = shared.widening(found.error)
+        over_depth, widened = np.empty_like(noise), np.empty(len(scale))
+        for layers in of_each_stack(stacks) or (np.ones(len(scale), dtype=bool),):
+            shared = along_depth(noise[:, layers], residuals[:, layers], enough[layers])
+            over_depth[:, layers] = shared.stretch(noise[:, layers], rng)
+            # A band for all layers must hold where a slow course moves many of them at once.
+            widened[layers] = shared.widening(found.error[layers])
     joint = joint * widened
     bounds = [effects.layer + sign * np.where(enough, reach * found.error, np.nan)
               for reach in (point, joint) for sign in (-1, 1)]  # fmt: skip
@@ -239,6 +245,11 @@ def fit_series(
         joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
         found.fresh, over_depth, labels is not None, found.passing, widened,
     )  # fmt: skip
+
+
+def of_each_stack(stacks: Sequence[str]) -> tuple[NDArray[np.bool_], ...]:
+    """Mask of the layers of every stack, in order."""
+    return tuple(np.array([own == stack for own in stacks]) for stack in dict.fromkeys(stacks))
 
 
 def _errors(

@@ -56,7 +56,7 @@ def worth(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
             mark.set_gid(f"layer-{int(layer)}")
         ax.plot([], [], marker, color=color, markersize=4.2, label=NAMES.get(name, name))
     ax.axhline(0, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    layers_below(ax, n_layers)
+    layers_below(ax, n_layers, next(iter(frames.values()))["name"])
     ax.set_ylabel("loss per token, nats")
     style.legend(ax)
     return ax

@@ -1,5 +1,6 @@
 """Layer × step and layer × kind pictures: heat map, LISA schedule, module kinds."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -76,7 +77,7 @@ def heatmap(
     bar.outline.set_visible(False)
     bar.set_label(title)
     _label_colors(bar, image.norm)
-    _label_layers(ax, len(shown.values))
+    _label_layers(ax, len(shown.values), grid.names)
     _label_steps(ax, shown.steps, group)
     return ax
 
@@ -126,6 +127,7 @@ def visits(
     ax.set_xticks(style.layer_ticks(len(shown.values), most=25))
     ax.set_xlim(-0.7, len(shown.values) - 0.3)
     ax.set_xlabel("layer")
+    style.stacks_apart(ax, grid.names)
     ax.set_ylabel(title)
     return style.finish(ax)
 
@@ -154,7 +156,7 @@ def schedule(run: "Run", *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> 
     ax.set_facecolor(style.FROZEN)
     colors = mpl.colors.ListedColormap([to_rgba(style.SERIES[0], a) for a in np.linspace(0, 1, 64)])
     ax.imshow(grid.values, norm=Normalize(0, 1), cmap=colors, **_raster(grid.values.shape))
-    _label_layers(ax, run.n_layers)
+    _label_layers(ax, run.n_layers, run.layer_names)
     _label_steps(ax, grid.steps, group, what="draw at step", unit="draws")
     visits = visit_counts(run)
     side = ax.inset_axes((1.02, 0, 0.22, 1), sharey=ax)
@@ -200,7 +202,7 @@ def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX
     bar.outline.set_visible(False)
     bar.set_label("probability over k/L")
     _label_colors(bar, image.norm)
-    _label_layers(ax, run.n_layers)
+    _label_layers(ax, run.n_layers, run.layer_names)
     _label_steps(ax, shown.steps, group, what="draw at step", unit="draws")
     return ax
 
@@ -321,9 +323,10 @@ def _raster(shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _label_layers(ax: Axes, n_layers: int) -> None:
+def _label_layers(ax: Axes, n_layers: int, names: Sequence[str]) -> None:
     ax.set_yticks(style.layer_ticks(n_layers))
     ax.set_ylabel("layer")
+    style.stacks_apart(ax, names, upwards=True)
 
 
 def _label_steps(

@@ -174,6 +174,8 @@ def _share(
         )
         if last:
             panel.set_xlabel("layer", labelpad=1)
+        if "name" in frame:
+            style.stacks_apart(panel, frame["name"], label=last)
         _name_layers(panel, frame)
     width = style.inches(ax)[0]
     ax.text(

@@ -1,6 +1,6 @@
 """Pictures with one mark per layer: profile, probabilities, rank agreement."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def profile(profile: Any, *, ax: Axes | None = None) -> Axes:
     mean, dashes = float(np.nanmean(score)), (0, (4, 3))
     ax.axhline(mean, color=style.MUTED, linewidth=0.9, linestyle=dashes, label="mean")
     if profile.by == "layer":
-        layers_below(ax, len(frame))
+        layers_below(ax, len(frame), frame["name"])
     else:
         _names_below(ax, frame["name"].tolist(), profile.by)
     ax.set_ylabel(style.literal(profile.metric))
@@ -186,7 +186,7 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
         linestyle=(0, (4, 3)),
         label=f"uniform, {k:g} of {len(pi)}",
     )
-    layers_below(ax, len(pi))
+    layers_below(ax, len(pi), probabilities.layer_names)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("inclusion probability")
     style.legend(ax)
@@ -291,11 +291,12 @@ def _initial_part(ax: Axes, frame: pd.DataFrame, layer: np.ndarray, score: np.nd
     )
 
 
-def layers_below(ax: Axes, n_layers: int) -> None:
-    """Label the axis by layers."""
+def layers_below(ax: Axes, n_layers: int, names: Iterable[object] = ()) -> None:
+    """Label the axis by layers, and part it where one stack ends if `names` show several."""
     ax.set_xticks(style.layer_ticks(n_layers, most=25))
     ax.set_xlim(-0.7, n_layers - 0.3)
     ax.set_xlabel("layer")
+    style.stacks_apart(ax, names)
     style.finish(ax)
 
 

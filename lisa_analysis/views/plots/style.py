@@ -1,7 +1,7 @@
 """Colours, axes and ticks that every plot shares."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import short_stacks, stacks_of
 
 # Seaborn's colour-blind palette; its yellow and pale pink are left out, they vanish on white.
 _PALETTE = sns.color_palette("colorblind").as_hex()
@@ -169,6 +170,30 @@ def layer_ticks(n_layers: int, most: int = 17) -> list[int]:
     if n_layers - 1 - ticks[-1] <= stride / 2:
         ticks.pop()
     return [*ticks, n_layers - 1]
+
+
+def stacks_apart(
+    ax: Axes, names: Iterable[object], *, upwards: bool = False, label: bool = True
+) -> None:
+    """Part an axis of layers where one stack ends and the next begins, and say which they are.
+
+    `names` are those of the layers in order, `upwards` says that they lie along the y axis. Of one
+    stack nothing is drawn.
+    """
+    stacks = stacks_of(str(name) for name in names)
+    short = short_stacks(stacks)
+    if len(short) < 2:
+        return
+    first = {stack: stacks.index(stack) for stack in short}
+    for start in [*first.values()][1:]:
+        line = ax.axhline if upwards else ax.axvline
+        line(start - 0.5, color=MUTED, linewidth=0.9)
+    if label:
+        said = [literal(name, 20) for name in short.values()]
+        if not upwards:
+            said = [f"{name} {first[stack]}–{first[stack] + stacks.count(stack) - 1}"
+                    for name, stack in zip(said, short, strict=True)]  # fmt: skip
+        (ax.set_ylabel if upwards else ax.set_xlabel)(f"layer: {', '.join(said)}")
 
 
 def step_ticks(steps: Sequence[int] | np.ndarray, most: int = 7) -> tuple[list[float], list[str]]:

@@ -127,7 +127,7 @@ class TestUndecided:
         logs = truth + 0.8 * rng.standard_normal((40, 12))
         fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
         found = judge(fit, 0.95, THRESHOLDS, steps=np.arange(40), period=None, rng=rng,
-                      has_depth=True)  # fmt: skip
+                      stacks=("h",) * 12)  # fmt: skip
         assert found.standing.above.nonzero()[0].tolist() == [5]
         assert found.shape.verdict == "apart"
 

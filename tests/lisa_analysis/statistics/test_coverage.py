@@ -191,7 +191,7 @@ def test_one_layer_of_another_memory_has_its_own_and_silences_nobody():
         assert fit.known[others].all()
         assert fit.n_eff[7] <= fit.n_eff[others].min()
         found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(400), period=None,
-                                rng=rng, has_depth=True)  # fmt: skip
+                                rng=rng, stacks=("h",) * LAYERS)  # fmt: skip
         assert found.shape.verdict in ("U", "drifting")
     assert apart >= 5
 
@@ -205,7 +205,7 @@ def test_an_unknown_layer_is_named_and_the_rest_is_judged():
     assert np.isnan(fit.samples[:, 9]).all()
     assert np.isfinite(np.delete(fit.samples, 9, axis=1)).all()
     found = judgement.judge(fit, 0.95, THRESHOLDS, steps=np.arange(300), period=None, rng=rng,
-                            has_depth=True)  # fmt: skip
+                            stacks=("h",) * LAYERS)  # fmt: skip
     assert found.shape.verdict == "U"
     assert found.concentration.headroom.sufficient
     assert found.standing.words[9] == "unknown"

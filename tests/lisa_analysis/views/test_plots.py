@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from lisa_analysis import plots
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import short_stacks, stacks_of
 from lisa_analysis.metrics.layer_grid import LayerGrid
+from lisa_analysis.plans.sampling import sampling_probabilities
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.rundir.opening import load
 from lisa_analysis.runs.schedule import visit_counts
@@ -48,7 +50,8 @@ def profile(n_layers=12, *, low=True, initial=True, unseen=()):
 
 def probabilities(n_layers=12):
     pi = tuple(np.full(n_layers, 2 / n_layers))
-    return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi)
+    return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi,
+                           layer_names=[f"h.{i}" for i in range(n_layers)])  # fmt: skip
 
 
 def strengths():
@@ -75,7 +78,8 @@ def moving(run):
     draws = events["event"] == "lisa_draw"
     wander = [list(np.roll(np.linspace(0.1, 0.3, 12), n)) for n in range(draws.sum())]
     events.loc[draws, "inclusion_probabilities"] = pd.Series(wander, events.index[draws])
-    return SimpleNamespace(events=events, n_layers=run.n_layers, manifest=run.manifest)
+    return SimpleNamespace(events=events, n_layers=run.n_layers, manifest=run.manifest,
+                           layer_names=run.layer_names)  # fmt: skip
 
 
 def everything(runs):
@@ -398,3 +402,31 @@ def test_colours_of_kinds_follow_the_signs_of_their_scores(values, kind):
     image = plots.kind_grid(frame).images[0]
     assert type(image.norm).__name__ == kind
     assert image.norm(max(values)) == pytest.approx(1)
+
+
+def test_stacks_are_parted_where_one_ends(tmp_path):
+    """Encoder and decoder: a line between their layers, and their names below."""
+    layers = [{"index": i, "name": f"model.{side}.layers.{i % 4}", "stack": f"model.{side}.layers"}
+              for i, side in enumerate(["encoder"] * 4 + ["decoder"] * 4)]  # fmt: skip
+    run = load(write_run(tmp_path / "two", n_layers=8, steps=60, extra={"layers": layers}))
+    profile = importance(run)
+    chosen = sampling_probabilities(profile, activated_layers=2)
+    across = "layer: encoder 0–3, decoder 4–7"
+    for ax in (plots.profile(profile), plots.probabilities(chosen), plots.visits(run)):
+        assert ax.get_xlabel() == across
+        assert [3.5, 3.5] in [list(line.get_xdata()) for line in ax.lines]
+    for ax in (plots.heatmap(run), plots.schedule(run)):
+        assert ax.get_ylabel() == "layer: encoder, decoder"
+        assert [3.5, 3.5] in [list(line.get_ydata()) for line in ax.lines]
+    one = plots.profile(importance(load(write_run(tmp_path / "one", n_layers=8, steps=60))))
+    assert one.get_xlabel() == "layer"
+    assert [3.5, 3.5] not in [list(line.get_xdata()) for line in one.lines]
+
+
+def test_stacks_are_called_by_what_tells_them_apart():
+    assert stacks_of(["h.0", "h.11", "embed"]) == ("h", "h", "")
+    assert short_stacks(["encoder.block"] * 2) == {"encoder.block": "encoder.block"}
+    assert [*short_stacks(["encoder.block", "decoder.block"]).values()] == ["encoder", "decoder"]
+    towers = ["model.language_model.layers", "model.vision_tower.encoder.layers"]
+    assert [*short_stacks(towers).values()] == ["language_model", "vision_tower.encoder"]
+    assert [*short_stacks(["a", "b.a"]).values()] == ["a", "b.a"]

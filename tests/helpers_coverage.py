@@ -135,7 +135,7 @@ def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
             held.joint.append(both[known].all())
         if judge:
             found = judgement.judge(
-                fit, 0.95, THRESHOLDS, steps=np.arange(world.steps), interval=clusters, rng=rng,
+                fit, 0.95, THRESHOLDS, steps=np.arange(world.steps), period=clusters, rng=rng,
                 stacks=("h",) * len(truth),
             )  # fmt: skip
             held.verdicts[found.shape.verdict] += 1

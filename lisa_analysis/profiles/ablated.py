@@ -92,6 +92,8 @@ def statement(
         return " ".join([*said, f"No {by} was ablated: nothing is known about {metric}."])
     if unknown.any():
         said.append(f"Not ablated, and so unknown: {int(unknown.sum())} of {len(unknown)} {by}s.")
+    if special and metric == "forgetting_keep":
+        said.append("Of every change that is put into the base alone:")
     said += special
     if not seen.any():
         return " ".join(said)
@@ -137,7 +139,10 @@ def bounds(interval: Interval) -> str:
     """Write a value with its interval."""
     if interval.low is None or interval.high is None:
         return f"{interval.value:.3g} (too few examples for an interval)"
-    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+    value, low, high = (
+        f"{x:.3g}".replace("-", "−", x < 0) for x in (interval.value, interval.low, interval.high)
+    )
+    return f"{value} [{low}, {high}]"
 
 
 def _standing(metric: str, by: str, names: Sequence[str], fit: Fit, confidence: float) -> str:

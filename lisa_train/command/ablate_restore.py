@@ -13,6 +13,7 @@ from lisa_analysis.contract.layers import canonical_name, module_of
 from lisa_analysis.contract.schema import ABLATION, LOCK
 from lisa_train.command.ablate_inputs import ADAPTER_CONFIG, TrainedRun, load_trained, open_run
 from lisa_train.command.ablate_run import MAX_EXAMPLES, check_max_examples, prepare_examples
+from lisa_train.command.model_card import tell_put_back
 from lisa_train.command.tasks.literal_path import at_home
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def restore(
         A finished run.
     layers
         Layers, ranges and groups (``"3,17,20-22,embed"``, or a list of them); ``"auto"`` takes
-        the layers that the run's ablation proposes: those that cost on general text and gain
-        nothing sure.
+        the layers that the run's ablation proposes: those that surely cost more on general text
+        than they can help on held-out examples.
     out
         The folder to write; it is new or empty. An adapter is written for an adapter, a model for
         a model.
@@ -149,8 +150,8 @@ def proposed(trained: TrainedRun) -> Sequence[str]:
     found = summarize(file, units).proposed
     if not found:
         raise ConfigError(
-            "no layer surely costs on general text without a sure gain: the ablation proposes none "
-            "to put back; name the layers yourself."
+            "no layer surely costs more on general text than it can help on held-out examples: the "
+            "ablation proposes none to put back; name the layers yourself."
         )
     return found
 
@@ -200,8 +201,25 @@ def _said(found: Restored) -> list[str]:
             said.append(
                 f"{what} loss: base {before:.4f}, trained {after:.4f}, with these put back "
                 f"{now:.4f} ({found.changes[name]} nats per label)"
+                f"{_what_stays(name, before, after, now)}"
             )
+    if found.changes["held_out"].above_zero:
+        said.append(
+            "Together they surely cost held-out loss, whatever each does by itself: layers stand "
+            "in for each other. Fewer of them keep more of the gain."
+        )
     return said
+
+
+def _what_stays(name: str, before: float, after: float, now: float) -> str:
+    """Part of the training's gain, or of what it forgot, that is still there."""
+    was, stays = (before - after, before - now) if name == "held_out" else (
+        after - before, now - before
+    )  # fmt: skip
+    if was <= 0:
+        return ""
+    part = f"{stays / was:.0%}" if stays > 0 else "nothing"
+    return f": {part} of the {'gain' if name == 'held_out' else 'forgetting'} stays"
 
 
 def check_adapter(trained: TrainedRun, parts: "Sequence[Part]") -> None:
@@ -328,3 +346,5 @@ def _tell_where_from(found: Restored, trained: TrainedRun) -> None:
     }
     text = json.dumps(about, indent=2, ensure_ascii=False)
     (found.path / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+    if trained.folder is not None:
+        tell_put_back(trained.folder, found.path, _said(found))

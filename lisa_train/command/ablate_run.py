@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lisa_train.measure.ablation.ablating import Cost
+    from lisa_train.measure.ablation.file import AblationFile
     from lisa_train.measure.ablation.losses import ExampleLosses, Examples
     from lisa_train.measure.ablation.summary import Summary
-    from lisa_train.measure.ablation.units import By, Ranges
+    from lisa_train.measure.ablation.units import AblatedUnit, By, Ranges
 
 MAX_EXAMPLES = 64
 # Positions of a batch: enough for the products to be large, few enough for the logits of a large
@@ -38,7 +39,7 @@ class Ablation:
     cost
         Passes and seconds of this call.
     naive
-        Passes of the whole model that the same rows take without any reuse.
+        Passes of the whole model that what this call measured takes without any reuse.
     """
 
     path: Path
@@ -140,13 +141,28 @@ def ablate(
         losses, examples = prepare_examples(trained, data, general, max_examples, collate, bf16)
         measured = {name: one.measured for name, one in examples.items()}
         file = AblationFile(run.path, trained.about, measured)
+        if file.unfinished.exists():
+            say("this goes on where an interrupted call stopped")
+        naive = _one_by_one(file, units, list(examples))
         cost = ablate_units(
             trained.change, losses, examples, units, file, progress=progress, say=say
         )
-        naive = len(examples) * (2 * sum(bool(unit.parts) for unit in units) + 2)
         return Ablation(file.path, summarize(file, units), cost, naive)
     finally:
         lock.release()
+
+
+def _one_by_one(file: "AblationFile", units: "list[AblatedUnit]", names: list[str]) -> float:
+    """Passes over all examples that are still to be made, without any reuse."""
+    from lisa_train.measure.ablation.file import Key
+
+    units = [unit for unit in units if unit.parts]
+    keys = [Key(None, None, mode, name) for mode in ("trained", "base") for name in names]
+    keys += [
+        Key(unit.name, unit.kind, mode, name)
+        for unit in units for mode in ("reset", "keep") for name in names
+    ]  # fmt: skip
+    return sum(len(file.missing(key)) / len(file.tokens[key.data]) for key in keys)
 
 
 def prepare_examples(

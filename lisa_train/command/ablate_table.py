@@ -79,11 +79,14 @@ def _conclusions(summary: "Summary") -> list[str]:
     if summary.proposed:
         words = ",".join(summary.proposed)
         said.append(
-            f"Layers that cost on general text and gain nothing sure: {words}. To put them back: "
+            f"Layers that surely cost more on general text than they can help here: {words}. Each "
+            "was taken out by itself; what they do together --restore measures before it writes: "
             f"--restore {words} --output DIR (or --restore auto)."
         )
     elif summary.forgetting is not None:
-        said.append("No layer surely costs on general text without a sure gain: none to put back.")
+        said.append(
+            "No layer surely costs more on general text than it can help here: none to put back."
+        )
     return said
 
 

@@ -1,6 +1,6 @@
 """The card of a trained model: what it was made of and how, and what was measured; README.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,29 @@ def write_card(run_dir: Path, folder: Path, *, adapter: bool) -> Path:
     path = folder / CARD
     path.write_text(card(load(run_dir), adapter=adapter), encoding="utf-8")
     return path
+
+
+def tell_put_back(before: Path, folder: Path, said: Sequence[str]) -> None:
+    """Write the card of a model into `folder` again, with what was put back in it since.
+
+    Parameters
+    ----------
+    before
+        Where the model was; without a card there is none to write.
+    folder
+        Where it is now.
+    said
+        What was put back, and what that did, line by line.
+    """
+    if not (before / CARD).is_file():
+        return
+    lines = [
+        (before / CARD).read_text(encoding="utf-8").rstrip(),
+        "## Layers put back",
+        "\n".join(f"- {line}" for line in said),
+        "Every other number of this card is of the model before that.",
+    ]
+    (folder / CARD).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
 def card(run: Run, *, adapter: bool) -> str:

@@ -91,17 +91,21 @@ def _found(rows: pd.DataFrame) -> str:
 def _unsure(
     level: str, rows: pd.DataFrame, reliability: Mapping[tuple[str, str], float]
 ) -> list[str]:
-    """Say of which target the order itself is not known."""
-    poor = []
-    for target in dict.fromkeys(rows["target"]):
+    """Say of which target the order itself is not known, and what that means for the others."""
+    poor, found = [], False
+    for target, of in rows.groupby("target", sort=False):
         value = reliability.get((level, str(target)), float("nan"))
         if np.isfinite(value) and value < TELLING:
             poor.append(f"{str(target).removeprefix('ablation_')} ({value:.2f})")
+            found |= bool(of["evidence"].any())
     if not poor:
         return []
+    so = "a metric that shows no agreement may have one" if found else (
+        "no metric could be seen to agree"
+    )  # fmt: skip
     return [
         f"{_over(rows)} the examples hardly tell the order of {' and '.join(poor)} itself "
-        "(reliability in brackets): no metric could be seen to agree; ablate with more examples."
+        f"(reliability in brackets): {so}; ablate with more examples."
     ]
 
 

@@ -19,6 +19,9 @@ NAMES = {
     "forgetting_keep": "forgetting, alone",
 }
 
+# A number among more points than this names none of them.
+_CROWD = 2
+
 
 def worth(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     """Draw what the layers' changes are worth: one mark per layer and way of asking.
@@ -104,19 +107,21 @@ def gain_and_forgetting(gain: Any, cost: Any, *, ax: Axes | None = None) -> Axes
 
 
 def _apart(x: np.ndarray, y: np.ndarray, known: np.ndarray, most: int = 14) -> list[int]:
-    """Layers worth a number: those that stand farthest from the middle, no two on each other."""
+    """Layers worth a number: those that stand apart from all others, the farthest out first."""
     scaled = []
     for values in (x, y):
         spread = np.ptp(values[known]) or 1.0
         scaled.append((values - np.sort(values[known])[known.sum() // 2]) / spread)
     distance = np.where(known, scaled[0] ** 2 + scaled[1] ** 2, -1.0)
+    across, up = (np.abs(values[:, None] - values[None, :]) for values in scaled)
+    # So many points lie where the number would be hard to read: its own is one of them.
+    near = ((across < 0.06) & (up < 0.07) & known[None, :]).sum(1)
+    out = [i for i in np.argsort(-distance).tolist() if known[i] and near[i] <= _CROWD]
     chosen: list[int] = []
-    for layer in np.argsort(-distance).tolist():
-        near = any(abs(scaled[0][layer] - scaled[0][c]) < 0.06
-                   and abs(scaled[1][layer] - scaled[1][c]) < 0.07 for c in chosen)  # fmt: skip
-        if distance[layer] >= 0 and not near and len(chosen) < most:
+    for layer in out:
+        if all(across[layer, c] >= 0.06 or up[layer, c] >= 0.07 for c in chosen):
             chosen.append(layer)
-    return chosen
+    return chosen[:most]
 
 
 def validity(validity: Any, *, level: str | None = None, ax: Axes | None = None) -> Axes:

@@ -115,10 +115,6 @@ def _table(by_layer: Mapping[str, Any]) -> Table:
 
 def _trade_figure(slug: str, gain: Any, cost: Any, layer_names: Sequence[str]) -> ReportFigure:
     title = "Who gains, and who forgets"
-    with svg.ink(slug):
-        ax = canvas(HALF, 3.6)
-        plots.gain_and_forgetting(gain, cost, ax=ax)
-        image = svg.to_svg(ax, slug, title, "Scatter plot, one point per layer.", layer_names)
     caption = (
         "Right: what a layer’s change is worth on the task. Up: what it costs on general text. A "
         "layer far up and not far right is one to put back (lisa-ablate --restore)."
@@ -128,14 +124,23 @@ def _trade_figure(slug: str, gain: Any, cost: Any, layer_names: Sequence[str]) -
     table = frame_table(
         title, frame, [(c, c) for c in ("layer", "name", "gain", "forgetting")], layer="layer"
     )
-    known = [row for row in frame.to_dict("records")
-             if row["gain"] == row["gain"] and row["forgetting"] == row["forgetting"]]  # fmt: skip
-    spoken = readout.points(
-        readout.places(ax, [r["gain"] for r in known], [r["forgetting"] for r in known]),
-        [f"layer {r['layer']}: gain {number(r['gain'])}, forgetting {number(r['forgetting'])}"
-         for r in known],
-    )  # fmt: skip
-    return ReportFigure(slug, title, caption, image, table, False, spoken)
+    known = frame.dropna(subset=["gain", "forgetting"])
+    said = [
+        f"layer {r['layer']}: gain {number(r['gain'])}, forgetting {number(r['forgetting'])}"
+        for r in known.to_dict("records")
+    ]
+
+    def drawn(slug: str, ax: Axes) -> tuple[Markup, Markup]:
+        plots.gain_and_forgetting(gain, cost, ax=ax)
+        image = svg.to_svg(ax, slug, title, "Scatter plot, one point per layer.", layer_names)
+        at = readout.places(ax, list(known["gain"]), list(known["forgetting"]))
+        return image, readout.points(at, said)
+
+    sizes = (
+        {"width": HALF, "height": 3.4, "top": 0.12},
+        {"width": NARROW, "height": 3.1, "left": 0.7, "top": 0.12},
+    )
+    return _twice(ReportFigure(slug, title, caption, None, table, False), drawn, sizes)
 
 
 def validity_figures(validity: Any) -> list[ReportFigure]:

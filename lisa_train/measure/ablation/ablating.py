@@ -88,7 +88,8 @@ def ablate_units(
     started = time.monotonic()
     ablation = _Ablation(change, losses, data, units, file, reuse, say)
     states: tuple[State, ...] = ("trained", "base")
-    with Progress(ablation.planned(), "ablation", progress) as bar, change.as_found():
+    what = f"ablation of {len(units)} units"
+    with Progress(ablation.planned(), what, progress) as bar, change.as_found():
         for state in states:
             if any(ablation.todo(state, name) for name in data):
                 change.become(state)

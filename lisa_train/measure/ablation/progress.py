@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _LINES = 10
+_EARLY = 10.0  # seconds after which a first line says how long it will take
 
 
 class Progress:
@@ -26,7 +27,7 @@ class Progress:
         self._lines = shown is None and not sys.stderr.isatty()
         self._bar_shown = bool(shown) if shown is not None else sys.stderr.isatty()
         self._done = 0.0
-        self._said = 0
+        self._said, self._told = 0, False
         self._started = time.monotonic()
         self._bar: Any = None
 
@@ -56,9 +57,11 @@ class Progress:
         self._done += amount
         self._bar.update(min(amount, self._total - self._bar.n))
         tenth = int(_LINES * self._done / self._total)
-        if self._lines and self._said < tenth <= _LINES:
-            self._said = tenth
-            left = (time.monotonic() - self._started) * (self._total / self._done - 1)
+        passed = time.monotonic() - self._started
+        early = self._said == 0 and not tenth and passed > _EARLY and not self._told
+        if self._lines and (early or self._said < tenth <= _LINES):
+            self._said, self._told = tenth, True
+            left = passed * (self._total / self._done - 1)
             print(
                 f"{self._what} {self._done / self._total:.0%}, {max(left, 0):.0f} s left",
                 file=sys.stderr,

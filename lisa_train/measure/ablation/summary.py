@@ -32,7 +32,17 @@ class Effect:
     @property
     def above_zero(self) -> bool:
         """Whether the interval lies above zero."""
-        return self.value - self.margin > 0
+        return self.low > 0
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.margin
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.margin
 
     def __str__(self) -> str:
         return f"{self.value:+.4f} ± {self.margin:.4f}"
@@ -78,9 +88,17 @@ class UnitEffects:
 
     @property
     def costs_without_gain(self) -> bool:
-        """Whether it surely costs on general text, and not surely helps on held-out examples."""
+        """Whether it surely costs on general text, more than it can help on held-out examples.
+
+        The interval of what it forgets lies above zero and above that of what it is missed for,
+        which reaches zero: with few examples less is proposed, not more.
+        """
+        forgets = self.forgetting
         return (
-            self.forgetting is not None and self.forgetting.above_zero and not self.reset.above_zero
+            forgets is not None
+            and not self.reset.above_zero
+            and forgets.above_zero
+            and forgets.low > self.reset.high
         )
 
 
@@ -110,7 +128,7 @@ class Summary:
 
     @property
     def proposed(self) -> tuple[str, ...]:
-        """Layers that could be put back: each costs on general text and gains nothing sure."""
+        """Layers that could be put back: each surely costs more than it can help."""
         return tuple(
             u.unit.name
             for u in self.units

@@ -10,6 +10,7 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.runs.validity.judging import judge
 from lisa_analysis.runs.validity.sides import Part, Side
+from lisa_analysis.runs.validity.words import sentences
 from lisa_analysis.statistics.association import Cells
 
 KINDS = ("attn.q", "attn.v", "mlp.up", "mlp.down")
@@ -74,8 +75,25 @@ def test_six_layers_are_no_evidence_below_89_and_it_says_by_kind(tmp_path):
 def test_an_ablation_of_noise_is_said_to_be_one(tmp_path):
     found = la.validity(ablated(tmp_path / "run", PLANTED / 1e4, noise=0.5))
     assert "hardly tell the order of keep" in found.sentence
+    assert "no metric could be seen to agree" in found.sentence
     assert row(found, "grad_rms")["ceiling"] < 0.7
     assert found.reliability["layer", "ablation_keep"] < 0.5
+
+
+def test_an_order_that_is_hardly_known_may_still_be_predicted():
+    """Evidence beside a poor reliability: the sentence does not deny what it has just said."""
+    rows = [("keep", "grad_rms", 0.9, True), ("keep", "depth", 0.1, False)]
+    table = pd.DataFrame(
+        {"level": "layer", "target": f"ablation_{target}", "metric": metric, "source": "",
+         "spearman": rho, "low": np.nan, "high": np.nan, "ceiling": 0.6, "chance": 0.4,
+         "evidence": evidence, "layers": 30, "kinds": 0}
+        for target, metric, rho, evidence in rows
+    )  # fmt: skip
+    said = sentences(table, {("layer", "ablation_keep"): 0.4}, 1, 0.95)
+    assert "grad_rms (ρ = 0.90) predicts what a change is worth alone" in said
+    assert "the order of keep (0.40) itself" in said
+    assert "a metric that shows no agreement may have one; ablate with more" in said
+    assert "no metric" not in said
 
 
 def test_kinds_are_ranked_over_modules_and_within_kinds(tmp_path):

@@ -12,6 +12,7 @@ from helpers_runs import write_run
 import lisa_analysis as la
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.views.cli import main
+from lisa_analysis.views.plots import ablations
 
 PLANTED = (0.3 + np.linspace(-1, 1, 12) ** 2) / 10
 
@@ -115,6 +116,24 @@ def test_several_runs_share_one_validity(tmp_path):
     section = html[html.index('id="worth"') : html.index('id="heatmaps"')]
     assert section.count("What each layer’s change is worth") >= 2
     assert section.count("Two runs say nothing of other seeds") == 1
+
+
+def test_marks_of_the_section_are_drawn_for_narrow_screens_too(against):
+    html = la.report(against).html
+    section = html[html.index('id="worth"') : html.index('id="heatmaps"')]
+    figures = section.split("<figure ")[1:]
+    marks = [f for f in figures if "-kinds" not in f[:40]]  # a matrix of colours has no small text
+    assert len(marks) == 4
+    assert "Who gains, and who forgets" in marks[1]
+    assert all(f.count('class="picture slim"') == 1 for f in marks)
+
+
+def test_layers_in_a_crowd_get_no_number():
+    """Two layers stand apart; the other ten lie upon each other, and no number could be read."""
+    x = np.r_[np.linspace(0, 0.02, 10), 1.0, 0.5]
+    y = np.r_[np.linspace(0, 0.02, 10), 0.4, 1.0]
+    assert ablations._apart(x, y, np.ones(12, bool)) == [11, 10]
+    assert ablations._apart(x, y, np.arange(12) != 11) == [10]
 
 
 def test_plots_mark_what_is_there(against):

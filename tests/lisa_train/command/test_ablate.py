@@ -152,7 +152,9 @@ def test_an_interrupted_call_goes_on(run_of, monkeypatch, capsys):
     assert not (run / ABLATION).exists()
     monkeypatch.setattr(AblationFile, "add", add)
     assert main([str(run), *call]) == 0
+    assert "goes on where an interrupted call stopped" in capsys.readouterr().err
     assert main([str(whole), *call]) == 0
+    assert "goes on" not in capsys.readouterr().err
     pd.testing.assert_frame_equal(frame(run), frame(whole))
     assert not (run / ABLATION_UNFINISHED).exists()
 
@@ -192,6 +194,38 @@ def test_layers_are_put_back(method, run_of, tiny_model_dir, tmp_path, capsys):
     after = frame(run)
     got = after[(after["mode"] == "trained")].sort_values("example")["loss"].to_numpy()
     assert np.array_equal(got, wanted.sort_values("example")["loss"].to_numpy())
+
+
+def test_the_layers_that_the_table_proposes_are_put_back(run_of, tmp_path, capsys):
+    """Layer 1 is made to cost much on general text, and to help nowhere; the others as measured."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run, out = run_of("lora"), tmp_path / "restored"
+    general = ["--general", str(tmp_path / "general.txt")]
+    (tmp_path / "general.txt").write_text("\n\n".join(sentence(n) for n in range(90, 97)))
+    assert main([str(run), *general]) == 0
+    table = pq.read_table(run / ABLATION)
+    rows = table.to_pandas()
+    mine = (rows["unit"] == "1") & (rows["mode"] == "reset")
+    rows.loc[mine, "loss"] -= rows.loc[mine, "tokens"] * np.where(
+        rows.loc[mine, "data"] == "general", 5.0, 0.1
+    )
+    at = table.column_names.index("loss")
+    pq.write_table(table.set_column(at, "loss", pa.array(rows["loss"])), run / ABLATION)
+    capsys.readouterr()
+    assert main([str(run), *general]) == 0
+    printed = capsys.readouterr().out
+    marked = [x.split()[0] for x in printed.splitlines() if x.endswith("put back?")]
+    assert "1" in marked
+    assert f"--restore {','.join(marked)} --output" in printed
+    assert main([str(run), *general, "--restore", "auto", "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads((out / "restored.json").read_text())["put_back"] == marked
+    assert "of the gain stays" in printed
+    card = (out / "README.md").read_text()
+    assert card.startswith((run / "adapter/README.md").read_text().rstrip())
+    assert f"- Put back: {', '.join(marked)}\n- held-out loss: base" in card
 
 
 def test_quiet_prints_where_the_file_is_and_nothing_else(run_of, tmp_path, capsys):

@@ -8,7 +8,8 @@ from torch import nn
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.ablation.losses import ExampleLosses, Rows, _sums, choose_examples
-from lisa_train.measure.ablation.summary import effect
+from lisa_train.measure.ablation.summary import Effect, UnitEffects, effect
+from lisa_train.measure.ablation.units import AblatedUnit
 
 RULES = {
     "llama": "next", "gpt2": "next", "mixtral": "next", "bert": "same", "t5": "same",
@@ -108,6 +109,24 @@ def test_without_labels_or_loss():
 
     with pytest.raises(LisaError, match="Silent gives no loss"):
         ExampleLosses(Silent(), rows)
+
+
+@pytest.mark.parametrize(
+    ("reset", "forgetting", "proposed"),
+    [
+        ((0.0, 0.1), (0.3, 0.1), True),  # -0.1 … 0.1 against 0.2 … 0.4
+        ((0.0, 0.3), (0.3, 0.1), False),  # it may help as much: too few examples
+        ((0.0, 0.1), (0.05, 0.1), False),  # it may cost nothing
+        ((0.05, 0.01), (0.3, 0.1), False),  # it surely helps
+        ((-0.5, 0.1), (-0.1, 0.05), False),  # it does harm here, and helps there
+        ((float("nan"), 0.1), (0.3, 0.1), False),
+    ],
+)
+def test_what_is_proposed_to_put_back(reset, forgetting, proposed):
+    unit = AblatedUnit("3", None, ())
+    found = UnitEffects(unit, Effect(*reset), Effect(0.1, 0.1), Effect(*forgetting))
+    assert found.costs_without_gain == proposed
+    assert not UnitEffects(unit, Effect(*reset), Effect(0.1, 0.1), None).costs_without_gain
 
 
 def test_intervals_against_a_bootstrap():

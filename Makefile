@@ -6,6 +6,9 @@ DATA ?=
 # Warnings of old libraries are no errors here; what CONTRIBUTING.md says of this list is all it shows.
 OLDEST := tests/lisa_train/command/test_training.py tests/lisa_train/command/test_cli.py \
   tests/lisa_train/trainer/test_trackers.py tests/lisa_train/measure/test_watching.py
+# The analysis has older ends than training allows (datasets wants a newer pyarrow): an environment of its own.
+OLDEST_ANALYSIS := $(addprefix tests/lisa_analysis/, views/test_cli.py views/test_report.py views/test_report_parts.py \
+  views/test_plots.py views/test_notebook.py plans profiles runs metrics/test_registry.py metrics/test_norms.py)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -48,7 +51,11 @@ docs: setup  ## build the site of docs/ into build/site, strictly
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-oldest:  ## a few training tests with the oldest versions that pyproject.toml names (.venv-oldest)
+oldest:  ## tests with the oldest versions that pyproject.toml names, training and analysis (.venv-oldest…)
+	test -x .venv-oldest-analysis/bin/python || $(PYTHON) -m venv .venv-oldest-analysis
+	.venv-oldest-analysis/bin/python -m pip install --quiet --requirement tests/oldest-analysis.txt
+	.venv-oldest-analysis/bin/python -m pip install --quiet --no-deps --editable .
+	PYTHONPATH=. .venv-oldest-analysis/bin/python -m pytest -q -p no:cacheprovider -W default -k 'not touch' $(OLDEST_ANALYSIS)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --requirement tests/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .

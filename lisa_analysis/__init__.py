@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lisa_analysis.profiles.probe_change import ProbeChange as ProbeChange
     from lisa_analysis.profiles.probe_change import probe_change as probe_change
     from lisa_analysis.profiles.profile import ImportanceProfile as ImportanceProfile
-    from lisa_analysis.rundir.opening import load as load
     from lisa_analysis.rundir.run import Run as Run
     from lisa_analysis.runs.compare import compare as compare
     from lisa_analysis.runs.comparison import Comparison as Comparison
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from lisa_analysis.runs.validity import Validity as Validity
     from lisa_analysis.runs.validity import validity as validity
     from lisa_analysis.views import plots as plots
+    from lisa_analysis.views.opening import load as load
     from lisa_analysis.views.report import Report as Report
     from lisa_analysis.views.report import report as report
 
@@ -59,7 +59,7 @@ _HOME = {
     "Report": "views.report",
     "report": "views.report",
     "Run": "rundir.run",
-    "load": "rundir.opening",
+    "load": "views.opening",
     "LisaError": "contract.errors",
 }
 __all__ = ["plots", *sorted(_HOME)]  # noqa: PLE0604

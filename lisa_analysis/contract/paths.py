@@ -18,3 +18,19 @@ def as_path(value: Any, asked_by: str) -> Path:
     if isinstance(value, str | os.PathLike):
         return Path(os.fspath(value))
     raise LisaError(f"{asked_by} takes a path, got a {type(value).__name__}.")
+
+
+def to_write(value: Any, asked_by: str) -> Path:
+    """Return `value` as the path of a file that can be written.
+
+    Raises
+    ------
+    LisaError
+        For anything but a string or a path, for a folder, and where the file's folder is missing.
+    """
+    path = as_path(value, asked_by)
+    if path.is_dir():
+        raise LisaError(f"{asked_by} got {path}, a folder: give the name of a file in it.")
+    if not path.parent.is_dir():
+        raise LisaError(f"{asked_by} got {path}, and there is no folder {path.parent}: make it.")
+    return path

@@ -11,7 +11,7 @@ import numpy as np
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
-from lisa_analysis.contract.paths import as_path
+from lisa_analysis.contract.paths import as_path, to_write
 from lisa_analysis.contract.probabilities_file import check_vector, read_record
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 
@@ -98,7 +98,7 @@ class SamplingProbabilities:
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file that `lisa-train --lisa.probabilities` takes."""
-        path = as_path(path, "save")
+        path = to_write(path, "save")
         record = {"schema_version": self.schema_version, **asdict(self)}
         if math.isinf(self.cap):
             record["cap"] = None  # JSON has no infinity

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.contract.paths import as_path
+from lisa_analysis.contract.paths import as_path, to_write
 from lisa_analysis.profiles.parts import (
     NUMBERS,
     Initialisation,
@@ -304,11 +304,11 @@ class ImportanceProfile:
         Raises
         ------
         LisaError
-            For any other suffix.
+            For any other suffix, and where the folder is missing.
         """
         from lisa_analysis.profiles.saved import write_profile
 
-        return write_profile(self, as_path(path, "save"))
+        return write_profile(self, to_write(path, "save"))
 
     def __repr__(self) -> str:
         return (

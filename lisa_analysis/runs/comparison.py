@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.contract.paths import as_path
+from lisa_analysis.contract.paths import as_path, to_write
 from lisa_analysis.profiles.profile import to_plain
 
 # Columns of the table of runs that a notebook shows, and what it calls them.
@@ -118,7 +118,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write the table of runs as `.csv`, or everything as `.json`, which `load` reads."""
-        path = as_path(path, "save")
+        path = to_write(path, "save")
         if path.suffix == ".json":
             record = self.to_dict() | {
                 "curves": to_plain(self.curves.to_dict("records")),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lisa_analysis.contract.errors import LisaError, suggest
+from lisa_analysis.contract.paths import to_write
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 from lisa_analysis.plans.exports.plan import Plan
 from lisa_analysis.plans.exports.yaml_text import to_yaml
@@ -137,7 +138,7 @@ class Export:
 
     def save(self, path: str | Path) -> Path:
         """Write the file, and its provenance beside it where the file cannot hold it."""
-        path = Path(path)
+        path = to_write(path, "save")
         path.write_text(self.text, encoding="utf-8")
         if self.beside:
             about = json.dumps(self.provenance, indent=2, ensure_ascii=False, allow_nan=False)

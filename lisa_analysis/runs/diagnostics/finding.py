@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.contract.paths import as_path
+from lisa_analysis.contract.paths import as_path, to_write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ class Diagnostics:
 
     def save(self, path: str | Path) -> Path:
         """Write the findings as `.json` or `.csv`."""
-        path = as_path(path, "save")
+        path = to_write(path, "save")
         if path.suffix == ".json":
             records = [asdict(finding) for finding in self.findings]
             content = {"run_id": self.run_id, "findings": records}

@@ -39,8 +39,13 @@ def worth(profiles: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         Whiskers are intervals; a mark without one has too few examples; below the line a change
         did harm.
     """
+    what = "a mapping from a metric of the ablation to its profile"
+    style.drawable(profiles, "items", "worth", what)
     ax = style.axes_or_new(ax)
-    frames = {name: profile.to_frame() for name, profile in profiles.items()}
+    frames = {
+        name: style.drawable(profile, "to_frame", "worth", what).to_frame()
+        for name, profile in profiles.items()
+    }
     frames = {name: f for name, f in frames.items() if f["score"].notna().any()}
     if not frames:
         return style.note(ax, "No layer was ablated.")
@@ -80,6 +85,8 @@ def gain_and_forgetting(gain: Any, cost: Any, *, ax: Axes | None = None) -> Axes
     Axes
         To the right: worth more; upwards: forgets more. Upper left pays for little.
     """
+    for profile in (gain, cost):
+        style.drawable(profile, "scores", "gain_and_forgetting", f"{style.A_PROFILE} on each axis")
     ax = style.axes_or_new(ax, (4.6, 3.6))
     x, y = gain.scores, cost.scores
     known = np.isfinite(x) & np.isfinite(y)
@@ -143,7 +150,9 @@ def validity(validity: Any, *, level: str | None = None, ax: Axes | None = None)
         among all metrics, an open one is not; within the grey band chance alone puts a metric in
         95 of 100 orders of the layers; the small bar is the ceiling that noise leaves.
     """
-    frame = validity.to_frame()
+    what = "what lisa_analysis.validity returns"
+    frame = style.drawable(validity, "to_frame", "validity", what).to_frame()
+    style.drawable(frame, "level", "validity", what)
     level = level if level is not None else frame["level"].iloc[-1]
     frame = frame[frame["level"] == level]
     names = [f"{m} · {s}" if s else m

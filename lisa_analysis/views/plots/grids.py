@@ -11,8 +11,9 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm, to_rgba
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid, layer_grids
+from lisa_analysis.metrics.layer_grid import MAX_COLUMNS, LayerGrid
 from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
+from lisa_analysis.views.opening import a_run
 from lisa_analysis.views.plots import style
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def heatmap(
         Colour is logarithmic when the values are positive. Grey cells were frozen or not
         measured, red cells hold a NaN or an infinity.
     """
-    if not isinstance(run, LayerGrid):
-        style.drawable(run, "iter_metrics", "heatmap", style.A_RUN)
-    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    grid = style.grid_of(run, column, "heatmap")
     ax = style.axes_or_new(ax, (7.2, _height(len(grid.values))))
     title = COLUMN_TITLES.get(grid.column, grid.column)
     if not len(grid) or not len(grid.values):
@@ -101,9 +100,7 @@ def visits(
         more steps were recorded than `most`, a dot is the mean of neighbouring ones. Non-finite
         values are crosses at the top.
     """
-    if not isinstance(run, LayerGrid):
-        style.drawable(run, "iter_metrics", "visits", style.A_RUN)
-    grid = run if isinstance(run, LayerGrid) else layer_grids(run, [column])[column]
+    grid = style.grid_of(run, column, "visits")
     ax = style.axes_or_new(ax)
     title = COLUMN_TITLES.get(grid.column, grid.column)
     if not len(grid) or not np.isfinite(grid.values).any():
@@ -148,7 +145,8 @@ def schedule(run: "Run", *, ax: Axes | None = None, most: int = MAX_COLUMNS) -> 
     The bars at the right are the draws in which a layer was active; the mark is what its
     inclusion probabilities add up to. Runs without LISA draws get a note instead.
     """
-    drawn = schedule_grid(style.drawable(run, "events", "schedule", style.A_RUN))
+    run = a_run(run, "schedule", "events")
+    drawn = schedule_grid(run)
     ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
     if not len(drawn):
         return style.note(ax, "This run drew no layers: LISA was not used.")
@@ -183,7 +181,7 @@ def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX
     Colour is logarithmic and white at 1: red layers are drawn more often than uniform sampling
     would, blue ones less. Runs whose probabilities do not move get a note instead.
     """
-    style.drawable(run, "events", "learned_probabilities", style.A_RUN)
+    run = a_run(run, "learned_probabilities", "events")
     grid = probability_grid(run)
     ax = style.axes_or_new(ax, (7.2, _height(run.n_layers)))
     if not len(grid):

@@ -16,6 +16,7 @@ from lisa_analysis.metrics.layer_grid import (
 )
 from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
 from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
+from lisa_analysis.views.opening import a_run
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
 
@@ -31,7 +32,7 @@ def trajectories(
     `run` is an opened run directory or a `LayerGrid`. Values are drawn on a logarithmic axis when
     all are positive; a line has gaps where its layer was frozen.
     """
-    grid = _grid(run, column, "trajectories")
+    grid = style.grid_of(run, column, "trajectories")
     ax = style.axes_or_new(ax)
     if not np.isfinite(grid.values).any():
         return style.note(ax, f"No {COLUMN_TITLES.get(grid.column, grid.column)} was recorded.")
@@ -54,12 +55,6 @@ def trajectories(
     return _finish(ax, COLUMN_TITLES.get(grid.column, grid.column), group, band=False)
 
 
-def _grid(run: "Run | LayerGrid", column: str, plot: str) -> LayerGrid:
-    if isinstance(run, LayerGrid):
-        return run
-    return layer_grids(style.drawable(run, "iter_metrics", plot, style.A_RUN), [column])[column]
-
-
 def _has_lone_points(values: np.ndarray) -> bool:
     """Whether some value stands between gaps, where a line alone would not show it."""
     known = np.concatenate([[False], np.isfinite(values), [False]])
@@ -74,7 +69,7 @@ def bands(
     most: int = MAX_POINTS,
 ) -> Axes:
     """Draw the bottom, middle and top third of the stack: mean line and range of the layers."""
-    grid = _grid(run, column, "bands")
+    grid = style.grid_of(run, column, "bands")
     ax = style.axes_or_new(ax)
     if not np.isfinite(grid.values).any():
         return style.note(ax, f"No {COLUMN_TITLES.get(grid.column, grid.column)} was recorded.")
@@ -94,13 +89,11 @@ def update_ratio(run: "Run | LayerGrid", *, ax: Axes | None = None, most: int = 
     `run` is an opened run directory or the `LayerGrid` from `update_ratio_grid`. The dotted line
     at 10⁻³ is a rule of thumb for Adam, not a limit.
     """
-    if not isinstance(run, LayerGrid):
-        style.drawable(run, "iter_metrics", "update_ratio", style.A_RUN)
-    grid = (
-        run
-        if isinstance(run, LayerGrid)
-        else update_ratio_grid(layer_grids(run, ["update_norm", "weight_norm"]))
-    )
+    if isinstance(run, LayerGrid):
+        grid = run
+    else:
+        run = a_run(run, "update_ratio")
+        grid = update_ratio_grid(layer_grids(run, ["update_norm", "weight_norm"]))
     ax = bands(grid, ax=ax, most=most)
     if ax.axison:
         ax.axhline(1e-3, color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
@@ -129,7 +122,8 @@ def curves(
     LisaError
         For any other quantity.
     """
-    frame = curve_frame(style.drawable(run, "scalars", "curves", style.A_RUN), quantity)
+    run = a_run(run, "curves", "scalars")
+    frame = curve_frame(run, quantity)
     ax = style.axes_or_new(ax)
     label = QUANTITIES[quantity]
     held_out = held_out_frame(run) if quantity == "loss" else pd.DataFrame({"step": []})

@@ -195,7 +195,7 @@ def _limits(frames: Sequence[pd.DataFrame]) -> tuple[float, float]:
     bottom = min(0.0, float(np.nanmin(scores)))
     if np.isfinite(bounds[2]).any() and bottom < 0:
         bottom = min(bottom, float(np.nanmin(bounds[2])))
-    room = 0.14 * (top - bottom)
+    room = 0.14 * (top - bottom) or 1.0  # nothing changed: every score is 0
     return top + room, bottom
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from lisa_analysis.metrics.thinning import MAX_POINTS
 from lisa_analysis.runs.arms import by_arm
 from lisa_analysis.runs.curves import QUANTITIES, group_series
+from lisa_analysis.views.opening import some_runs
 from lisa_analysis.views.plots import style
 from lisa_analysis.views.plots.lines import draw_series
 
@@ -27,8 +28,8 @@ def comparison(
     Parameters
     ----------
     runs
-        Opened run directories, which are grouped by arm (runs that differ in nothing but the
-        seed), or a mapping from a label to the runs of a group.
+        Run directories, opened or as paths, which are grouped by arm (runs that differ in nothing
+        but the seed), or a mapping from a label to the runs of a group.
     quantity
         As for `curves`.
     held_out
@@ -42,10 +43,10 @@ def comparison(
         The line is the mean over a group's seeds, the band reaches from the smallest to the
         largest; a group of one has no band.
     """
-    style.drawable(runs, "__iter__", "comparison", f"several runs, each {style.A_RUN}")
-    for run in () if isinstance(runs, Mapping) else runs:
-        style.drawable(run, "scalars", "comparison", f"several runs, each {style.A_RUN}")
-    groups = runs if isinstance(runs, Mapping) else by_arm(runs)
+    if isinstance(runs, Mapping):
+        groups = {name: some_runs(members, "comparison") for name, members in runs.items()}
+    else:
+        groups = by_arm(some_runs(runs, "comparison"))
     ax = style.axes_or_new(ax)
     drawn, group = False, 1
     for position, (name, members) in enumerate(groups.items()):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.relative import relative_scores
 from lisa_analysis.views.plots import style
@@ -140,6 +141,8 @@ def profiles(profiles: Mapping[str, Any] | Sequence[Any], *, ax: Axes | None = N
 def labelled(profiles: Any, plot: str = "profiles") -> dict[str, Any]:
     """Profiles of a list by what tells them apart, numbered where nothing does."""
     expected = f"a mapping or a list of {style.A_PROFILE.removeprefix('an ')}s"
+    if hasattr(profiles, "to_frame"):  # one profile is not its rows
+        raise LisaError(f"plots.{plot} draws {expected}, got one profile: put it into a list.")
     several = list(style.drawable(profiles, "__iter__", plot, expected))
     for item in several:
         style.drawable(item, "metric", plot, expected)
@@ -199,6 +202,7 @@ def strengths(strengths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `strengths` is what `lisa_analysis.plans.sampling.strengths` returns; a strength that gives no
     probabilities is left out, and a layer that is never drawn has no mark.
     """
+    style.drawable(strengths, "to_dict", "strengths", "a frame of strengths")
     ax = style.axes_or_new(ax)
     layers = 0
     for position, row in enumerate(strengths.to_dict("records")):
@@ -241,7 +245,8 @@ def rank_stability(
     Axes
         The number is written into each cell as long as it fits.
     """
-    if "run_a" in agreement:
+    what = "Comparison.rank_agreement, or a square frame"
+    if "run_a" in style.drawable(agreement, "columns", "rank_stability", what):
         agreement = agreement_square(agreement)
     size = len(agreement)
     ax = style.axes_or_new(ax, (1.9 + 0.42 * max(size, 3), 1.2 + 0.36 * max(size, 3)))

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.layers import short_stacks, stacks_of
+from lisa_analysis.metrics.layer_grid import LayerGrid, layer_grids
+from lisa_analysis.views.opening import a_run
 
 # Seaborn's colour-blind palette; its yellow and pale pink are left out, they vanish on white.
 _PALETTE = sns.color_palette("colorblind").as_hex()
@@ -62,14 +64,24 @@ def drawable(value: Any, attribute: str, plot: str, expected: str) -> Any:
     Raises
     ------
     LisaError
-        Where it has not, a path for one: plots read no files.
+        Where it has not.
     """
     if hasattr(value, attribute):
         return value
     raise LisaError(f"plots.{plot} draws {expected}, got a {type(value).__name__}.")
 
 
-A_RUN = "a run that lisa_analysis.load opened"
+def grid_of(run: Any, column: str, plot: str) -> LayerGrid:
+    """Return the grid that `plot` draws, of a run (opened, or as a path) where it is none yet.
+
+    Raises
+    ------
+    LisaError
+        For what is neither.
+    """
+    return run if isinstance(run, LayerGrid) else layer_grids(a_run(run, plot), [column])[column]
+
+
 A_PROFILE = "an importance profile"
 
 
@@ -80,6 +92,11 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (7.2, 3.0)) -> Axes
     does not know about it, so that it goes when the caller lets it go.
     """
     if ax is not None:
+        if not isinstance(ax, Axes):
+            raise LisaError(
+                f"plots draw on matplotlib Axes, got ax of type {type(ax).__name__}: give "
+                "pyplot.subplots()[1], or nothing for a new figure."
+            )
         return ax
     if "ipykernel" in sys.modules:
         from matplotlib import pyplot

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import to_write
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.report.document import assemble
 from lisa_analysis.views.report.page import render
@@ -26,7 +27,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """Write the document as UTF-8 and return its path; the same runs give the same bytes."""
-        path = Path(path)
+        path = to_write(path, "save")
         path.write_bytes(self.html.encode("utf-8", "replace"))
         return path
 

@@ -148,19 +148,36 @@ WRONG = {
     "layers is 'x'": lambda run, p: run.metrics(["grad_norm"], layers="x"),
     "steps is 'x'": lambda run, p: run.metrics(["grad_norm"], steps="x"),
     "save takes a path": lambda run, p: p.save(3),
+    "save takes a path, got a float": lambda run, p: la.report(run).save(1.5),
+    "there is no folder": lambda run, p: p.save(run.path / "none" / "p.json"),
+    "none: make it": lambda run, p: la.export(p, "lr").save(run.path / "none" / "lr.json"),
+    "a folder: give the name of a file": lambda run, p: la.diagnose(run).save(run.path),
     "ImportanceProfile.load takes": lambda run, p: la.ImportanceProfile.load(3),
     "SamplingProbabilities.load takes": lambda run, p: la.SamplingProbabilities.load(3),
     "plots.profile draws": lambda run, p: la.plots.profile(run),
     "plots.profiles draws": lambda run, p: la.plots.profiles(3),
     "plots.profiles draws a mapping or a list": lambda run, p: la.plots.profiles([3]),
     "plots.heatmap draws a run": lambda run, p: la.plots.heatmap(p),
-    "plots.schedule draws a run": lambda run, p: la.plots.schedule(str(run.path)),
+    "plots.schedule draws a run directory": lambda run, p: la.plots.schedule(p),
+    "none does not exist": lambda run, p: la.plots.schedule(str(run.path / "none")),
     "plots.learned_probabilities draws": lambda run, p: la.plots.learned_probabilities(3),
-    "plots.curves draws a run": lambda run, p: la.plots.curves(run.path),
+    "plots.curves draws a run": lambda run, p: la.plots.curves([run]),
     "plots.bands draws a run": lambda run, p: la.plots.bands(p),
     "plots.update_ratio draws a run": lambda run, p: la.plots.update_ratio(p),
     "plots.trajectories draws a run": lambda run, p: la.plots.trajectories(p),
-    "plots.comparison draws several": lambda run, p: la.plots.comparison(3),
+    "plots.comparison draws a list of runs": lambda run, p: la.plots.comparison(3),
+    "got a PosixPath": lambda run, p: la.plots.comparison({"a": run.path}),
+    "plots.comparison draws a run": lambda run, p: la.plots.comparison([p]),
+    "got one profile: put it into a list": lambda run, p: la.plots.profiles(p),
+    "plots.side_by_side draws": lambda run, p: la.plots.side_by_side(p),
+    "plots.worth draws": lambda run, p: la.plots.worth(p),
+    "plots.worth draws a mapping": lambda run, p: la.plots.worth({"a": 3}),
+    "plots.validity draws": lambda run, p: la.plots.validity(p),
+    "plots.gain_and_forgetting draws": lambda run, p: la.plots.gain_and_forgetting(p, 3),
+    "plots.rank_stability draws": lambda run, p: la.plots.rank_stability(3),
+    "plots.strengths draws": lambda run, p: la.plots.strengths(None),
+    "plots.differences draws": lambda run, p: la.plots.differences(run),
+    "got ax of type int": lambda run, p: p.plot(ax=3),
     "plots.probabilities draws": lambda run, p: la.plots.probabilities(p),
     "profile by module, got one by layer": lambda run, p: la.plots.kind_grid(p),
     "plots.kind_grid draws": lambda run, p: la.plots.kind_grid(3),
@@ -174,6 +191,68 @@ def test_wrong_types_are_one_sentence(make_run) -> None:
         with pytest.raises(LisaError) as caught:
             call(run, profile)
         assert words in str(caught.value)
+
+
+OF_A_RUN = [
+    "bands", "curves", "heatmap", "learned_probabilities", "schedule", "trajectories",
+    "update_ratio", "visits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plot", OF_A_RUN)
+def test_a_plot_of_a_run_takes_its_path(plot, make_run) -> None:
+    run = make_run(steps=20)
+
+    def drawn(given):
+        axes = getattr(la.plots, plot)(given)
+        picture = [image.get_array() for image in axes.images]
+        return [text.get_text() for text in axes.texts] + [axes.get_xlabel(), axes.get_ylabel()], [
+            *picture, *(line.get_ydata() for line in axes.lines)
+        ]  # fmt: skip
+
+    words, numbers = drawn(str(run.path))
+    same_words, same_numbers = drawn(run)
+    assert words == same_words
+    assert len(numbers) == len(same_numbers)
+    for a, b in zip(numbers, same_numbers, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_runs_are_compared_by_path(make_run) -> None:
+    run = make_run(steps=20)
+    for given in ([run.path], {"a": [str(run.path)]}, [run]):
+        [line] = la.plots.comparison(given).lines
+        assert len(line.get_xdata()) == 20
+
+
+def test_load_opens_what_save_wrote(make_run, tmp_path) -> None:
+    run = make_run(steps=20)
+    profile = la.importance(run)
+    for suffix in ("json", "parquet"):
+        assert la.load(profile.save(tmp_path / f"profile.{suffix}")) == profile
+    probabilities = la.sampling_probabilities(profile, 2)
+    assert la.load(probabilities.save(tmp_path / "probabilities.json")) == probabilities
+    findings = la.diagnose(run)
+    assert la.load(findings.save(tmp_path / "findings.json")) == findings
+    compared = la.compare([run, make_run(steps=20, seed=5)])
+    again = la.load(compared.save(tmp_path / "comparison.json"))
+    assert isinstance(again, la.Comparison)
+    assert again.to_dict() == compared.to_dict()
+
+
+def test_load_says_what_a_file_for_others_is(make_run, tmp_path) -> None:
+    run = make_run(steps=20)
+    profile = la.importance(run)
+    for name, holds in (("p.csv", "numbers alone"), ("p.png", "a picture"), ("p.svg", "a picture")):
+        with pytest.raises(LisaError, match=rf"{name} holds {holds}.* load what was saved as"):
+            la.load(profile.save(tmp_path / name))
+    with pytest.raises(LisaError, match=r"r\.html holds a page"):
+        la.load(la.report(run).save(tmp_path / "r.html"))
+    with pytest.raises(LisaError, match="is a file, not a folder"):
+        la.load(la.export(profile, "lr").save(tmp_path / "lr.json"))
+    (tmp_path / "torn.json").write_text('{"findings": [')
+    with pytest.raises(LisaError, match="is a file, not a folder"):
+        la.load(tmp_path / "torn.json")
 
 
 def test_numbers_of_a_frame_choose_layers_and_steps(make_run) -> None:

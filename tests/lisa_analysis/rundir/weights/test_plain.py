@@ -160,6 +160,7 @@ def test_an_adapter_that_learned_nothing_says_so(tmp_path):
     profile = la.importance(tmp_path)
     assert (profile.scores == 0).all()
     assert profile.statement.startswith("This adapter did nothing: B is zero in every module")
+    assert la.plots.side_by_side([profile]).child_axes[0].get_ylim() == (0, 1)  # and no warning
     share = la.importance(tmp_path, "init_share").scores
     np.testing.assert_allclose(share, 1, atol=0.15)  # ‖A‖² varies about r/3
 

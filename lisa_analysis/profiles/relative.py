@@ -1,13 +1,16 @@
 """Profiles over their own means, so that runs of any scale compare."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+if TYPE_CHECKING:
+    from lisa_analysis.profiles.profile import ImportanceProfile
 
-def relative_frame(profile: Any) -> pd.DataFrame:
+
+def relative_frame(profile: "ImportanceProfile") -> pd.DataFrame:
     """`ImportanceProfile.to_frame` with scores and bounds over the mean of the known layers.
 
     Scores whose mean is not above zero, as an ablation may have, stay in their own unit;
@@ -25,13 +28,15 @@ def relative_frame(profile: Any) -> pd.DataFrame:
     return frame
 
 
-def relative_scores(profile: Any) -> pd.DataFrame:
+def relative_scores(
+    profile: "ImportanceProfile | Sequence[ImportanceProfile]",
+) -> pd.DataFrame:
     """Return ``layer`` and ``relative``, the score over the mean of the layers that have one.
 
     For several profiles of one model their mean, with ``low`` and ``high``, the smallest and the
     largest; a layer that none of them knows is NaN.
     """
-    several = profile if isinstance(profile, Sequence) else [profile]
+    several: Sequence[Any] = profile if isinstance(profile, Sequence) else [profile]
     rows = []
     for item in several:
         score = item.to_frame()["score"].to_numpy(dtype=np.float64, na_value=np.nan)

@@ -48,6 +48,32 @@ def build_parser() -> argparse.ArgumentParser:
         "rows. Example: lisa-ablate runs/lora-20260101-120000 --by kind",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run of lisa-train")
+    _add_measuring(parser)
+    parser.add_argument(
+        "--restore",
+        metavar="LAYERS",
+        help="write the model or adapter with these put back, as 3,17,20-22,embed; 'auto': those "
+        "that the ablation proposes",
+    )
+    parser.add_argument("--output", metavar="DIR", help="where --restore writes; a new folder")
+    parser.add_argument(
+        "--model", metavar="DIR", help="trained weights or adapter, if not in RUN_DIR"
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="the base model, if not where the run's config.yaml says"
+    )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print where the file is, and errors alone"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="print what the libraries say too, and the traceback of what is refused",
+    )  # fmt: skip
+    return parser
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is measured, and on what."""
     parser.add_argument(
         "--data",
         metavar="DATASET",
@@ -82,27 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute in bfloat16: faster where the processor has it, and less precise",
     )
-    parser.add_argument(
-        "--restore",
-        metavar="LAYERS",
-        help="write the model or adapter with these put back, as 3,17,20-22,embed; 'auto': those "
-        "that the ablation proposes",
-    )
-    parser.add_argument("--output", metavar="DIR", help="where --restore writes; a new folder")
-    parser.add_argument(
-        "--model", metavar="DIR", help="trained weights or adapter, if not in RUN_DIR"
-    )
-    parser.add_argument(
-        "--base", metavar="DIR", help="the base model, if not where the run's config.yaml says"
-    )
-    parser.add_argument(
-        "-q", "--quiet", action="store_true", help="print where the file is, and errors alone"
-    )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true",
-        help="print what the libraries say too, and the traceback of what is refused",
-    )  # fmt: skip
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

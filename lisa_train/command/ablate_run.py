@@ -194,6 +194,6 @@ def prepare_examples(
 
 
 def check_max_examples(most: int | None) -> None:
-    """`ConfigError` for a number of examples that is none."""
+    """`ConfigError` unless the number of examples is a whole one of at least 2."""
     if most is not None:
         whole("max_examples", most, " of at least 2 (intervals need two examples)", 2)

@@ -202,7 +202,7 @@ def _said_of_a_section(found: re.Match[str]) -> str:
     return f"{place}: {found['what']}" if place else found["what"]
 
 
-# What jsonargparse says of a word that is none of the choices.
+# What jsonargparse says of a value that is not among the choices.
 _CHOICE = re.compile(
     r"Expected a typing\.Literal\[(?P<choices>[^]]+)\]\. Got value: (?P<given>.*)$"
 )

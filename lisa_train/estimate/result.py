@@ -141,10 +141,12 @@ class MemoryEstimate:
         device = self.fullest
         parts = ", ".join(f"{part} {getattr(device, part) / 1e9:.2f}" for part in PARTS)
         several = f" on the fullest of {len(self.devices)} devices" if len(self.devices) > 1 else ""
+        phase = device.peak_phase
+        when = "optimizer step" if phase == "step" else f"{phase} pass"
         return (
             f"{self.model}, {self.setting.method}: {self.total / 1e9:.2f} GB{several} "
-            f"in the {device.peak_phase} pass (GB: {parts})"
-        ).replace("step pass", "optimizer step")
+            f"in the {when} (GB: {parts})"
+        )
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()

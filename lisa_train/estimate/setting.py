@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.checks import one_of
+from lisa_train.checks import one_of, whole
 from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.select.config import SelectConfig
@@ -59,9 +59,7 @@ class Setting(_Sections):
         if self.autocast is not None:
             one_of("autocast", self.autocast, get_args(Autocast))
         for name in ("batch_size", "sequence_length", "gradient_accumulation_steps", "devices"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1.")
+            object.__setattr__(self, name, whole(name, getattr(self, name), " of at least 1", 1))
         if self.step_in_backward and self.gradient_accumulation_steps > 1:
             raise ConfigError(
                 f"step_in_backward frees every gradient at once, but gradient_accumulation_steps "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lisa_analysis.contract.errors import ConfigError, suggest
-from lisa_train.checks import whole
+from lisa_train.checks import one_of, real, whole
 from lisa_train.measure.quantities import REGISTRY
 
 # The built-in quantities, and those of them that only a tensor that trains in the step has.
@@ -89,8 +89,13 @@ class RecordConfig:
     on_record_error: Literal["warn", "raise"] = "warn"
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ConfigError(f"record.every is {self.every!r}: give a whole number of at least 1.")
+        for name, least, words in (
+            ("every", 1, " of at least 1"),
+            ("probe_every", 0, ": 0 (never), or every how many steps"),
+            ("probe_batches", 1, " of at least 1"),
+        ):
+            value = whole(f"record.{name}", getattr(self, name), words, least)
+            object.__setattr__(self, name, value)
         if isinstance(self.quantities, str):
             raise ConfigError(
                 f"record.quantities is the text {self.quantities!r}: give a list of names."
@@ -106,23 +111,15 @@ class RecordConfig:
         trains = any(REGISTRY[name].column.of_training for name in self.quantities)
         if self.quantities and not trains:
             object.__setattr__(self, "quantities", (*self.quantities, "opt_steps"))
-        if self.probe_every < 0:
-            raise ConfigError(f"record.probe_every is {self.probe_every}: give 0 (never) or more.")
-        whole("record.probe_batches", self.probe_batches, " of at least 1", 1)
         if self.probe_batches > 1 and not self.probe_every:
             raise ConfigError(
                 f"record.probe_batches is {self.probe_batches} and record.probe_every 0: say every "
                 "how many steps they are to be probed."
             )
-        if not self.flush_seconds >= 0:
-            raise ConfigError(
-                f"record.flush_seconds is {self.flush_seconds}: give 0 (every recorded step) or "
-                "more."
-            )
-        if self.on_record_error not in ("warn", "raise"):
-            raise ConfigError(
-                f"record.on_record_error is {self.on_record_error!r}: give 'warn' or 'raise'."
-            )
+        words = "a number of seconds, 0 (every recorded step) or more"
+        if not real("record.flush_seconds", self.flush_seconds, words) >= 0:
+            raise ConfigError(f"record.flush_seconds is {self.flush_seconds}, but must be {words}.")
+        one_of("record.on_record_error", self.on_record_error, ("warn", "raise"))
         self._check_select()
 
     def _check_select(self) -> None:

@@ -99,7 +99,7 @@ def reason(error: BaseException, *, foreign: bool = False) -> str:
 
 
 def full_traceback(error: BaseException, *, foreign: bool = False) -> str | None:
-    """Return the traceback of a fault; None for an error that is none."""
+    """Return the traceback of a fault; None for an error that is no fault."""
     if not is_fault(error, foreign=foreign):
         return None
     return "".join(traceback.format_exception(error))

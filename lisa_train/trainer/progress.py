@@ -163,7 +163,7 @@ class ProgressCell(_Progress):
 
 
 class ProgressLines(_Progress):
-    """Prints about ten lines over a run, for a terminal that is none (a cluster's log file)."""
+    """Prints about ten lines over a run, where the output is no terminal (a cluster's log file)."""
 
     LINES = 10
     _start = (0.0, 0)

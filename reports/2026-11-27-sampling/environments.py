@@ -124,26 +124,18 @@ def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
 
 def environments(work: Path) -> dict[str, Environment]:
     """Return the environments that the study can run here, by name."""
-    from lisa_train.command.demo.chitchat import chitchat_folder
+    data = work / "data"
+    return {each.name: each for each in (*_classes(data), *_language(data))}
+
+
+def _classes(data: Path) -> list[Environment]:
+    """Texts and pictures to be told apart, by a new head."""
     from lisa_train.command.demo.dinov2 import dinov2_folder
     from lisa_train.command.demo.pictures import pictures_folder
-    from lisa_train.command.demo.smollm2 import smollm2_folder
     from lisa_train.command.demo.sources import MINILM, fetch_folder
-    from lisa_train.command.demo.voice import voice_folder
-    from lisa_train.command.demo.whisper import whisper_folder
-    from lisa_train.command.demo.wordnet import definitions_folder, parts_of_speech_folder
+    from lisa_train.command.demo.wordnet import parts_of_speech_folder
 
-    data = work / "data"
-    llama = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    smol = {
-        "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5, "mild": 2e-4,
-        "strong": 2e-4,
-    }  # fmt: skip
-    text = (
-        "--max_length=48", "--per_device_eval_batch_size=16", "--max_eval_samples=256",
-        "--bf16=true",
-    )  # fmt: skip
-    found = [
+    return [
         Environment(
             "pos",
             model=lambda: fetch_folder(MINILM),
@@ -175,6 +167,27 @@ def environments(work: Path) -> dict[str, Environment]:
             },
             seeds=10, both_tuned=True,
         ),
+    ]  # fmt: skip
+
+
+def _language(data: Path) -> list[Environment]:
+    """Text and speech to be written, by the head that the model has."""
+    from lisa_train.command.demo.chitchat import chitchat_folder
+    from lisa_train.command.demo.smollm2 import smollm2_folder
+    from lisa_train.command.demo.voice import voice_folder
+    from lisa_train.command.demo.whisper import whisper_folder
+    from lisa_train.command.demo.wordnet import definitions_folder
+
+    llama = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    smol = {
+        "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5, "mild": 2e-4,
+        "strong": 2e-4,
+    }  # fmt: skip
+    text = (
+        "--max_length=48", "--per_device_eval_batch_size=16", "--max_eval_samples=256",
+        "--bf16=true",
+    )  # fmt: skip
+    return [
         Environment(
             "define",
             model=smollm2_folder,
@@ -206,4 +219,3 @@ def environments(work: Path) -> dict[str, Environment]:
             head=False,
         ),
     ]  # fmt: skip
-    return {environment.name: environment for environment in found}

@@ -12,6 +12,7 @@ from lisa_analysis.contract.schema import (
     PROBES_TABLE,
     SCALARS_TABLE,
     SCHEMA_VERSION,
+    Table,
 )
 from lisa_analysis.rundir.columns import asked_columns
 from lisa_analysis.rundir.jsonl import MOST_STEPS, lines_frame
@@ -167,7 +168,7 @@ def _sorted_out(
     return {s: line for s, line in lines.items() if set(line) != {"epoch"}}, evaluations, others
 
 
-def _empty(table: Any) -> "pd.DataFrame":
+def _empty(table: Table) -> "pd.DataFrame":
     import pyarrow as pa
 
     fields = arrow_schema(table)

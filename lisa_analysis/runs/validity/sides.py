@@ -88,7 +88,12 @@ def parts_of(
 
 
 def _levels(
-    run: "Run", by: str, target: str, profile: Any, rows: Array, sides: Mapping[Any, Side]
+    run: "Run",
+    by: str,
+    target: str,
+    profile: ImportanceProfile,
+    rows: Array,
+    sides: Mapping[Any, Side],
 ) -> list[Part]:
     """Cells of a target that are complete, at each level that they are of."""
     frame = profile.to_frame()

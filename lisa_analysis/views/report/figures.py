@@ -22,10 +22,12 @@ from lisa_analysis.views.report.format import number
 from lisa_analysis.views.report.tables import Table, frame_table
 
 if TYPE_CHECKING:
-    pass
+    from lisa_analysis.profiles.profile import ImportanceProfile
 
 
-def profile_figure(slug: str, profile: Any, layer_names: Sequence[str]) -> ReportFigure:
+def profile_figure(
+    slug: str, profile: "ImportanceProfile", layer_names: Sequence[str]
+) -> ReportFigure:
     """Importance per layer with intervals."""
     # A proxy that the run's own ablation does not bear out is not called importance.
     what = "Score" if profile.agrees_with_ablation is False else "Importance"
@@ -118,7 +120,7 @@ def _layer_words(name: str, row: dict[Any, Any], relative: bool) -> str:
     return text + stands.get(str(row.get("standing")), "")
 
 
-def profile_table(profile: Any) -> Table:
+def profile_table(profile: "ImportanceProfile") -> Table:
     """Profile as numbers; embedding, head and final norm follow the layers of the stack."""
     frame = profile.to_frame()
     outside = profile.outside
@@ -146,7 +148,7 @@ def profile_table(profile: Any) -> Table:
     )
 
 
-def kind_figure(slug: str, profile: Any) -> ReportFigure:
+def kind_figure(slug: str, profile: "ImportanceProfile") -> ReportFigure:
     """Module kind × layer, from a profile by module."""
     title = f"Where in the layer: {profile.metric} by kind of module"
     frame = profile.to_frame()
@@ -163,7 +165,7 @@ def kind_figure(slug: str, profile: Any) -> ReportFigure:
         image = svg.to_svg(ax, slug, title, extremes("Colour map.", frame["score"]))
         spoken = _kind_readout(ax, frame)
     wide = frame.pivot(index="layer", columns="kind", values="score").reset_index()
-    table = frame_table(title, wide, [(c, str(c)) for c in wide], layer="layer")
+    table = frame_table(title, wide, [(str(c), str(c)) for c in wide], layer="layer")
     caption = (
         f"{profile.definition} Colour is logarithmic where all scores have one sign; grey: no such "
         "module, or never measured."

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lisa_analysis.contract.errors import ConfigError, LisaError
-from lisa_analysis.contract.fields import HELD_OUT_SCORES
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import (
@@ -18,6 +17,7 @@ from lisa_train.command.tasks.data import (
     read_splits,
     split_parts,
 )
+from lisa_train.command.tasks.scores import with_meaning
 from lisa_train.command.tasks.task import (
     Loaded,
     Task,
@@ -242,13 +242,7 @@ class TaskWithHead(Task):
 
     def _judge(self, loaded: Loaded, output: Any) -> dict[str, float]:
         predicted, labels = np.asarray(output.predictions), np.asarray(output.label_ids)
-        scores = dict(self.scores(predicted, labels, loaded))
-        for name in scores.keys() - HELD_OUT_SCORES:
-            raise LisaError(
-                f"task {self.name} gives the score {name!r}, of which nothing says what it is; "
-                "put it into the task's new_scores, with its meaning."
-            )
-        return scores
+        return with_meaning(self.scores(predicted, labels, loaded), self.name)
 
     def survey(
         self, trainer: Any, loaded: Loaded, config: TrainConfig

@@ -3,13 +3,26 @@
 Definitions are the usual ones: those of scikit-learn for classes, of NIST's sclite for words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.fields import HELD_OUT_SCORES
+
 IGNORED = -100
+
+
+def with_meaning(scores: Mapping[str, float], task: str) -> dict[str, float]:
+    """Return the scores that a task gives; `LisaError` for one of which nothing says what it is."""
+    for name in scores.keys() - HELD_OUT_SCORES:
+        raise LisaError(
+            f"task {task} gives the score {name!r}, of which nothing says what it is; put it into "
+            "the task's new_scores, with its meaning."
+        )
+    return dict(scores)
 
 
 def accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> float:

@@ -101,8 +101,8 @@ class Probe:
             with random_state_kept(self._model), torch.enable_grad():
                 backward()
         except Exception:
-            # The others are waiting for this process; in a sharded model FSDP's own collectives
-            # are what they wait for, and there is nothing that could be said to them.
+            # The other processes wait for this one. Where the model is sharded they wait in
+            # FSDP's own all-reduces, and cannot be told.
             if averaging is not None and not sharded:
                 averaging.finish(failed=True)
             raise

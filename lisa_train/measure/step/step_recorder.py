@@ -283,7 +283,7 @@ class StepRecorder:
         try:
             self.flush()
         except RunDirectoryError as error:
-            self._troubles.failed(error)  # the disk's trouble is no reason to miss this step
+            self._troubles.failed(error)  # a full disk loses no number of this step
         self._watching.look(self._step)
 
     def latest_scalars(self, *, wait: bool = False) -> dict[str, Any]:

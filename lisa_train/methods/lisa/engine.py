@@ -165,11 +165,6 @@ class Lisa:
         return self._turns.layers_of(self._schedule.layers)
 
     @property
-    def active_units(self) -> tuple[str, ...]:
-        """Names of the layers, halves or modules that are drawn now."""
-        return tuple(self._turns.names[unit] for unit in self._schedule.layers)
-
-    @property
     def active_groups(self) -> tuple[str, ...]:
         """Groups that train now: the always-active ones and those drawn."""
         return (*self.config.always_active, *self._schedule.groups)

@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.control import Control
-from lisa_train.methods.lisa.inclusion import resolve
-from lisa_train.methods.lisa.learning.priors import prior_probabilities
+from lisa_train.methods.lisa.inclusion import prior_probabilities, resolve
 from lisa_train.methods.lisa.learning.sampler import LearnedSampler
 from lisa_train.methods.lisa.samplers import Sampler, make_sampler, never_drawn, seed_word
 from lisa_train.model.layer_map import Unit as Unit

@@ -262,16 +262,18 @@ def test_layers_can_be_named_where_the_structure_leaves_them_open(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"every": 0}, "record.every is 0: give a whole number of at least 1"),
+        ({"every": 0}, "record.every is 0, but must be a whole number of at least 1"),
         ({"every": 2.5}, "record.every is 2.5"),
         ({"quantities": ("grad_nrm",)}, "Did you mean 'grad_norm'"),
         ({"quantities": "grad_norm"}, "give a list of names"),
         ({"select": ("(",)}, "record.select holds"),
         ({"select": ()}, "record.select is empty"),
         ({"probe_every": -1}, "record.probe_every is -1"),
+        ({"probe_every": "often"}, "record.probe_every is 'often'"),
+        ({"flush_seconds": "soon"}, "record.flush_seconds is 'soon'"),
         ({"flush_seconds": -1}, "record.flush_seconds is -1"),
         ({"flush_seconds": float("nan")}, "record.flush_seconds is nan"),
-        ({"on_record_error": "ignore"}, "give 'warn' or 'raise'"),
+        ({"on_record_error": "ignore"}, "must be one of warn, raise"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(changes, words):

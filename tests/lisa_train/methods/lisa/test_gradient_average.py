@@ -42,11 +42,12 @@ def train(name, model, shares, micro=1, *, checkpointing=False, clip=True):
         model.gradient_checkpointing_enable()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-    drawn, norms = [], []
-    with Lisa(model, optimizer, lt.LisaConfig(1, 2, **CASES[name][0]), seed=3) as engine:
+    drawn, norms, draws = [], [], []
+    config = lt.LisaConfig(1, 2, **CASES[name][0])
+    with Lisa(model, optimizer, config, seed=3, on_draw=draws.append) as engine:
         for step in range(STEPS):
             engine.begin_step(step)
-            drawn.append((engine.active_units, engine.active_groups))
+            drawn.append((draws[-1].layers, draws[-1].units, engine.active_groups))
             for number in range(micro):
                 for rank in shares:
                     ids = batch(step, number, rank)

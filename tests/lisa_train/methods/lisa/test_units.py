@@ -313,10 +313,9 @@ def test_exactly_the_drawn_parts_train(make_llama, by, policy):
     before = {}
 
     with loop.engine() as engine:
-        names = dict(zip(units.names, units.tensors, strict=True))
 
         def each():
-            trains = {n for unit in engine.active_units for n in names[unit]}
+            trains = {n for unit in loop.draws[-1].units for n in units.tensors[unit]}
             moved = {n for n, p in loop.model.named_parameters() if not torch.equal(p, before[n])}
             assert moved & rests == trains
             assert moved - rests
@@ -477,12 +476,13 @@ def test_parts_that_train_have_fp32_copies_and_no_others(make_llama, by):
     layers = find_layers(model)
     units = Units.of(model, layers, by)
     inside = {n for names in layers.layers for n in names}
-    names = dict(zip(units.names, units.tensors, strict=True))
     with loop.engine() as engine:
 
         def each():
             wide = {n for n, p in model.named_parameters() if exact(p).dtype == torch.float32}
-            assert wide & inside == {n for unit in engine.active_units for n in names[unit]}
+            assert wide & inside == {
+                n for unit in loop.draws[-1].units for n in units.tensors[unit]
+            }
 
         loop.run(engine, range(9), each)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -31,6 +31,11 @@ MEANT = {
     "scheduler": "lr_scheduler_type",
     "optimizer": "optim",
     "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "target_modules": "lora.target_modules",
 }
 
 
@@ -120,6 +125,8 @@ def keep_words(settings: Any, argv: Sequence[str]) -> None:
 
 def check_flags(argv: Sequence[str]) -> None:
     """Refuse an unknown `--a.b` with a suggestion; jsonargparse would only say `unrecognized`."""
+    if argv and argv[0] in recipes():
+        raise ConfigError(f"{argv[0]} stands alone: a recipe is named with --config {argv[0]}.")
     for token in argv:
         if not token.startswith("--") or token == "--":
             continue
@@ -168,7 +175,7 @@ def _check_key(keys: list[str], cls: Any, *, where: str, beside: Sequence[str] =
         known = {f.name: f for f in fields(cls)}
         if key not in known:
             scope = f" below {'.'.join(walked)}" if walked else ""
-            meant = None if walked else MEANT.get(key.replace("-", "_"))
+            meant = None if walked else MEANT.get(key.replace("-", "_")) or _within(key, known)
             nearest = (
                 f" Did you mean {meant!r}?"
                 if meant
@@ -182,6 +189,14 @@ def _check_key(keys: list[str], cls: Any, *, where: str, beside: Sequence[str] =
             )
         walked.append(key)
         cls = dataclass_of(known[key].type)
+
+
+def _within(key: str, known: Mapping[str, Any]) -> str | None:
+    """Return `lora.r` for `lora_r`: a setting of a section that was written with one name."""
+    section, _, rest = key.replace("-", "_").partition("_")
+    cls = dataclass_of(known[section].type) if section in known else None
+    inner = {f.name for f in fields(cls)} if cls else set()
+    return f"{section}.{rest}" if rest in inner else None
 
 
 def dataclass_of(annotation: Any) -> Any:

@@ -125,6 +125,10 @@ def test_any_lora_field_is_passed_on() -> None:
         (["--epochs", "3"], "Did you mean 'num_train_epochs'?"),
         (["--model", "m"], "Did you mean 'model_name_or_path'?"),
         (["--dataset", "d"], "Did you mean 'dataset_name'?"),
+        (["--lora_r", "4"], "Did you mean 'lora.r'?"),
+        (["--lora-alpha=4"], "Did you mean 'lora.lora_alpha'?"),
+        (["--lisa_activated_layers", "2"], "Did you mean 'lisa.activated_layers'?"),
+        (["--lisa_nothing", "2"], "Unknown --lisa_nothing"),
     ],
 )
 def test_bad_words_are_refused_in_one_sentence(
@@ -134,6 +138,11 @@ def test_bad_words_are_refused_in_one_sentence(
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
+
+
+def test_a_recipe_without_its_option_is_told_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", *NEEDED]) == 2
+    assert "a recipe is named with --config probe" in capsys.readouterr().err
 
 
 def test_what_other_trainers_call_a_setting_is_none_of_ours_and_leads_to_one() -> None:

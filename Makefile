@@ -47,7 +47,7 @@ lint: setup  ## ruff (lint, format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup  ## build the site of docs/ into build/site, strictly
+docs: setup  ## build the site of docs/ into build/site, strictly (to search: python -m http.server -d build/site)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

@@ -36,6 +36,23 @@ class SpeechRecognition(TaskWithHead):
     }
     needed = ("audio", "text")
 
+    def check(self, config: TrainConfig) -> None:
+        """Refuse models that spell sounds out by CTC: they have no decoder that writes."""
+        super().check(config)
+        from transformers.models.auto import modeling_auto as auto
+
+        source = self.source(config)
+        writes = auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        if (
+            source.model_type in auto.MODEL_FOR_CTC_MAPPING_NAMES
+            and source.model_type not in writes
+        ):
+            raise ConfigError(
+                f"the model of {config.model_name_or_path} ({source.model_type}) spells sounds out "
+                "by CTC, which speech-recognition does not train yet; give a model that writes, "
+                "such as Whisper, or put lisa_train.attach to a trainer of your own."
+            )
+
     def arguments(self) -> "type[TrainingArguments]":
         """Return transformers' arguments of a model that generates."""
         from transformers import Seq2SeqTrainingArguments

@@ -127,6 +127,8 @@ def _told_by(source: "PretrainedConfig", config: TrainConfig) -> str:
     for name, table in tables.items():
         if name != "causal-lm" and architecture in {found for _, found in table.values()}:
             return name
+    if architecture.endswith("ForCTC"):
+        return "speech-recognition"  # which says that it does not take such a head
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))

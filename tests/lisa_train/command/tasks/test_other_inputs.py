@@ -379,3 +379,20 @@ def test_the_command_refuses_in_one_sentence(
     assert said[0].startswith("lisa-train: ")
     assert re.search(expected, said[0]), said[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("task", ["auto", "speech-recognition"])
+def test_a_model_that_spells_by_ctc_is_refused_in_one_sentence(
+    task: str, inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers as hf
+
+    config = hf.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"])
+    config.save_pretrained(tmp_path / "model")
+    words = ["--config", "lisa", "--task", task, "--model_name_or_path", str(tmp_path / "model"),
+             "--dataset_name", str(inputs["speech-recognition"][1])]  # fmt: skip
+    capsys.readouterr()
+    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert re.search(r"\(wav2vec2\) spells sounds out by CTC.*give a model that writes", said)
+    assert not (tmp_path / "run").exists()

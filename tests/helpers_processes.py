@@ -68,11 +68,14 @@ def torchrun(words, *, processes=2, fails=False):
     return done
 
 
-def ranks(function, folder, *arguments, world=2):
-    """Call `function(rank, folder, *arguments)` in as many processes, which form a group."""
+def ranks(function, folder, *arguments, world=2, backend="gloo"):
+    """Call `function(rank, folder, *arguments)` in as many processes, which form a group.
+
+    With `backend` nccl each has the GPU of its number.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(_STARTS):
-            failure = _together((function, folder, arguments), scratch, world)
+            failure = _together((function, folder, arguments), scratch, world, backend)
             if failure is None:
                 return
             if any(Path(scratch, f"formed-{rank}").exists() for rank in range(world)):
@@ -82,7 +85,7 @@ def ranks(function, folder, *arguments, world=2):
     raise AssertionError(failure)
 
 
-def _together(call, scratch, world):
+def _together(call, scratch, world, backend):
     """Start the processes and wait; return None, or what went wrong."""
     function, folder, arguments = call
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -91,7 +94,7 @@ def _together(call, scratch, world):
         said = Path(scratch, f"said-{rank}")
         said.unlink(missing_ok=True)
         words = (function.__module__, function.__qualname__, folder, arguments)
-        place = (rank, world, store.port, scratch)
+        place = (rank, world, store.port, scratch, backend)
         process = _forking().Process(target=_process, args=(said, environment(), words, place))
         process.start()
         started.append(process)
@@ -154,7 +157,7 @@ def _process(said, variables, call, place):
 def _join(variables, call, place):
     """Form the group, call the function, and wait for the others."""
     module, name, folder, arguments = call
-    rank, world, port, scratch = place
+    rank, world, port, scratch, backend = place
     os.chdir(HERE.parent)
     os.environ.clear()
     os.environ |= {
@@ -165,7 +168,9 @@ def _join(variables, call, place):
     function = getattr(importlib.import_module(module), name)
     gc.freeze()  # as in conftest.py: a training collects what it made, not all that was imported
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     dist.barrier()
     Path(scratch, f"formed-{rank}").touch()
     function(rank, folder, *arguments)

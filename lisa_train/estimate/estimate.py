@@ -21,8 +21,6 @@ from lisa_train.private_names import check
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_FP32 = 4
-
 
 def estimate_memory(
     model_or_config: "nn.Module | PretrainedConfig | str | Path",

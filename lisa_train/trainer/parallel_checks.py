@@ -1,5 +1,6 @@
 """Trainer on several devices: what is refused until it is proved, and LISA without DDP."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,14 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
             f"{who} is not proved under FSDP2 as accelerate sets it up, which runs on GPUs only; "
             "let transformers split the model (from_pretrained(…, distributed_config="
             "DistributedConfig(fsdp_size=N))), or use DDP."
+        )
+    asked = getattr(args, "fsdp_plugin_args", None) is not None
+    if plugin is None and (asked or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
+        raise ConfigError(
+            "fsdp is set (trainer_args: fsdp, or the file of accelerate launch), but accelerate "
+            "splits models on accelerators only, and here would train with a whole copy in every "
+            "process (DDP) without a word; leave fsdp out, or let transformers split the model "
+            "(from_pretrained(…, distributed_config=DistributedConfig(fsdp_size=N)))."
         )
     if args.parallel_mode not in _PROVED:
         raise ConfigError(

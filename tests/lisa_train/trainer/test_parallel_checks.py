@@ -1,9 +1,12 @@
 """What Trainer may not do to a model under LISA or the recorder, refused when they are attached."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_processes import ranks
 from helpers_recording import arguments, examples, llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +59,30 @@ def test_fsdp(trainer, tmp_path, version, monkeypatch):
         assert "use DDP, or FSDP2" in text
     else:
         lt.attach(trainer, **record)
+
+
+def fsdp_on_a_cpu(rank, folder):
+    """What Trainer makes of `fsdp` in several processes without accelerators, and what we say."""
+    said = {}
+    for who, asked in zip(("LISA", "recorder"), both(Path(folder)), strict=True):
+        given = arguments(Path(folder), max_steps=1, fsdp=True)
+        trainer = Trainer(llama(), given, train_dataset=examples())
+        said[f"{who}, split"] = trainer.is_fsdp_enabled
+        try:
+            lt.attach(trainer, **asked)
+        except ConfigError as error:
+            said[who] = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps(said))
+
+
+def test_fsdp_that_would_be_ddp_without_a_word(tmp_path):
+    ranks(fsdp_on_a_cpu, tmp_path)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert not said["LISA, split"]
+        for who in ("LISA", "recorder"):
+            assert "fsdp is set (trainer_args: fsdp" in said[who]
+            assert "would train with a whole copy in every process" in said[who]
 
 
 def test_deepspeed(trainer, tmp_path):

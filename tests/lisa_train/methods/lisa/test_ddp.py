@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_processes import ranks
+from helpers_ranks import WAYS, several_equal_one
 from torch.nn.parallel import DistributedDataParallel
 
 import lisa_train as lt
@@ -247,6 +248,12 @@ def test_an_optimizer_of_zero_is_refused_beside_a_plain_model(tmp_path):
     with pytest.raises(ConfigError, match=words):
         lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_what_the_gpu_tests_do_holds_on_a_cpu(tmp_path, name):
+    several_equal_one(tmp_path, name, device="cpu", backend="gloo")
 
 
 def test_replicas_with_fp32_copies_stay_equal_to_the_bit(folder):

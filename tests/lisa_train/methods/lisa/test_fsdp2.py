@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import helpers_memory as small
 import pytest
 import torch
 from helpers_processes import ranks
@@ -12,6 +13,7 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.master_copies import exact
+from lisa_train.model.norms import local
 
 WORLD, STEPS = 2, 8
 # name -> settings of LISA, bf16 in the forward and backward pass, recomputed activations
@@ -162,7 +164,40 @@ def process(rank, folder):
         torch.save(found, folder / f"{name}-{rank}.pt")
     for name in RESUMED:
         torch.save(resumed(name, rank, folder), folder / f"{name}-resumed-{rank}.pt")
+    for name in MEASURED:
+        torch.save(held(name, rank), folder / f"{name}-held-{rank}.pt")
     torch.save(refused(), folder / f"refused-{rank}.pt")
+
+
+MEASURED = {
+    "fp32": ({}, torch.float32),
+    "fp32_active": ({"precision": "fp32_active"}, torch.bfloat16),
+}
+
+
+def held(name, rank):
+    """What one process holds after backward, and of the optimizer after its step."""
+    settings, dtype = MEASURED[name]
+    model = shard(small.real_model(small.llama(), dtype=dtype), half=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with Lisa(model, optimizer, lt.LisaConfig(1, 2, **settings), seed=3) as engine:
+        for step in range(5):  # of several draws: resting layers have nothing left
+            engine.begin_step(step)
+            loss_of(model, batch(step, 0, rank)).backward()
+            parts = {
+                "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+                "weights": [*model.parameters(), *model.buffers(),
+                            *(exact(p) for p in model.parameters())],
+            }  # fmt: skip
+            found = {part: small.stored(map(local, tensors)) for part, tensors in parts.items()}
+            optimizer.step()
+            optimizer.zero_grad()
+        layers = engine.active_layers
+        states = [s[k] for s in optimizer.state.values() for k in s if k != "step"]
+        moved = {n for n, p in model.named_parameters() if optimizer.state.get(p)}
+        active = {n for n, p in model.named_parameters() if p.requires_grad}
+    found |= {"optimizer": small.stored(map(local, states)), "layers": layers}
+    return found | {"rests": moved == active != {n for n, _ in model.named_parameters()}}
 
 
 def refused():
@@ -226,6 +261,43 @@ def test_a_run_whose_pieces_were_saved_goes_on_to_the_bit(folder, name):
     assert len(set(first["drawn"])) > 1
     sizes = [p.numel() for p in build().parameters()]
     assert all(torch.tensor(a).prod() < n for a, n in zip(first["pieces"], sizes, strict=True))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_process_holds_what_the_estimate_says(folder, name):
+    settings, dtype = MEASURED[name]
+    for rank in range(WORLD):
+        held = torch.load(folder / f"{name}-held-{rank}.pt")
+        found = lt.estimate_memory(
+            small.llama(), "lisa", dtype=str(dtype).removeprefix("torch."), devices=WORLD,
+            sequence_length=8, optim="adamw_torch", lisa=lt.LisaConfig(1, 2, **settings),
+            active_layers=held["layers"],
+        )  # fmt: skip
+        for part in ("weights", "gradients", "optimizer"):
+            assert getattr(found.fullest, part) == held[part], part
+        assert held["rests"]
+
+
+def of_four(rank, folder):
+    for name in FOUR:
+        found = train(name, shard(begin(CASES[name][0]), half=False), [rank], loss_of)
+        torch.save(found, Path(folder) / f"{name}-{rank}.pt")
+
+
+FOUR = ("keep", "groups drawn")
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one_with_the_whole_model(tmp_path):
+    ranks(of_four, tmp_path, world=4)
+    for name in FOUR:
+        found = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(4)]
+        alone = train(name, build(), range(4), loss_of)
+        assert all(each["drawn"] == alone["drawn"] for each in found)
+        torch.testing.assert_close(found[0]["norms"], alone["norms"], rtol=2e-5, atol=0)
+        for key, value in alone["model"].items():
+            assert all(torch.equal(found[0]["model"][key], each["model"][key]) for each in found)
+            torch.testing.assert_close(found[0]["model"][key], value, rtol=2e-5, atol=2e-6)
 
 
 def test_one_process_takes_up_the_copies_of_two(folder):

@@ -149,6 +149,29 @@ def test_two_processes_equal_one_that_sees_both_batches(folder, name):
     assert moved > 10
 
 
+def of_four(rank, folder):
+    for name in FOUR:
+        _, how, dtype = CASES[name]
+        found = train(name, build(seed=rank).to(dtype), [rank], **how)
+        torch.save(found, Path(folder) / f"{name}-{rank}.pt")
+
+
+FOUR = ("recomputed, accumulated", "groups drawn")
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one_that_sees_all_batches(tmp_path):
+    ranks(of_four, tmp_path, world=4)
+    for name in FOUR:
+        found = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(4)]
+        alone = train(name, build(), range(4), **CASES[name][1])
+        assert all(each["drawn"] == alone["drawn"] for each in found)
+        torch.testing.assert_close(found[0]["norms"], alone["norms"], rtol=2e-5, atol=0)
+        for key, value in alone["model"].items():
+            assert all(torch.equal(found[0]["model"][key], each["model"][key]) for each in found)
+            torch.testing.assert_close(found[0]["model"][key], value, rtol=2e-5, atol=2e-6)
+
+
 def test_a_gradient_that_a_process_lacks_counts_as_zero(found):
     for size in (25 * 2**20, 64):
         for said in found:

@@ -76,6 +76,22 @@ class _Help(argparse.Action):
         parser.exit()
 
 
+class _Version(argparse.Action):
+    """`--version`, which is looked up when it is asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS,
+            help="show program's version number and exit",
+        )  # fmt: skip
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
 class _Completion(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
@@ -112,7 +128,7 @@ class Parser(argparse.ArgumentParser):
             COMPLETION, action=_Completion, metavar="SHELL", default=argparse.SUPPRESS,
             help="print a script that completes words in that shell: bash, zsh or tcsh",
         )  # fmt: skip
-        self.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+        self.add_argument("--version", action=_Version)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, as a `ConfigError`."""

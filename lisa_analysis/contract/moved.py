@@ -4,7 +4,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -38,8 +37,12 @@ class _OldModule(ModuleType):
         return sys.modules[package].__getattr__(name)(*args, **kwargs)
 
 
-class _OldNames(MetaPathFinder, Loader):
-    """Finds a module under its old name and hands out the module under its new one."""
+class _OldNames:
+    """Finds a module under its old name and hands out the module under its new one.
+
+    A finder and a loader without the base classes of `importlib.abc`, which take longer to import
+    than the package.
+    """
 
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = table
@@ -50,7 +53,7 @@ class _OldNames(MetaPathFinder, Loader):
         """Answer for old names alone."""
         if fullname not in self.table:
             return None
-        return ModuleSpec(fullname, self, is_package=True)
+        return ModuleSpec(fullname, self, is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Import the module that took the place of an old name."""

@@ -74,9 +74,11 @@ def pulled(x: Array, error: Array) -> Array:
 def _between(x: Array, error: Array) -> float:
     """Variance between layers τ² at which Σ (x − m)²/(τ² + error²) is n − 1, by bisection."""
 
+    squared = error**2
+
     def excess(variance: float) -> float:
-        weight = 1 / (variance + error**2)
-        away = x - np.average(x, weights=weight)
+        weight = 1 / (variance + squared)
+        away = x - (x * weight).sum() / weight.sum()
         return float(weight @ away**2) - (len(x) - 1)
 
     left, right = 0.0, float(len(x) * x.var())
@@ -95,6 +97,9 @@ def _between(x: Array, error: Array) -> float:
 
 def in_order(values: Array, means: Array) -> Array:
     """Means that never fall where `values` rise: pool adjacent violators, ties together."""
+    rank = np.argsort(values, kind="stable")
+    if (np.diff(values[rank]) > 0).all() and (np.diff(means[rank]) >= 0).all():
+        return np.array(means)
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     totals = np.bincount(place, weights=means)
     blocks: list[tuple[float, int, int]] = []

@@ -134,7 +134,9 @@ class Evidence:
         """Return the scores with their standard errors."""
         error = np.full(self._mean.size, np.inf)
         if self._repeated >= _ENOUGH:
-            repeats = np.maximum(0.0, self.visits - 1.0)
+            # A running mean rests on no more visits than this, however many there were.
+            most = (2.0 - self._memory) / self._memory
+            repeats = np.clip(self.visits - 1.0, 0.0, most)
             noise = (repeats * self._noise + _POOLED * self._pooled) / (repeats + _POOLED)
             doubt = self._weights + self._memory**2 * self._age / self._cover
             error = np.where(self.visits > 0, np.sqrt(noise * doubt), np.inf)

@@ -1,5 +1,6 @@
 """What a learner is, and which there are (numpy)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +9,14 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lisa_analysis.statistics.shrinkage import shrunk_scores
 from lisa_train.checks import refuse_built_in
 from lisa_train.methods.lisa.learning.evidence import Array, Belief
 
 # Logarithms of scores stay within; far beyond every cap.
 _MOST = 20.0
+# Coverage of one standard error to each side.
+_ONE_ERROR = math.erf(math.sqrt(0.5))
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,25 @@ class Scores:
     """Scores of layers and the intervals that π is made from.
 
     Each of shape (L,), above 0; NaN where a layer is not known, which then has its prior's π.
+    Intervals reach one standard error to each side; of a score that is certain they are the score.
     """
 
     score: Array
     low: Array
     high: Array
+
+    def shrunk(self) -> Array:
+        """Return the scores as a probabilities file takes them, see `shrunk_scores`; NaN as above.
+
+        Each is pulled towards what all layers share, by how little is known of it.
+        """
+        found = np.full(self.score.size, np.nan)
+        known = np.isfinite(self.score) & (np.isfinite(self.low) | np.isfinite(self.high))
+        if known.any():
+            found[known] = shrunk_scores(
+                self.score[known], self.low[known], self.high[known], _ONE_ERROR
+            )
+        return found
 
 
 class Learner(ABC):
@@ -87,17 +105,15 @@ def register(learner: _Kind) -> _Kind:
 class RunningMean(Learner):
     """``ema``: the running mean of every layer, with the interval that its visits leave.
 
-    Intervals are one standard error wide to each side. The stages take the safest scores inside
-    them, so that what is known badly is drawn as the others are.
+    What is known badly is pulled towards the others, and drawn as they are.
     """
 
     name = "ema"
-    _WIDTH = 1.0
 
     def scores(self, belief: Belief) -> Scores:
         """Return the means; a layer that was not seen is not known."""
         center = np.where(np.isfinite(belief.error), belief.log_score, np.nan)
-        away = self._WIDTH * np.where(np.isfinite(belief.error), belief.error, np.nan)
+        away = np.where(np.isfinite(belief.error), belief.error, np.nan)
         score, low, high = (
             np.exp(x.clip(-_MOST, _MOST)) for x in (center, center - away, center + away)
         )

@@ -147,7 +147,7 @@ class LearnedSampler(Sampler):
         try:
             stages = probabilities_from_scores(
                 found.score, found.low, found.high, k=self.k, strength=self._strength,
-                prior=self._prior, costs=self.weights,
+                prior=self._prior, costs=self.weights, shrunk=found.shrunk(),
             )  # fmt: skip
         except ProbabilitiesError:
             if not pool:

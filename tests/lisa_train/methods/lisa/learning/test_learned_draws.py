@@ -11,7 +11,9 @@ import pytest
 from helpers_learning import LAYERS, effective, planted, sampler, shown, simulate
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.plans.sampling import sampling_probabilities
 from lisa_analysis.plans.stages import probabilities_from_scores
+from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.learning import learners
 from lisa_train.methods.lisa.learning.config import LearnConfig, LearnMetric
@@ -26,15 +28,15 @@ def flatness(learner, metric, k, seed):
     learned = sampler(k, seed, learner=learner, metric=metric)
     course = simulate(learned, lambda t: EQUAL, 1000, metric=metric, seed=100 + seed)
     assert course.discrepancy < 2
-    return effective(course.pi[-1]) / LAYERS, effective(course.pi.mean(axis=0)) / LAYERS
+    number = [effective(pi) / LAYERS for pi in (course.pi[-1], course.pi.mean(axis=0))]
+    return *number, min(effective(pi) for pi in course.pi) / LAYERS
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
 @pytest.mark.parametrize("learner", ["ema", "kl"])
 def test_equal_layers_stay_equal(learner, k):
     """Steps of `signal` are noisier than what they measure: the worst case."""
-    last, mean = flatness(learner, "signal", k, seed=0)
-    assert min(last, mean) > 0.95
+    assert min(flatness(learner, "signal", k, seed=0)) > 0.95
 
 
 @pytest.mark.slow
@@ -42,9 +44,14 @@ def test_equal_layers_stay_equal(learner, k):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("learner", ["ema", "kl"])
 def test_equal_layers_stay_equal_with_every_metric_and_seed(learner, metric, k):
+    """After 1,000 draws and in the mean over them; in no single one far below that."""
     found = np.array([flatness(learner, metric, k, seed) for seed in range(20)])
-    print(f"{learner} {metric} k={k}: N_eff/L of the last π {found[:, 0].min():.4f}")
-    assert found.min() > 0.95
+    print(
+        f"{learner} {metric} k={k}: least N_eff/L of 20 seeds: after 1,000 draws "
+        f"{found[:, 0].min():.4f}, of any draw {found[:, 2].min():.4f}"
+    )
+    assert found[:, :2].min() > 0.95
+    assert found[:, 2].min() > 0.9
 
 
 @pytest.mark.parametrize("learner", ["ema", "kl"])
@@ -72,18 +79,36 @@ def test_plainly_standardised_scores_would_run_away(monkeypatch):
     assert effective(course.pi[-1]) < 0.75 * LAYERS
 
 
-@pytest.mark.parametrize("k", [1, 2, 8])
-def test_a_layer_of_twice_the_gradient_reaches_its_probability(k):
+@pytest.mark.parametrize(("k", "seeds"), [(1, 1), (2, 3), (8, 8)])
+def test_a_layer_of_twice_the_gradient_reaches_its_probability(k, seeds):
     """Within eight covers; its π is that of scores known exactly."""
     truth, cover = planted(5), LAYERS // k
-    course = simulate(sampler(k), lambda t: truth, 20 * cover)
-    goal = probabilities_from_scores(truth, k=k).pi
-    reached = course.pi[8 * cover :, 5].mean()
-    assert abs(reached - goal[5]) < 0.15 * goal[5]
-    assert course.pi[8 * cover - 1, 5] > 1.3 * k / LAYERS
-    others = np.delete(course.pi[8 * cover :], 5, axis=1)
-    assert others.mean() < 1.02 * np.delete(goal, 5).mean()
-    assert course.discrepancy < 2
+    goal, reached = probabilities_from_scores(truth, k=k).pi, []
+    for seed in range(seeds):
+        course = simulate(sampler(k, seed), lambda t: truth, 16 * cover, seed=seed)
+        reached.append(course.pi[8 * cover :, 5].mean())
+        assert course.pi[8 * cover - 1, 5] > 1.3 * k / LAYERS
+        others = np.delete(course.pi[8 * cover :], 5, axis=1)
+        assert others.mean() < 1.02 * np.delete(goal, 5).mean()
+        assert course.discrepancy < 2
+    assert abs(np.mean(reached) - goal[5]) < 0.15 * goal[5]
+
+
+@pytest.mark.parametrize("learner", ["ema", "kl"])
+def test_scores_become_probabilities_as_those_of_a_file_do(learner):
+    """One engine: a profile of the scores and their errors gives the same π as the learner."""
+    learned = sampler(2, learner=learner)
+    truth = np.exp(0.4 * np.random.default_rng(7).standard_normal(LAYERS))
+    simulate(learned, lambda t: truth, 320)
+    found = copy.deepcopy(learned._learner).scores(learned._evidence.belief())
+    bounds = {} if learner == "kl" else {"low": found.low, "high": found.high}
+    profile = ImportanceProfile.from_scores(found.score, **bounds, confidence=0.6826894921370859)
+    file = sampling_probabilities(profile, 2, use_intervals=bool(bounds))
+    assert not file.undecided
+    assert np.ptp(file.inclusion_probabilities) > 0.05
+    np.testing.assert_allclose(
+        learned.probabilities(320), file.inclusion_probabilities, rtol=1e-9
+    )
 
 
 def test_kl_gives_it_what_its_distribution_says():

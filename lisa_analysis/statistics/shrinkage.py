@@ -73,7 +73,6 @@ def pulled(x: Array, error: Array) -> Array:
 
 def _between(x: Array, error: Array) -> float:
     """Variance between layers τ² at which Σ (x − m)²/(τ² + error²) is n − 1, by bisection."""
-
     squared = error**2
 
     def excess(variance: float) -> float:

@@ -106,9 +106,7 @@ def test_scores_become_probabilities_as_those_of_a_file_do(learner):
     file = sampling_probabilities(profile, 2, use_intervals=bool(bounds))
     assert not file.undecided
     assert np.ptp(file.inclusion_probabilities) > 0.05
-    np.testing.assert_allclose(
-        learned.probabilities(320), file.inclusion_probabilities, rtol=1e-9
-    )
+    np.testing.assert_allclose(learned.probabilities(320), file.inclusion_probabilities, rtol=1e-9)
 
 
 def test_kl_gives_it_what_its_distribution_says():

@@ -26,7 +26,8 @@ DEMO = Comparison(
     model_words="DINOv2-small, for images of 56 × 56",
     data=_data,
     data_words="Fashion-MNIST, or scikit-learn's digits where that cannot be had: `image`, `label`",
-    rates={"head": "3e-3", "lisa": "2e-4", "lora": "1e-3", "full": "5e-5"},
+    # LISA, one seed, 120 steps: accuracy .750 at 6e-5, .648 at 2e-4, .621 at 5e-4, .574 at 1e-3.
+    rates={"head": "3e-3", "lisa": "6e-5", "lora": "1e-3", "full": "5e-5"},
     scores={"accuracy": "accuracy", "macro-F1": "macro_f1"},
     held_out="images",
     yardstick=chance,

@@ -72,9 +72,26 @@ Also --print_config, --schema, --completion SHELL and --version.
 Next: lisa-analyze RUN_DIR"""
 
 
+_ESTIMATE = """\
+usage: lisa-train estimate --model_name_or_path M [--memory 24GB,80GB] [...]
+
+Predict the memory of a step of every method, from config.json alone: no weights
+are read, nothing is trained, no data is needed. What it depends on:
+  --model_name_or_path M   folder of a saved model, or a hub id
+  --config NAME, --method  what the row "as configured" is of
+  --per_device_train_batch_size N, --max_length N   sequences and their tokens
+  --dtype, --attn_implementation, --optim, --bf16   precision and optimizer
+  --gradient_checkpointing                          less kept, computed twice
+  --memory SIZE[,SIZE]     cards to hold it against, as 24GB or 80GiB
+Every setting of a training is understood (--help memory, --help lisa).
+How the numbers are made: docs/memory.md"""
+
+
 def asked_help(argv: Sequence[str]) -> str | None:
     """Return what help is asked for: a word, ``""`` for the first screen; None where none is."""
     for position, word in enumerate(argv):
+        if word == "estimate" and position == 0 and {"-h", "--help"} & set(argv[-1:]):
+            return word
         option, equals, value = word.partition("=")
         if option in ("-h", "--help"):
             after = argv[position + 1] if position + 1 < len(argv) else ""
@@ -95,6 +112,8 @@ def screen(word: str) -> str | None:
         return None
     if not word:
         return _first()
+    if word == "estimate":
+        return _ESTIMATE
     if word == "methods":
         return "\n".join(_filled(m.name, m.help) for m in METHODS.values())
     if word == "recipes":

@@ -104,6 +104,16 @@ def test_help_for_an_unknown_word_is_one_sentence(
     assert said.count("\n") == 1
 
 
+def test_estimate_has_a_screen_of_its_own() -> None:
+    said = {shown(main, *words) for words in (["estimate", "--help"], ["estimate", "-h"])}
+    [screen] = {*said, shown(main, "--help", "estimate")}
+    assert screen.startswith("usage: lisa-train estimate ")
+    assert len(screen.splitlines()) <= LINES
+    assert max(map(len, screen.splitlines())) <= WIDTH
+    known = {field.name for field in dataclasses.fields(TrainConfig)} | {"memory", "config", "help"}
+    assert set(re.findall(r"--(\w+)", screen)) <= known
+
+
 def test_estimate_is_a_word(tmp_path: Path) -> None:
     words = ["--model_name_or_path", "m", "--memory", "24GB"]
     spelled = parse(["--estimate", *words])

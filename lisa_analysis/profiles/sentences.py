@@ -137,6 +137,11 @@ def why_unknown(fit: Fit, rows: NDArray[np.bool_], limits: Thresholds) -> str:
         return f"{n} records, at least {MIN_ROWS} needed"
     if not np.isfinite(fit.error[rows]).any():
         return "nothing varies"
+    if least >= limits.min_effective:
+        return (
+            "how far a course about as long as the run moves them cannot be told: more steps, "
+            "other seeds or a probe can"
+        )
     counted = f"{least:.1f} effective observations, {limits.min_effective:g} needed"
     with np.errstate(invalid="ignore"):
         slow = bool((fit.slow[rows] > 0.5).all())

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.statistics.errors import of_course
+from lisa_analysis.statistics.errors import of_memory
 from lisa_analysis.statistics.moderation import chi2_over_df
-from lisa_analysis.statistics.persistence import of_each
+from lisa_analysis.statistics.persistence import of_each, persistence
 
 Array = NDArray[np.float64]
 
@@ -99,7 +99,9 @@ def along_depth(noise: Array, residuals: Array, known: NDArray[np.bool_]) -> Alo
     # A single series that happens to rest at its lowest frequencies hides a course that the
     # others show.
     own, own_degrees = of_each(series)
-    pooled = of_course(series - series.mean(axis=0), np.ones(count))
+    # What few series may hide is allowed for in layers; here it would make every line uncertain.
+    shared = persistence(series - series.mean(axis=0), hidden=False)
+    pooled = of_memory(shared, np.full(count, float(len(series))), np.ones(count))
     with np.errstate(invalid="ignore", divide="ignore"):
         own, together = (np.nan_to_num(error / spread) for error in (own, pooled.error))
     larger = together > own

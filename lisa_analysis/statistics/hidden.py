@@ -15,11 +15,14 @@ from lisa_analysis.statistics.decays import SLOW, Mixture, banded
 Array = NDArray[np.float64]
 
 # Length of a run over the memory 1/(1 − ρ) of the course, from longer than the run on.
-LENGTHS = np.geomspace(0.6, 10.0, 7)
+LENGTHS = np.geomspace(0.15, 10.0, 10)
 # Power of the course at the lowest frequency, over that of the rest.
 POWERS = np.geomspace(0.1, 30.0, 24)
 # Probability that there is none, before the power is looked at.
-NONE = 0.8
+NONE = 0.7
+# A run shows less than there is of a course about as long as itself: its share is raised by so
+# much (1 doubles it), twice what many layers need, since few tell its length by less.
+ALLOWANCE = 1.0
 # In fewer rows a slow course and the memory of neighbouring rows are one thing, which is fitted.
 LEAST_ROWS = 40
 
@@ -62,8 +65,10 @@ def allowed(common: Mixture, relative: Array, layers: float, worth: float) -> Al
     The slow decays of the fit are replaced by none (probability `NONE` beforehand), or by one
     AR(1) of any of `LENGTHS` and `POWERS`, all alike; each is weighed by Whittle's likelihood. The
     variance of a mean is the average of theirs, and what it varies by from one to the other is
-    taken off the degrees of freedom: 2/cv² are those of a χ² of that spread (Satterthwaite 1946).
-    A course that lasts far longer than the run is a constant to it, which nothing can show.
+    taken off the degrees of freedom: 2/cv² are those of a χ² of that spread (Satterthwaite 1946);
+    below one degree an interval is withheld. The share of the slow courses is raised by
+    `ALLOWANCE`. A course that lasts far longer than the run is a constant to it, which nothing
+    can show.
     """
     n = common.rows
     lasting = (1 + common.decays) / (1 - common.decays) > SLOW * n
@@ -87,6 +92,8 @@ def allowed(common: Mixture, relative: Array, layers: float, worth: float) -> Al
     mean = float(weight @ stretches)
     varies = float(weight @ stretches**2) / mean**2 - 1
     left = 1 / (1 / worth + max(varies, 0.0) / 2)
-    if mean <= common.stretch:
+    slow = float(weight @ (share * error[which])) / mean
+    raised = mean * (1 + ALLOWANCE * slow)
+    if raised <= common.stretch:
         return Allowed(common.stretch, common.slow, left)
-    return Allowed(mean, float(weight @ (share * error[which])) / mean, left)
+    return Allowed(raised, slow, left)

@@ -21,7 +21,7 @@ MIN_ROWS = 8
 SEEN = 0.9
 PASSES = 3
 # Fewer layers than these tell too little of a slow course for the likeliest one to be believed.
-FEW_LAYERS = 8
+FEW_LAYERS = 16
 # Waves that what layers have in common is read from.
 MIN_WAVES, MOST_WAVES = 3, 64
 

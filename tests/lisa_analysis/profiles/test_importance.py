@@ -567,8 +567,9 @@ class TestZero:
         assert dead.sufficient
         others = np.arange(12) != 7
         np.testing.assert_allclose(dead.scores[others], alive.scores[others], rtol=1e-5)
+        # Eleven layers tell a little less of slow courses than twelve.
         low = dead.layers["low"][others]
-        np.testing.assert_allclose(low, alive.layers["low"][others], rtol=0.02)
+        np.testing.assert_allclose(low, alive.layers["low"][others], rtol=0.08)
         assert (dead.samples[:, 7] == 0).all()
 
     def test_an_underflow_elsewhere_changes_nothing(self, make_run):

@@ -123,7 +123,7 @@ class TestUndecided:
         """The joint band names layer 5, the stricter one of shapes does not."""
         rng = np.random.default_rng(4)
         truth = np.zeros(12)
-        truth[5] = 0.6
+        truth[5] = 0.7
         logs = truth + 0.8 * rng.standard_normal((40, 12))
         fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
         found = judge(fit, 0.95, THRESHOLDS, steps=np.arange(40), period=None, rng=rng,

@@ -8,6 +8,7 @@ import pytest
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles import verdict as judgement
+from lisa_analysis.profiles.sentences import why_unknown
 from lisa_analysis.profiles.standing import standing
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.statistics.decays import fit
@@ -104,7 +105,10 @@ def test_independent_resampling_would_not_hold_the_truth():
     assert np.mean(held) < 0.6
 
 
-@pytest.mark.parametrize("world", worlds.WORLDS, ids=lambda w: f"{w.name}, {w.steps} steps")
+QUICK = [world for world in worlds.WORLDS if "outlasting" not in world.name]
+
+
+@pytest.mark.parametrize("world", QUICK, ids=lambda w: f"{w.name}, {w.steps} steps")
 def test_intervals_hold_the_truth_in_every_world(world):
     """Quick: the rates at length are printed by `make bench` (docs/statistics.md)."""
     # Six layers tell about as much as 32 in three times as many runs.
@@ -147,13 +151,30 @@ def test_a_white_log_with_a_slow_course_is_not_taken_for_white():
     assert held.rate("layer") >= 0.9
 
 
-def test_six_layers_allow_for_a_course_that_they_cannot_show():
-    """A memory of 200 steps in a run of 300: 79 % of the intervals held, bands in 68 % of runs."""
-    world = worlds.World("slower", worlds.slow(0.15, rho=0.995), 300, layers=6)
-    held = worlds.coverage(world, repetitions=60, judge=False, replicates=200)
-    assert held.rate("layer") >= 0.88
-    assert held.rate("joint") >= 0.8
-    assert held.rate("shown") >= 0.95
+@pytest.mark.parametrize("layers", [4, 6, 8, 12])
+def test_few_layers_allow_for_a_course_that_they_cannot_show(layers):
+    """A memory longer than the run: 84, 86, 76 and 73 % of the intervals held."""
+    world = worlds.World("outlasting", worlds.slow(0.15, rho=0.998), 300, layers=layers)
+    held = worlds.coverage(world, repetitions=24, judge=False, replicates=50)
+    # The rates at length are .91 to .93: three standard errors of 24 runs below.
+    assert held.rate("layer") >= 0.78
+    assert held.rate("shown") >= (0.85 if layers > 4 else 0.5)
+
+
+def test_what_is_withheld_says_why():
+    """Four layers may not tell how long a course lasts: no interval, and the reason in words."""
+    world = worlds.World("outlasting", worlds.slow(0.15, rho=0.998), 300, layers=4)
+    for repetition in range(20):
+        rng = np.random.default_rng(repetition)
+        logs, _ = worlds.simulate(world, np.zeros(4), rng)
+        fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng,
+                         replicates=50)  # fmt: skip
+        hidden = fit.seen & ~fit.known & (fit.n_eff >= THRESHOLDS.min_effective)
+        if hidden.any():
+            break
+    said = why_unknown(fit, hidden, THRESHOLDS)
+    assert "a course about as long as the run" in said
+    assert "other seeds or a probe" in said
 
 
 def test_more_layers_leave_less_to_hide():
@@ -164,7 +185,7 @@ def test_more_layers_leave_less_to_hide():
     assert stretch == sorted(stretch, reverse=True)
     assert worth == sorted(worth)
     assert stretch[1] > 1.05 * stretch[3]
-    assert worth[1] < 20 < 300 < worth[3]
+    assert worth[1] < 20 < 100 < worth[3]
     assert stretch[3] == pytest.approx(1, abs=0.15)
     # A short run tells a slow course from the memory of neighbouring rows by nothing.
     few = fit(np.ones(29), 30)

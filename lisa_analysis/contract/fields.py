@@ -55,6 +55,7 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     "probe": {
         "batches": "how many batches the probe took",
         "signal": "exact, or sketch where the sums of the gradients did not fit into memory",
+        "draw": "number of the draw of batches: probes of one number are of the same batches",
     },
     "resume": {
         "segment": "number of the new segment",

@@ -1,12 +1,13 @@
 """Standard errors of layer effects: of independent rows, of a course in time, of visits (LISA)."""
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.statistics.autocorrelation import cluster_sums, intraclass_correlation
-from lisa_analysis.statistics.bootstrap import block_totals, cluster_totals
+from lisa_analysis.statistics.bootstrap import block_totals, cluster_totals, t_quantile
 from lisa_analysis.statistics.effects import Effects
 from lisa_analysis.statistics.moderation import moderated_variance
 from lisa_analysis.statistics.persistence import MIN_ROWS, Persistence, persistence
@@ -24,6 +25,7 @@ __all__ = [
     "of_memory",
     "of_repetitions",
     "of_visits",
+    "reaches",
 ]
 
 
@@ -241,6 +243,24 @@ def _between_visits(deviates: Array, active: Array, most: int = 20) -> tuple[Arr
     for correlation, share in found:
         stretch += 2 * min(max(correlation + lost * common, 0.0), 1.0) * share
     return stretch, together / (2 * len(found) + 1) if found else float("inf")
+
+
+def reaches(largest: float, degrees: Array, confidence: float) -> tuple[Array, Array]:
+    """How many standard errors the bounds of one layer, and those of all at once, are away.
+
+    Parameters
+    ----------
+    largest
+        The level that the largest of all layers' standard normal deviates reaches with
+        `confidence`; its quantile is taken of each layer's own t.
+    degrees
+        Shape (layers,).
+    confidence
+        Of the bounds.
+    """
+    single = 0.5 + confidence / 2
+    upper = min(max(NormalDist().cdf(largest), single), 1 - 1e-9)
+    return t_quantile(single, degrees), t_quantile(upper, degrees)
 
 
 @dataclass(frozen=True, eq=False)

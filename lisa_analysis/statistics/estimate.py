@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -291,8 +290,7 @@ def _multiples(
     if shape is None or not known.any():
         return point, point
     largest = float(np.quantile(np.abs(shape.both[:, known]).max(axis=1), confidence))
-    upper = min(max(NormalDist().cdf(largest), 0.5 + confidence / 2), 1 - 1e-9)
-    return point, st.t_quantile(upper, degrees)
+    return er.reaches(largest, degrees, confidence)
 
 
 def _noise(

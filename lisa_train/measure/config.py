@@ -49,9 +49,9 @@ class RecordConfig:
         those that are frozen; 0 never does.
     probe_batches
         How many batches, of each process, are probed at those steps. With more than one they are
-        drawn anew from the training data, independent of those that train, and give signal and
-        noise in `probes/`; the start and the end of training are probed as well. Nothing about
-        the training changes.
+        drawn from the training data, independent of those that train and the same at every
+        probe, and give signal and noise in `probes/`; the start and the end of training are
+        probed as well. Nothing about the training changes.
     report_layers
         Show trackers (`report_to`) the gradient and update norm of every layer and whether it
         trained (`trained/layer_07`), in the place of those of thirds of the stack, once for each

@@ -174,6 +174,7 @@ class NormRecorder(StepRecorder):
         backward: Callable[[], object] | Passes,
         *,
         gradient_scale: float | torch.Tensor = 1.0,
+        draw: int | None = None,
     ) -> None:
         """Measure the gradients of all layers, frozen ones too, after `step` completed steps.
 
@@ -189,6 +190,10 @@ class NormRecorder(StepRecorder):
         gradient_scale
             Factor on the loss of a pass (fp16 loss scale), without which its gradients would
             underflow; a number or a tensor of one element.
+        draw
+            A number of the batches: probes of one number are of the same batches in the same
+            order, so that what changes is told batch by batch (`la.probe_change`). None says
+            nothing of them.
 
         Notes
         -----
@@ -215,7 +220,8 @@ class NormRecorder(StepRecorder):
                 square = torch.from_numpy(probed.square.mean(axis=0))
                 self._buffer.add(step, "probe_grad_norm", probed.ids, square)
             self.writer.write_probe(step, probed.rows())
-            self.writer.event("probe", step, **probed.event())
+            drawn = {} if draw is None else {"draw": int(draw)}
+            self.writer.event("probe", step, **probed.event(), **drawn)
         self._merge()
 
     @measured

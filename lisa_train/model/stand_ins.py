@@ -25,6 +25,18 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+def seed_streams(model: nn.Module, seed: int) -> None:
+    """Begin the random streams of torch (also on the model's devices), NumPy and Python anew.
+
+    Those that `random_state_kept` puts back, and no other.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in {p.device.index for p in model.parameters() if p.is_cuda}:
+        torch.cuda.default_generators[device].manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # what others draw from
+    random.seed(seed)
+
+
 @contextmanager
 def stand_ins(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
     """Put tensors of the same memory into the modules; yield them by the id of the real ones.

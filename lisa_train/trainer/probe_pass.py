@@ -4,6 +4,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.recorder import NormRecorder
+from lisa_train.model.stand_ins import seed_streams
 from lisa_train.trainer.loss_scale import LossScale
 
 _DATA = frozenset({"train_dataset", "eval_dataset"})
@@ -24,8 +26,10 @@ _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, s
 class TrainerProbes:
     """When a trainer's recorder probes, and with which batches.
 
-    One batch is the last micro-batch of the step. Several are drawn from the training data at
-    every probe, without replacement and by a generator of their own: what trains does not notice.
+    One batch is the last micro-batch of the step. Several are drawn from the training data,
+    without replacement and by a generator of their own: what trains does not notice. Every probe
+    of a run has the same batches, and batch by batch the same dropout, so that what changes from
+    one to the next is not which examples were drawn.
 
     Parameters
     ----------
@@ -107,16 +111,22 @@ class TrainerProbes:
         return bool(every) and step % every == 0
 
     def _draw(self, recorder: NormRecorder, step: int) -> None:
-        batches = self._batches(step)
+        args, count = self._trainer.args, self._config.probe_batches
+        batches, draw = self._batches()
         scale = self._scale()
 
-        def one() -> None:
+        def one(number: int) -> None:
+            # Also before the batch is made: data sets and collators draw too. The states of
+            # training are put back after the passes (`BatchGradients.of`).
+            seed_streams(self._trainer.model, hash((draw, number)) % 2**32)
             own_loss_pass(self._trainer, next(batches), scale)
 
+        first = args.process_index * count
         recorder.probe(
             step,
-            [one] * self._config.probe_batches,
+            [partial(one, first + place) for place in range(count)],
             gradient_scale=1.0 if scale is None else scale,
+            draw=draw,
         )
 
     def _scale(self) -> torch.Tensor | None:
@@ -126,21 +136,25 @@ class TrainerProbes:
     def _batch_size(self) -> int:
         return self._trainer.state.train_batch_size or self._trainer.args.train_batch_size
 
-    def _batches(self, step: int) -> Iterator[Any]:
-        """Batches of this process, collated as those that train; made one by one."""
+    def _batches(self) -> tuple[Iterator[Any], int]:
+        """Batches of this process, collated as those that train; made one by one.
+
+        And the number of the draw: probes of equal numbers are of the same batches.
+        """
         args, dataset = self._trainer.args, self._loader.dataset
         seed = args.seed if args.data_seed is None else args.data_seed
-        generator = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
+        generator = torch.Generator().manual_seed(hash((seed, 0)) % 2**63)
         order = torch.randperm(len(dataset), generator=generator)
         size, count = self._batch_size, self._config.probe_batches
         chosen = order[args.process_index * size * count :][: size * count].view(count, size)
+        draw = hash((seed, len(dataset), size, count * args.world_size)) % 2**31
         loader = DataLoader(
             dataset,
             batch_sampler=chosen.tolist(),
             collate_fn=self._loader.collate_fn,
             generator=generator,
         )
-        return iter(loader)
+        return iter(loader), draw
 
 
 def own_loss_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> None:

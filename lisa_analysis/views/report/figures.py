@@ -47,12 +47,13 @@ def change_figure(slug: str, found: Any, layer_names: Sequence[str]) -> ReportFi
     """Two probes of one run on shared axes, with what rose and what fell."""
     caption = (
         f"{found.statement} {found.before.definition} Bars are over the mean of the layers at that "
-        "step, the sentence and the table in the metric itself: a layer rose or fell where its "
-        "bands for all layers at once do not overlap."
+        "step, the sentence and the table in the metric itself: a layer rose or fell where the "
+        "band of its difference, for all layers at once, leaves zero out."
     )
     table = frame_table(
         "Two probes of the run", found.layers,
-        [(name, name) for name in ("layer", "name", "before", "after", "ratio", "change")],
+        [(name, name) for name in ("layer", "name", "before", "after", "ratio", "difference",
+                                   "joint_low", "joint_high", "change")],
         layer="layer",
     )  # fmt: skip
     figure = ReportFigure(slug, "What training changed", caption, None, table)

@@ -219,6 +219,9 @@ def test_two_probes_say_which_layers_rose_and_fell(tmp_path):
     np.testing.assert_allclose(found.layers["ratio"], [1, 3, 1, 1, 0.2, 1], rtol=0.15)
     assert "rose in layer 1 (×" in found.statement
     assert "fell in layer 4 (×" in found.statement
+    assert not found.paired
+    difference = found.after.scores - found.before.scores
+    np.testing.assert_allclose(found.layers["difference"], difference, rtol=1e-6, atol=1e-12)
     assert found.layers["before"].tolist() == la.importance(path, "grad_signal@0").scores.tolist()
     assert (found.layers["ratio"] >= 0).all()
     page = la.report(path).html

@@ -4,15 +4,20 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers_probe import check, expected, float64_gradients, rows
 from helpers_recording import Witness, arguments, examples, llama
 from transformers import Trainer
 
+import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.metrics.log import measurements
+from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.rundir.opening import load
+from lisa_analysis.statistics.paired import change
 
 
 def model_of(method):
@@ -146,7 +151,59 @@ def test_every_number_is_that_of_float64_at_the_weights_of_the_step(tmp_path):
         examples_of = [tuple(ids.tolist()) for batch in data for ids in batch["input_ids"]]
         assert len(set(examples_of)) == 8  # nothing twice within a probe
         seen.append(set(examples_of))
-    assert seen[0] != seen[1] != seen[2]  # and each probe draws anew
+    assert seen[0] == seen[1] == seen[2]  # and each probe has the same
+    events = run.events
+    draws = events.loc[events["event"] == "probe", "draw"]
+    assert draws.nunique() == 1
+    assert len(draws) == 3
+
+
+def test_probes_of_equal_weights_are_equal_whatever_is_random(tmp_path):
+    """Examples, what they draw themselves, and dropout: at a learning rate of 0 nothing differs."""
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    trainer = Trainer(
+        model_of("lora"),
+        arguments(tmp_path / "out", max_steps=3, learning_rate=0.0, weight_decay=0.0),
+        train_dataset=Drawing(),
+    )
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=1, probe_batches=6)
+    lt.attach(trainer, record=config)
+    trainer.train()
+    frame = load(tmp_path / "run").probes
+    first, *others = (part.drop(columns="step").reset_index(drop=True)
+                      for _, part in frame.groupby("step"))  # fmt: skip
+    assert len(others) == 3
+    assert (first["grad_norm"].dropna() > 0).any()
+    for other in others:
+        pd.testing.assert_frame_equal(first, other)
+    assert first.loc[first["batch"] == 0, "grad_norm"].sum() != pytest.approx(
+        first.loc[first["batch"] == 1, "grad_norm"].sum(), rel=1e-3
+    )
+    found = la.probe_change(tmp_path / "run")
+    assert found.paired
+    assert set(found.layers["change"]) == {"within"}
+    assert found.statement.endswith("Both probes are of the same batches, compared batch by batch.")
+    assert (found.layers["joint_high"] == 0).all()
+
+
+def test_the_change_of_a_trained_model_is_told_more_narrowly_than_by_other_batches(tmp_path):
+    trainer = Trainer(
+        llama(), arguments(tmp_path / "out", max_steps=2, learning_rate=1e-4),
+        train_dataset=examples(64),
+    )  # fmt: skip
+    config = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=2, probe_batches=12)
+    lt.attach(trainer, record=config)
+    trainer.train()
+    found = la.probe_change(tmp_path / "run").layers
+    paired = (found["high"] - found["low"]).to_numpy(dtype=float)
+    # The same gradients with the batches of the second probe in another order: not paired.
+    data = measurements(load(tmp_path / "run"), "layer")
+    before, after = (find_metric(f"grad_signal@{step}")(data)[:, : len(found)] for step in (0, 2))
+    apart = change(before, np.roll(after, 5, axis=0), confidence=0.95,
+                   rng=np.random.default_rng(0), least=6)  # fmt: skip
+    np.testing.assert_allclose(apart.difference, found["difference"])
+    assert paired.sum() < 0.5 * (apart.high - apart.low).sum()
 
 
 def test_without_dropout_or_training_mode_the_first_probe_is_as_training_is(tmp_path):

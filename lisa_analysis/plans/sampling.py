@@ -291,7 +291,7 @@ def _justification(
             f"be as small as {least:.3f}, where more than {limits.headroom:g} is asked for."
         )
     often = (
-        f"the most important layer is drawn {times:.1f} times as often as the least"
+        f"the layer drawn most is drawn {times:.1f} times as often as the one drawn least"
         if times > 1 + 1e-9
         else f"{len(inside)} layers share the draws equally"
     )

@@ -93,7 +93,11 @@ def profiles_figure(analysis: Analysis) -> ReportFigure | None:
     metrics = ", ".join(dict.fromkeys(p.metric for p in shown.values()))
     alone = analysis.profile if len(shown) == 1 else None
     seeds = "" if alone is None or alone.seeds is None else len(alone.seeds.runs)
-    title = f"Importance of each layer{f' over {seeds} seeds' if seeds else ''}: {metrics}"
+    # An ablation of any of them that does not bear its profile out takes the word from all.
+    denied = any(one.profile is not None and one.profile.agrees_with_ablation is False
+                 for one in analysis.runs)  # fmt: skip
+    what = "Score" if denied else "Importance"
+    title = f"{what} of each layer{f' over {seeds} seeds' if seeds else ''}: {metrics}"
     over = any(p.seeds is not None for p in shown.values())
     caption = whiskers(next(iter(shown.values())).confidence)
     if over:

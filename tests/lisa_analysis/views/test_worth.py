@@ -79,6 +79,25 @@ def test_a_proxy_is_no_importance_where_the_ablation_disagrees(against, tmp_path
     assert "Importance of each layer: grad_rms" in la.report(tmp_path / "run").html
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_score_is_called_a_score_everywhere(against, several, tmp_path, capsys):
+    """Terminal, JSON and page, of one run and two: the word is denied, or names a function."""
+    other = ablated(tmp_path / "other", np.random.default_rng(5).permutation(PLANTED))
+    runs = [against, other] if several else [against]
+    files = [tmp_path / "r.html", tmp_path / "o.json"]
+    options = ["-o", str(files[0]), "--json", str(files[1])]
+    assert main([*map(str, runs), *options]) == 0
+    denied = "Read it as a score, not as importance"
+    for text in (capsys.readouterr().out, *(f.read_text() for f in files)):
+        text = re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+        text = " ".join(text.split())
+        # Of several runs the terminal has a line each.
+        assert denied in text or (several and text.startswith("run:"))
+        for known in (denied, "importance metric '", "la.importance(run)"):
+            text = text.replace(known, "")
+        assert not re.findall(r".{40}importan.{20}|.{40}Importan.{20}", text)
+
+
 def test_an_ablation_that_knows_no_order_forbids_nothing(tmp_path):
     run = write_run(tmp_path / "run", n_layers=12, steps=120, every=2, method="full")
     write_ablation(run, ablation_rows(layers(PLANTED * 1e-4), noise=0.5))

@@ -291,6 +291,12 @@ def test_a_data_set_and_the_shipped_text(run_of, tmp_path):
     assert found.summary.forgetting is not None
 
 
+def read_base(run: Path) -> str:
+    """Where the adapter of a run says that its base is."""
+    settings = json.loads((run / "adapter/adapter_config.json").read_text())
+    return str(settings["base_model_name_or_path"])
+
+
 def damaged(run: Path, what: str) -> list[str]:
     """A command line that cannot be done."""
     config = run / "config.yaml"
@@ -311,6 +317,22 @@ def damaged(run: Path, what: str) -> list[str]:
         settings = json.loads(path.read_text())
         settings["target_modules"] = ["nothing_of_this_name"]
         path.write_text(json.dumps(settings))
+    elif what == "a larger model's adapter":
+        from safetensors.torch import load_file, save_file
+
+        path = run / "adapter/adapter_model.safetensors"
+        wider = {n: torch.cat([t, t], -1) if ".lora_A." in n else t
+                 for n, t in load_file(path).items()}  # fmt: skip
+        save_file(wider, path, {"format": "pt"})
+    elif what == "a smaller base":
+        from transformers import AutoConfig
+
+        smaller = AutoConfig.from_pretrained(read_base(run), intermediate_size=40)
+        other = run.parent / "smaller"
+        AutoModelForCausalLM.from_config(smaller).save_pretrained(other)
+        for file in Path(read_base(run)).glob("*token*"):
+            shutil.copy(file, other)
+        return [str(run), "--base", str(other)]
     elif what == "a probe":
         path = run / "run.json"
         path.write_text(path.read_text().replace('"method": "lora"', '"method": "probe"'))
@@ -348,6 +370,8 @@ def damaged(run: Path, what: str) -> list[str]:
         ("no base in hub", "nobody/none of .* not in this machine's cache .*--base"),
         ("other columns", "has the columns 'answer', 'question'|has the columns 'question', 'ans"),
         ("another adapter", "does not fit the base .*it is another model's"),
+        ("a larger model's adapter", "does not fit the base .*size mismatch.*another model's"),
+        ("a smaller base", "does not fit the base .*smaller .*size mismatch.*another model's"),
         ("a probe", "is a probe, which trains nothing"),
         ("range", "range is 5; expected a number of layers from 2 to 4"),
         ("ranges", "range '1-9' is none of the model's 4 layers, 0 to 3"),
@@ -385,11 +409,15 @@ def test_a_run_that_is_being_trained(run_of, capsys):
     path = run / "run.json"
     path.write_text(path.read_text().replace('"status": "finished"', '"status": "running"'))
     lock = RunLock(run / "run.lock")
+    before = {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
+    put_back = ["--restore", "1", "--output", str(run.parent / "out")]
     try:
-        assert main([str(run)]) == 2
+        for call in ([str(run)], [str(run), *put_back]):
+            assert main(call) == 2
+            assert "being trained at the moment: wait" in capsys.readouterr().err
     finally:
         lock.release()
-    assert "being trained at the moment: wait" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()} == before
 
 
 def test_another_base_of_the_same_shape_is_told_by_its_losses(run_of, tmp_path, tiny_model_dir):

@@ -212,7 +212,7 @@ def profiles():
 
 
 class TestTheKeptRuns:
-    """Calibration on real seeds: what is stated over seeds holds the seed that was left out."""
+    """S2, on real seeds: what is stated over seeds holds the seed that was left out."""
 
     def test_a_seed_left_out_lies_where_the_others_say(self, profiles):
         """Bounds of the mean of n seeds, widened by √(n + 1), hold another seed in 95 %."""

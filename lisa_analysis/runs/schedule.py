@@ -10,6 +10,12 @@ from lisa_analysis.rundir.parts import Parts, part_draws, parts_of
 from lisa_analysis.rundir.run import Run
 
 
+def what_is_drawn(run: Run) -> str:
+    """``layer``, or the parts of layers that take turns, as ``module``."""
+    parts = parts_of(run)
+    return "layer" if parts is None else parts.by
+
+
 def schedule_grid(run: Run) -> LayerGrid:
     """Layers × draws, 1 where a draw holds a layer; the steps are those of the draws."""
     active = chosen(run).T.astype(np.float64)
@@ -46,7 +52,7 @@ def _grid_of_parts(
     uniform = (pi @ parts.sizes) / parts.sizes.sum()
     steps = np.array([step for step, _ in found], dtype=np.int64)
     shown = share / uniform[None, :]
-    return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))
+    return LayerGrid("trained_share", steps, shown, np.zeros(shown.shape, dtype=bool))
 
 
 def visit_counts(run: Run) -> pd.DataFrame:

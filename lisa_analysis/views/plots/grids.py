@@ -198,7 +198,8 @@ def learned_probabilities(run: "Run", *, ax: Axes | None = None, most: int = MAX
     )
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, fraction=0.04, aspect=18)
     bar.outline.set_visible(False)
-    bar.set_label("probability over k/L")
+    whole = grid.column == "inclusion_probability"
+    bar.set_label("probability over k/L" if whole else "share that trains, over uniform")
     _label_colors(bar, image.norm)
     _label_layers(ax, run.n_layers, run.layer_names)
     _label_steps(ax, shown.steps, group, what="draw at step", unit="draws")

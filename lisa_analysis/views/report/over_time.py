@@ -14,7 +14,12 @@ from lisa_analysis.metrics.layer_grid import (
 )
 from lisa_analysis.metrics.thinning import thin
 from lisa_analysis.runs.curves import QUANTITIES, curve_frame, held_out_frame
-from lisa_analysis.runs.schedule import probability_grid, schedule_grid, visit_counts
+from lisa_analysis.runs.schedule import (
+    probability_grid,
+    schedule_grid,
+    visit_counts,
+    what_is_drawn,
+)
 from lisa_analysis.views.plots.grids import COLUMN_TITLES
 from lisa_analysis.views.report import readout, svg
 from lisa_analysis.views.report.figure import (
@@ -113,7 +118,9 @@ def schedule_figure(
     slug: str, run: "Run", layer_names: Sequence[str], budget: Budget
 ) -> ReportFigure:
     """LISA's draws."""
-    title = "Which layers LISA trained, and when"
+    title, drawn = "Which layers LISA trained, and when", what_is_drawn(run)
+    if drawn != "layer":
+        title = f"Layers with a {drawn} that LISA trained, and when"
     visits = visit_counts(run)
     if not visits["observed"].any():
         return ReportFigure(slug, title, "The run drew no layers.", None, None)
@@ -130,12 +137,16 @@ def schedule_figure(
         "Blue: active during the period that begins at that step. Right: draws of each layer "
         "(bar) and the number that its inclusion probabilities add up to (mark)."
     )
-    table = frame_table(
-        "Visits of each layer",
-        visits,
-        [("layer", "layer"), ("observed", "observed"), ("expected", "expected")],
-        layer="layer",
-    )
+    named, columns = "Visits of each layer", [("layer", "layer"), ("observed", "observed")]
+    if drawn == "layer":
+        columns.append(("expected", "expected"))
+    else:
+        named = f"Draws that took a {drawn} of each layer"
+        caption = (
+            f"What takes turns is a {drawn}, not a layer. Blue: at least one {drawn} of the "
+            "layer was active during the period that begins at that step. Right: in how many draws."
+        )
+    table = frame_table(named, visits, columns, layer="layer")
     return ReportFigure(slug, title, caption, image, table, readout=spoken)
 
 
@@ -162,10 +173,18 @@ def learned_figure(
         "Probability of each layer in every draw, over that of uniform sampling: red is drawn more "
         "often, blue less. It moves at most twofold from draw to draw."
     )
+    whose = "layers"
+    if (drawn := what_is_drawn(run)) != "layer":
+        whose = f"{drawn}s"
+        caption = (
+            f"What is drawn is a {drawn}. Shown is the share of each layer's weights that the "
+            f"probabilities of its {whose} train in a draw on average, over that of uniform "
+            "sampling: red is more, blue less. It moves at most twofold from draw to draw."
+        )
     if control != "none":
         caption += (
             f" A control: the learned probabilities are {control}, so that they are those of other "
-            "layers."
+            f"{whose}."
         )
     caption += thinned(group, "column")
     return ReportFigure(slug, title, caption, image, grid_table(title, shown), readout=spoken)

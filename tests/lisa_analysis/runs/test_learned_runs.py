@@ -9,6 +9,8 @@ from lisa_analysis.rundir.configurations import settings
 from lisa_analysis.runs.arms import find_arms
 from lisa_analysis.runs.schedule import probability_grid
 from lisa_analysis.views import plots
+from lisa_analysis.views.report import over_time
+from lisa_analysis.views.report.figure import Budget
 
 LAYERS, K = 6, 2
 
@@ -46,6 +48,44 @@ def test_probabilities_over_time_are_those_of_the_draws(make_run):
     text = page if isinstance(page, str) else page.html
     assert "What was learned: probabilities over time" in text
     assert "probabilities learned meanwhile" in text
+
+
+def of_modules(events):
+    """Edit: two modules a layer take turns, and the first of layer 4 more with every draw."""
+    for n, event in enumerate(e for e in events if e["event"] == "lisa_draw"):
+        lean = np.ones(2 * LAYERS)
+        lean[8] += 0.1 * n
+        event["unit_probabilities"] = (K * 2 * lean / lean.sum()).tolist()
+        event["inclusion_probabilities"] = None
+        event["units"] = sorted({2 * layer for layer in event["layers"]})
+    return events
+
+
+@pytest.mark.parametrize("control", ["none", "permuted"])
+def test_the_report_says_that_modules_are_drawn_where_they_are(make_run, control):
+    count = 2 * LAYERS
+    parts = {
+        "by": "module", "unit_names": [f"{i // 2} {'ab'[i % 2]}" for i in range(count)],
+        "unit_layers": [i // 2 for i in range(count)], "unit_sizes": [100] * count,
+        "unit_tensors": [[f"tensor{i}"] for i in range(count)],
+    }  # fmt: skip
+    run = make_run(profile=LAYERS, steps=80, method="lisa", edit_events=of_modules,
+                   manifest=entry(control, **parts))  # fmt: skip
+    grid = probability_grid(run)
+    lean = 1.7
+    assert grid.values[4, -1] == pytest.approx((lean + 1) / 2 / ((count + lean - 1) / count))
+    bar = plots.learned_probabilities(run).figure.axes[-1]
+    assert bar.get_ylabel() == "share that trains, over uniform"
+    budget = Budget.for_runs(1)
+    names = run.layer_names
+    learned = over_time.learned_figure("a", run, names, budget)
+    drawn = over_time.schedule_figure("b", run, names, budget)
+    assert "share of each layer's weights" in learned.caption
+    assert "Probability of each layer" not in learned.caption
+    assert ("those of other modules" in learned.caption) == (control != "none")
+    assert drawn.title == "Layers with a module that LISA trained, and when"
+    assert "draws of each layer" not in drawn.caption
+    assert "expected" not in str(drawn.table.columns)
 
 
 def test_probabilities_that_do_not_move_are_no_picture(make_run):

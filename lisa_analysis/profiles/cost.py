@@ -82,7 +82,7 @@ def cost_words(fit: Fit, judged: Judgement, reliable: float, by: str, known: Cad
     if known.gradients:
         seconds = known.batch_seconds
         took = "" if seconds is None else f", about {_time(PROBE_BATCHES * seconds)}"
-        ways.append(f"no training but a probe (`--config probe`, {PROBE_BATCHES} batches{took})")
+        ways.append(f"no training but a probe (--config probe, {PROBE_BATCHES} batches{took})")
     listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
     return f"{goal} ({reliable:g}) it takes {listed}."
 

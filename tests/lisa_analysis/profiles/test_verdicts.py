@@ -84,7 +84,7 @@ class TestWords:
         run = make_run(profile=truth, steps=400, every=10, noise=0.3, seed=1)
         text = la.importance(run).statement
         assert "more steps at every=10" in text
-        assert "at every=1, or no training but a probe (`--config probe`, 32 batches" in text
+        assert "at every=1, or no training but a probe (--config probe, 32 batches" in text
         update = la.importance(run, "update_norm").statement
         assert "--config probe" not in update
 

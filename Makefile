@@ -51,6 +51,10 @@ docs: setup  ## build the site of docs/ into build/site, strictly (to search: py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
+other-tools: setup  ## tests of exports by axolotl, LLaMA-Factory and mergekit themselves, without what they depend on (.other-tools)
+	test -d .other-tools || $(BIN)/python -m pip install --quiet --no-deps --target .other-tools --requirement tests/other-tools.txt
+	PYTHONPATH=.other-tools $(BIN)/python -m pytest -q -m slow -W default tests/contract/test_exports.py
+
 oldest:  ## tests with the oldest versions that pyproject.toml names, training and analysis (.venv-oldest…)
 	test -x .venv-oldest-analysis/bin/python || $(PYTHON) -m venv .venv-oldest-analysis
 	.venv-oldest-analysis/bin/python -m pip install --quiet --requirement tests/oldest-analysis.txt

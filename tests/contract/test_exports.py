@@ -1,9 +1,14 @@
 """Files for other tools, loaded by the libraries that read them, on models of several families."""
 
+import importlib.util
 import json
+import logging
 import re
+import runpy
+import sys
 import warnings
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -78,6 +83,12 @@ def case(request):
         score, run.layer_names, score * 0.97, score * 1.03, metric="grad_rms", sources=("a", "b")
     )
     return SimpleNamespace(model=model, run=run, profile=profile, score=score, n=n)
+
+
+def other_tool(name):
+    """Skip where a tool is not installed: `make other-tools` installs and runs."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: make other-tools")
 
 
 def undecided(case):
@@ -232,6 +243,31 @@ class TestAxolotl:
         assert found == {n for n in names_of(case.model) if layer_of(case, n) in best}
         assert "# provenance: {" in text
 
+    @pytest.mark.slow
+    def test_axolotl_itself_trains_them(self, case, monkeypatch):
+        other_tool("axolotl")
+        # Its package imports far more than the function that reads these lines.
+        for name in ("axolotl", "axolotl.utils"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        ours = {
+            "distributed": {"is_main_process": lambda *_, **__: True},
+            "logging": {"get_logger": lambda *_, **__: logging.getLogger("axolotl")},
+        }
+        for name, content in ours.items():
+            module = ModuleType(f"axolotl.utils.{name}")
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        folder = Path(next(p for p in sys.path if Path(p, "axolotl/utils/freeze.py").is_file()))
+        read = runpy.run_path(str(folder / "axolotl/utils/freeze.py"))["freeze_layers_except"]
+        for options in ({"layers": 2}, {"layers": 1, "groups": "embed", "run": case.run}):
+            expressions = la.export(case.profile, "axolotl", **options).values[
+                "unfrozen_parameters"
+            ]
+            read(case.model, expressions)
+            trains = {n for n, p in case.model.named_parameters() if p.requires_grad}
+            assert trains
+            assert trains == self.unfrozen(case.model, expressions)
+
     def test_groups_outside_the_layers(self, case):
         made = la.export(case.profile, "axolotl", layers=1, groups="embed", run=case.run)
         found = self.unfrozen(case.model, made.values["unfrozen_parameters"])
@@ -260,6 +296,32 @@ class TestLlamaFactory:
             n for i in chosen for n in names_of(model) if n.startswith(f"model.layers.{i}.")
         }
         assert self.trained(model, values, 12) == expected
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("end", ["first", "last"])
+    def test_llama_factory_itself_trains_them(self, end, monkeypatch):
+        other_tool("llamafactory")
+        import trl
+
+        # It still imports a class that TRL has dropped, for another of its stages.
+        monkeypatch.setattr(trl, "AutoModelForCausalLMWithValueHead", object, raising=False)
+        from llamafactory.model.adapter import _setup_freeze_tuning
+
+        model = FAMILIES["llama"]()
+        score = np.where((np.arange(12) >= 9) == (end == "last"), 5.0, 1.0)
+        names = run_of(model).layer_names
+        values = la.export(
+            la.ImportanceProfile.from_scores(score, names, score, score), "llamafactory"
+        ).values
+        settings = SimpleNamespace(
+            freeze_trainable_layers=values["freeze_trainable_layers"],
+            freeze_trainable_modules=[values["freeze_trainable_modules"]],
+            freeze_extra_modules=None, use_llama_pro=False, freeze_vision_tower=True,
+            freeze_multi_modal_projector=True, freeze_language_model=False, pure_bf16=False,
+        )  # fmt: skip
+        _setup_freeze_tuning(model, settings, True, False)
+        trains = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trains == self.trained(model, values, 12)
 
     def test_any_other_choice_as_lora_on_named_modules(self, case, tmp_path):
         made = la.export(case.profile, "llamafactory", layers=2, method="lora", run=case.run)
@@ -340,6 +402,31 @@ class TestMergekit:
             depth = 0.0 if layer is None else layer / (case.n - 1)
             expected = 0.4 if layer is None else shares[layer]
             assert self.at(setting, depth, name) == pytest.approx(expected, abs=2e-6), name
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", ["slerp", "dare_ties"])
+    def test_mergekit_itself_reads_the_same_weights(self, case, method, tmp_path):
+        other_tool("mergekit")
+        from mergekit.config import MergeConfiguration, evaluate_setting
+
+        if case.model.config.model_type == "t5":
+            pytest.skip("refused, see above")
+        made = la.export(case.profile, "mergekit", run=case.run, method=method)
+        text = made.save(tmp_path / "m.yaml").read_text("utf-8")
+        read = MergeConfiguration.model_validate(yaml.safe_load(text))
+        assert read.merge_method == method
+        setting, raw = (
+            (read.parameters["t"], made.values["parameters"]["t"]) if method == "slerp"
+            else (read.models[0].parameters["density"],
+                  made.values["models"][0]["parameters"]["density"])
+        )  # fmt: skip
+        for name in names_of(case.model):
+            layer = layer_of(case, name)
+            if layer is None and name in made.statement:
+                continue
+            depth = 0.0 if layer is None else layer / (case.n - 1)
+            found = evaluate_setting(name, setting, depth, validate=float)
+            assert found == pytest.approx(self.at(raw, depth, name), abs=1e-6), name
 
 
 class TestEveryExport:

@@ -30,7 +30,7 @@ def to_write(value: Any, asked_by: str) -> Path:
     """
     path = as_path(value, asked_by)
     if path.is_dir():
-        raise LisaError(f"{asked_by} got {path}, a folder: give the name of a file in it.")
+        raise LisaError(f"cannot write {path}, a folder: give the name of a file in it.")
     if not path.parent.is_dir():
-        raise LisaError(f"{asked_by} got {path}, and there is no folder {path.parent}: make it.")
+        raise LisaError(f"cannot write {path}, there is no folder {path.parent}: make it.")
     return path

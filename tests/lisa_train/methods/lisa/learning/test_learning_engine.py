@@ -4,6 +4,7 @@ import json
 import random
 from functools import partial
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -122,7 +123,9 @@ def visits_by_hand(loop, metric, *, fresh_skip):
 
 
 @pytest.mark.parametrize("metric", ["grad_rms", "l1_descent", "descent"])
-@pytest.mark.parametrize("how", ["plain", "clipped", "inside backward", "keeps state", "two"])
+@pytest.mark.parametrize(
+    "how", ["plain", "clipped", "inside backward", "keeps state", "two", "in 8 bits"]
+)
 def test_visits_are_means_of_what_the_optimizer_got(make_llama, metric, how):
     model = make_llama(layers=LAYERS)
     settings = config(
@@ -133,6 +136,8 @@ def test_visits_are_means_of_what_the_optimizer_got(make_llama, metric, how):
         odd = [p for n, p in model.named_parameters() if p.ndim < 2]
         even = [p for n, p in model.named_parameters() if p.ndim == 2]
         optimizer = Several(torch.optim.AdamW(odd, lr=RATE), torch.optim.SGD(even, lr=RATE))
+    if how == "in 8 bits":
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=RATE, min_8bit_size=64)
     inside = how == "inside backward"
     loop = Loop(model, settings, micro=1 if inside else 2, inside=inside,
                 clip=0.05 if how == "clipped" else None, optimizer=optimizer)  # fmt: skip

@@ -557,7 +557,8 @@ class TestZero:
         assert f"its {metric} is exactly 0 throughout" in profile.statement
 
     def test_the_other_layers_are_judged_as_if_it_were_not_there(self, make_run):
-        truth = np.exp(0.4 * X**2)
+        # Fewer layers would allow for courses, and eleven for a little more than twelve.
+        truth = np.exp(0.4 * np.linspace(-1, 1, 18) ** 2)
         dead = la.importance(make_run(profile=truth, steps=300, edit=self.without_gradient(7)))
         alive = la.importance(make_run(profile=truth, steps=300))
         assert "No gradient reaches layer 7: its grad_rms is exactly 0 throughout." in (
@@ -565,11 +566,10 @@ class TestZero:
         )
         assert dead.verdict == "U"
         assert dead.sufficient
-        others = np.arange(12) != 7
+        others = np.arange(18) != 7
         np.testing.assert_allclose(dead.scores[others], alive.scores[others], rtol=1e-5)
-        # Eleven layers tell a little less of slow courses than twelve.
         low = dead.layers["low"][others]
-        np.testing.assert_allclose(low, alive.layers["low"][others], rtol=0.08)
+        np.testing.assert_allclose(low, alive.layers["low"][others], rtol=0.02)
         assert (dead.samples[:, 7] == 0).all()
 
     def test_an_underflow_elsewhere_changes_nothing(self, make_run):

@@ -73,21 +73,20 @@ class TestRuns:
     def test_spread_within_runs_and_between_seeds_is_told_apart(self, make_run):
         """Seeds that differ in truth by 20 %, each measured to about 2 %."""
         rng = np.random.default_rng(5)
+        x = np.linspace(-1, 1, 18)  # fewer layers allow for courses that are not there
         runs = [
-            make_run(profile=np.exp(0.5 * X + 0.2 * rng.standard_normal(12)), steps=150, seed=s)
+            make_run(profile=np.exp(0.5 * x + 0.2 * rng.standard_normal(18)), steps=150, seed=s)
             for s in range(4)
         ]
         found = la.importance(runs).seeds
         spread = found.spread
         assert list(spread) == ["layer", "name", "seeds", "within", "between", "total"]
         assert np.sqrt((spread["between"] ** 2).mean()) == pytest.approx(0.2, rel=0.3)
-        # Twelve layers leave slow courses open in one run or another.
-        within = np.sqrt((spread["within"] ** 2).mean()) / (0.2 / np.sqrt(150))
-        assert 0.9 < within < 3
-        assert found.ratio > 3.5
+        assert np.sqrt((spread["within"] ** 2).mean()) == pytest.approx(0.2 / np.sqrt(150), rel=0.7)
+        assert found.ratio > 4
         assert "speaks of its own seed only" in found.statement
-        same = la.importance([make_run(profile=np.exp(X), steps=150, seed=s) for s in range(4)])
-        assert 0.35 < same.seeds.ratio < 1.4  # what few layers may hide counts within
+        same = la.importance([make_run(profile=np.exp(x), steps=150, seed=s) for s in range(4)])
+        assert 0.6 < same.seeds.ratio < 1.4
         assert "speaks of its own seed only" not in same.statement
 
     def test_agreement_of_seeds(self, arm):

@@ -151,6 +151,15 @@ def test_a_white_log_with_a_slow_course_is_not_taken_for_white():
     assert held.rate("layer") >= 0.9
 
 
+def test_six_layers_allow_for_a_course_that_they_cannot_show():
+    """A memory of 200 steps in a run of 300: 79 % of the intervals held, bands in 68 % of runs."""
+    world = worlds.World("slower", worlds.slow(0.15, rho=0.995), 300, layers=6)
+    held = worlds.coverage(world, repetitions=60, judge=False, replicates=200)
+    assert held.rate("layer") >= 0.88
+    assert held.rate("joint") >= 0.8
+    assert held.rate("shown") >= 0.95
+
+
 @pytest.mark.parametrize("layers", [4, 6, 8, 12])
 def test_few_layers_allow_for_a_course_that_they_cannot_show(layers):
     """A memory longer than the run: 84, 86, 76 and 73 % of the intervals held."""

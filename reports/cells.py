@@ -68,6 +68,7 @@ def run_cells(
     work: Path,
     *,
     jobs: int,
+    threads: int = 1,
     seconds: float | None = None,
     say: Callable[[str], None] = print,
 ) -> list[str]:
@@ -82,7 +83,9 @@ def run_cells(
     work
         Folder that training writes to.
     jobs
-        Runs at a time, one processor each.
+        Runs at a time.
+    threads
+        Of each run.
     seconds
         Begin no further cell after so long; None goes on to the end.
     say
@@ -95,7 +98,7 @@ def run_cells(
     """
     if len({cell.name for cell in cells}) < len(cells):
         raise LisaError("two cells of the plan have one name.")
-    rounds = _Rounds(cells, kept, work, jobs, seconds, say)
+    rounds = _Rounds(cells, kept, work, jobs, threads, seconds, say)
     while rounds.go_on():
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             rounds.run(pool)
@@ -118,6 +121,7 @@ class _Rounds:
         kept: Path,
         work: Path,
         jobs: int,
+        threads: int,
         seconds: float | None,
         say: Callable[[str], None],
     ) -> None:
@@ -125,7 +129,8 @@ class _Rounds:
         self.total = len(self.waiting)
         self.failed: dict[str, str] = {}
         self.took: dict[str, list[float]] = {}
-        self.kept, self.work, self.jobs, self.say = kept, work, jobs, say
+        self.kept, self.work, self.say = kept, work, say
+        self.jobs, self.threads = jobs, threads
         self.end = math.inf if seconds is None else time.monotonic() + seconds
 
     def go_on(self) -> bool:
@@ -159,7 +164,7 @@ class _Rounds:
         run_dir = self.work / cell.name
         shutil.rmtree(run_dir, ignore_errors=True)  # one that was cut short
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        return pool.submit(_make, str(run_dir), tuple(cell.words()), cell.ablated)
+        return pool.submit(_make, str(run_dir), tuple(cell.words()), cell.ablated, self.threads)
 
     def _end(self, cell: Cell, future: Future[float], running: int) -> None:
         error = future.exception()
@@ -188,15 +193,17 @@ class _Rounds:
         return f"; {len(self.waiting)} to go, about {seconds / 60:.0f} min"
 
 
-def _make(run_dir: str, words: tuple[str, ...], ablated: tuple[str, ...] | None) -> float:
+def _make(
+    run_dir: str, words: tuple[str, ...], ablated: tuple[str, ...] | None, threads: int
+) -> float:
     """Train and ablate in this process; what it prints goes to a file beside the directory."""
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads))
     import torch
 
     from lisa_train.command.ablate import main as ablate
     from lisa_train.command.cli import main as train
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     begun = time.monotonic()
     with Path(f"{run_dir}.log").open("w", encoding="utf-8") as log:
         out, err = os.dup(1), os.dup(2)

@@ -6,20 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from arms import RANDOM, TUNING, Arm
-from contrasts import (
-    Losses,
-    at_equal_seconds,
-    choices,
-    difference,
-    holm,
-    normalised,
-    prediction,
-    validities,
-)
+from contrasts import at_equal_seconds, choices, prediction, validities
 from numpy.typing import NDArray
 from plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from differences import Losses, difference, holm, normalised
 from pages import markdown
 
 import lisa_analysis as la

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import rates
 from arms import TUNING, Arm, Arms
 from cells import Cell
 from environments import RATES, Environment
@@ -18,7 +19,6 @@ PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
     "mild": ("default", "uniform"),
     "strong": ("strong", "strong-placebo"),
 }
-EXTENSIONS = 3  # how often a grid whose best rate stands at its edge is moved on
 
 
 class Plan:
@@ -160,24 +160,13 @@ class Plan:
 
     def tried(self, family: str) -> list[float]:
         """Return the rates of a family's grid, moved on where the best stands at an edge."""
-        rates = [self.environment.centres[family] * factor for factor in RATES]
-        for _ in range(EXTENSIONS):
-            losses = self.losses(family, rates)
-            if losses is None:
-                break
-            best = min(losses, key=losses.__getitem__)
-            if best == rates[-1]:
-                rates.append(best * RATES[1] / RATES[0])
-            elif best == rates[0]:
-                rates.insert(0, best * RATES[0] / RATES[1])
-            else:
-                break
-        return rates
+        centre = self.environment.centres[family]
+        return rates.tried(centre, RATES, lambda grid: self.losses(family, grid))
 
-    def losses(self, family: str, rates: Sequence[float]) -> dict[float, float] | None:
+    def losses(self, family: str, grid: Sequence[float]) -> dict[float, float] | None:
         """Return the mean tuning loss at every rate; None where one is not finished yet."""
         found = {}
-        for rate in rates:
+        for rate in grid:
             values = [self.loss(cell.name) for cell in self._tuning(family, rate)]
             finished = [value for value in values if value is not None]
             if len(finished) < len(values):

@@ -36,9 +36,16 @@ def cells():
 def sampling(cells):
     """Environments, arms and plan of the study of sampling."""
     folder = REPORTS / "2026-11-27-sampling"
-    yield [module(folder / f"{name}.py") for name in ("environments", "arms", "plan")]
+    shared = module(REPORTS / "environments.py")
+    yield [shared, *(module(folder / f"{name}.py") for name in ("arms", "plan"))]
     for name in ("environments", "arms", "plan"):
         del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def differences(cells):
+    yield module(REPORTS / "differences.py")
+    del sys.modules["differences"]
 
 
 @pytest.fixture(scope="module")
@@ -200,31 +207,33 @@ class TestSampling:
         assert both.top([3, 1, 2, 0, 5, 9, 7, 8], lowest=True) == [3, 4]
 
 
-class TestContrasts:
-    def test_holm_is_step_down(self, contrasts):
+class TestDifferences:
+    def test_holm_is_step_down(self, differences):
         # Worked by hand: 4 * .01, 3 * .013, then never below the one before; at most 1.
-        found = contrasts.holm([0.01, 0.04, 0.013, 0.9])
+        found = differences.holm([0.01, 0.04, 0.013, 0.9])
         assert found == pytest.approx([0.04, 0.08, 0.04, 0.9])
-        assert contrasts.holm([0.6, 0.6]) == [1.0, 1.0]
-        assert contrasts.holm([]) == []
+        assert differences.holm([0.6, 0.6]) == [1.0, 1.0]
+        assert differences.holm([]) == []
 
-    def test_differences_are_within_seeds(self, contrasts):
+    def test_differences_are_within_seeds(self, differences):
         import scipy.stats
 
         a, b = {1: 1.0, 2: 2.5, 3: 3.1, 9: 5.0}, {1: 0.9, 2: 2.2, 3: 3.0, 4: 0.0}
-        found = contrasts.difference(a, b)
+        found = differences.difference(a, b)
         reference = scipy.stats.ttest_rel([1.0, 2.5, 3.1], [0.9, 2.2, 3.0])
         bounds = reference.confidence_interval()
         assert found.mean == pytest.approx(0.5 / 3)
         assert (found.low, found.high, found.p) == pytest.approx((*bounds, reference.pvalue))
-        assert contrasts.difference({1: 1.0, 2: 1.0}, b) is None
+        assert differences.difference({1: 1.0, 2: 1.0}, b) is None
 
-    def test_a_gain_is_a_share_of_the_way_to_all_layers(self, contrasts):
+    def test_a_gain_is_a_share_of_the_way_to_all_layers(self, differences):
         random, everything = {1: 1.0, 2: 1.2}, {1: 0.6, 2: 0.6}
-        assert contrasts.normalised(random, random, everything) == pytest.approx([0, 0])
-        assert contrasts.normalised(everything, random, everything).mean() == pytest.approx(1)
-        assert len(contrasts.normalised(random, everything, random)) == 0  # no way to go
+        assert differences.normalised(random, random, everything) == pytest.approx([0, 0])
+        assert differences.normalised(everything, random, everything).mean() == pytest.approx(1)
+        assert len(differences.normalised(random, everything, random)) == 0  # no way to go
 
+
+class TestContrasts:
     def test_a_source_is_paid_in_steps(self, contrasts, sampling, tmp_path, monkeypatch):
         environments, _, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path / "runs", tmp_path)

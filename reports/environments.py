@@ -1,4 +1,4 @@
-"""What is trained: models, data, sizes. DESIGN.md says why."""
+"""What the studies of many arms train: models, data, sizes. Their DESIGN.md say why."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ class Environment:
     Parameters
     ----------
     name
-        As in DESIGN.md.
+        As in the studies' DESIGN.md.
     model, data
         Give the folders, fetching them on first use.
     stacks
@@ -123,7 +123,7 @@ def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
 
 
 def environments(work: Path) -> dict[str, Environment]:
-    """Return the environments that the study can run here, by name."""
+    """Return the environments that the studies can run here, by name."""
     data = work / "data"
     return {each.name: each for each in (*_classes(data), *_language(data))}
 

@@ -1,0 +1,165 @@
+"""Tables and figure of the page, from the kept logs alone."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from plan import SEEDS, Plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from differences import Losses, difference
+from pages import markdown
+
+import lisa_analysis as la
+from lisa_analysis.statistics.repetitions import MIN_SEEDS, mean_over
+
+MISSING = "not yet"
+COSTS = ("weights that train, M", "seconds a step", "peak memory, GB")
+METRICS = {  # of a task: name in the log, in words, decimals
+    "pos": ("eval_accuracy", "accuracy", 3),
+    "fashion": ("eval_accuracy", "accuracy", 3),
+    "voice": ("eval_word_error_rate", "word error rate", 3),
+}
+NAMES = {"last": "select: last layers", "probe": "select: top of the probe", "head": "head alone",
+         "bitfit": "select: BitFit", "ia3": "IA³", "prompt": "prompt", "lora": "LoRA",
+         "lisa": "LISA", "full": "full"}  # fmt: skip
+
+
+def tables(plans: Sequence[Plan]) -> dict[str, str]:
+    """Return every table of the page by its mark."""
+    found = {
+        "state": [_state(plan) for plan in plans],
+        "results": [row for plan in plans for row in _results(plan)],
+        "rates": [row for plan in plans for row in _rates(plan)],
+    }
+    return {name: markdown(rows) for name, rows in found.items()}
+
+
+def _state(plan: Plan) -> dict[str, object]:
+    cells = plan.cells()
+    finished = sum((plan.kept / cell.name).exists() for cell in cells)
+    timed = sum((plan.kept / plan.timed(m).name).exists() for m in plan.methods.values())
+    return {
+        "task": plan.task.name,
+        "methods with a rate": f"{_settled(plan)} of {len(plan.methods)}",
+        "runs finished": f"{finished} of {len(cells)} known so far",
+        "timed": f"{timed} of {len(plan.methods)}",
+    }
+
+
+def _settled(plan: Plan) -> int:
+    return sum(plan.rate(method) is not None for method in plan.methods.values())
+
+
+def outcomes(plan: Plan, name: str, metric: str) -> Losses:
+    """Return the last held-out value of a metric, by seed, of the runs that there are."""
+    found = {}
+    for seed in SEEDS:
+        folder = plan.kept / plan.cell(plan.methods[name], seed).name
+        if folder.exists():
+            events = la.load(folder).events
+            found[seed] = float(events[events["event"] == "evaluate"]["metrics"].iloc[-1][metric])
+    return found
+
+
+def _results(plan: Plan) -> list[dict[str, object]]:
+    rows = []
+    whole = outcomes(plan, "full", "eval_loss")
+    for name, method in plan.methods.items():
+        losses = outcomes(plan, name, "eval_loss")
+        apart = difference(losses, whole) if name != "full" else None
+        row: dict[str, object] = {
+            "task": plan.task.name,
+            "method": NAMES[name],
+            "held-out loss (95 %)": _with_interval(losses, 3),
+            "less full, within seeds (95 %)": "" if name == "full" else apart or MISSING,
+        }
+        given = METRICS.get(plan.task.name)
+        values = outcomes(plan, name, given[0]) if given else None
+        row["task's metric"] = (
+            "" if given is None or values is None
+            else f"{given[1]} {_with_interval(values, given[2])}"
+        )  # fmt: skip
+        rows.append(row | _costs(plan, plan.timed(method).name))
+    return rows
+
+
+def _with_interval(values: Losses, digits: int) -> str:
+    if len(values) < MIN_SEEDS:
+        return MISSING
+    mean = mean_over(np.array(list(values.values())))
+    return f"{mean.value:.{digits}f} ({mean.low:.{digits}f} … {mean.high:.{digits}f})"
+
+
+def _costs(plan: Plan, name: str) -> dict[str, object]:
+    """What a step takes with the machine to itself, and what the process held at most."""
+    if not (plan.kept / name).exists():
+        return dict.fromkeys(
+            ("weights that train, M", "seconds a step", "peak memory, GB"), MISSING
+        )
+    run = la.load(plan.kept / name)
+    memory = run.manifest["result"]["peak_memory_bytes"]
+    trained = run.manifest["model"]["trainable_parameters"]
+    seconds = run.scalars["step_seconds"].median()
+    values = (f"{trained / 1e6:.3g}", f"{seconds:.2f}", f"{memory / 1e9:.2f}")
+    return dict(zip(COSTS, values, strict=True))
+
+
+def _rates(plan: Plan) -> list[dict[str, object]]:
+    rows = []
+    for name, method in plan.methods.items():
+        grid = plan.tried(method)
+        losses = plan.losses(method, grid)
+        said: dict[str, object] = {"chosen": MISSING, "tuning losses": ""}
+        if losses is not None:
+            chosen = plan.rate(method)
+            edge = " (edge of the grid)" if chosen in (grid[0], grid[-1]) else ""
+            each = ", ".join(f"{rate:.3g}: {losses[rate]:.4f}" for rate in grid)
+            said = {"chosen": f"{chosen:.3g}{edge}", "tuning losses": each}
+        rows.append({"task": plan.task.name, "method": NAMES[name], **said})
+    return rows
+
+
+def draw(plans: Sequence[Plan], path: Path) -> None:
+    """Draw held-out loss over peak memory, one panel a task; the bar is Student's, over seeds.
+
+    Where no method has runs of every seed yet, nothing is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = {plan.task.name: _points(plan) for plan in plans}
+    shown = {name: found for name, found in points.items() if found}
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4.4 * len(shown), 4.2), squeeze=False, layout="constrained"
+    )
+    for axis, (name, found) in zip(axes[0], shown.items(), strict=True):
+        for label, (memory, mean, low, high) in found.items():
+            axis.errorbar(
+                memory, mean, [[mean - low], [high - mean]], fmt="o", capsize=2,
+                color="tab:red" if label == "LISA" else "tab:blue",
+            )  # fmt: skip
+            axis.annotate(label, (memory, mean), (4, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=name, xlabel="peak memory of the process, GB")
+        axis.margins(x=0.25)
+    axes[0][0].set_ylabel("held-out loss, nats")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _points(plan: Plan) -> dict[str, tuple[float, float, float, float]]:
+    """Peak memory, mean loss and its interval, of the methods that have all seeds and a timing."""
+    found = {}
+    for name, method in plan.methods.items():
+        losses = outcomes(plan, name, "eval_loss")
+        timed = plan.kept / plan.timed(method).name
+        if len(losses) == len(SEEDS) and timed.exists():
+            mean = mean_over(np.array(list(losses.values())))
+            memory = la.load(timed).manifest["result"]["peak_memory_bytes"]
+            found[NAMES[name]] = (memory / 1e9, mean.value, mean.low, mean.high)
+    return found

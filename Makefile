@@ -7,8 +7,8 @@ DATA ?=
 OLDEST := tests/lisa_train/command/test_training.py tests/lisa_train/command/test_cli.py \
   tests/lisa_train/trainer/test_trackers.py tests/lisa_train/measure/test_watching.py
 # The analysis has older ends than training allows (datasets wants a newer pyarrow): an environment of its own.
-OLDEST_ANALYSIS := $(addprefix tests/lisa_analysis/, views/test_cli.py views/test_report.py views/test_report_parts.py \
-  views/test_plots.py views/test_notebook.py plans profiles runs metrics/test_registry.py metrics/test_norms.py)
+OLDEST_ANALYSIS := $(addprefix tests/lisa_analysis/, views/test_cli.py views/test_html_report.py views/test_report_parts.py \
+  views/test_plots.py views/test_notebook.py plans profiles runs metrics/test_registry.py metrics/test_norm_frames.py)
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lisa_train.command.ablate_run import ablate as ablate
     from lisa_train.command.config import TrainConfig as TrainConfig
     from lisa_train.command.training import train as train
-    from lisa_train.estimate.estimate import estimate_memory as estimate_memory
+    from lisa_train.estimate.memory import estimate_memory as estimate_memory
     from lisa_train.estimate.result import MemoryEstimate as MemoryEstimate
     from lisa_train.measure.probe.probing import probe as probe
     from lisa_train.measure.quantities import Quantity as Quantity
@@ -50,7 +50,7 @@ _HOME = {
     "Lisa": "methods.lisa.engine",
     "Draw": "methods.lisa.schedule",
     "Sampler": "methods.lisa.samplers",
-    "estimate_memory": "estimate.estimate",
+    "estimate_memory": "estimate.memory",
     "MemoryEstimate": "estimate.result",
     "NormRecorder": "measure.recorder",
     "Quantity": "measure.quantities",
@@ -82,11 +82,13 @@ redirect(
         "checkpoint_recipes": "measure.step.checkpoint_conversions",
         "cli": "command.cli",
         "conditional_poisson": "methods.lisa.samplers.conditional_poisson",
+        "command.tasks.literal_path": "command.tasks.literal_paths",
         "data": "command.tasks.data",
         "demo": "command.demo",
         "eight_bit": "optim.eight_bit",
         "encoding": "measure.disk.encoding",
         "environment": "measure.disk.manifest",
+        "estimate.estimate": "estimate.memory",
         "gradient_noise": "measure.step.gradient_noise",
         "head_gradient": "trainer.trl_head",
         "inclusion": "methods.lisa.inclusion",
@@ -117,7 +119,7 @@ redirect(
         "measure.own_quantities": "measure.step.own_quantities",
         "measure.probe_result": "measure.probe.result",
         "measure.sketch": "measure.probe.sketch",
-        "measure.stand_ins": "model.stand_ins",
+        "measure.stand_ins": "model.side_pass",
         "measure.step_measure": "measure.step.step_measure",
         "measure.step_parts": "measure.step.parts",
         "measure.tensor_steps": "measure.step.step_measure",
@@ -126,7 +128,7 @@ redirect(
         "memory": "estimate",
         "memory.cards": "estimate.cards",
         "memory.command": "command.estimate",
-        "memory.estimate": "estimate.estimate",
+        "memory.estimate": "estimate.memory",
         "memory.kernels": "estimate.kernels",
         "memory.optimizers": "estimate.optimizers",
         "memory.patterns": "estimate.patterns",
@@ -137,6 +139,8 @@ redirect(
         "memory.step": "estimate.step",
         "memory.table": "estimate.table",
         "memory.trace": "estimate.trace",
+        "model.known_layers": "model.layer_cache",
+        "model.stand_ins": "model.side_pass",
         "modeling": "command.tasks.text",
         "module_tree": "model.module_tree",
         "norms": "model.norms",
@@ -155,7 +159,7 @@ redirect(
         "schedule": "methods.lisa.schedule",
         "shards": "model.sharding",
         "silent_writer": "measure.disk.writer",
-        "stand_ins": "model.stand_ins",
+        "stand_ins": "model.side_pass",
         "step_conditions": "optim.settings",
         "step_in_backward": "optim.step_in_backward",
         "storage": "measure.disk.storage",

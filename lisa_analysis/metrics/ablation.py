@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import metric
-from lisa_analysis.metrics.step_table import Grouping
+from lisa_analysis.metrics.step_tables import Grouping
 from lisa_analysis.rundir.ablation import WHOLE
 
 if TYPE_CHECKING:

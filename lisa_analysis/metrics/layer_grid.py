@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lisa_analysis.metrics.step_table import step_table
+from lisa_analysis.metrics.step_tables import step_table
 from lisa_analysis.metrics.thinning import MAX_POINTS, Series, thin
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class LayerGrid:
 def layer_grids(run: "Run", columns: Iterable[str]) -> dict[str, LayerGrid]:
     """Layer × step grids of several metrics columns, summed over the tensors of each layer.
 
-    Only tensors that were trained at a step count (`lisa_analysis.metrics.step_table`), so a layer
+    Only tensors that were trained at a step count (`lisa_analysis.metrics.step_tables`), so a layer
     that LISA froze is missing there, and LoRA runs show their adapters.
 
     Parameters

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.layer_sums import PROBE
-from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.metrics.step_tables import StepTable, step_table
 from lisa_analysis.rundir.events import draws, learning_rates, ruling_draws
 from lisa_analysis.rundir.parts import drawn_share
 

@@ -10,7 +10,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import metric
 from lisa_analysis.metrics.series import at_the_end
-from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.metrics.step_tables import StepTable, step_table
 
 Array = NDArray[np.float64]
 

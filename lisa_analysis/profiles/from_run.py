@@ -14,7 +14,7 @@ from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
 from lisa_analysis.metrics.series import last_known
-from lisa_analysis.metrics.step_table import Grouping
+from lisa_analysis.metrics.step_tables import Grouping
 from lisa_analysis.profiles import ablated, of_weights
 from lisa_analysis.profiles.cost import cadence, cost_words
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
@@ -108,7 +108,7 @@ def importance(
     if not isinstance(thresholds, Thresholds):
         raise LisaError(f"thresholds are a {type(thresholds).__name__}: expected Thresholds(…).")
     if isinstance(run, list | tuple):
-        from lisa_analysis.profiles.over_seeds import importance_over_seeds
+        from lisa_analysis.profiles.across_seeds import importance_over_seeds
 
         return importance_over_seeds(
             run, metric, by=by, confidence=confidence, reference=reference, seed=seed,

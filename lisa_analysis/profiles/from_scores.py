@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.registry import Metric
+from lisa_analysis.profiles.across_seeds import over_seeds
 from lisa_analysis.profiles.from_run import check_confidence
-from lisa_analysis.profiles.over_seeds import over_seeds
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, shape_words, standing_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS

@@ -15,21 +15,21 @@ from lisa_analysis.metrics.layer_grid import (
     update_ratio_grid,
 )
 from lisa_analysis.metrics.registry import find_metric
-from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.metrics.step_tables import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities
+from lisa_analysis.profiles.across_seeds import check_seeds, over_seeds_of_runs
 from lisa_analysis.profiles.from_run import default_metric, importance
-from lisa_analysis.profiles.over_seeds import check_seeds, over_seeds_of_runs
-from lisa_analysis.profiles.probe_change import ProbeChange, probe_change, probed_steps
+from lisa_analysis.profiles.probe_changes import ProbeChange, probe_change, probed_steps
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import data_of, labels, model_of
 from lisa_analysis.rundir.events import draws
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
-from lisa_analysis.runs.compare import compare
+from lisa_analysis.runs.comparing import compare
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.diagnostics import Diagnostics, diagnose
 from lisa_analysis.runs.losses import RunSummary, table
-from lisa_analysis.runs.validity import Validity, validity
+from lisa_analysis.runs.metric_validity import Validity, validity
 from lisa_analysis.views.next_run import AskedExport, NextRun
 
 if TYPE_CHECKING:

@@ -167,8 +167,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from lisa_analysis.rundir.opening import load, runs_at
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
+    from lisa_analysis.views.html_report import report_of
     from lisa_analysis.views.next_run import AskedExport
-    from lisa_analysis.views.report import report_of
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
         raise LisaError(f"--activated-layers is {arguments.activated_layers}; expected at least 1.")

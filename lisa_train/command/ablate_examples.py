@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.ablate_inputs import TrainedRun
-from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.command.tasks.literal_paths import at_home
 
 if TYPE_CHECKING:
     from lisa_train.command.config import TrainConfig

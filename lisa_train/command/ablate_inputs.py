@@ -12,7 +12,7 @@ from lisa_analysis.contract.errors import ConfigError, LisaError, RunDirectoryEr
 from lisa_analysis.rundir.opening import load
 from lisa_analysis.rundir.run import Run
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.command.tasks.literal_paths import at_home
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,7 +14,7 @@ from lisa_analysis.contract.schema import ABLATION, LOCK
 from lisa_train.command.ablate_inputs import ADAPTER_CONFIG, TrainedRun, load_trained, open_run
 from lisa_train.command.ablate_run import MAX_EXAMPLES, check_max_examples, prepare_examples
 from lisa_train.command.model_card import tell_put_back
-from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.command.tasks.literal_paths import at_home
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks import AUTO
-from lisa_train.command.tasks.literal_path import at_home
+from lisa_train.command.tasks.literal_paths import at_home
 from lisa_train.command.together import is_first
 from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig

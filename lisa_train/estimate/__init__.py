@@ -1,1 +1,1 @@
-"""Peak memory of a training step, predicted from shapes alone; see `estimate.estimate_memory`."""
+"""Peak memory of a training step, predicted from shapes alone; see `memory.estimate_memory`."""

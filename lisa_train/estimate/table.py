@@ -160,7 +160,7 @@ def method_table(
     cards
         Cards to compare with.
     """
-    from lisa_train.estimate.estimate import estimate
+    from lisa_train.estimate.memory import estimate
     from lisa_train.estimate.stage import Stage
 
     shared = Stage(source, replace(base, method="full", active_layers=None))

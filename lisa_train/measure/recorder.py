@@ -19,7 +19,7 @@ from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.session import RunSession
 from lisa_train.measure.step.step_recorder import StepRecorder, measured
 from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_sharded
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.parallel import refuse_wrappers
 from lisa_train.model.tensor_table import TensorTable, tensor_table

@@ -16,7 +16,7 @@ from lisa_analysis.contract.multipliers_file import read_multipliers
 from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.optim.layer_rates import set_layer_rates
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check

@@ -15,7 +15,7 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Lisa, Plan
 from lisa_train.methods.lisa.learning.online import Passes
 from lisa_train.methods.lisa.schedule import Draw
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.parallel import refuse_unproved
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents, calling_trainer

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.optim.eight_bit import set_eight_bit_states
 from lisa_train.optim.settings import check_step_settings
 from lisa_train.optim.step_in_backward import StepInBackward

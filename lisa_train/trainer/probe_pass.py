@@ -15,7 +15,7 @@ from transformers import Trainer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.recorder import NormRecorder
-from lisa_train.model.stand_ins import seed_streams
+from lisa_train.model.side_pass import seed_streams
 from lisa_train.trainer.loss_scale import LossScale
 
 _DATA = frozenset({"train_dataset", "eval_dataset"})

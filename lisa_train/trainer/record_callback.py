@@ -18,7 +18,7 @@ from lisa_train.measure.processes import Processes
 from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.engine import Draw
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.tensor_table import tensor_table
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses

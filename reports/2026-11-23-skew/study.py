@@ -20,7 +20,7 @@ from training import train_all
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.profiles.over_seeds import over_seeds
+from lisa_analysis.profiles.across_seeds import over_seeds
 from lisa_analysis.statistics.over_seeds import seed_means
 from lisa_analysis.statistics.repetitions import Mean, mean_over
 

@@ -19,7 +19,7 @@ from cases import cases
 from resident import Resident
 from shapes import SHAPES
 
-from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.memory import estimate
 from lisa_train.estimate.setting import Setting
 from lisa_train.trainer.trl_head import sliced_head_gradient
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shapes import SHAPES
 
-from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.memory import estimate
 from lisa_train.estimate.setting import Setting
 from lisa_train.estimate.stage import Stage
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from cases import cases
 from shapes import SHAPES
 
-from lisa_train.estimate.estimate import estimate
+from lisa_train.estimate.memory import estimate
 from lisa_train.estimate.result import PARTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "memory.md"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lisa_analysis.metrics.step_table import StepTable, step_table
+from lisa_analysis.metrics.step_tables import StepTable, step_table
 from lisa_analysis.rundir.events import draw_events, learning_rates, ruling_draws
 from lisa_analysis.runs.diagnostics.finding import Finding, State
 

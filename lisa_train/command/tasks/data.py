@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lisa_analysis.contract.errors import ConfigError, suggest
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import is_our_fault
-from lisa_train.command.tasks.literal_path import is_alias, literal_path
+from lisa_train.command.tasks.literal_paths import is_alias, literal_path
 from lisa_train.command.tasks.rows import (
     INSTRUCTION,
     MESSAGES,

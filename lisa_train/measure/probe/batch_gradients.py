@@ -11,7 +11,7 @@ from torch import nn
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.probe.sketch import BUCKETS, Sketch
 from lisa_train.model.norms import inner_products, squares, squares_and_magnitudes, stacked
-from lisa_train.model.stand_ins import random_state_kept, stand_ins
+from lisa_train.model.side_pass import random_state_kept, stand_ins
 
 _COLUMNS = ("square", "magnitude", "taylor")
 # Share of the free memory that the sums of the gradients may take.

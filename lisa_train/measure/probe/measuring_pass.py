@@ -18,7 +18,7 @@ from lisa_train.measure.probe.averaged_gradients import Averaging
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
-from lisa_train.model.stand_ins import random_state_kept, stand_ins
+from lisa_train.model.side_pass import random_state_kept, stand_ins
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.step_in_backward import StepInBackward
 

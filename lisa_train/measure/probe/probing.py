@@ -23,7 +23,7 @@ from lisa_train.measure.probe.result import ProbeResult
 from lisa_train.measure.probe.sketch import BUCKETS, RELATIVE_ERROR
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.scalar_lines import count_tokens
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
 from lisa_train.model.tensor_table import tensor_table

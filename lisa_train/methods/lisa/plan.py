@@ -24,7 +24,7 @@ from lisa_train.methods.lisa.checks import (
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.schedule import Schedule
 from lisa_train.methods.lisa.units import Units
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, refuse_unproved, refuse_wrappers
 from lisa_train.optim.frozen_state import optimizers_of

@@ -57,7 +57,7 @@ class Select(Method):
 
     def remarks(self, model: "nn.Module", config: Any) -> list[str]:
         """Say that a tied head is not chosen alone."""
-        from lisa_train.model.known_layers import known_layers
+        from lisa_train.model.layer_cache import known_layers
 
         groups = config.select.groups
         tied = not known_layers(model, config.select.stack).groups["head"]

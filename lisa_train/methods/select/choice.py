@@ -12,7 +12,7 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.select.config import SelectConfig, layer_indices
 from lisa_train.methods.select.spectrum import spectrum_choice
-from lisa_train.model.known_layers import known_layers
+from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.layer_map import LayerMap
 
 

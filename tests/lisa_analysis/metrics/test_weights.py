@@ -147,7 +147,7 @@ def test_priors_stand_in_the_table_of_validity(run):
 def test_spectra_that_take_long_are_not_taken_unasked(run, monkeypatch):
     from helpers_ablation import ablation_rows, layers, write_ablation
 
-    from lisa_analysis.runs.validity import sides
+    from lisa_analysis.runs.metric_validity import sides
 
     path, _, _ = run
     write_ablation(path, ablation_rows({}, layers([0.1, 0.2, 0.3])))

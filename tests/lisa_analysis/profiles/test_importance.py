@@ -13,7 +13,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.statistics.estimate import fit_series
-from lisa_analysis.views.headline import headline
+from lisa_analysis.views.headlines import headline
 
 X = np.linspace(-1, 1, 12)
 ONE_RUN = [

@@ -9,7 +9,7 @@ import lisa_analysis as la
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.profiles.verdict import judge
 from lisa_analysis.statistics.estimate import fit_series
-from lisa_analysis.views.headline import headline
+from lisa_analysis.views.headlines import headline
 from lisa_analysis.views.terminal import layer_table
 
 SKEW = Path(__file__).parents[3] / "reports" / "2026-11-23-skew" / "runs"

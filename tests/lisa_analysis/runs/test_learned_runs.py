@@ -9,8 +9,8 @@ from lisa_analysis.rundir.configurations import settings
 from lisa_analysis.runs.arms import find_arms
 from lisa_analysis.runs.schedule import probability_grid
 from lisa_analysis.views import plots
-from lisa_analysis.views.report import over_time
-from lisa_analysis.views.report.figure import Budget
+from lisa_analysis.views.html_report import over_time
+from lisa_analysis.views.html_report.figure import Budget
 
 LAYERS, K = 6, 2
 

@@ -13,7 +13,7 @@ from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.runs.diagnostics import STATES as WORST_FIRST
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.cli import main
-from lisa_analysis.views.report import report_of
+from lisa_analysis.views.html_report import report_of
 from lisa_analysis.views.states import STATES
 
 

@@ -24,11 +24,11 @@ from helpers_runs import write_run
 import lisa_analysis as la
 from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_analysis.views.cli import main
-from lisa_analysis.views.report import report_of
+from lisa_analysis.views.html_report import report_of
 
 SECONDS = 20  # of one command; a sound run takes 0.03
 EVERY_REPORT = 40  # rendering takes twenty times as long as everything else
-REPORT = "lisa_analysis.views.report.report_of"
+REPORT = "lisa_analysis.views.html_report.report_of"
 
 
 @pytest.fixture(scope="module")

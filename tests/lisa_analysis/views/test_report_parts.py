@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.metrics.thinning import Series
+from lisa_analysis.views.html_report import format as fmt
+from lisa_analysis.views.html_report import svg
+from lisa_analysis.views.html_report.figure import canvas
+from lisa_analysis.views.html_report.tables import (
+    TABLE_COLUMNS,
+    frame_table,
+    grid_table,
+    series_table,
+)
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.report import format as fmt
-from lisa_analysis.views.report import svg
-from lisa_analysis.views.report.figure import canvas
-from lisa_analysis.views.report.tables import TABLE_COLUMNS, frame_table, grid_table, series_table
 
 
-@pytest.mark.parametrize("module", ["views.report.format", "views.plots.style"])
+@pytest.mark.parametrize("module", ["views.html_report.format", "views.plots.style"])
 def test_examples_in_the_documentation_hold(module):
     result = doctest.testmod(importlib.import_module(f"lisa_analysis.{module}"))
     assert result.attempted > 3

@@ -93,7 +93,7 @@ def test_a_file_that_has_changed_is_read_again(
 def test_a_model_that_has_changed_is_looked_at_again(counted: dict[str, int]) -> None:
     from helpers_recording import llama
 
-    from lisa_train.model.known_layers import known_layers
+    from lisa_train.model.layer_cache import known_layers
 
     model = llama()
     first = known_layers(model)

@@ -17,7 +17,7 @@ from helpers_recording import (
 )
 
 import lisa_train as lt
-from lisa_analysis.metrics.step_table import step_table
+from lisa_analysis.metrics.step_tables import step_table
 from lisa_analysis.rundir.opening import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")

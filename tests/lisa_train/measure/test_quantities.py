@@ -13,7 +13,7 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_analysis.contract.schema import METRICS_TABLE, Column, FactTable
 from lisa_analysis.metrics.registry import METRICS, metric
-from lisa_analysis.metrics.step_table import step_table
+from lisa_analysis.metrics.step_tables import step_table
 from lisa_train.measure.buffers import MetricBuffer, Piece
 from lisa_train.measure.config import OF_TRAINING, QUANTITIES
 from lisa_train.measure.processes import Processes

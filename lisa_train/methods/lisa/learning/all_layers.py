@@ -14,7 +14,7 @@ from lisa_train.methods.lisa.learning.evidence import Array
 from lisa_train.model.norms import inner_products, squares, stacked
 from lisa_train.model.parallel import processes
 from lisa_train.model.sharding import unsynchronised
-from lisa_train.model.stand_ins import random_state_kept, stand_ins
+from lisa_train.model.side_pass import random_state_kept, stand_ins
 
 
 def gradients_of_all(

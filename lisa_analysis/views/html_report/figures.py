@@ -10,16 +10,16 @@ from markupsafe import Markup
 
 from lisa_analysis import plots
 from lisa_analysis.profiles.relative import relative_frame
-from lisa_analysis.views.report import readout, svg
-from lisa_analysis.views.report.figure import (
+from lisa_analysis.views.html_report import readout, svg
+from lisa_analysis.views.html_report.figure import (
     NARROW,
     WIDE,
     ReportFigure,
     canvas,
     extremes,
 )
-from lisa_analysis.views.report.format import number
-from lisa_analysis.views.report.tables import Table, frame_table
+from lisa_analysis.views.html_report.format import number
+from lisa_analysis.views.html_report.tables import Table, frame_table
 
 if TYPE_CHECKING:
     from lisa_analysis.profiles.profile import ImportanceProfile

@@ -8,9 +8,9 @@ from helpers_runs import write_run
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.runs.validity.judging import judge
-from lisa_analysis.runs.validity.sides import Part, Side
-from lisa_analysis.runs.validity.words import sentences
+from lisa_analysis.runs.metric_validity.judging import judge
+from lisa_analysis.runs.metric_validity.sides import Part, Side
+from lisa_analysis.runs.metric_validity.words import sentences
 from lisa_analysis.statistics.association import Cells
 
 KINDS = ("attn.q", "attn.v", "mlp.up", "mlp.down")

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.metrics.thinning import Series
-from lisa_analysis.views.report.format import as_datum
+from lisa_analysis.views.html_report.format import as_datum
 
 # A layer × step table for people; the figure itself shows more columns, the run directory all.
 TABLE_COLUMNS = 24

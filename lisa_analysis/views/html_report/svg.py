@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+from lisa_analysis.views.html_report.format import clean
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.report.format import clean
 
 # A colour that no plot uses: the page's own text colour takes its place.
 _INK = "#010203"

@@ -9,7 +9,7 @@ import pytest
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.schema import CONFIG
-from lisa_analysis.profiles.over_seeds import over_seeds
+from lisa_analysis.profiles.across_seeds import over_seeds
 from lisa_analysis.statistics import kendall_tau
 
 REPORTS = Path(__file__).parents[3] / "reports"

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lisa_analysis.views.report.format import FILTERS, clean
+from lisa_analysis.views.html_report.format import FILTERS, clean
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -27,7 +27,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("lisa_analysis.views.report"),
+        loader=PackageLoader("lisa_analysis.views.html_report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -40,7 +40,11 @@ def _environment() -> Environment:
 
 @functools.cache
 def _asset(name: str) -> str:
-    return resources.files("lisa_analysis.views.report").joinpath("assets", name).read_text("utf-8")
+    return (
+        resources.files("lisa_analysis.views.html_report")
+        .joinpath("assets", name)
+        .read_text("utf-8")
+    )
 
 
 def _hash(script: str) -> str:

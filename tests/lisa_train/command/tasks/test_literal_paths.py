@@ -15,7 +15,7 @@ from lisa_analysis.views.cli import main as analyze
 from lisa_train.command.cli import main, parse
 from lisa_train.command.output import expand_home
 from lisa_train.command.tasks.data import load_data
-from lisa_train.command.tasks.literal_path import literal_path
+from lisa_train.command.tasks.literal_paths import literal_path
 from lisa_train.config import TrainConfig
 
 NAMES = [

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lisa_analysis.contract.schema import CONFIG, METRICS_TABLE
-from lisa_analysis.metrics.step_table import StepTable
+from lisa_analysis.metrics.step_tables import StepTable
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.diagnostics import Diagnostics
 from lisa_analysis.views.analysis import RunAnalysis
-from lisa_analysis.views.headline import headline
-from lisa_analysis.views.report import figures, over_time
-from lisa_analysis.views.report.figure import Budget, ReportFigure
-from lisa_analysis.views.report.format import redact
-from lisa_analysis.views.report.worth import worth_figures, worth_words
+from lisa_analysis.views.headlines import headline
+from lisa_analysis.views.html_report import figures, over_time
+from lisa_analysis.views.html_report.figure import Budget, ReportFigure
+from lisa_analysis.views.html_report.format import redact
+from lisa_analysis.views.html_report.worth import worth_figures, worth_words
 from lisa_analysis.views.states import STATES as STATES
 
 if TYPE_CHECKING:

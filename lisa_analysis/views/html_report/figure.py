@@ -8,8 +8,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lisa_analysis.views.report.format import count, number
-from lisa_analysis.views.report.tables import Table
+from lisa_analysis.views.html_report.format import count, number
+from lisa_analysis.views.html_report.tables import Table
 
 WIDE, HALF, NARROW = 9.4, 4.9, 3.7
 _NOTHING = Markup()
@@ -34,7 +34,7 @@ class Budget:
 class ReportFigure:
     """One figure of the page; without an `image` the caption says why there is none.
 
-    `readout` is what `lisa_analysis.views.report.readout` makes of its marks, `narrow` the same
+    `readout` is what the module of that name makes of its marks, `narrow` the same
     picture for a screen that is too narrow for `image`.
     """
 

@@ -16,8 +16,8 @@ from helpers_runs import write_run
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.views.report import figures, page
-from lisa_analysis.views.report.content import STATES
+from lisa_analysis.views.html_report import figures, page
+from lisa_analysis.views.html_report.content import STATES
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>$\\frac{"
 HOSTILE += "\u202e\x07\ud800"

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
-from lisa_analysis.runs.validity.sides import Part, Side
+from lisa_analysis.runs.metric_validity.sides import Part, Side
 from lisa_analysis.statistics import association
 from lisa_analysis.statistics.association import Cells
 

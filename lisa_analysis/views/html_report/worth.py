@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
 from lisa_analysis import plots
+from lisa_analysis.views.html_report import readout, svg
+from lisa_analysis.views.html_report.figure import HALF, NARROW, WIDE, ReportFigure, canvas
+from lisa_analysis.views.html_report.figures import kind_figure
+from lisa_analysis.views.html_report.format import correlation, number
+from lisa_analysis.views.html_report.tables import Table, frame_table
 from lisa_analysis.views.plots.ablations import NAMES
 from lisa_analysis.views.plots.style import legend
-from lisa_analysis.views.report import readout, svg
-from lisa_analysis.views.report.figure import HALF, NARROW, WIDE, ReportFigure, canvas
-from lisa_analysis.views.report.figures import kind_figure
-from lisa_analysis.views.report.format import correlation, number
-from lisa_analysis.views.report.tables import Table, frame_table
 
 # Draws into axes under a name, and returns the picture and what is read out of it.
 Drawn = Callable[[str, Axes], tuple[Markup, Markup]]

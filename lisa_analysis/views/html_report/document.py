@@ -11,14 +11,13 @@ from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.losses import score_columns
 from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
-from lisa_analysis.views.next_step import next_step
-from lisa_analysis.views.report import figures
-from lisa_analysis.views.report.comparing import (
+from lisa_analysis.views.html_report import figures
+from lisa_analysis.views.html_report.comparing import (
     arms_table,
     comparison_figures,
     profiles_figure,
 )
-from lisa_analysis.views.report.content import (
+from lisa_analysis.views.html_report.content import (
     METHODS,
     STATES,
     RunContent,
@@ -27,10 +26,11 @@ from lisa_analysis.views.report.content import (
     reproduction,
     troubles,
 )
-from lisa_analysis.views.report.figure import Budget, ReportFigure
-from lisa_analysis.views.report.format import count, loss, seconds, size, with_bounds
-from lisa_analysis.views.report.tables import Table, frame_table
-from lisa_analysis.views.report.worth import validity_figures
+from lisa_analysis.views.html_report.figure import Budget, ReportFigure
+from lisa_analysis.views.html_report.format import count, loss, seconds, size, with_bounds
+from lisa_analysis.views.html_report.tables import Table, frame_table
+from lisa_analysis.views.html_report.worth import validity_figures
+from lisa_analysis.views.next_steps import next_step
 
 # Words of the table of profiles, explained below it.
 TERMS = (
@@ -52,7 +52,7 @@ TERMS = (
 
 
 def assemble(analysis: Analysis, probabilities: Any, title: str | None) -> dict[str, Any]:
-    """Gather everything that the page shows; see `lisa_analysis.views.report.report`."""
+    """Gather everything that the page shows; see `lisa_analysis.views.html_report.report`."""
     budget = Budget.for_runs(len(analysis.runs))
     contents = [gather(one, i, budget, alone=analysis.alone) for i, one in enumerate(analysis.runs)]
     comparison = analysis.comparison

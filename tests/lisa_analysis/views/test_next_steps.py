@@ -12,9 +12,9 @@ from lisa_analysis.metrics.layer_grid import layer_grids, over_learning_rate
 from lisa_analysis.runs.curves import curve_frame
 from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
-from lisa_analysis.views.next_step import next_step
-from lisa_analysis.views.report.content import gather
-from lisa_analysis.views.report.figure import Budget
+from lisa_analysis.views.html_report.content import gather
+from lisa_analysis.views.html_report.figure import Budget
+from lisa_analysis.views.next_steps import next_step
 
 
 def test_a_fault_comes_first(tmp_path):

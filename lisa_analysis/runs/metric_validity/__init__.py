@@ -12,9 +12,9 @@ from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.opening import opened
-from lisa_analysis.runs.validity.judging import judge
-from lisa_analysis.runs.validity.sides import LEVELS, TARGETS, Part, parts_of
-from lisa_analysis.runs.validity.words import sentences
+from lisa_analysis.runs.metric_validity.judging import judge
+from lisa_analysis.runs.metric_validity.sides import LEVELS, TARGETS, Part, parts_of
+from lisa_analysis.runs.metric_validity.words import sentences
 
 
 @dataclass(frozen=True, eq=False)

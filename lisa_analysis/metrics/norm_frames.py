@@ -4,7 +4,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.metrics.step_table import step_table
+from lisa_analysis.metrics.step_tables import step_table
 from lisa_analysis.rundir.opening import opened
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.paths import to_write
 from lisa_analysis.views.analysis import Analysis
-from lisa_analysis.views.report.document import assemble
-from lisa_analysis.views.report.page import render
+from lisa_analysis.views.html_report.document import assemble
+from lisa_analysis.views.html_report.page import render
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.curves import QUANTITIES, group_series
 from lisa_analysis.views.analysis import Analysis
-from lisa_analysis.views.plots import style
-from lisa_analysis.views.report import readout, svg
-from lisa_analysis.views.report.content import METHODS, RunContent
-from lisa_analysis.views.report.figure import (
+from lisa_analysis.views.html_report import readout, svg
+from lisa_analysis.views.html_report.content import METHODS, RunContent
+from lisa_analysis.views.html_report.figure import (
     WIDE,
     Budget,
     ReportFigure,
@@ -25,9 +24,10 @@ from lisa_analysis.views.report.figure import (
     short_label,
     thinned,
 )
-from lisa_analysis.views.report.figures import panels, whiskers
-from lisa_analysis.views.report.format import correlation, count, loss, signed
-from lisa_analysis.views.report.tables import Table, frame_table, series_table
+from lisa_analysis.views.html_report.figures import panels, whiskers
+from lisa_analysis.views.html_report.format import correlation, count, loss, signed
+from lisa_analysis.views.html_report.tables import Table, frame_table, series_table
+from lisa_analysis.views.plots import style
 
 _MOST_PAIRS, _MOST_PANELS = 12, 18
 

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
 from lisa_analysis.metrics.thinning import Series
+from lisa_analysis.views.html_report.format import clean, count, number
+from lisa_analysis.views.html_report.tables import Table
 from lisa_analysis.views.plots import style
-from lisa_analysis.views.report.format import clean, count, number
-from lisa_analysis.views.report.tables import Table
 
 # Millimetres and printers count differently: the view box of an SVG has 72 units an inch.
 _UNITS = 72

@@ -20,9 +20,8 @@ from lisa_analysis.runs.schedule import (
     visit_counts,
     what_is_drawn,
 )
-from lisa_analysis.views.plots.grids import COLUMN_TITLES
-from lisa_analysis.views.report import readout, svg
-from lisa_analysis.views.report.figure import (
+from lisa_analysis.views.html_report import readout, svg
+from lisa_analysis.views.html_report.figure import (
     HALF,
     WIDE,
     Budget,
@@ -32,8 +31,9 @@ from lisa_analysis.views.report.figure import (
     short_label,
     thinned,
 )
-from lisa_analysis.views.report.format import count, number
-from lisa_analysis.views.report.tables import frame_table, grid_table, series_table
+from lisa_analysis.views.html_report.format import count, number
+from lisa_analysis.views.html_report.tables import frame_table, grid_table, series_table
+from lisa_analysis.views.plots.grids import COLUMN_TITLES
 
 if TYPE_CHECKING:
     from lisa_analysis import Run

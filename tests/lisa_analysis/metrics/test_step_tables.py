@@ -14,7 +14,7 @@ from lisa_analysis.metrics.gradients import running_mean
 from lisa_analysis.metrics.layer_sums import Accumulator, Chunk, sum_batch, unpack
 from lisa_analysis.metrics.log import measurements
 from lisa_analysis.metrics.series import last_known
-from lisa_analysis.metrics.step_table import grouping, step_table
+from lisa_analysis.metrics.step_tables import grouping, step_table
 from lisa_analysis.rundir.events import draw_events, draws, ruling_draws
 
 

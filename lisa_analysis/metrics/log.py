@@ -101,10 +101,10 @@ class Measurements:
 
     def _weights(self, column: str) -> str:
         """Why weights on disk do not have what a metric needs; empty where they do."""
-        from lisa_analysis.metrics.weights import weights
+        from lisa_analysis.metrics.weights import run_weights
 
         try:
-            found = weights(self.run).of.values()
+            found = run_weights(self.run).of.values()
         except LisaError as error:
             return str(error).rstrip(".")
         part = {"base": "before", "change": "change", "adapter": "factors"}[column[8:]]

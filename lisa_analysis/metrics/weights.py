@@ -106,7 +106,7 @@ def _of_change(values: Array) -> _STEP:
 _CACHE: weakref.WeakKeyDictionary[Any, Weights | LisaError] = weakref.WeakKeyDictionary()
 
 
-def weights(run: "Run") -> Weights:
+def run_weights(run: "Run") -> Weights:
     """Weights behind a run, opened once.
 
     Raises
@@ -130,12 +130,12 @@ def weights(run: "Run") -> Weights:
 
 def change_norm(data: Measurements) -> Array:
     """‖ΔW‖ of every group, shape (groups,); NaN where none of its weights is known."""
-    return np.sqrt(_total(data, weights(data.run).sum_of_squares("change")))
+    return np.sqrt(_total(data, run_weights(data.run).sum_of_squares("change")))
 
 
 def norm_before(data: Measurements, *, changed: bool = False) -> Array:
     """‖W_0‖ of every group; of the weights alone whose change is known, if `changed`."""
-    kept = weights(data.run)
+    kept = run_weights(data.run)
     squares = kept.sum_of_squares("base")
     if changed:
         squares = {n: s for n, s in squares.items() if kept.of[n].change is not None}
@@ -163,7 +163,7 @@ def delta_norm(data: Measurements) -> NDArray[Any]:
 )
 def stable_rank(data: Measurements) -> NDArray[Any]:
     """Stable rank of the change."""
-    figures = weights(data.run).figures("change")
+    figures = run_weights(data.run).figures("change")
     above = _total(data, {n: sum(f["squares"] for f in fs) for n, fs in figures.items() if fs})
     below = _total(data, {n: sum(f["top"] ** 2 for f in fs) for n, fs in figures.items() if fs})
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -193,7 +193,7 @@ def spectral_norm(data: Measurements) -> NDArray[Any]:
     """Spectral norm of the change."""
     groups = data.table.groups
     found = np.full(len(groups.names), np.nan)
-    for number, figures in weights(data.run).figures("change").items():
+    for number, figures in run_weights(data.run).figures("change").items():
         group = groups.of[number]
         if group >= 0:
             found[group] = np.fmax(found[group], max((f["top"] for f in figures), default=np.nan))
@@ -209,7 +209,7 @@ def spectral_norm(data: Measurements) -> NDArray[Any]:
 )
 def init_share(data: Measurements) -> NDArray[Any]:
     """Initialisation's share of an adapter's norm."""
-    factors = {n: c.factors for n, c in weights(data.run).of.items() if c.factors is not None}
+    factors = {n: c.factors for n, c in run_weights(data.run).of.items() if c.factors is not None}
     start = _total(data, {n: f.initial_squares for n, f in factors.items()})
     now = _total(data, {n: f.squares for n, f in factors.items()})
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -289,7 +289,7 @@ def _mean(data: Measurements, what: str, figure: str) -> NDArray[Any]:
     """Mean over the matrices of every group."""
     groups = data.table.groups
     found: dict[int, list[float]] = {}
-    for number, figures in weights(data.run).figures(what).items():
+    for number, figures in run_weights(data.run).figures(what).items():
         if groups.of[number] >= 0:
             found.setdefault(int(groups.of[number]), []).extend(f[figure] for f in figures)
     means = np.full(len(groups.names), np.nan)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lisa_analysis.metrics.weights import weights
+from lisa_analysis.metrics.weights import run_weights
 from lisa_analysis.profiles.sentences import name_rows, shape_words
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics.estimate import Fit
@@ -45,5 +45,5 @@ def statement(
 
 def _did_nothing(run: "Run") -> bool:
     """Whether every change that is known is exactly zero."""
-    squares = [s for s in weights(run).sum_of_squares("change").values() if not np.isnan(s)]
+    squares = [s for s in run_weights(run).sum_of_squares("change").values() if not np.isnan(s)]
     return bool(squares) and not any(squares)

@@ -51,7 +51,7 @@ class Standing:
         return found
 
 
-def standing(fit: Fit, confidence: float, limits: Thresholds) -> Standing:
+def standing_of(fit: Fit, confidence: float, limits: Thresholds) -> Standing:
     """Judge the layers of a fit by its joint band."""
     low, high = (_onto(fit, bound) for bound in (fit.joint_low, fit.joint_high))
     return _standing(fit, fit.effect, low, high, fit.known, _strict(fit, confidence), limits)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles.parts import Reliability, StackShape
-from lisa_analysis.profiles.standing import Standing, standing, standing_of_parts
+from lisa_analysis.profiles.standing import Standing, standing_of, standing_of_parts
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.statistics import Concentration, Interval, Shape
 from lisa_analysis.statistics import shape as shapes
@@ -61,7 +61,7 @@ def judge(
     """
     found = concentration(fit, confidence)
     stable = reliability(fit, steps, period, rng, limits)
-    apart = standing(fit, confidence, limits)
+    apart = standing_of(fit, confidence, limits)
     said = shape(fit, confidence, found, limits, len(set(stacks)) == 1, apart)
     each = _of_stacks(fit, confidence, limits, stacks)
     if stable.drift:
@@ -187,7 +187,7 @@ def shape(
     layers are named and no more can be said: equal layers have one named as often as a joint band
     fails, a shape far less often. What is left is ``undecided``.
     """
-    apart = standing(fit, confidence, limits) if apart is None else apart
+    apart = standing_of(fit, confidence, limits) if apart is None else apart
     left_open = "apart" if apart.apart.any() else "undecided"
     seen = fit.known if fit.samples is not None else fit.seen
     n = len(seen)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.statistics.errors import of_memory
 from lisa_analysis.statistics.moderation import chi2_over_df
-from lisa_analysis.statistics.persistence import of_each, persistence
+from lisa_analysis.statistics.persistence import of_each, persistence_of
 
 Array = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ def along_depth(noise: Array, residuals: Array, known: NDArray[np.bool_]) -> Alo
     # others show.
     own, own_degrees = of_each(series)
     # What few series may hide is allowed for in layers; here it would make every line uncertain.
-    shared = persistence(series - series.mean(axis=0), hidden=False)
+    shared = persistence_of(series - series.mean(axis=0), hidden=False)
     pooled = of_memory(shared, np.full(count, float(len(series))), np.ones(count))
     with np.errstate(invalid="ignore", divide="ignore"):
         own, together = (np.nan_to_num(error / spread) for error in (own, pooled.error))

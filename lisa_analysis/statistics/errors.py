@@ -10,7 +10,7 @@ from lisa_analysis.statistics.autocorrelation import cluster_sums, intraclass_co
 from lisa_analysis.statistics.bootstrap import block_totals, cluster_totals, t_quantile
 from lisa_analysis.statistics.effects import Effects
 from lisa_analysis.statistics.moderation import moderated_variance
-from lisa_analysis.statistics.persistence import MIN_ROWS, Persistence, persistence
+from lisa_analysis.statistics.persistence import MIN_ROWS, Persistence, persistence_of
 
 Array = NDArray[np.float64]
 
@@ -93,10 +93,10 @@ def of_course(residuals: Array, scale: Array) -> Errors:
     """Errors of means over a course in time, by the memory that the layers have in common.
 
     Parameters are those of `of_repetitions`. The variance of an observation is moderated over
-    layers, and so is how far a layer's memory is its own (see `persistence`).
+    layers, and so is how far a layer's memory is its own (see `persistence_of`).
     """
     observed = np.isfinite(residuals).sum(axis=0).astype(np.float64)
-    return of_memory(persistence(residuals), observed, scale)
+    return of_memory(persistence_of(residuals), observed, scale)
 
 
 def of_memory(found: Persistence, observed: Array, scale: Array) -> Errors:

@@ -71,7 +71,7 @@ class Persistence:
     slowest: Array | None = None
 
 
-def persistence(residuals: Array, hidden: bool = True) -> Persistence:
+def persistence_of(residuals: Array, hidden: bool = True) -> Persistence:
     """Fit the memory of residuals from one row to the next.
 
     Parameters
@@ -171,7 +171,7 @@ def of_halves(residuals: Array) -> Persistence:
     halves = np.hstack([residuals[:n], residuals[-n:]])
     known = np.isfinite(halves)
     mean = np.where(known, halves, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    found = persistence(halves - mean, hidden=False)
+    found = persistence_of(halves - mean, hidden=False)
     layers = residuals.shape[1]
     both = {
         name: np.asarray(getattr(found, name)).reshape(2, layers)

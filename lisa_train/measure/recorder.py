@@ -22,7 +22,7 @@ from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_s
 from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.parallel import refuse_wrappers
-from lisa_train.model.tensor_table import TensorTable, tensor_table
+from lisa_train.model.tensor_table import TensorTable, number_tensors
 from lisa_train.optim.frozen_state import as_one, optimizers_of
 from lisa_train.optim.step_in_backward import StepInBackward
 from lisa_train.private_names import check
@@ -106,7 +106,7 @@ class NormRecorder(StepRecorder):
         refuse_wrappers(model, "the recorder")
         stepping = as_one(optimizers_of(optimizer))  # refuses some, before anything is written
         layer_map = layer_map or known_layers(model, config.layers)
-        table = table or tensor_table(model, layer_map, config.select)
+        table = table or number_tensors(model, layer_map, config.select)
         processes = Processes(table)
         check("model", "recorder", *_needed(model, config, processes))
         if session is None:

@@ -14,7 +14,7 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.measure import faults
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk.manifest import manifest as describe
+from lisa_train.measure.disk.manifest import describe_run
 from lisa_train.measure.disk.storage import UnwritableError
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
 from lisa_train.measure.processes import Processes
@@ -154,7 +154,7 @@ class RunSession:
 
         def new_writer() -> RunWriter:
             assert self._config.run_dir is not None
-            found = describe(model, self._config, table, layer_map)
+            found = describe_run(model, self._config, table, layer_map)
             found["hardware"]["processes"] = self._processes.count
             return RunWriter(
                 self._config.run_dir,

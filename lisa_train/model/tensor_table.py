@@ -16,7 +16,7 @@ class TensorTable:
     """Numbers the tensors of a model in the order of `named_parameters()`.
 
     A second name of a shared tensor has a row (`tied_to`) but no number of its own to measure.
-    Of a model under FSDP2 it takes the tensors that the modules hold: see `tensor_table`.
+    Of a model under FSDP2 it takes the tensors that the modules hold: see `number_tensors`.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class TensorTable:
         return chosen
 
 
-def tensor_table(
+def number_tensors(
     model: nn.Module, layer_map: LayerMap, select: Sequence[str | int] | None
 ) -> TensorTable:
     """Return the table of the tensors that stay: FSDP2's pieces are put back in their places first.

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED
 from lisa_train.model.sharding import split_as
-from lisa_train.optim.paged_state import paged_state
+from lisa_train.optim.paged_state import paged_state_of
 from lisa_train.optim.policies import POLICIES, SetAside
 
 
@@ -147,7 +147,7 @@ class FrozenState:
         self._policy = POLICIES[policy]()
         self._unsorted: set[Optimizer] = set()
         self._aside: dict[torch.Tensor, SetAside] = {}
-        paged = {optimizer: paged_state(optimizer) for optimizer in optimizers}
+        paged = {optimizer: paged_state_of(optimizer) for optimizer in optimizers}
         self._paged = {held: state for held, state in paged.items() if state is not None}
         self._handles = [
             optimizer.register_state_dict_post_hook(self._into_state_dict)

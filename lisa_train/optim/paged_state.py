@@ -149,6 +149,6 @@ def check_paged_state(optimizer: Any) -> None:
         )
 
 
-def paged_state(optimizer: Optimizer) -> PagedState | None:
+def paged_state_of(optimizer: Optimizer) -> PagedState | None:
     """Return the pool's hold on `optimizer`, or None where its state is not paged."""
     return PagedState(optimizer) if getattr(optimizer, "is_paged", False) else None

@@ -10,7 +10,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.learning.config import LearnConfig
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents
-from lisa_train.trainer.probe_pass import probe_pass
+from lisa_train.trainer.probe_pass import run_probe_pass
 
 
 def check_learning(trainer: Trainer, learn: LearnConfig) -> None:
@@ -69,7 +69,7 @@ class ProbeSource(Listener):
         """Make a forward and a backward pass with the batch that was kept."""
         inputs = self._taken()
         scale = self._events.loss_scale.now(self._trainer.args.device)
-        probe_pass(self._trainer, inputs, scale)
+        run_probe_pass(self._trainer, inputs, scale)
 
     def _taken(self) -> Any:
         inputs, self._inputs = self._inputs, None
@@ -94,7 +94,7 @@ class ProbeSource(Listener):
         # Of a batch of one row, or without a label in a half, nothing is measured.
         if self._parts is not None:
             scale = self._events.loss_scale.now(self._trainer.args.device)
-            probe_pass(self._trainer, self._parts[which], scale)
+            run_probe_pass(self._trainer, self._parts[which], scale)
 
     def close(self) -> None:
         """Keep nothing any more."""

@@ -100,7 +100,7 @@ class TrainerProbes:
             scale = self._scale()
             recorder.probe(
                 step,
-                lambda: probe_pass(self._trainer, inputs, scale),
+                lambda: run_probe_pass(self._trainer, inputs, scale),
                 gradient_scale=1.0 if scale is None else scale,
             )
         if self._several and (self._due(step) or last):
@@ -160,13 +160,13 @@ class TrainerProbes:
 def own_loss_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> None:
     """Run one forward and backward pass of the mean loss of a batch, in training mode.
 
-    It asks nothing of other processes, unlike `probe_pass`, whose loss is a part of theirs.
+    It asks nothing of other processes, unlike `run_probe_pass`, whose loss is a part of theirs.
     """
     with plain_state_kept(trainer), _training_mode(trainer.model):
         _pass(trainer, inputs, scale)
 
 
-def probe_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> None:
+def run_probe_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> None:
     """Run one forward and backward pass of the bare model.
 
     The batch counts as a whole step's, so that the gradient is a mean over its own items, however

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_train.trainer.progress_html import progress_html
+from lisa_train.trainer.progress_html import progress_page
 
 
 class _Progress(TrainerCallback):
@@ -155,7 +155,7 @@ class ProgressCell(_Progress):
         pace = taken / max(1, state.global_step - self._first)
         left = pace * (state.max_steps - state.global_step)
         words = f"{taken:.0f} s" if done else f"{left:.0f} s left"
-        page = progress_html(
+        page = progress_page(
             state.global_step, state.max_steps, self.shown(), self._training, self._held_out, words
         )
         self._handle.update(HTML(page))

@@ -10,7 +10,7 @@ _TRAINING, _HELD_OUT = "#0072b2", "#d55e00"
 _WIDTH, _HEIGHT, _LEFT, _MARGIN = 480, 110, 40, 12
 
 
-def progress_html(
+def progress_page(
     step: int,
     total: int,
     shown: Mapping[str, str],

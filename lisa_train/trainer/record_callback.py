@@ -19,7 +19,7 @@ from lisa_train.measure.recorder import NormRecorder
 from lisa_train.measure.session import RunSession
 from lisa_train.methods.lisa.engine import Draw
 from lisa_train.model.layer_cache import known_layers
-from lisa_train.model.tensor_table import tensor_table
+from lisa_train.model.tensor_table import number_tensors
 from lisa_train.private_names import check
 from lisa_train.trainer.continuation import Continuation, warn_of_losses
 from lisa_train.trainer.events import Listener, TrainerEvents
@@ -139,7 +139,7 @@ class RecordCallback(Listener, TrainerCallback):
             warn_of_losses(self._trainer, state, None)
         path = (lisa and lisa.layers) or self.config.layers
         layer_map = known_layers(self._trainer.model, path)
-        table = tensor_table(self._trainer.model, layer_map, self.config.select)
+        table = number_tensors(self._trainer.model, layer_map, self.config.select)
         processes = Processes(table)
         self._sharded = self._sharded or processes.sharded
         self._probes.check(kwargs.get("train_dataloader"), sharded=self._sharded)

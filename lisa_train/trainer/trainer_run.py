@@ -11,7 +11,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.schema import MANIFEST
 from lisa_analysis.rundir.opening import load
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk.manifest import manifest as describe
+from lisa_train.measure.disk.manifest import describe_run
 from lisa_train.measure.disk.run_file import one_sentence
 from lisa_train.measure.disk.storage import HeldError
 from lisa_train.measure.disk.writer import RunWriter, SilentWriter
@@ -155,7 +155,7 @@ class TrainerRun:
     ) -> dict[str, Any]:
         """Entries of run.json, the same for every way that a trainer is built."""
         args = self._trainer.args
-        entries = describe(self._trainer.model, self._config, table, layer_map)
+        entries = describe_run(self._trainer.model, self._config, table, layer_map)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         known: dict[str, Any] = {
             "hardware": {"processes": args.world_size},

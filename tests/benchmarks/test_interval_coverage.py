@@ -6,7 +6,7 @@ import helpers_coverage as worlds
 import numpy as np
 import pytest
 
-from lisa_analysis.profiles.standing import standing
+from lisa_analysis.profiles.standing import standing_of
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.statistics.estimate import fit_series
 
@@ -75,7 +75,7 @@ def test_power_of_a_short_pilot(layers):
             rng = np.random.default_rng([repetition, layers, steps])
             logs = truth + worlds.course(0.5, sd=0.3)(rng, steps, layers)
             fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
-            above = standing(fit, 0.95, THRESHOLDS).above
+            above = standing_of(fit, 0.95, THRESHOLDS).above
             named, wrong = named + int(above[5]), wrong + int(above.sum() > above[5])
             shown.append(fit.known.mean())
         print(

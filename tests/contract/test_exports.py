@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.layers import canonical_name
-from lisa_train.model.tensor_table import tensor_table
+from lisa_train.model.tensor_table import number_tensors
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = TOKENS | {
@@ -65,7 +65,7 @@ FAMILIES = {
 def run_of(model, layers=None):
     """What a run directory says of a model: its layers and its tensors."""
     layer_map = lt.find_layers(model, layers)
-    rows = tensor_table(model, layer_map, None).rows
+    rows = number_tensors(model, layer_map, None).rows
     frame = pd.DataFrame(rows).astype({"layer": "Int16"})
     return SimpleNamespace(run_id="run", layer_names=layer_map.names, parameters=frame)
 

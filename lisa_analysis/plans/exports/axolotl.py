@@ -8,7 +8,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 
 @exporter("axolotl", "unfrozen_parameters of axolotl: full weights of the chosen layers",
           syntax="yaml")  # fmt: skip
-def axolotl(plan: Plan, *, layers: int | None = None, groups: str = "") -> Content:
+def make_axolotl(plan: Plan, *, layers: int | None = None, groups: str = "") -> Content:
     """Write one expression per layer.
 
     Axolotl matches from the start of a name and takes every dot as a dot, so that

@@ -5,7 +5,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 
 
 @exporter("freeze", "names and indices of the layers to train and of those to freeze")
-def freeze(plan: Plan, *, layers: int | None = None) -> Content:
+def make_freeze(plan: Plan, *, layers: int | None = None) -> Content:
     """List the layers.
 
     Parameters

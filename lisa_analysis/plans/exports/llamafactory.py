@@ -13,7 +13,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 
 @exporter("llamafactory", "LLaMA-Factory: freeze tuning or LoRA in the chosen layers",
           syntax="yaml")  # fmt: skip
-def llamafactory(
+def make_llamafactory(
     plan: Plan,
     *,
     layers: int | None = None,

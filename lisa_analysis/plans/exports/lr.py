@@ -7,7 +7,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 
 
 @exporter("lr", "multipliers of the learning rate by layer, for optimizer groups")
-def lr(
+def make_lr(
     plan: Plan, *, embed: float = 1.0, head: float = 1.0, norm: float = 1.0, other: float = 1.0
 ) -> Content:
     """Write one multiplier per layer, of mean 1.

@@ -8,7 +8,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 
 
 @exporter("mergekit", "mergekit: how much of the tuned model each layer takes", syntax="yaml")
-def mergekit(
+def make_mergekit(
     plan: Plan,
     *,
     base_model: str = "BASE_MODEL",

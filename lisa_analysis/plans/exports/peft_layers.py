@@ -12,7 +12,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
     "peft-layers", "LoraConfig of PEFT: adapters in the layers that matter alone",
     provenance="beside",
 )  # fmt: skip
-def peft_layers(
+def make_peft_layers(
     plan: Plan,
     *,
     layers: int | None = None,

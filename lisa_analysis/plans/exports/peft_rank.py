@@ -17,7 +17,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
     "peft-rank", "LoraConfig of PEFT: a rank for every layer, under a budget of parameters",
     provenance="beside",
 )  # fmt: skip
-def peft_rank(
+def make_peft_rank(
     plan: Plan,
     *,
     r: int = 16,

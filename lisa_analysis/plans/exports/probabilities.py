@@ -10,7 +10,7 @@ from lisa_analysis.plans.sampling import sampling_probabilities
 
 
 @exporter("probabilities", "inclusion probabilities for lisa-train --lisa.probabilities")
-def probabilities(plan: Plan, *, activated_layers: int = 2) -> Content:
+def make_probabilities(plan: Plan, *, activated_layers: int = 2) -> Content:
     """Write what `SamplingProbabilities.save` writes.
 
     Parameters

@@ -12,7 +12,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.metrics import METRICS
 from lisa_analysis.metrics.ablation import per_example
 from lisa_analysis.metrics.log import measurements
-from lisa_analysis.metrics.weights import OF_BASE, OF_CHANGES, weights
+from lisa_analysis.metrics.weights import OF_BASE, OF_CHANGES, run_weights
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.statistics import association
@@ -136,7 +136,7 @@ def _too_long(run: "Run", name: str) -> str:
     if what is None:
         return ""
     try:
-        work = weights(run).work(what)
+        work = run_weights(run).work(what)
     except LisaError:
         return ""  # the metric itself says what is missing
     if work <= MOST_WORK:

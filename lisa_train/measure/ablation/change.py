@@ -15,7 +15,7 @@ from lisa_train.measure.step.checkpoint_conversions import Conversion
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.module_tree import below
 from lisa_train.model.sharding import is_sharded
-from lisa_train.model.tensor_table import tensor_table
+from lisa_train.model.tensor_table import number_tensors
 
 State = Literal["trained", "base"]
 _COPY = ".modules_to_save."  # of PEFT, beside the module that it copied
@@ -69,7 +69,7 @@ class LearnedChange:
             )
         self.model = model
         self.layer_map = find_layers(model, layers)
-        table = tensor_table(model, self.layer_map, None)
+        table = number_tensors(model, self.layer_map, None)
         self.kinds = kinds_by_layer(table.rows, len(self.layer_map))
         self.state: State = "trained"
         self._base = _Values(model, base)

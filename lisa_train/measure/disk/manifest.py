@@ -79,7 +79,7 @@ def layer_entries(layer_map: LayerMap) -> list[dict[str, Any]]:
     return [{"index": i, "name": name, "stack": stack} for i, (name, stack) in enumerate(pairs)]
 
 
-def manifest(
+def describe_run(
     model: nn.Module, config: RecordConfig, table: TensorTable, layer_map: LayerMap
 ) -> dict[str, Any]:
     """Entries of run.json that the model and the machine tell."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.measure.config import RecordConfig
-from lisa_train.measure.disk import manifest as entries
+from lisa_train.measure.disk.manifest import describe_run
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe.batch_gradients import BatchGradients, sums_fit
 from lisa_train.measure.probe.result import ProbeResult
@@ -26,7 +26,7 @@ from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.run_entries import joined
 from lisa_train.model.sharding import is_sharded
-from lisa_train.model.tensor_table import tensor_table
+from lisa_train.model.tensor_table import number_tensors
 
 SignalSource = Literal["auto", "exact", "sketch"]
 # Between two looks at the precision, relative to the number of batches so far.
@@ -103,7 +103,7 @@ def probe(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # which would exchange gradients of its own
     layer_map = known_layers(model, config.layers)
-    table = tensor_table(model, layer_map, config.select)
+    table = number_tensors(model, layer_map, config.select)
     if any(is_sharded(p) for _, p in table.tensors):
         raise ConfigError(
             "the model's weights are sharded (FSDP2): a probe takes whole gradients; probe before "
@@ -114,7 +114,7 @@ def probe(
     # All the same way: the sums are added over the processes.
     exact = not processes.any(not exact)
     known: dict[str, Any] = {
-        **entries.manifest(model, config, table, layer_map),
+        **describe_run(model, config, table, layer_map),
         "method": "probe",
         "probe": {
             "signal": "exact" if exact else "sketch",

@@ -9,7 +9,7 @@ import pytest
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles import verdict as judgement
 from lisa_analysis.profiles.sentences import why_unknown
-from lisa_analysis.profiles.standing import standing
+from lisa_analysis.profiles.standing import standing_of
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.statistics.decays import fit
 from lisa_analysis.statistics.estimate import fit_series
@@ -136,7 +136,7 @@ def test_a_layer_twice_the_others_is_named_after_twenty_steps(layers, rho):
         rng = np.random.default_rng([repetition, layers])
         logs = truth + worlds.course(rho, sd=0.3)(rng, 20, layers)
         fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
-        found = standing(fit, 0.95, THRESHOLDS).above
+        found = standing_of(fit, 0.95, THRESHOLDS).above
         named += int(found[5])
         wrong += int(found.sum() - found[5] > 0)
     assert named >= 19

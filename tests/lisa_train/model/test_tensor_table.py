@@ -1,7 +1,7 @@
 """The tensor table reads a model; putting FSDP2's shards back is a step of its own."""
 
 from lisa_train.model.layer_map import find_layers
-from lisa_train.model.tensor_table import TensorTable, tensor_table
+from lisa_train.model.tensor_table import TensorTable, number_tensors
 
 
 def test_only_the_function_that_says_so_reshards(make_llama):
@@ -13,5 +13,5 @@ def test_only_the_function_that_says_so_reshards(make_llama):
     layer_map = find_layers(model)
     read = TensorTable(model, layer_map, None)
     assert calls == []
-    assert tensor_table(model, layer_map, None).rows == read.rows
+    assert number_tensors(model, layer_map, None).rows == read.rows
     assert calls == ["reshard"]

@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 
-from lisa_train.trainer.progress_html import loss_svg, progress_html
+from lisa_train.trainer.progress_html import loss_svg, progress_page
 
 
 def parse(fragment: str) -> ET.Element:
@@ -12,7 +12,7 @@ def parse(fragment: str) -> ET.Element:
 
 def test_bar_and_line_say_how_far_the_run_is() -> None:
     page = parse(
-        progress_html(3, 12, {"loss": "2.5", "layers": "0,7"}, [], [(2, 2.25)], "9 s left")
+        progress_page(3, 12, {"loss": "2.5", "layers": "0,7"}, [], [(2, 2.25)], "9 s left")
     )
     bar = next(page.iter("progress"))
     assert (bar.get("value"), bar.get("max")) == ("3", "12")
@@ -21,7 +21,7 @@ def test_bar_and_line_say_how_far_the_run_is() -> None:
 
 
 def test_facts_are_text_and_never_markup() -> None:
-    assert "<img" not in progress_html(0, 1, {"loss": "<img src=x>"}, [], [], "")
+    assert "<img" not in progress_page(0, 1, {"loss": "<img src=x>"}, [], [], "")
 
 
 def test_points_stand_where_their_step_and_loss_put_them() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+BITS = "--bf16=true"  # of the products; weights stay in fp32
 RATES = (0.1, 0.316, 1.0, 3.16, 10.0)  # the grid, around the centre of a family
 
 
@@ -31,6 +32,8 @@ class Environment:
         k and K of question B.
     steps, batch
         Of a run.
+    evaluated
+        Held-out examples, the first ones.
     words
         Other settings of `lisa-train`.
     centres
@@ -39,6 +42,10 @@ class Environment:
         Whether the model has a new head, which trains under every method.
     seeds, secondary
         Seeds of the arms of the primary contrasts, and of the others.
+    whole
+        Whether every arm is run, or only those that carry the contrasts.
+    longer
+        Whether the primary contrasts are run once more at four times the steps.
     every_layer
         Whether question A trains every layer alone, instead of named and random sets.
     both_tuned
@@ -56,11 +63,14 @@ class Environment:
     interval: int
     steps: int
     batch: int
+    evaluated: int
     words: tuple[str, ...]
     centres: dict[str, float] = field(default_factory=dict)
     head: bool = True
     seeds: int = 5
     secondary: int = 5
+    whole: bool = False
+    longer: bool = False
     every_layer: bool = False
     both_tuned: bool = False
 
@@ -142,16 +152,16 @@ def _classes(data: Path) -> list[Environment]:
             data=lambda: with_validation("pos", parts_of_speech_folder(), data, 1200),
             stacks=((r"encoder\.layer", 6),),
             linear=("query", "key", "value", "dense"),
-            few=1, drawn=1, interval=5, steps=150, batch=32,
+            few=1, drawn=1, interval=3, steps=100, batch=16, evaluated=1024,
             words=(
                 "--task=text-classification", "--max_length=32",
-                "--per_device_eval_batch_size=64",
+                "--per_device_eval_batch_size=64", BITS,
             ),
             centres={
                 "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 5e-4, "full": 2e-4,
                 "mild": 5e-4, "strong": 5e-4, "head": 1e-2,
             },
-            seeds=10, every_layer=True, both_tuned=True,
+            seeds=10, whole=True, every_layer=True, both_tuned=True,
         ),
         Environment(
             "fashion",
@@ -159,13 +169,13 @@ def _classes(data: Path) -> list[Environment]:
             data=lambda: with_validation("fashion", pictures_folder(), data, 1600),
             stacks=((r"encoder\.layer", 12),),
             linear=("query", "key", "value", "dense", "fc1", "fc2"),
-            few=2, drawn=2, interval=10, steps=300, batch=32,
-            words=("--task=image-classification", "--per_device_eval_batch_size=64"),
+            few=2, drawn=2, interval=3, steps=100, batch=16, evaluated=1000,
+            words=("--task=image-classification", "--per_device_eval_batch_size=64", BITS),
             centres={
                 "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 1e-4,
                 "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
             },
-            seeds=10, both_tuned=True,
+            seeds=10, whole=True, both_tuned=True,
         ),
     ]  # fmt: skip
 
@@ -183,26 +193,23 @@ def _language(data: Path) -> list[Environment]:
         "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5, "mild": 2e-4,
         "strong": 2e-4,
     }  # fmt: skip
-    text = (
-        "--max_length=48", "--per_device_eval_batch_size=16", "--max_eval_samples=256",
-        "--bf16=true",
-    )  # fmt: skip
+    text = ("--max_length=48", "--per_device_eval_batch_size=16", BITS)
     return [
         Environment(
             "define",
             model=smollm2_folder,
             data=lambda: with_validation("define", definitions_folder(), data, 1200),
             stacks=((r"model\.layers", 30),),
-            linear=llama, few=6, drawn=2, interval=1, steps=60, batch=8,
-            words=text, centres=smol, head=False,
+            linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
+            words=text, centres=smol, head=False, longer=True,
         ),
         Environment(
             "chat",
             model=smollm2_folder,
             data=lambda: with_validation("chat", chitchat_folder(), data, 1000),
             stacks=((r"model\.layers", 30),),
-            linear=llama, few=6, drawn=2, interval=1, steps=60, batch=8,
-            words=text, centres=smol, head=False,
+            linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
+            words=text, centres=smol, head=False, longer=True,
         ),
         Environment(
             "voice",
@@ -210,8 +217,8 @@ def _language(data: Path) -> list[Environment]:
             data=lambda: with_validation("voice", voice_folder(), data, 60),
             stacks=((r"encoder\.layers", 4), (r"decoder\.layers", 4)),
             linear=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-            few=1, drawn=2, interval=2, steps=40, batch=16,
-            words=("--task=speech-recognition", "--per_device_eval_batch_size=30"),
+            few=1, drawn=2, interval=2, steps=40, batch=8, evaluated=60,
+            words=("--task=speech-recognition", "--per_device_eval_batch_size=30", BITS),
             centres={
                 "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5,
                 "mild": 1e-4, "strong": 1e-4,

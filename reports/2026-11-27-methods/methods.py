@@ -10,8 +10,9 @@ import lisa_analysis as la
 
 RANK = 16
 HEADS = "--select.groups=[head]"
-BITS = "--bf16=true"  # of the products; weights stay in fp32
 STEPS = {"pos": 100, "fashion": 120, "define": 40, "voice": 24}
+BATCHES = {"pos": 32, "fashion": 32, "define": 8, "voice": 16}
+EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 60}
 PERIODS = {"pos": 5, "fashion": 5, "define": 1, "voice": 2}  # steps of a draw of LISA
 RATES = {  # in the middle of a grid; those of weights are for few layers
     "full": {"pos": 2e-4, "fashion": 1e-4, "define": 5e-5, "voice": 1e-4},
@@ -54,15 +55,15 @@ class Method:
 
 
 def tasks(work: Path) -> dict[str, Environment]:
-    """Return the tasks of this study: the shared environments, in fewer steps and under bf16."""
+    """Return the tasks of this study: shared environments, with sizes of its own."""
     known = environments(work)
-    found = {}
-    for name, steps in STEPS.items():
-        words = (*(word for word in known[name].words if word != BITS), BITS)
-        found[name] = replace(
-            known[name], steps=steps, interval=PERIODS[name], words=words, centres={}
+    return {
+        name: replace(
+            known[name], steps=steps, batch=BATCHES[name], evaluated=EVALUATED[name],
+            interval=PERIODS[name], centres={},
         )
-    return found
+        for name, steps in STEPS.items()
+    }  # fmt: skip
 
 
 def methods(task: Environment, probe: Callable[[int], Path]) -> list[Method]:

@@ -70,6 +70,7 @@ class Plan:
                 *self._data(seed), *method.words(seed), f"--learning_rate={used:.6g}",
                 f"--dataset_test_split={'test' if rate is None else 'validation'}",
                 *self._steps(self.task.steps), f"--eval_steps={self.task.steps}",
+                f"--max_eval_samples={self.task.evaluated}",
             ]  # fmt: skip
 
         after = (self.probe(seed + 1).name,) if method.probed else ()

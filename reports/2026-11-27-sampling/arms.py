@@ -13,6 +13,11 @@ TUNING = (101, 102)
 RANK = 16
 SHARP = 3.0  # strength of `strong` and of what is compared with it
 RANDOM = 3
+CARRYING = (  # the arms of environments that do not get the whole matrix
+    "lora-probe", *(f"lora-random-{n}" for n in range(1, RANDOM + 1)), "lora-last", "lora-all",
+    "lora-everything", "full", "uniform", "default", "strong", "strong-placebo", "pool",
+    "pool-placebo", "online",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Arms:
         self.environment, self.kept, self.work = environment, kept, work
         self._ways = self._all_ways()
         self.choices = self._named()
-        self.every = {arm.name: arm for arm in (*self._few(), *self._whole(), *self._lisa())}
+        every = (*self._few(), *self._whole(), *self._lisa())
+        self.every = {a.name: a for a in every if environment.whole or a.name in CARRYING}
 
     def source(self, kind: str, seed: int) -> str:
         """Return the name of the run that a profile of this kind is read from."""

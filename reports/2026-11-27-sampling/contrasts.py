@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +12,8 @@ from scipy import stats
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
+
+FIRST = 2  # steps of a timed run that do not count
 
 # --- equal seconds -------------------------------------------------------------------------------
 
@@ -26,7 +27,7 @@ class Course:
     steps, losses
         Of the evaluations.
     step_seconds
-        Median over the run's steps.
+        Of the arm, alone on a machine.
     """
 
     steps: tuple[int, ...]
@@ -38,25 +39,46 @@ class Course:
         return float(np.interp(step, self.steps, self.losses))
 
 
-def course(folder: Path) -> Course | None:
-    """Read the course of a kept run; None where there is none."""
+def step_seconds(plan: Plan, arm: Arm) -> float | None:
+    """Return what a step of an arm takes alone on a machine, over its draws; None where not timed.
+
+    The first steps are left out: caches fill.
+    """
+    folder = plan.kept / plan.timed(arm).name
     if not folder.exists():
         return None
-    run = la.load(folder)
-    events = run.events[run.events["event"] == "evaluate"]
+    return float(la.load(folder).scalars["step_seconds"].iloc[FIRST:].mean())
+
+
+def course(plan: Plan, arm: Arm, seed: int) -> Course | None:
+    """Read the course of an arm's run; None where it is not there or the arm was not timed."""
+    folder = plan.kept / plan.cell(arm, seed).name
+    seconds = step_seconds(plan, arm)
+    if not folder.exists() or seconds is None:
+        return None
+    events = la.load(folder).events
+    events = events[events["event"] == "evaluate"]
     losses = [float(metrics["eval_loss"]) for metrics in events["metrics"]]
-    seconds = float(run.scalars["step_seconds"].median())
     return Course(tuple(int(step) for step in events["step"]), tuple(losses), seconds)
 
 
-def source_seconds(plan: Plan, kind: str, seed: int) -> float:
-    """Return what a profile's source takes: its run, and where it is ablated the ablation."""
-    folder = plan.kept / plan.source(kind, seed).name
-    seconds = float(la.load(folder).manifest["result"]["seconds"])
-    if kind == "ablation":
-        about = pq.read_schema(folder / "ablation.parquet").metadata[b"ablation"]
-        seconds += float(json.loads(about)["seconds"])
-    return seconds
+def source_seconds(plan: Plan, kind: str) -> float | None:
+    """Return what a profile's source takes alone on a machine; None where it was not timed.
+
+    A probe; a quarter of the steps of full training; all steps of LoRA, and its ablation.
+    """
+    if kind == "probe":
+        folder = plan.kept / plan.timed_probe().name
+        return float(la.load(folder).manifest["result"]["seconds"]) if folder.exists() else None
+    trained = plan.arms["full" if kind == "pilot" else "lora-everything"]
+    seconds = step_seconds(plan, trained)
+    if seconds is None:
+        return None
+    if kind == "pilot":
+        return seconds * plan.pilot_steps
+    file = plan.kept / plan.timed(trained).name / "ablation.parquet"
+    about = json.loads(pq.read_schema(file).metadata[b"ablation"])
+    return seconds * plan.environment.steps + float(about["seconds"])
 
 
 def at_equal_seconds(plan: Plan, arm: Arm, against: Arm) -> tuple[dict[int, float], float]:
@@ -68,13 +90,12 @@ def at_equal_seconds(plan: Plan, arm: Arm, against: Arm) -> tuple[dict[int, floa
     found: dict[int, float] = {}
     made: list[float] = []
     for seed in plan.seeds:
-        mine = course(plan.kept / plan.cell(arm, seed).name)
-        other = course(plan.kept / plan.cell(against, seed).name)
-        sources = [plan.kept / plan.source(kind, seed + 1).name for kind in arm.sources]
-        if mine is None or other is None or not all(folder.exists() for folder in sources):
+        mine, other = course(plan, arm, seed), course(plan, against, seed)
+        sources = [source_seconds(plan, kind) for kind in arm.sources]
+        paid = [seconds for seconds in sources if seconds is not None]
+        if mine is None or other is None or len(paid) < len(sources):
             continue
-        given = plan.environment.steps * other.step_seconds
-        left = given - sum(source_seconds(plan, kind, seed + 1) for kind in arm.sources)
+        left = plan.environment.steps * other.step_seconds - sum(paid)
         steps = min(max(left / mine.step_seconds, 0.0), float(plan.environment.steps))
         found[seed] = mine.at(steps)
         made.append(steps)

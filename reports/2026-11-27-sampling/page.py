@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import RANDOM, TUNING, Arm
+from arms import RANDOM, Arm
 from contrasts import at_equal_seconds, choices, prediction, validities
 from numpy.typing import NDArray
-from plan import Plan
+from plan import LONGER, LONGER_SEEDS, Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from differences import Losses, difference, holm, normalised
@@ -17,7 +17,6 @@ from pages import markdown
 import lisa_analysis as la
 
 SAMPLES = 10_000  # of the bootstrap over seeds
-LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
 PLACEBO = {"strong": "strong-placebo", "pool": "pool-placebo", "online": "online-placebo"}
 MISSING = "not yet"
 SHOWN = (
@@ -36,6 +35,7 @@ def tables(plans: Sequence[Plan]) -> dict[str, str]:
         "sampling": _corrected(_sampling(settled)),
         "seconds": _seconds(settled),
         "prediction": _prediction(settled),
+        "longer": _longer(settled),
         "together": _together(settled),
         "costs": _costs(plans),
     }
@@ -90,6 +90,7 @@ def selected(plan: Plan, kind: str) -> dict[str, dict[int, float]]:
         return {
             way: losses_of(plan, plan.choices[f"{kind}-{way}"])
             for way in (name.removeprefix("lora-") for name in plan.choices if "lora-" in name)
+            if f"{kind}-{way}" in plan.arms
         }
     alone = {
         layer: losses_of(plan, plan.arms[f"{kind}-layer-{layer}"])
@@ -120,6 +121,8 @@ def _selection(plans: Sequence[Plan]) -> list[dict[str, object]]:
     for plan in plans:
         for kind, everything in (("lora", "lora-everything"), ("weights", "full")):
             arms = with_placebo(selected(plan, kind))
+            if not arms:
+                continue  # the weights half is asked of the whole matrix alone
             whole = losses_of(plan, plan.arms[everything])
             low = {"all, lower rank": losses_of(plan, plan.arms["lora-all"])}
             for way, losses in {**arms, **(low if kind == "lora" else {})}.items():
@@ -135,16 +138,16 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
     for plan in plans:
         uniform = losses_of(plan, plan.arms["uniform"])
         whole = losses_of(plan, plan.arms["full"])
-        best = best_learned(plan)
+        best = plan.best_learned()
         for name in (n for n in SHOWN if n in plan.arms):
             losses = losses_of(plan, plan.arms[name])
             row = {"environment": plan.environment.name, "arm": name}
             row |= _against(losses, uniform, "uniform", whole)
             placebo = PLACEBO.get(name)
-            apart = None
-            if placebo:
+            row["less placebo (95 %)"] = ""
+            if placebo in plan.arms:
                 apart = difference(losses, losses_of(plan, plan.arms[placebo]))
-            row["less placebo (95 %)"] = "" if not placebo else MISSING if apart is None else apart
+                row["less placebo (95 %)"] = MISSING if apart is None else apart
             row["primary"] = name == best
             rows.append(row)
     return rows
@@ -193,6 +196,36 @@ def _seconds(plans: Sequence[Plan]) -> list[dict[str, object]]:
                 "less uniform (95 %)": MISSING if apart is None else str(apart),
             })  # fmt: skip
     return rows
+
+
+def _longer(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """The primary contrasts at the steps of the plan and at four times as many, the same seeds."""
+    rows = []
+    for plan in (plan for plan in plans if plan.environment.longer):
+        best = plan.best_learned()
+        for question, name, other in (("A", "lora-probe", "random"), ("B", best, "uniform")):
+            for times in (1, LONGER):
+                losses = {arm.name: _of_length(plan, arm, times) for arm in plan.longer_arms()}
+                if question == "A":
+                    found = {way.removeprefix("lora-"): each for way, each in losses.items()}
+                    losses |= with_placebo(found)
+                apart = difference(losses.get(name or "", {}), losses.get(other, {}))
+                rows.append({
+                    "environment": plan.environment.name,
+                    "contrast": f"{question}: {name or MISSING} − {other}",
+                    "steps": times * plan.environment.steps,
+                    "difference, nats (95 %)": MISSING if apart is None else apart,
+                })  # fmt: skip
+    return rows
+
+
+def _of_length(plan: Plan, arm: Arm, times: int) -> dict[int, float]:
+    found = {}
+    for seed in LONGER_SEEDS:
+        value = plan.loss(plan.cell(arm, seed, times=times).name)
+        if value is not None:
+            found[seed] = value
+    return found
 
 
 def _prediction(plans: Sequence[Plan]) -> list[dict[str, object]]:
@@ -262,7 +295,7 @@ def _together(plans: Sequence[Plan]) -> list[dict[str, object]]:
         contrasts["A: probe less random, LoRA"].append(
             normalised(arms["probe"], arms["random"], whole)
         )
-        best = best_learned(plan)
+        best = plan.best_learned()
         if best is not None:
             uniform = losses_of(plan, plan.arms["uniform"])
             contrasts["B: best learned less uniform"].append(
@@ -280,18 +313,6 @@ def _together(plans: Sequence[Plan]) -> list[dict[str, object]]:
             row[title] = _bootstrapped(gains, statistic) if gains else MISSING
         rows.append(row)
     return rows
-
-
-def best_learned(plan: Plan) -> str | None:
-    """Return the learned arm with the lowest mean loss on the tuning split; None as yet."""
-    found = {}
-    for name in LEARNED:
-        values = [plan.loss(plan.cell(plan.arms[name], seed).name) for seed in TUNING]
-        finished = [value for value in values if value is not None]
-        if len(finished) < len(values):
-            return None
-        found[name] = float(np.mean(finished))
-    return min(found, key=found.__getitem__)
 
 
 def interquartile_mean(values: NDArray[np.float64]) -> float:

@@ -13,12 +13,19 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
 PROBED = 16  # batches of a probe
+TIMED = 24  # steps of a run that is timed
+LONGER = 4  # times the steps, for the primary contrasts of some environments
+LONGER_SEEDS = (1, 2, 3)
+LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
 PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
     "lora-few": ("lora-probe", "lora-random-1"),
     "weights-few": ("weights-probe", "weights-random-1"),
     "mild": ("default", "uniform"),
     "strong": ("strong", "strong-placebo"),
 }
+
+
+ABLATED = ("--max_examples", "64", "--general", "none")
 
 
 class Plan:
@@ -66,7 +73,7 @@ class Plan:
         chosen = [
             self.cell(arm, seed) for arm in self.arms.values() if arm.learned for seed in TUNING
         ]
-        every = [*probes, *tuning, *final, *chosen]
+        every = [*probes, *tuning, *final, *chosen, *self._longer()]
         named = {cell.name for cell in every}
         kinds = ("pilot", "ablation")
         needed = {name for cell in every for name in cell.after} - named
@@ -78,12 +85,43 @@ class Plan:
         ]
         return [*sources, *every]
 
+    def best_learned(self) -> str | None:
+        """Return the learned arm with the lowest mean loss on the tuning split; None as yet."""
+        found = {}
+        for name in (name for name in LEARNED if name in self.arms):
+            values = [self.loss(self.cell(self.arms[name], seed).name) for seed in TUNING]
+            finished = [value for value in values if value is not None]
+            if len(finished) < len(values):
+                return None
+            found[name] = sum(finished) / len(finished)
+        return min(found, key=found.__getitem__)
+
+    def longer_arms(self) -> list[Arm]:
+        """Return the arms that run at four times the steps, as far as they are known."""
+        if not self.environment.longer:
+            return []
+        best = self.best_learned()
+        names = ["lora-probe", *(n for n in self.arms if "lora-random" in n), "uniform"]
+        return [self.arms[name] for name in (*names, *([best] if best else []))]
+
+    def _longer(self) -> list[Cell]:
+        return [
+            self.cell(arm, seed, times=LONGER)
+            for seed in LONGER_SEEDS
+            for arm in self.longer_arms()
+        ]
+
     # --- what is run -----------------------------------------------------------------------------
 
     @property
     def families(self) -> list[str]:
         """Families with a rate of their own."""
         return list(dict.fromkeys(arm.family for arm in self.arms.values()))
+
+    @property
+    def pilot_steps(self) -> int:
+        """Steps of a pilot."""
+        return math.ceil(self.environment.steps / 4)
 
     @property
     def seeds(self) -> range:
@@ -93,39 +131,64 @@ class Plan:
     def _seeds(self, arm: Arm) -> int:
         return self.environment.seeds if arm.primary else self.environment.secondary
 
-    def cell(self, arm: Arm, seed: int, rate: float | None = None) -> Cell:
-        """Return one run of an arm; at a rate of the grid, or at the family's."""
+    def cell(self, arm: Arm, seed: int, rate: float | None = None, times: int = 1) -> Cell:
+        """Return one run of an arm; at a rate of the grid or at the family's, and so long."""
         tuned = seed in TUNING
         name = self._given.run_name(arm.name, seed)
         if rate is not None:
             name = f"{self.environment.name}/rates/{arm.name}-{rate:.3g}-s{seed}"
+        elif times > 1:
+            name = f"{self.environment.name}/longer/{arm.name}-s{seed}"
+        steps = times * self.environment.steps
 
         def words() -> list[str]:
             return [
-                *self._common("validation" if tuned else "test", seed),
+                *self._common("validation" if tuned else "test", seed, steps=steps),
                 f"--learning_rate={self.rate(arm.family) if rate is None else rate:.6g}",
                 *arm.words(seed),
             ]
 
         after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
         ablated = None
-        if arm.name == "lora-everything" and rate is None:
-            ablated = ("--max_examples", "64", "--general", "none")
+        if arm.name == "lora-everything" and rate is None and self.environment.whole:
+            ablated = ABLATED
         return Cell(name, words, after, ablated)
+
+    def timed(self, arm: Arm) -> Cell:
+        """Return a short run of an arm for its seconds, to be made alone on an idle machine.
+
+        LISA draws at every step of it: what a step takes depends on the layers.
+        """
+        seed = self.seeds[0]
+
+        def words() -> list[str]:
+            drawn = [word for word in arm.words(seed) if "interval_steps" not in word]
+            every = ["--lisa.interval_steps=1"] if "--method=lisa" in drawn else []
+            return [
+                *self._common("validation", seed, steps=TIMED), *drawn, *every,
+                f"--learning_rate={self.environment.centres[arm.family]:.6g}",
+            ]  # fmt: skip
+
+        after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
+        name = f"{self.environment.name}/timed/{arm.name}"
+        return Cell(name, words, after, ABLATED if arm.name == "lora-everything" else None)
+
+    def timed_probe(self) -> Cell:
+        """Return a probe made alone on an idle machine."""
+        source = self.source("probe", self.seeds[0])
+        return Cell(f"{self.environment.name}/timed/source-probe", source.words)
 
     def source(self, kind: str, seed: int) -> Cell:
         """Return the run that a profile of this kind is read from."""
         if kind == "ablation":
             return self.cell(self.arms["lora-everything"], seed)
-        environment = self.environment
 
         def words() -> list[str]:
             if kind == "probe":
                 return [*self._common("test", seed, trains=False), "--method=probe",
                         f"--probe.batches={PROBED}", "--record.every=1"]  # fmt: skip
-            steps = math.ceil(environment.steps / 4)
             return [
-                *self._common("test", seed, steps=steps, every=1), "--method=full",
+                *self._common("test", seed, steps=self.pilot_steps, every=1), "--method=full",
                 f"--learning_rate={self.rate('full'):.6g}",
             ]  # fmt: skip
 
@@ -152,6 +215,7 @@ class Plan:
                 f"--dataset_test_split={split}", f"--max_steps={steps}",
                 "--lr_scheduler_type=cosine", "--warmup_steps=0.05",
                 f"--eval_steps={math.ceil(steps / 3)}", "--logging_steps=10",
+                f"--max_eval_samples={environment.evaluated}",
                 f"--record.every={every or steps}", "--record.flush_seconds=3600",
             ]  # fmt: skip
         return words

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def differences(cells):
 def contrasts(sampling):
     yield module(REPORTS / "2026-11-27-sampling" / "contrasts.py")
     del sys.modules["contrasts"]
+
+
+@pytest.fixture(scope="module")
+def page(contrasts):
+    yield module(REPORTS / "2026-11-27-sampling" / "page.py")
+    del sys.modules["page"]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +194,6 @@ class TestSampling:
 
     def test_patterns_name_the_layers_of_every_stack(self, sampling):
         import re
-        from dataclasses import replace
 
         environments, *_ = sampling
         pos = environments.environments(Path("nowhere"))["pos"]
@@ -241,14 +247,15 @@ class TestContrasts:
             "default": contrasts.Course((0, 50, 100, 150), (2.0, 1.0, 0.8, 0.7), 2.0),
             "uniform": contrasts.Course((0, 50, 100, 150), (2.0, 1.5, 1.0, 0.9), 1.0),
         }
-        monkeypatch.setattr(contrasts, "course", lambda folder: courses[folder.parent.name])
-        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind, seed: 50.0)
-        for seed in plan.seeds:
-            (plan.kept / plan.source("probe", seed + 1).name).mkdir(parents=True)
+        monkeypatch.setattr(contrasts, "course", lambda plan, arm, seed: courses[arm.name])
+        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind: 50.0)
+        plan.environment = replace(plan.environment, steps=150)
         found, steps = contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])
         # 150 s are given, 50 go to the probe, a step takes 2: 50 steps.
         assert steps == 50
         assert set(found.values()) == {1.0}
+        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind: None)  # not timed yet
+        assert contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])[0] == {}
 
     def test_validity_predicts_gain_by_rank(self, contrasts):
         rho, p = contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)])
@@ -256,3 +263,55 @@ class TestContrasts:
         assert p < 0.05
         assert contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2)]) is None
         assert contrasts.prediction([(0.1, 0.0)] * 5) is None
+
+
+class TestPage:
+    @pytest.fixture
+    def planted(self, sampling, tmp_path, monkeypatch):
+        """Every run of the definitions made up: the probe's layers gain, and no profile does."""
+        environments, _, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["define"], tmp_path, tmp_path)
+        plain = {"lora-probe": 2.0, "lora-everything": 1.9, "full": 1.8, "pool": 2.45}
+
+        def loss(name):
+            longer = "/longer/" in name
+            arm, seed = name.rsplit("/", 1)[1].rsplit("-s", 1) if longer else name.rsplit("/s", 1)
+            arm, seed = arm.rsplit("/", 1)[-1], int(seed)
+            noise = 0.001 * ((7 * seed + sum(map(ord, arm))) % 11)
+            return plain.get(arm, 2.5) + 0.1 * seed + noise - 0.4 * longer
+
+        monkeypatch.setattr(plan, "loss", loss)
+        monkeypatch.setattr(plan, "settled", lambda: True)
+        monkeypatch.setattr(plan, "losses", lambda family, grid: dict.fromkeys(grid, 1.0))
+        return plan
+
+    def test_planted_differences_stand_in_the_tables(self, page, planted):
+        def row(table, *words):
+            found = [x for x in table.splitlines() if all(f" {word} " in x for word in words)]
+            assert len(found) == 1, (words, table)
+            return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+        def mean(words):
+            return float(words.split()[0])
+
+        tables = page.tables([planted])
+        assert mean(row(tables["selection"], "lora", "probe")[5]) == pytest.approx(-0.5, abs=0.01)
+        assert "(primary)" in " ".join(row(tables["selection"], "lora", "probe"))
+        assert "weights" not in tables["selection"]
+        assert planted.best_learned() == "pool"
+        assert mean(row(tables["sampling"], "pool")[4]) == pytest.approx(-0.05, abs=0.01)
+        found = row(tables["longer"], "A: lora-probe − random", "75")
+        assert mean(found[-1]) == pytest.approx(-0.5, abs=0.01)
+        found = row(tables["longer"], "A: lora-probe − random", "300")
+        assert mean(found[-1]) == pytest.approx(-0.5, abs=0.01)
+        found = row(tables["longer"], "B: pool − uniform", "300")
+        assert mean(found[-1]) == pytest.approx(-0.05, abs=0.01)
+        assert row(tables["together"], "A: probe less random, LoRA")[1] == "1"
+        assert "not yet" in tables["seconds"]  # nothing was timed
+
+    def test_a_timed_run_of_lisa_draws_at_every_step(self, planted, monkeypatch):
+        monkeypatch.setattr(planted, "_common", lambda *given, steps: [f"--max_steps={steps}"])
+        words = planted.timed(planted.arms["uniform"]).words()
+        assert [word for word in words if "interval" in word] == ["--lisa.interval_steps=1"]
+        assert "--max_steps=24" in words
+        assert not any("interval" in word for word in planted.timed(planted.arms["full"]).words())

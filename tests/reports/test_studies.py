@@ -42,7 +42,7 @@ def test_the_logs_hold_nothing_of_the_machine(name):
         for p in (REPORTS / name).rglob("*")
         if p.suffix in (".json", ".jsonl", ".yaml", ".html", ".md")
     ]
-    assert len(texts) > 30
+    assert len(texts) > (30 if (REPORTS / name / "runs").exists() else 1)
     for path in texts:
         text = path.read_text(encoding="utf-8")
         for folder in ("root", "home", "tmp", "work"):

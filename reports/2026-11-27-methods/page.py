@@ -15,6 +15,7 @@ import lisa_analysis as la
 from lisa_analysis.statistics.repetitions import MIN_SEEDS, mean_over
 
 MISSING = "not yet"
+FIRST = 2  # steps of a timed run that do not count: caches fill
 COSTS = ("weights that train, M", "seconds a step", "peak memory, GB")
 METRICS = {  # of a task: name in the log, in words, decimals
     "pos": ("eval_accuracy", "accuracy", 3),
@@ -101,7 +102,10 @@ def _costs(plan: Plan, name: str) -> dict[str, object]:
     run = la.load(plan.kept / name)
     memory = run.manifest["result"]["peak_memory_bytes"]
     trained = run.manifest["model"]["trainable_parameters"]
-    seconds = run.scalars["step_seconds"].median()
+    draws = run.events[run.events["event"] == "lisa_draw"]
+    if len(draws):  # LISA: at a time
+        trained *= float(draws["trainable_share"].mean())
+    seconds = run.scalars["step_seconds"].iloc[FIRST:].mean()
     values = (f"{trained / 1e6:.3g}", f"{seconds:.2f}", f"{memory / 1e9:.2f}")
     return dict(zip(COSTS, values, strict=True))
 

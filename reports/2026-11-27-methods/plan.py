@@ -15,7 +15,7 @@ from lisa_analysis.contract.errors import LisaError
 FACTORS = (0.316, 1.0, 3.16)  # the grid, around the centre of a method
 SEEDS = (1, 2, 3)
 TUNING = 101  # the seed that rates are chosen on, with a split of its own
-TIMED = 12  # steps of a run that is timed
+TIMED = 12  # steps of a run that is timed; of LISA, draws
 PROBED = 16  # batches of a probe
 
 
@@ -86,12 +86,14 @@ class Plan:
 
     def timed(self, method: Method) -> Cell:
         """Return a short run for seconds and memory, to be run alone on an idle machine."""
+        # What a step of LISA takes depends on the layers.
+        steps = TIMED * (self.task.interval if method.name == "lisa" else 1)
 
         def words() -> list[str]:
             return [
-                *self._data(SEEDS[0]), *method.words(SEEDS[0]), *self._steps(TIMED),
+                *self._data(SEEDS[0]), *method.words(SEEDS[0]), *self._steps(steps),
                 f"--learning_rate={method.centre:.6g}", "--dataset_test_split=validation",
-                "--max_eval_samples=16", f"--eval_steps={TIMED}",
+                "--max_eval_samples=16", f"--eval_steps={steps}",
             ]  # fmt: skip
 
         after = (self.probe(SEEDS[0] + 1).name,) if method.probed else ()

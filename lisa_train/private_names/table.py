@@ -32,6 +32,12 @@ def _trainer() -> list[PrivateName]:
             refused=False, in_source=True,
         ),
         PrivateName(
+            "sharded checkpoint", "transformers.trainer:Trainer", "_load_optimizer_and_scheduler",
+            ("trainer/sharded_checkpoint",),
+            "optimizer state of a model that FSDP2 splits is asked for of layers that rest, and "
+            "a checkpoint cannot be resumed from",
+        ),
+        PrivateName(
             "trainer", "transformers.trainer_callback:TrainerState", "stateful_callbacks",
             ("trainer/lisa_callback", "trainer/continuation"),
             "a checkpoint cannot hold LISA's schedule", in_source=True,

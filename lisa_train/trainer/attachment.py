@@ -26,6 +26,7 @@ from lisa_train.trainer.learning import check_learning
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes, without_wrapper
+from lisa_train.trainer.sharded_checkpoint import own_optimizer_state
 from lisa_train.trainer.trl_head import sliced_head_gradient
 
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ def attach(
     # A compiler would have to trace through the slices.
     around: list[Any] = [] if trainer.args.torch_compile else [sliced_head_gradient]
     if lisa is not None:
-        around.append(functools.partial(without_wrapper, trainer))
+        around += [
+            functools.partial(way, trainer) for way in (without_wrapper, own_optimizer_state)
+        ]
     TrainerEvents.of(trainer).around_train(
         functools.partial(_training, attachment, continuation, around=around)
     )

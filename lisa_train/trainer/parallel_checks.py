@@ -15,7 +15,7 @@ from lisa_train.trainer.events import patch
 _PROVED = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED, ParallelMode.DISTRIBUTED)
 
 
-def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
+def check_parallel(trainer: Trainer, who: str) -> None:
     """`ConfigError` for a way of training on several devices that is not known to be right.
 
     Parameters
@@ -24,8 +24,6 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
         The trainer; its model need not be wrapped yet.
     who
         What is to work with it, for the sentence.
-    sharded
-        Whether it works with weights that are split over processes (FSDP2).
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -43,13 +41,7 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
     if plugin is not None and version == 1:
         raise ConfigError(
             f"{who} does not work under FSDP version 1, which hides the tensors of a model in flat "
-            f"pieces; use DDP{', or FSDP2 (fsdp_version 2)' if sharded else ''}."
-        )
-    if plugin is not None and not sharded:
-        raise ConfigError(
-            f"{who} is not proved under FSDP2 as accelerate sets it up, which runs on GPUs only; "
-            "let transformers split the model (from_pretrained(…, distributed_config="
-            "DistributedConfig(fsdp_size=N))), or use DDP."
+            "pieces; use DDP, or FSDP2 (fsdp_version 2)."
         )
     asked = getattr(args, "fsdp_plugin_args", None) is not None
     if plugin is None and (asked or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
@@ -59,6 +51,12 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
             "process (DDP) without a word; leave fsdp out, or let transformers split the model "
             "(from_pretrained(…, distributed_config=DistributedConfig(fsdp_size=N)))."
         )
+    for name, size in _sizes(trainer).items():
+        if name in ("cp", "sp") and size > 1:
+            raise ConfigError(
+                f"{who} is not proved where processes share the positions of a sequence "
+                f"({name}_size is {size}); leave {name}_size out."
+            )
     if args.parallel_mode not in _PROVED:
         raise ConfigError(
             f"{who} is not proved with {args.parallel_mode.value} processes; use DDP or a single "
@@ -68,7 +66,32 @@ def check_parallel(trainer: Trainer, who: str, *, sharded: bool) -> None:
 
 def check_lisa_processes(trainer: Trainer) -> None:
     """`ConfigError` where the copies of a model under LISA would part, or Trainer would stop."""
-    check_parallel(trainer, "LISA", sharded=False)
+    check_parallel(trainer, "LISA")
+    sizes = _sizes(trainer)
+    if sizes["tp"] > 1:
+        raise ConfigError(
+            f"LISA is not proved with weights that tensor parallelism splits (tp_size is "
+            f"{sizes['tp']}); split the model with FSDP2 alone, or use DDP."
+        )
+    if sizes["dp_replicate"] > 1 and sizes["dp_shard"] > 1:
+        raise ConfigError(
+            f"LISA is not proved under FSDP2 with copies (HSDP: dp_replicate_size is "
+            f"{sizes['dp_replicate']}, dp_shard_size {sizes['dp_shard']}); leave dp_replicate_size "
+            "out, so that FSDP2 splits the model over all processes."
+        )
+    offloads = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "cpu_offload", None)
+    if offloads is not None and type(offloads).__name__ == "CPUOffloadPolicy":
+        raise ConfigError(
+            "LISA is not proved under FSDP2 that keeps weights on the host (cpu_offload, "
+            "fsdp_offload_params); leave that out: resting layers have no optimizer state to move."
+        )
+
+
+def _sizes(trainer: Trainer) -> dict[str, int]:
+    """How many processes share each dimension of accelerate's parallelism."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    names = ("tp", "cp", "sp", "dp_replicate", "dp_shard")
+    return {name: getattr(config, f"{name}_size", None) or 1 for name in names}
 
 
 @contextmanager

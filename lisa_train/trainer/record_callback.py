@@ -97,7 +97,7 @@ class RecordCallback(Listener, TrainerCallback):
         resume: bool = False,
         continuation: Continuation | None = None,
     ) -> None:
-        check_parallel(trainer, "the recorder", sharded=True)
+        check_parallel(trainer, "the recorder")
         self._run = TrainerRun(
             trainer, config, manifest=manifest, config_yaml=config_yaml, resume=resume,
             continuation=continuation,

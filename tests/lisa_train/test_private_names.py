@@ -162,8 +162,22 @@ DOORS = {
     "estimate trl": lambda tmp, mp: estimated_head(),
     "sharded": lambda tmp, mp: check(*private_needs(sharded=True)),
     "sharded probe": lambda tmp, mp: sharded_pass(),
+    "sharded checkpoint": lambda tmp, mp: sharded_checkpoint(),
     "demo": lambda tmp, mp: demo(mp),
 }
+
+
+def sharded_checkpoint():
+    from types import SimpleNamespace
+
+    from lisa_train.trainer.sharded_checkpoint import own_optimizer_state
+
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=object()))
+    trainer = SimpleNamespace(
+        accelerator=accelerator, _load_optimizer_and_scheduler=lambda checkpoint: None
+    )
+    with own_optimizer_state(trainer):
+        pass
 
 
 def private_needs(*, sharded):

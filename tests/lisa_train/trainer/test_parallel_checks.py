@@ -41,24 +41,54 @@ def test_several_gpus_in_one_process(trainer, tmp_path):
         assert "torchrun --nproc-per-node N" in text
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_fsdp(trainer, tmp_path, version, monkeypatch):
+def with_plugin(trainer, monkeypatch, **settings):
     class State(type(trainer.accelerator.state)):
-        fsdp_plugin = SimpleNamespace(fsdp_version=version)
+        fsdp_plugin = SimpleNamespace(**settings)
 
     monkeypatch.setattr(trainer.accelerator, "state", State())
+
+
+def test_fsdp_of_version_1(trainer, tmp_path, monkeypatch):
+    with_plugin(trainer, monkeypatch, fsdp_version=1)
+    for asked, who in zip(both(tmp_path), ("LISA", "the recorder"), strict=True):
+        text = refused(trainer, asked)
+        assert f"{who} does not work under FSDP version 1" in text
+        assert "use DDP, or FSDP2 (fsdp_version 2)" in text
+
+
+def test_fsdp2_that_keeps_weights_on_the_host(trainer, tmp_path, monkeypatch):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    offload = CPUOffloadPolicy(pin_memory=False)
+    with_plugin(trainer, monkeypatch, fsdp_version=2, cpu_offload=offload)
+    lisa, _ = both(tmp_path)
+    assert "FSDP2 that keeps weights on the host (cpu_offload" in refused(trainer, lisa)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words", "recorder"),
+    [
+        ({"tp_size": 2}, "tensor parallelism splits (tp_size is 2)", False),
+        ({"cp_size": 2}, "share the positions of a sequence (cp_size is 2)", True),
+        ({"sp_size": 4}, "share the positions of a sequence (sp_size is 4)", True),
+        (
+            {"dp_replicate_size": 2, "dp_shard_size": 4},
+            "copies (HSDP: dp_replicate_size is 2, dp_shard_size 4)", False,
+        ),
+    ],
+)  # fmt: skip
+def test_what_else_processes_may_share(trainer, tmp_path, monkeypatch, sizes, words, recorder):
+    from accelerate import ParallelismConfig
+
+    config = ParallelismConfig(**sizes)
+    kind = type(trainer.accelerator)
+    monkeypatch.setattr(kind, "parallelism_config", property(lambda self: config))
     lisa, record = both(tmp_path)
-    words = (
-        "does not work under FSDP version 1",
-        "is not proved under FSDP2 as accelerate sets it",
-    )
-    assert f"LISA {words[version - 1]}" in refused(trainer, lisa)
-    if version == 1:
-        text = refused(trainer, record)
-        assert "the recorder does not work under FSDP version 1" in text
-        assert "use DDP, or FSDP2" in text
-    else:
-        lt.attach(trainer, **record)
+    text = refused(trainer, lisa)
+    assert words in text
+    assert "LISA is not proved" in text
+    if recorder:
+        assert words in refused(trainer, record)
 
 
 def fsdp_on_a_cpu(rank, folder):

@@ -1,19 +1,24 @@
 """LISA on a model that FSDP2 splits over two processes: equal to one process with all of it."""
 
+import warnings
 from pathlib import Path
 
 import helpers_memory as small
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from helpers_processes import ranks
 from helpers_ranks import batch, build
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import local
+from lisa_train.optim.saved_shards import load_saved_state
 
 WORLD, STEPS = 2, 8
 # name -> settings of LISA, bf16 in the forward and backward pass, recomputed activations
@@ -143,6 +148,70 @@ def resumed(name, rank, folder):
     }  # fmt: skip
 
 
+def run_on(model, optimizer, engine, numbers, shares):
+    drawn = []
+    for step in numbers:
+        engine.begin_step(step)
+        drawn.append(engine.active_layers)
+        for rank in shares:
+            (loss_of(model, batch(step, 0, rank)) / len(shares)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return drawn
+
+
+def begun_with(name, model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    return model, optimizer, Lisa(model, optimizer, lt.LisaConfig(1, 2, **RESUMED[name]), seed=3)
+
+
+def write_pieces(name, model, optimizer, engine, folder, rank):
+    """Save by torch.distributed.checkpoint, and beside it what LISA keeps."""
+    state = get_optimizer_state_dict(model, optimizer)
+    dcp.save(
+        {"model": get_model_state_dict(model), "optimizer": state}, checkpoint_id=folder / name
+    )
+    own = {"lisa": engine.state_dict(), "tensors": engine.tensors()}  # all processes make it
+    if not rank:
+        torch.save(own, folder / f"{name}.pt")
+    dist.barrier()
+
+
+def read_pieces(name, model, optimizer, engine, folder):
+    weights = {"model": model.state_dict()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
+        dcp.load(weights, checkpoint_id=folder / name)
+    model.load_state_dict(weights["model"])
+    load_saved_state(model, optimizer, folder / name)
+    own = torch.load(folder / f"{name}.pt", weights_only=True)
+    engine.load_state_dict(own["lisa"])
+    engine.load_tensors(own["tensors"])
+
+
+def by_pieces(name, rank, folder):
+    """Whether a run goes on to the bit from a checkpoint in pieces, and how it ended."""
+    parts = begun_with(name, shard(begin(RESUMED[name]), half=False))
+    run_on(*parts, range(9), [rank])
+    write_pieces(name, *parts, folder / "pieces", rank)
+    drawn = run_on(*parts, range(9, 16), [rank])
+    parts[2].close()
+    again = begun_with(name, shard(begin(RESUMED[name]), half=False))
+    read_pieces(name, *again, folder / "pieces")
+    held = sum(bool(again[1].state.get(p)) for p in again[0].parameters())
+    assert run_on(*again, range(9, 16), [rank]) == drawn
+    again[2].close()
+    states = [each.state_dict()["state"] for each in (parts[1], again[1])]
+    assert states[0].keys() == states[1].keys()
+    pairs = [(a[key], states[1][i][key]) for i, a in states[0].items() for key in a]
+    pairs += zip(parts[0].parameters(), again[0].parameters(), strict=True)
+    return {
+        "drawn": drawn, "equal": all(torch.equal(whole(a), whole(b)) for a, b in pairs),
+        "held": held,
+        "model": {key: whole(value) for key, value in parts[0].state_dict().items()},
+    }  # fmt: skip
+
+
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -164,6 +233,9 @@ def process(rank, folder):
         torch.save(found, folder / f"{name}-{rank}.pt")
     for name in RESUMED:
         torch.save(resumed(name, rank, folder), folder / f"{name}-resumed-{rank}.pt")
+    (folder / "pieces").mkdir(exist_ok=True)
+    for name in RESUMED:
+        torch.save(by_pieces(name, rank, folder), folder / f"{name}-pieces-{rank}.pt")
     for name in MEASURED:
         torch.save(held(name, rank), folder / f"{name}-held-{rank}.pt")
     torch.save(refused(), folder / f"refused-{rank}.pt")
@@ -261,6 +333,34 @@ def test_a_run_whose_pieces_were_saved_goes_on_to_the_bit(folder, name):
     assert len(set(first["drawn"])) > 1
     sizes = [p.numel() for p in build().parameters()]
     assert all(torch.tensor(a).prod() < n for a, n in zip(first["pieces"], sizes, strict=True))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_in_pieces_is_taken_up_to_the_bit(folder, name):
+    found = [torch.load(folder / f"{name}-pieces-{rank}.pt") for rank in range(WORLD)]
+    assert all(each["equal"] for each in found)
+    assert found[0]["drawn"] == found[1]["drawn"]
+    if RESUMED[name].get("optimizer_state") is None:  # resting layers have none, loaded or not
+        model = build()
+        active = [*model.model.layers[0].parameters(), *model.lm_head.parameters()]
+        active += [*model.model.embed_tokens.parameters(), *model.model.norm.parameters()]
+        assert found[0]["held"] == len(active)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_another_number_of_processes_takes_up_a_checkpoint_in_pieces(folder, name):
+    found = torch.load(folder / f"{name}-pieces-0.pt")
+    model, optimizer, engine = begun_with(name, begin(RESUMED[name]))
+    read_pieces(name, model, optimizer, engine, folder / "pieces")
+    assert run_on(model, optimizer, engine, range(9, 16), range(WORLD)) == found["drawn"]
+    engine.close()
+    begun, half = begin(RESUMED[name]).state_dict(), model.dtype == torch.bfloat16
+    for key, value in model.state_dict().items():
+        if half:  # gradients are rounded before they are averaged, or after
+            moved = (value.float() - begun[key].float()).norm()
+            assert (found["model"][key].float() - value.float()).norm() <= 0.05 * moved, key
+        else:
+            torch.testing.assert_close(found["model"][key], value, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -49,6 +49,48 @@ def test_the_rule_of_a_model_whose_logits_hardly_depend_on_the_place(name):
     assert ExampleLosses(model, rows).rule == RULES[name]
 
 
+def rows_seen(model, losses, batch):
+    """How many positions the output head makes logits of."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output[..., 0].numel())
+    )
+    with torch.no_grad():
+        found = losses(model, batch)
+    hook.remove()
+    return seen, found
+
+
+@pytest.mark.parametrize(("name", "shift"), [("llama", 1), ("gpt2", 1), ("bert", 0)])
+def test_the_head_makes_logits_only_of_what_counts(name, shift):
+    """As in chat data, of which the answer alone counts."""
+    model, rows = build(name), rows_of(name)
+    for number, row in enumerate(rows.rows):
+        row["labels"][: 3 + number % 2] = -100
+    losses = ExampleLosses(model, rows)
+    batch = rows.collate(rows.rows)
+    seen, found = rows_seen(model, losses, batch)
+    assert seen == [int(batch["labels"][:, shift:].ne(-100).sum())]
+    assert seen[0] < batch["labels"].numel() - len(rows.rows)
+    np.testing.assert_allclose(found, by_hand(model, rows), rtol=1e-5)
+
+
+def test_a_model_whose_code_counts_positions_gets_them_all(monkeypatch):
+    model, rows = build("llama"), rows_of("llama")
+    original = model.forward
+
+    def counting(input_ids=None, **inputs):
+        output = original(input_ids=input_ids, **inputs)
+        output.logits = output.logits + torch.zeros(input_ids.shape)[..., None]
+        return output
+
+    monkeypatch.setattr(model, "forward", counting)
+    losses, batch = ExampleLosses(model, rows), rows.collate(rows.rows)
+    seen, found = rows_seen(model, losses, batch)
+    assert seen == [batch["labels"].numel()]
+    np.testing.assert_allclose(found, by_hand(model, rows), rtol=1e-5)
+
+
 def test_examples_are_spread_and_those_without_labels_left_out():
     rows = rows_of("llama", copies=6)
     for number in (3, 8):

@@ -96,12 +96,8 @@ def sampling_probabilities(
     evidence = _evidence(profile, use_intervals)
     settings = Strength.of(strength, mix=mix, floor=floor, cap=cap, gamma=gamma)
     control = None if control == "none" else control
-    if settings.pool is not None and evidence.undecided:
-        raise ProbabilitiesError(
-            f"strength is {strength!r}, but the profile is undecided ({evidence.undecided}), and "
-            "names no layers for a pool; take the scores as certain (--ignore-intervals, "
-            "use_intervals=False), or measure more."
-        )
+    if settings.pool is not None:
+        _check_pool(strength, evidence)
     stages = probabilities_from_scores(
         evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
         control=control, seed=seed, shrunk=evidence.shrunk,
@@ -139,6 +135,16 @@ def sampling_probabilities(
         spread=_finite(_spread(raw[0])),
         stages=plain,
     )
+
+
+def _check_pool(strength: float | str, evidence: Evidence) -> None:
+    """Refuse a pool of layers that nothing names."""
+    if evidence.undecided:
+        raise ProbabilitiesError(
+            f"strength is {strength!r}, but the profile is undecided ({evidence.undecided}), and "
+            "names no layers for a pool; take the scores as certain (--ignore-intervals, "
+            "use_intervals=False), or measure more."
+        )
 
 
 def gain(pi: Array, scores: Array) -> float:

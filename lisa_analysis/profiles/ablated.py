@@ -15,7 +15,8 @@ from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics import Interval, association
 from lisa_analysis.statistics.association import Cells
-from lisa_analysis.statistics.estimate import MIN_INDEPENDENT, Fit
+from lisa_analysis.statistics.estimate import MIN_INDEPENDENT
+from lisa_analysis.statistics.fit import Fit
 
 if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run

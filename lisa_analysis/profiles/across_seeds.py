@@ -27,7 +27,7 @@ from lisa_analysis.rundir.configurations import (
 )
 from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 from lisa_analysis.statistics.over_seeds import SeedMeans, seed_means
 from lisa_analysis.statistics.repetitions import mean_over
 
@@ -161,10 +161,7 @@ def over_seeds(
     zeros = ((table == 0) & known).sum(axis=0)
     if log is None:
         log = bool((table[known & ~zero] >= 0).all()) and bool((table[known] > 0).any())
-    values = np.where(zero, np.nan, table)
-    if log:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.log(np.where(values > 0, values, np.nan))
+    values = _to_average(np.where(zero, np.nan, table), log)
     rng = np.random.default_rng(seed)
     ordered = first.by == "layer"
     means = seed_means(values, log=log, confidence=first.confidence, rng=rng, ordered=ordered)
@@ -202,6 +199,14 @@ def over_seeds(
         seeds=seeds,
         estimand="the mean over seeds of this arm",
     )
+
+
+def _to_average(values: Array, log: bool) -> Array:
+    """Scores on the scale on which seeds are averaged; what has no logarithm is NaN."""
+    if not log:
+        return values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.log(np.where(values > 0, values, np.nan)))
 
 
 def _fit(means: SeedMeans, log: bool, zero: NDArray[np.bool_], zeros: NDArray[np.int64]) -> Fit:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lisa_analysis.profiles.verdict import Judgement
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 
 if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run

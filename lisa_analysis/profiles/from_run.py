@@ -10,14 +10,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.metrics.log import Measurements, measurements
 from lisa_analysis.metrics.registry import Metric, find_metric
-from lisa_analysis.metrics.series import last_known
 from lisa_analysis.metrics.step_tables import Grouping
 from lisa_analysis.profiles import ablated, of_weights
 from lisa_analysis.profiles.cost import cadence, cost_words
 from lisa_analysis.profiles.initialisation import compare_with_start, initial_scores
+from lisa_analysis.profiles.metric_fit import evaluate, fit_groups, stacks_in
 from lisa_analysis.profiles.parts import Initialisation
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, statement
@@ -28,7 +27,7 @@ from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.parts import parts_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.weights.plain import PlainWeights
-from lisa_analysis.statistics.estimate import Fit, fit_series
+from lisa_analysis.statistics.fit import Fit
 
 Array = NDArray[np.float64]
 
@@ -124,8 +123,10 @@ def _of_run(
 ) -> ImportanceProfile:
     """Fit, judge and put into words what one metric says of one run."""
     data = measurements(run, by)
-    values = _evaluate(chosen, data)
-    fit, outside, steps, period, rng = _fits(chosen, data, values, by, confidence, thresholds, seed)
+    values = evaluate(chosen, data)
+    fit, outside, steps, period, rng = fit_groups(
+        chosen, data, values, by, confidence, thresholds, seed
+    )
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
     # What is forgotten within a fifth of the run is noise of a step, what lasts longer a change.
@@ -133,7 +134,7 @@ def _of_run(
     start = compare_with_start(chosen, data, scores, initial, thresholds, batch)
     judged = judge(
         fit, confidence, thresholds, steps=steps, period=period, rng=rng,
-        stacks=_stacks(data.table.groups, by),
+        stacks=stacks_in(data.table.groups, by),
     )  # fmt: skip
     groups = data.table.groups
     if chosen.rows == "examples":
@@ -248,71 +249,6 @@ def check_confidence(confidence: Any) -> None:
     """Refuse what is no coverage of an interval."""
     if not (isinstance(confidence, int | float) and 0.5 <= confidence < 1):
         raise LisaError(f"confidence is {confidence!r}: expected a number in [0.5, 1), as 0.95.")
-
-
-def _evaluate(chosen: Metric, data: Measurements) -> NDArray[np.floating]:
-    """Call the metric; a missing column or a wrong shape is a sentence, not a traceback."""
-    try:
-        values = chosen(data)
-    except KeyError as error:
-        raise LisaError(
-            f"importance metric {chosen.id!r} cannot be computed for run {data.run.run_id}: "
-            f"{error.args[0]}; choose another metric or record the column."
-        ) from None
-    expected = (data.table.trained.shape, data.table.probe.shape)
-    # The state at the end is a single look.
-    one_look = chosen.scale == "total" and values.shape == (1, expected[0][1])
-    if not chosen.independent and not one_look and values.shape not in expected:
-        raise LisaError(
-            f"importance metric {chosen.id!r} returned an array of shape {values.shape}: expected "
-            f"(recorded steps, groups) = {data.table.trained.shape}."
-        )
-    if chosen.scale == "log" and (values < 0).any():
-        raise LisaError(
-            f"importance metric {chosen.id!r} has values below zero, which have no logarithm: give "
-            "it the scale 'linear'."
-        )
-    return values
-
-
-def _fits(
-    chosen: Metric,
-    data: Measurements,
-    values: NDArray[np.floating],
-    by: str,
-    confidence: float,
-    limits: Thresholds,
-    seed: int,
-) -> tuple[Fit, list[Fit], NDArray[np.int64], NDArray[np.int64] | None, np.random.Generator]:
-    """Fit of the layers, of each group outside, the steps behind them, and the generator."""
-    steps = {"steps": data.table.steps, "probes": data.table.probe_steps}.get(
-        chosen.rows, np.arange(len(values))
-    )
-    period = data.period if chosen.rows == "steps" else None
-    rng = np.random.default_rng(seed)
-    log = chosen.scale == "log"
-    total = chosen.scale == "total"
-    if total:
-        # The state at the end of a run is one observation: it has no interval of its own.
-        values = last_known(values)[None, :]
-
-    def fitted(columns: slice, clusters: NDArray[np.int64] | None) -> Fit:
-        return fit_series(
-            values[:, columns], log=log, clusters=None if total else clusters,
-            confidence=confidence, rng=rng, remove_common=log,
-            min_effective=limits.min_effective, min_visits=limits.min_visits,
-            independent=chosen.independent, levelled=chosen.levels, stacks=stacks[columns],
-        )  # fmt: skip
-
-    inside, stacks = data.table.groups.inside, _stacks(data.table.groups, by)
-    fit = fitted(slice(0, inside), period)
-    outside = [fitted(slice(column, column + 1), None) for column in range(inside, values.shape[1])]
-    return fit, outside, steps, period, rng
-
-
-def _stacks(groups: Grouping, by: str) -> tuple[str, ...]:
-    """The stack of every layer; empty where the rows are parts of layers."""
-    return stacks_of(groups.names[: groups.inside]) if by == "layer" else ()
 
 
 def _samples(fit: Fit) -> Array | None:

@@ -17,7 +17,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.sentences import remarks, shape_words, standing_words
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.profiles.verdict import Judgement, judge
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 
 Array = NDArray[np.float64]
 
@@ -44,16 +44,9 @@ def profile_of(
             scores, names, low, high, metric=metric, definition=definition, sources=sources,
             model=model, by=by, confidence=confidence,
         )  # fmt: skip
-    score = _vector("scores", scores, None)
-    if np.isinf(score).any():
-        raise LisaError(
-            f"scores[{int(np.flatnonzero(np.isinf(score))[0])}] is infinite: expected finite "
-            "numbers, NaN where a score is unknown."
-        )
+    score = _finite(scores)
     n = len(score)
-    labels = [f"layer {i}" for i in range(n)] if names is None else [str(name) for name in names]
-    if len(labels) != n or len(set(labels)) != n:
-        raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
+    labels = _labels(names, n)
     fit = _fit(score, *_bounds(score, low, high), confidence)
     judged = judge(
         fit, confidence, THRESHOLDS, steps=np.zeros(0, np.int64), period=None,
@@ -81,6 +74,25 @@ def profile_of(
         remarks=special,
         estimand="what the given scores are of",
     )
+
+
+def _finite(scores: Any) -> Array:
+    """Scores as a vector; refuse those that are infinite."""
+    score = _vector("scores", scores, None)
+    if np.isinf(score).any():
+        raise LisaError(
+            f"scores[{int(np.flatnonzero(np.isinf(score))[0])}] is infinite: expected finite "
+            "numbers, NaN where a score is unknown."
+        )
+    return score
+
+
+def _labels(names: Sequence[str] | None, n: int) -> list[str]:
+    """Names of `n` rows, as given or counted."""
+    labels = [f"layer {i}" for i in range(n)] if names is None else [str(name) for name in names]
+    if len(labels) != n or len(set(labels)) != n:
+        raise LisaError(f"names are {len(labels)} for {n} scores: expected one of each, distinct.")
+    return labels
 
 
 def _bounds(

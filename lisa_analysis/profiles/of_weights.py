@@ -8,7 +8,7 @@ import numpy as np
 from lisa_analysis.metrics.weights import run_weights
 from lisa_analysis.profiles.sentences import name_rows, shape_words
 from lisa_analysis.profiles.verdict import Judgement
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 
 if TYPE_CHECKING:
     from lisa_analysis.rundir.run import Run

@@ -1,10 +1,13 @@
 """Parts of a profile: one row, its reliability, and what of it was there before training."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from lisa_analysis.profiles.plain_values import to_plain
 from lisa_analysis.statistics import Shape
 
 Array = NDArray[np.float64]
@@ -132,3 +135,11 @@ class ProfileRow:
     steps: int | None
     zeros: int | None
     standing: str = "unknown"
+
+    @classmethod
+    def of(cls, values: "pd.Series[Any]") -> "ProfileRow":
+        """Take one row of `ImportanceProfile.layers` or `outside`."""
+        plain: dict[str, Any] = to_plain(values.to_dict())
+        for name in NUMBERS:
+            plain[name] = float("nan") if plain[name] is None else plain[name]
+        return cls(**plain)

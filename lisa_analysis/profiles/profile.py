@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.paths import as_path, to_write
 from lisa_analysis.profiles.parts import (
-    NUMBERS,
     Initialisation,
     ProfileRow,
     Reliability,
     StackShape,
 )
+from lisa_analysis.profiles.plain_values import to_plain
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.statistics import Concentration, Shape
 
@@ -234,7 +234,7 @@ class ImportanceProfile:
             ) from None
         if not -len(self) <= row < len(self):
             raise IndexError(f"there is no {self.by} {row}: the profile has {len(self)}.")
-        return _row(self.layers.iloc[row])
+        return ProfileRow.of(self.layers.iloc[row])
 
     def _named(self, name: str) -> ProfileRow:
         for frame in (self.layers, self.outside):
@@ -242,7 +242,7 @@ class ImportanceProfile:
             if len(places) > 1:
                 raise LisaError(f"{len(places)} rows of the profile are called {name!r}: count.")
             if len(places):
-                return _row(frame.iloc[places[0]])
+                return ProfileRow.of(frame.iloc[places[0]])
         known = [str(n) for frame in (self.layers, self.outside) for n in frame["name"]]
         raise LisaError(
             f"the profile has no row {name!r}: to_frame() lists its {len(self)} {self.by}s, "
@@ -324,28 +324,3 @@ class ImportanceProfile:
             f"<p>{html.escape(self.statement)}</p>"
             f"<details><summary>{self.n_layers} rows</summary>{table}</details></section>"
         )
-
-
-def _row(values: "pd.Series[Any]") -> ProfileRow:
-    """One row of `layers` or `outside`."""
-    plain: dict[str, Any] = to_plain(values.to_dict())
-    for name in NUMBERS:
-        plain[name] = float("nan") if plain[name] is None else plain[name]
-    return ProfileRow(**plain)
-
-
-def to_plain(value: Any) -> Any:
-    """Recursively turn numpy and pandas values into JSON values; non-finite numbers are None."""
-    if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return to_plain(value.tolist())
-    if isinstance(value, np.generic):
-        return to_plain(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    if value is pd.NA or value is pd.NaT:
-        return None
-    return value

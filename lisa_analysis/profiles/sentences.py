@@ -11,7 +11,7 @@ from lisa_analysis.profiles.standing import Standing
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.profiles.verdict import Judgement
 from lisa_analysis.statistics import Shape
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 from lisa_analysis.statistics.persistence import MIN_ROWS
 
 

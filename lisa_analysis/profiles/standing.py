@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles.thresholds import Thresholds
-from lisa_analysis.statistics.estimate import Fit
+from lisa_analysis.statistics.fit import Fit
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.paths import as_path, to_write
-from lisa_analysis.profiles.profile import to_plain
+from lisa_analysis.profiles.plain_values import to_plain
 
 # Columns of the table of runs that a notebook shows, and what it calls them.
 _SHOWN = {

@@ -1,8 +1,6 @@
 """Values per step and layer -> scores with intervals, and bootstrap samples (numpy only)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +8,7 @@ from numpy.typing import NDArray
 from lisa_analysis import statistics as st
 from lisa_analysis.statistics import errors as er
 from lisa_analysis.statistics.depth_modes import along_depth
+from lisa_analysis.statistics.fit import Fit, Parts
 from lisa_analysis.statistics.persistence import of_halves
 from lisa_analysis.statistics.rows import condense, find_zeros, level
 
@@ -22,133 +21,6 @@ MIN_VISITS = 2
 MIN_INDEPENDENT = 6.0
 # Degrees of freedom below which the error of an effect is not known itself.
 MIN_DEGREES = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """The earlier and the later half of a run, shape (layers,) each, on the scale of the fit.
-
-    `error` is the standard error of one half by what varies within the halves, `degrees` its
-    degrees of freedom.
-    """
-
-    early: Array
-    late: Array
-    error: Array
-    degrees: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """Scores of the columns of a series.
-
-    Attributes
-    ----------
-    score, low, high
-        Shape (layers,); bounds are NaN where the data are insufficient, all NaN where a layer
-        was never observed. A layer of `zero` has the score 0 and no bounds.
-    effect
-        Shape (layers,): the score on the scale of the fit (logarithm for `log`); NaN for `zero`.
-    samples
-        Shape (replicates, layers) on the scale of the fit, NaN for layers without an interval;
-        None when no layer has one.
-    noise
-        Shape (replicates, layers): deviations of the samples from `effect`, there for every layer
-        with a standard error; None otherwise.
-    n_eff, rho, observations
-        Shape (layers,).
-    within
-        Standard deviation over time of a layer about its effect, pooled over layers.
-    blocks
-        Shape (blocks, layers): means of the adjusted series over bootstrap blocks or periods.
-    length
-        Rows per block (1 for periods).
-    halves
-        Effects from odd and from even blocks, shape (2, layers), or None.
-    zero
-        Shape (layers,): observed, and exactly zero every time. No average of zeros says how the
-        layer compares with others, so that it takes no part in the fit.
-    zeros
-        Shape (layers,): observations that were exactly zero. A logarithmic fit leaves them out;
-        steps at which all layers are zero (learning rate 0) are not counted.
-    joint_low, joint_high
-        Shape (layers,): bounds that hold for all layers at once at the stated confidence (max-t).
-    error, degrees
-        Shape (layers,): standard error of `effect`, and its degrees of freedom.
-    departs
-        Shape (layers,): layers whose memory from step to step is another than the others'.
-    slow
-        Shape (layers,): share of the error that comes from courses slower than a fifth of the run.
-    parts
-        Both halves of the run, or None where the rows are no course in time.
-    fresh
-        Share of an observation's variance that the next one knows nothing of.
-    over_depth
-        `noise` with what neighbouring layers share: for courses over depth.
-    adjusted_by_visits
-        Whether layers were seen in periods only (LISA).
-    passing
-        Share of an observation's variance that is forgotten within a fifth of the run.
-    widened
-        Shape (layers,): times that a layer's error is larger where all layers are judged at once,
-        for the slow courses that it shares with its neighbours in depth.
-    """
-
-    score: Array
-    low: Array
-    high: Array
-    effect: Array
-    samples: Array | None
-    noise: Array | None
-    n_eff: Array
-    rho: Array
-    observations: NDArray[np.int64]
-    within: float
-    blocks: Array
-    length: int
-    halves: Array | None
-    log: bool
-    adjusted: str
-    zero: NDArray[np.bool_]
-    zeros: NDArray[np.int64]
-    joint_low: Array = field(default_factory=lambda: np.zeros(0))
-    joint_high: Array = field(default_factory=lambda: np.zeros(0))
-    error: Array = field(default_factory=lambda: np.zeros(0))
-    degrees: Array = field(default_factory=lambda: np.zeros(0))
-    departs: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    slow: Array = field(default_factory=lambda: np.zeros(0))
-    parts: Parts | None = None
-    fresh: float = 1.0
-    over_depth: Array | None = None
-    adjusted_by_visits: bool = False
-    passing: float = 1.0
-    widened: Array = field(default_factory=lambda: np.zeros(0))
-
-    @property
-    def seen(self) -> NDArray[np.bool_]:
-        """Layers that were observed, and not as zero throughout."""
-        return np.isfinite(self.effect)
-
-    @property
-    def known(self) -> NDArray[np.bool_]:
-        """Layers with an interval."""
-        return np.isfinite(self.low) & np.isfinite(self.high) & self.seen
-
-    def only(self, layers: NDArray[np.bool_]) -> "Fit":
-        """Return the fit of some of the layers, as it came out among all."""
-        kept: dict[str, Any] = {
-            f.name: value[..., layers]
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), np.ndarray) and value.shape[-1:] != (0,)
-        }
-        if self.parts is not None:
-            halves = {f.name: getattr(self.parts, f.name)[layers] for f in fields(self.parts)}
-            kept["parts"] = Parts(**halves)
-        return replace(self, **kept)
-
-    def scale(self, effects: Array) -> Array:
-        """Back from the scale of the fit to that of the scores."""
-        return np.exp(effects) if self.log else effects
 
 
 def fit_series(
@@ -195,14 +67,7 @@ def fit_series(
     stacks
         The stack of every layer, where there are several: each has a depth of its own.
     """
-    values = np.where(np.isfinite(values), values, np.nan)
-    zero, zeros = find_zeros(values)
-    values[:, zero] = np.nan
-    if log:
-        values[values <= 0] = np.nan
-        np.log(values, out=values)
-    elif levelled and not independent:
-        values = level(values)
+    values, zero, zeros = _to_average(values, log, levelled and not independent)
     series, labels = condense(values, clusters)
     effects = st.additive_effects(series, remove_common=remove_common and log)
     residuals = effects.residuals
@@ -221,12 +86,7 @@ def fit_series(
     noise = _noise(shape, found, enough, rng)
     over_depth, widened = noise, np.ones(len(scale))
     if noise is not None and labels is None and not independent:
-        over_depth, widened = np.empty_like(noise), np.empty(len(scale))
-        for layers in of_each_stack(stacks) or (np.ones(len(scale), dtype=bool),):
-            shared = along_depth(noise[:, layers], residuals[:, layers], enough[layers])
-            over_depth[:, layers] = shared.stretch(noise[:, layers], rng)
-            # A band for all layers must hold where a slow course moves many of them at once.
-            widened[layers] = shared.widening(found.error[layers])
+        over_depth, widened = _over_depth(noise, residuals, found, enough, stacks, rng)
     joint = joint * widened
     bounds = [effects.layer + sign * np.where(enough, reach * found.error, np.nan)
               for reach in (point, joint) for sign in (-1, 1)]  # fmt: skip
@@ -244,6 +104,35 @@ def fit_series(
         joint_low, joint_high, found.error, found.degrees, found.departs, found.slow, parts,
         found.fresh, over_depth, labels is not None, found.passing, widened,
     )  # fmt: skip
+
+
+def _to_average(
+    values: NDArray[np.floating], log: bool, levelled: bool
+) -> tuple[Array, NDArray[np.bool_], NDArray[np.int64]]:
+    """Values on the scale on which they are averaged; layers that are zero, and single zeros."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    zero, zeros = find_zeros(values)
+    values[:, zero] = np.nan
+    if log:
+        values[values <= 0] = np.nan
+        np.log(values, out=values)
+    elif levelled:
+        values = level(values)
+    return values, zero, zeros
+
+
+def _over_depth(
+    noise: Array, residuals: Array, found: er.Errors, enough: NDArray[np.bool_],
+    stacks: Sequence[str], rng: np.random.Generator,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Noise with what neighbours in depth share, and how much wider that makes a joint band."""
+    over_depth, widened = np.empty_like(noise), np.empty(noise.shape[1])
+    for layers in of_each_stack(stacks) or (np.ones(noise.shape[1], dtype=bool),):
+        shared = along_depth(noise[:, layers], residuals[:, layers], enough[layers])
+        over_depth[:, layers] = shared.stretch(noise[:, layers], rng)
+        # A band for all layers must hold where a slow course moves many of them at once.
+        widened[layers] = shared.widening(found.error[layers])
+    return over_depth, widened
 
 
 def of_each_stack(stacks: Sequence[str]) -> tuple[NDArray[np.bool_], ...]:

@@ -15,7 +15,9 @@ from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import LisaError
 
 if TYPE_CHECKING:
+    from lisa_analysis.plans.exports import Export
     from lisa_analysis.views.analysis import Analysis, RunAnalysis
+    from lisa_analysis.views.next_run import AskedExport
 
 PROG = "lisa-analyze"
 _EPILOG = """\
@@ -167,7 +169,6 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from lisa_analysis.rundir.opening import load, runs_at
     from lisa_analysis.views import terminal
     from lisa_analysis.views.analysis import Analysis
-    from lisa_analysis.views.html_report import report_of
     from lisa_analysis.views.next_run import AskedExport
 
     if arguments.activated_layers is not None and arguments.activated_layers < 1:
@@ -190,6 +191,18 @@ def _analyze(arguments: argparse.Namespace) -> int:
     made = [(asked, analysis.export(asked)) for asked in exports]
     if not arguments.quiet:
         print(terminal.overview(analysis, every_rule=arguments.verbose))
+    print(terminal.written(_write_files(analysis, made, arguments)))
+    return _exit_code(arguments.fail_on, analysis)
+
+
+def _write_files(
+    analysis: "Analysis",
+    made: "Sequence[tuple[AskedExport, Export]]",
+    arguments: argparse.Namespace,
+) -> list[tuple[str, Path]]:
+    """Write what was asked for, the report last; return what each file is, and where."""
+    from lisa_analysis.views import terminal
+    from lisa_analysis.views.html_report import report_of
 
     written: list[tuple[str, Path]] = []
     if arguments.probabilities:
@@ -214,8 +227,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
     report = report_of(analysis, probabilities=analysis.probabilities, title=arguments.title)
     _write(output, report.save)
     written.append(("report", output))
-    print(terminal.written(written))
-    return _exit_code(arguments.fail_on, analysis)
+    return written
 
 
 def _insist(one: "RunAnalysis", arguments: argparse.Namespace) -> None:

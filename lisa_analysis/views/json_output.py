@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.schema import SCHEMA_VERSION
-from lisa_analysis.profiles.profile import to_plain
+from lisa_analysis.profiles.plain_values import to_plain
 
 if TYPE_CHECKING:
     from lisa_analysis.views.analysis import Analysis, RunAnalysis

@@ -47,25 +47,16 @@ def make_mergekit(
     # Mergekit lays a list evenly over the depth: one number per layer is that layer's own. What
     # lies outside the layers would take the first or the last of them.
     named, unnamed = _outside(plan)
-    outside = [{"filter": name, "value": mean} for name in named]
-    setting: dict[str, Any]
-    models: dict[str, Any]
+    course = [*({"filter": name, "value": mean} for name in named), {"value": weights}]
     if method == "slerp":
-        setting = {"t": [*outside, {"value": weights}]}
-        models = {
-            "slices": [
-                {
-                    "sources": [
-                        {"model": name, "layer_range": [0, len(weights)]}
-                        for name in (base_model, model)
-                    ]
-                }
-            ]
-        }
+        by_layer = [
+            {"model": name, "layer_range": [0, len(weights)]} for name in (base_model, model)
+        ]
+        models: dict[str, Any] = {"slices": [{"sources": by_layer}]}
+        setting: dict[str, Any] = {"t": course}
     else:
+        models = {"models": [{"model": model, "parameters": {"weight": 1.0, "density": course}}]}
         setting = {"normalize": False}
-        density = [*outside, {"value": weights}]
-        models = {"models": [{"model": model, "parameters": {"weight": 1.0, "density": density}}]}
     values = {
         **models, "merge_method": method, "base_model": base_model, "parameters": setting,
         "dtype": dtype,

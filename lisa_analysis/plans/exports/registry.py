@@ -219,7 +219,7 @@ def _statement(plan: Plan, made: Content) -> str:
 def _provenance(
     plan: Plan, chosen: Exporter, made: Content, statement: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from lisa_analysis.profiles.profile import to_plain
+    from lisa_analysis.profiles.plain_values import to_plain
 
     profile = plan.profile
     about = {

@@ -12,6 +12,7 @@ from lisa_train.command.demo.sources import WHISPER, converted, fetch_folder
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import WhisperConfig
 
 SECONDS = 6  # of a sound: a tenth of the cost of Whisper's thirty
 _DTYPES = ("<f4", "i1", "<i2", "<i4", "<f2")
@@ -57,7 +58,6 @@ def convert(source: Path, folder: Path, seconds: int = SECONDS) -> None:
     import torch
     from transformers import (
         GenerationConfig,
-        WhisperConfig,
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
         WhisperTokenizer,
@@ -74,24 +74,10 @@ def convert(source: Path, folder: Path, seconds: int = SECONDS) -> None:
     weights["model.encoder.embed_positions.weight"] = weights[
         "model.encoder.embed_positions.weight"
     ][:positions]
-    vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
     start, end = tokens["<|startoftranscript|>"], tokens["<|endoftext|>"]
     ids = {"decoder_start_token_id": start, "bos_token_id": end, "eos_token_id": end,
            "pad_token_id": end}  # fmt: skip
-    counts = {
-        side: len({n.split("/")[1] for n in values if n.startswith(f"{side}/layer_") and
-                   n.split("/")[1] != "layer_norm"})
-        for side in ("encoder", "decoder")
-    }  # fmt: skip
-    config = WhisperConfig(
-        vocab_size=vocabulary, d_model=width, max_source_positions=positions,
-        num_mel_bins=weights["model.encoder.conv1.weight"].shape[1],
-        max_target_positions=weights["model.decoder.embed_positions.weight"].shape[0],
-        encoder_layers=counts["encoder"], decoder_layers=counts["decoder"],
-        encoder_attention_heads=int(values["encoder/num_heads"]),
-        decoder_attention_heads=int(values["decoder/num_heads"]),
-        encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, **ids,
-    )  # fmt: skip
+    config = _config(values, weights, ids)
     model = WhisperForConditionalGeneration(config)
     tensors: dict[str, Any] = {n: torch.from_numpy(a.astype("float32")) for n, a in weights.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -109,6 +95,30 @@ def convert(source: Path, folder: Path, seconds: int = SECONDS) -> None:
         folder
     )
     WhisperTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def _config(
+    values: Mapping[str, "np.ndarray"], weights: Mapping[str, "np.ndarray"], ids: Mapping[str, int]
+) -> "WhisperConfig":
+    """Settings of the model, as its tensors show them."""
+    from transformers import WhisperConfig
+
+    counts = {
+        side: len({n.split("/")[1] for n in values if n.startswith(f"{side}/layer_") and
+                   n.split("/")[1] != "layer_norm"})
+        for side in ("encoder", "decoder")
+    }  # fmt: skip
+    vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
+    return WhisperConfig(
+        vocab_size=vocabulary, d_model=width,
+        max_source_positions=len(weights["model.encoder.embed_positions.weight"]),
+        num_mel_bins=weights["model.encoder.conv1.weight"].shape[1],
+        max_target_positions=weights["model.decoder.embed_positions.weight"].shape[0],
+        encoder_layers=counts["encoder"], decoder_layers=counts["decoder"],
+        encoder_attention_heads=int(values["encoder/num_heads"]),
+        decoder_attention_heads=int(values["decoder/num_heads"]),
+        encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, **ids,
+    )  # fmt: skip
 
 
 def read_ctranslate2(file: Path) -> dict[str, "np.ndarray"]:

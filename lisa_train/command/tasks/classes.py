@@ -127,16 +127,12 @@ def find_classes(
             f"{column!r}; a classification needs two or more."
         )
     if held_out is not None:
+        called = dict(zip(values, names, strict=True))
+        known = {value: called[value] for value in counts}
         for row, labels in enumerate(_listed(held_out.dataset[column], several)):
             for label in labels:
                 _check_label(label, column, declared, place(held_out, row))
-                if label not in counts:
-                    name = names[values.index(label)] if label in values else label
-                    raise ConfigError(
-                        f"{place(held_out, row)}: label {name!r} has no training example, so that "
-                        "nothing can predict it; give it some, or leave such rows out (the labels "
-                        f"in training are {_listing([names[values.index(v)] for v in counts])})."
-                    )
+                _check_trained(label, known, called, place(held_out, row))
     said = []
     empty = [name for value, name in zip(values, names, strict=True) if value not in counts]
     if empty:
@@ -183,6 +179,18 @@ def _check_label(label: Any, column: str, declared: Sequence[str], where: str) -
         f"{where}: column {column!r} holds {label!r}, which is no class; expected a name or a "
         f"whole number{f' below {len(declared)}' if declared else ''}."
     )
+
+
+def _check_trained(
+    label: Any, known: Mapping[Any, str], called: Mapping[Any, str], where: str
+) -> None:
+    """Refuse a held-out label that no training example has; `called` are all, by their names."""
+    if label not in known:
+        raise ConfigError(
+            f"{where}: label {called.get(label, label)!r} has no training example, so that "
+            "nothing can predict it; give it some, or leave such rows out (the labels "
+            f"in training are {_listing([*known.values()])})."
+        )
 
 
 def _order(value: Any) -> tuple[str, Any]:

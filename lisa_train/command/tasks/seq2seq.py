@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks.data import check_parts
-from lisa_train.command.tasks.plain_trainer import (
-    TaskWithHead,
-    cut_rows,
-    ended,
-    longest_input,
-    tokenized,
-)
+from lisa_train.command.tasks.plain_trainer import TaskWithHead
 from lisa_train.command.tasks.rows import INSTRUCTION, Layout, check_rows, instruction_as_pair
 from lisa_train.command.tasks.scores import IGNORED, accuracy
 from lisa_train.command.tasks.task import Loaded
+from lisa_train.command.tasks.tokens import cut_rows, ended, longest_input, tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset

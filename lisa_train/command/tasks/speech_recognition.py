@@ -13,10 +13,11 @@ from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import Part, check_dataset_name, place
 from lisa_train.command.tasks.image_classification import folder_of
-from lisa_train.command.tasks.plain_trainer import TaskWithHead, cannot_be_loaded, ended
+from lisa_train.command.tasks.plain_trainer import TaskWithHead, cannot_be_loaded
 from lisa_train.command.tasks.scores import IGNORED, word_error_rate
 from lisa_train.command.tasks.sound import listed_folder, read_sound
 from lisa_train.command.tasks.task import Loaded
+from lisa_train.command.tasks.tokens import ended
 
 if TYPE_CHECKING:
     from datasets import Dataset

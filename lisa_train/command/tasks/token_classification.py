@@ -7,14 +7,10 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.tasks.classes import TaskWithClasses
 from lisa_train.command.tasks.data import check_parts
-from lisa_train.command.tasks.plain_trainer import (
-    cut_rows,
-    longest_input,
-    tokenized,
-)
 from lisa_train.command.tasks.rows import Layout
 from lisa_train.command.tasks.scores import IGNORED
 from lisa_train.command.tasks.task import Loaded
+from lisa_train.command.tasks.tokens import cut_rows, longest_input, tokenized
 
 
 class TokenClassification(TaskWithClasses):

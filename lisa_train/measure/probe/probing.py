@@ -113,18 +113,10 @@ def probe(
     exact = signal == "exact" or (signal == "auto" and sums_fit([p for _, p in table.tensors]))
     # All the same way: the sums are added over the processes.
     exact = not processes.any(not exact)
-    known: dict[str, Any] = {
-        **describe_run(model, config, table, layer_map),
-        "method": "probe",
-        "probe": {
-            "signal": "exact" if exact else "sketch",
-            "buckets": BUCKETS,
-            "relative_error": 0.0 if exact else RELATIVE_ERROR,
-            "mode": "train" if model.training else "eval",
-            "until": until,
-        },
-    }
-    known = joined(known, manifest or {})
+    known = joined(
+        {**describe_run(model, config, table, layer_map), **_entries(model, exact, until)},
+        manifest or {},
+    )
     known["hardware"]["processes"] = processes.count
     writer = None
     if processes.first:
@@ -139,6 +131,20 @@ def probe(
         taken.fail(error)
         raise
     return Path(run_dir)
+
+
+def _entries(model: nn.Module, exact: bool, until: float | None) -> dict[str, Any]:
+    """Entries of run.json that say how the probe was made."""
+    return {
+        "method": "probe",
+        "probe": {
+            "signal": "exact" if exact else "sketch",
+            "buckets": BUCKETS,
+            "relative_error": 0.0 if exact else RELATIVE_ERROR,
+            "mode": "train" if model.training else "eval",
+            "until": until,
+        },
+    }
 
 
 def _run(

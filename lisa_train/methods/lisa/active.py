@@ -1,6 +1,6 @@
 """Which tensors train now, and what becomes of the others: gradients, state, precision."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lisa_train.methods.lisa.precision import MasterWeights, exact_tensors, load
 from lisa_train.methods.lisa.recomputation import Recomputation
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.sharding import is_sharded, reshard, settle_reductions
-from lisa_train.optim.frozen_state import FrozenState
+from lisa_train.optim.frozen_state import FrozenState, on_load
 
 
 class ActiveTensors:
@@ -66,11 +66,27 @@ class ActiveTensors:
             Recomputation(model, layer_map) if config.recompute == "frozen" else None
         )
         self.state = FrozenState(tuple(optimizers), config.optimizer_state)
+        self._unhook: list[Callable[[], None]] = []
         owners = self.state.owners
         self.of = {o: [p for p in self.trainable if owners.get(p) is o] for o in optimizers}
         self._input_gradients = InputGradients(
             model, embeddings_train="embed" in config.always_active
         )
+
+    def hook(self, before: Callable[..., None], after: Callable[..., None]) -> None:
+        """Call `before` and `after` around every step of an optimizer, until this is closed.
+
+        Parameters
+        ----------
+        before, after
+            As `torch.optim.Optimizer.register_step_pre_hook` and `register_step_post_hook` call.
+        """
+        for optimizer in self.of:
+            self._unhook += [
+                optimizer.register_step_pre_hook(before).remove,
+                optimizer.register_step_post_hook(after).remove,
+                on_load(optimizer, self.state.loaded),
+            ]
 
     def choose(self, wanted: set[nn.Parameter], layers: Sequence[int]) -> None:
         """Let exactly the `wanted` tensors require gradients.
@@ -129,6 +145,8 @@ class ActiveTensors:
 
     def close(self) -> None:
         """Restore every `requires_grad` flag and leave the optimizers as plain ones."""
+        for unhook in self._unhook:
+            unhook()
         self.state.close()
         if self._master_weights is not None:
             self._master_weights.close()

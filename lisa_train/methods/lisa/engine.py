@@ -23,7 +23,6 @@ from lisa_train.methods.lisa.schedule import Draw as Draw
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.master_copies import exact
 from lisa_train.model.run_entries import announce, joined, lisa_entries
-from lisa_train.optim.frozen_state import on_load
 from lisa_train.optim.schedule_free import is_schedule_free, start_schedule_free
 from lisa_train.optim.warmup import Warmup
 from lisa_train.optim.write_check import WriteCheck
@@ -146,13 +145,7 @@ class Lisa:
         self._reach = GradientReach(self._units, self._turns.part_names)
         self._write_check = WriteCheck()
         self._warmup = Warmup(config.warmup_steps)
-        self._unhook: list[Callable[[], None]] = []
-        for held in optimizers:
-            self._unhook += [
-                held.register_step_pre_hook(self._before_optimizer_step).remove,
-                held.register_step_post_hook(self._after_optimizer_step).remove,
-                on_load(held, self._state.loaded),
-            ]
+        self._active.hook(self._before_optimizer_step, self._after_optimizer_step)
         self._closed = False
         open_engines.add(self)
         announce(self)
@@ -255,8 +248,6 @@ class Lisa:
         self._reach.end_step(self._schedule.layers)
         self._notices.unreached(self._reach.found())
         open_engines.discard(self)
-        for unhook in self._unhook:
-            unhook()
         self._learning.close()
         self._active.close()
 

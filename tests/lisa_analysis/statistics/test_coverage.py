@@ -8,6 +8,7 @@ import pytest
 
 from lisa_analysis import statistics as st
 from lisa_analysis.profiles import verdict as judgement
+from lisa_analysis.profiles.inequality import concentration
 from lisa_analysis.profiles.sentences import why_unknown
 from lisa_analysis.profiles.standing import standing_of
 from lisa_analysis.profiles.thresholds import THRESHOLDS
@@ -61,7 +62,7 @@ def coverage(truth, rho, n, repetitions, lisa=None):
         level = fit.effect.mean()
         low, high = np.log(fit.low) - level, np.log(fit.high) - level
         held["layer"].append(((low <= relative) & (relative <= high)).mean())
-        found = judgement.concentration(fit, 0.95)
+        found = concentration(fit, 0.95)
         for name, figure in FIGURES.items():
             interval, value = getattr(found, name), float(figure(weights))
             held[name].append(interval.low - 1e-9 <= value <= interval.high + 1e-9)
@@ -248,7 +249,7 @@ def test_a_course_slower_than_the_run_has_no_interval():
     assert np.median(fit.n_eff) < 3
     assert not fit.known.any()
     assert fit.samples is None
-    assert not judgement.concentration(fit, 0.95).gini.sufficient
+    assert not concentration(fit, 0.95).gini.sufficient
 
 
 def test_the_joint_band_holds_all_layers_at_once():
@@ -293,7 +294,7 @@ def test_the_share_of_the_top_layers_holds_near_ties():
         rng = np.random.default_rng(repetition)
         logs = truth + worlds.course(0.5, sd=0.3)(rng, 120, 12)
         fit = fit_series(np.exp(logs), log=True, clusters=None, confidence=0.95, rng=rng)
-        share = judgement.concentration(fit, 0.95).top_share
+        share = concentration(fit, 0.95).top_share
         held.append(share.low <= st.top_share(np.exp(truth)) <= share.high)
     assert np.mean(held) >= 0.88
 

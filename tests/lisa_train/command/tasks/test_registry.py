@@ -18,8 +18,9 @@ from lisa_analysis.contract.fields import HELD_OUT_SCORES
 from lisa_analysis.runs.losses import RunSummary, score_columns, table
 from lisa_train.command.tasks import TASKS, register, task_named
 from lisa_train.command.tasks.data import TrainingData
-from lisa_train.command.tasks.plain_trainer import TaskWithHead, tokenized
+from lisa_train.command.tasks.plain_trainer import TaskWithHead
 from lisa_train.command.tasks.task import Loaded
+from lisa_train.command.tasks.tokens import tokenized
 from lisa_train.command.training import train
 
 

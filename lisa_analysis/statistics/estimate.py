@@ -108,7 +108,7 @@ def fit_series(
 
 def _to_average(
     values: NDArray[np.floating], log: bool, levelled: bool
-) -> tuple[Array, NDArray[np.bool_], NDArray[np.int64]]:
+) -> tuple[NDArray[np.floating], NDArray[np.bool_], NDArray[np.int64]]:
     """Values on the scale on which they are averaged; layers that are zero, and single zeros."""
     values = np.where(np.isfinite(values), values, np.nan)
     zero, zeros = find_zeros(values)

@@ -166,6 +166,9 @@ class PreparedRun:
                     trainer.create_model_card = lambda *_, **__: write_card(
                         self.run_dir, pushed, adapter=bool(adapters)
                     )
+                plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+                if plugin is not None:  # which would leave the pieces where the checkpoints are
+                    plugin.set_state_dict_type("FULL_STATE_DICT")
                 trainer.save_model(str(folder))
                 if recorded and trainer.is_world_process_zero():
                     write_card(self.run_dir, folder, adapter=bool(adapters))

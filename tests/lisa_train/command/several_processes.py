@@ -25,10 +25,18 @@ def die_at(step: int) -> None:
     LisaCallback.on_step_end = on_step_end
 
 
+def split(arguments: list[str]) -> int:
+    """Train a model that accelerate splits."""
+    from helpers_accelerate import fsdp2_on_a_cpu  # it loads torch, which the command does
+
+    with fsdp2_on_a_cpu():
+        return main(arguments)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         die_at(int(sys.argv[2]))
     for arguments in json.loads(sys.argv[1]):
-        code = main(arguments)
+        code = split(arguments) if "fsdp" in "".join(arguments) else main(arguments)
         if code:
             sys.exit(code)

@@ -1,11 +1,14 @@
 """`torchrun --nproc-per-node 2 -m lisa_train`: one run directory that equals one process's."""
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from helpers_processes import torchrun
 
 import lisa_analysis as la
@@ -26,12 +29,16 @@ RUNS = {
     "lora": ["--config=lora", *SHARED],
     "probe": ["--config=probe", "--probe.batches=6"],
 }  # fmt: skip
+# As accelerate splits the model, with checkpoints in pieces; of two processes alone.
+SPLIT = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+IN_PIECES = [*RUNS["lisa"], "--trainer_args", json.dumps({"adam_epsilon": 1e-4, **SPLIT})]
+IN_PIECES.remove("--record.grad_noise=true")  # which there is not of pieces
 
 
 def arguments(name, folder, data, processes):
     batch = 8 // processes
     return [
-        *RUNS[name], f"--per_device_train_batch_size={batch}",
+        *{**RUNS, "split": IN_PIECES}[name], f"--per_device_train_batch_size={batch}",
         f"--per_device_eval_batch_size={batch}", f"--output_dir={folder / name}", *data,
     ]  # fmt: skip
 
@@ -45,7 +52,7 @@ def data(tiny_model_dir, text_file):
 def two(tmp_path_factory, data):
     """Folder of the runs of two processes, and what they said."""
     folder = tmp_path_factory.mktemp("two")
-    given = json.dumps([arguments(name, folder, data, 2) for name in RUNS])
+    given = json.dumps([arguments(name, folder, data, 2) for name in (*RUNS, "split")])
     return folder, torchrun([Path(__file__).with_name("several_processes.py"), given])
 
 
@@ -81,6 +88,21 @@ def test_one_run_directory_that_equals_one_process(two, one, name):
         assert result[key] == pytest.approx(expected[key], rel=2e-5)
 
 
+def test_a_model_that_accelerate_splits(two, one):
+    from transformers import AutoModelForCausalLM
+
+    run, alone = la.load(two[0] / "split"), la.load(one / "lisa")
+    assert run.status == "finished"
+    for column in ("loss", "grad_norm"):
+        wanted = alone.scalars[column].to_numpy(float)
+        np.testing.assert_allclose(run.scalars[column].to_numpy(float), wanted, rtol=2e-5)
+    assert (two[0] / "split" / "checkpoints" / "checkpoint-2" / "optimizer_0").is_dir()
+    models = (folder / "checkpoints" / "final" for folder in (two[0] / "split", one / "lisa"))
+    final, wanted = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in models)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(final[name], tensor, rtol=2e-5, atol=1e-6)
+
+
 def test_lisa_draws_and_measures_the_same(two, one):
     run, alone = (la.load(folder / "lisa") for folder in (two[0], one))
     draws, wanted = (
@@ -102,8 +124,8 @@ def test_a_probe_measures_the_batches_of_both(two, one):
 
 def test_one_process_speaks(two):
     said = two[1].stdout + two[1].stderr
-    assert said.count("lisa: 4 steps, held-out loss") == 1
-    assert said.count("step 4: held-out loss") == 3  # one per training
+    assert said.count("lisa: 4 steps, held-out loss") == 2
+    assert said.count("step 4: held-out loss") == 4  # one per training
     for words in ("find_unused_parameters", "unused parameters"):
         assert words not in said
 
@@ -120,14 +142,36 @@ def test_a_bad_setting_is_one_sentence_and_no_process_waits(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "count"), [("1-gpu", 1), ("2-gpus", 2), ("8-gpus", 8)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("1-gpu", 1), ("2-gpus", 2), ("8-gpus", 8), ("8-gpus-fsdp2", 8)]
+)
 def test_the_files_for_accelerate_are_read_by_it(name, count):
     from accelerate.commands.config.config_args import load_config_from_file
 
     folder = resources.files("lisa_train.command") / "recipes" / "accelerate"
-    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    file = folder / f"{name}.yaml"
+    config = load_config_from_file(str(file))
     assert config.num_processes == count
+    if name.endswith("fsdp2"):
+        assert config.distributed_type == "FSDP"
+        plugin = fsdp_plugin(file)
+        assert plugin.fsdp_version == 2
+        assert "SHARDED" in str(plugin.state_dict_type)
+        return
     assert config.distributed_type == ("MULTI_GPU" if count > 1 else "NO")
+
+
+def fsdp_plugin(file):
+    """What accelerate makes of a file's settings in the processes that it launches."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    launched, _, _ = _validate_launch_command(given)
+    with mock.patch.dict(os.environ):
+        os.environ |= prepare_multi_gpu_env(launched)
+        return FullyShardedDataParallelPlugin()
 
 
 @pytest.mark.slow

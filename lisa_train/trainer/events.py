@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from lisa_analysis.contract.errors import ConfigError
 from lisa_train.trainer.loss_scale import LossScale
 
 # Methods of the trainer, or of its accelerator, and what listeners hear by them. Whatever runs
@@ -272,12 +273,21 @@ def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], No
     return take_off
 
 
-def calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """Return the trainer that is calling `callback` now; None when something else calls.
+def calling_trainer(callback: TrainerCallback) -> Trainer:
+    """Return the trainer that is calling `callback` now.
 
-    For callbacks that a user added with `add_callback`, and for them alone: Trainer hands its
-    callbacks the model and the optimizer, but not itself, so that only the call stack knows.
-    What `attach` makes is told its trainer.
+    For callbacks that a user added without a word to them, and for these alone: what `attach` makes
+    is told its trainer. Trainer hands its callbacks the model, the optimizer and its state, but
+    neither itself nor anything that leads to it, so that it is looked for among those who call. To
+    have every trainer announce itself, `Trainer.__init__` and `add_callback` would have to be
+    patched on the class, for the trainings of everybody in the process, and trainers that keep
+    their callbacks in their own way would still not be found, without a word. Looking changes
+    nothing, is done once a training, and refuses where it finds none.
+
+    Raises
+    ------
+    ConfigError
+        When no trainer that has the callback is calling.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -285,4 +295,9 @@ def calling_trainer(callback: TrainerCallback) -> Trainer | None:
         if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
             return caller
         frame = frame.f_back
-    return None
+    name = type(callback).__name__
+    raise ConfigError(
+        f"{name} does not know the trainer that it works in: no Trainer that has it is calling. "
+        f"Give it one, {name}(…, trainer=trainer), or use lisa_train.attach; in a training loop of "
+        "your own use lisa_train.Lisa."
+    )

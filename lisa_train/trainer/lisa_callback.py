@@ -43,7 +43,8 @@ class LisaCallback(Listener, TrainerCallback):
     config
         The settings; None takes the defaults.
     trainer
-        The trainer that it is added to; None finds it when training begins.
+        The trainer that it is added to; None looks for it when training begins, among those who
+        call, as Trainer hands its callbacks all but itself (`attach` hands it over).
     plan
         What was settled about the trainer's model before.
 
@@ -109,8 +110,7 @@ class LisaCallback(Listener, TrainerCallback):
         assert model is not None
         self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
         trainer = self._trainer or calling_trainer(self)
-        if trainer is not None:
-            check_lisa_processes(trainer)
+        check_lisa_processes(trainer)
         probe = self._probe_source(trainer)
         self._starts = True
         planned, loaded = self._planned or (None, self.config)
@@ -125,19 +125,18 @@ class LisaCallback(Listener, TrainerCallback):
             total_steps=state.max_steps,
             on_draw=self._tell,
             on_notice=self._pass_on,
-            averages=trainer is None or not _has_ddp(trainer.model_wrapped),
+            averages=not _has_ddp(trainer.model_wrapped),
             probe=None if probe is None else self._passes(probe),
         )
         self._starts = False
-        if trainer is not None:
-            from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
+        from lisa_train.trainer.continuation import warn_of_losses  # it knows this module
 
-            self._check_wrapped(trainer.model_wrapped)
-            warn_of_losses(trainer, state, self.config)
-            self._events = TrainerEvents.of(trainer)
-            self._events.subscribe(self)
-            if probe is not None:
-                probe.listen(self.engine.probes_at)
+        self._check_wrapped(trainer.model_wrapped)
+        warn_of_losses(trainer, state, self.config)
+        self._events = TrainerEvents.of(trainer)
+        self._events.subscribe(self)
+        if probe is not None:
+            probe.listen(self.engine.probes_at)
         if (saved := state.stateful_callbacks.get(STATE_KEY)) is not None:
             self.engine.load_state_dict(saved)
             if self.config.precision == "fp32_active":
@@ -188,10 +187,10 @@ class LisaCallback(Listener, TrainerCallback):
         """End the engine; flags are restored."""
         self.close()
 
-    def _probe_source(self, trainer: Trainer | None) -> ProbeSource | None:
+    def _probe_source(self, trainer: Trainer) -> ProbeSource | None:
         """Return what measuring passes of all layers are made with, if they are to be made."""
         learn = self.config.learn
-        if learn is None or trainer is None:
+        if learn is None:
             return None
         check_learning(trainer, learn)
         self._probe = ProbeSource(trainer) if needs_passes(trainer, learn) else None

@@ -1,6 +1,7 @@
 """LISA inside transformers' Trainer: plain equality, resume, saved state, every optimizer."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, LisaError
+from lisa_train.trainer.events import TrainerEvents
 
 
 def rows(n=48):
@@ -16,7 +18,7 @@ def rows(n=48):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def make_trainer(model, output_dir, *callbacks, eval_dataset=None, **changes):
+def make_trainer(model, output_dir, *callbacks, eval_dataset=None, kind=Trainer, **changes):
     settings = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
@@ -30,7 +32,7 @@ def make_trainer(model, output_dir, *callbacks, eval_dataset=None, **changes):
         "dataloader_pin_memory": False,
     }
     arguments = TrainingArguments(str(output_dir), **(settings | changes))
-    return Trainer(
+    return kind(
         model, arguments, train_dataset=rows(), eval_dataset=eval_dataset, callbacks=list(callbacks)
     )
 
@@ -271,6 +273,84 @@ def a_callback_stops(trainer):
 
 def the_end_fails(trainer):
     trainer._finalize_training = fail
+
+
+class OwnLoop(Trainer):
+    """A trainer that goes its own way to the loop of its class."""
+
+    def train(self, *args, **kwargs):
+        return super().train(*args, **kwargs)
+
+    def _inner_training_loop(this, *args, **kwargs):  # noqa: N805
+        return super()._inner_training_loop(*args, **kwargs)
+
+
+@pytest.mark.parametrize("added", ["at once", "later", "to the handler", "pickled"])
+@pytest.mark.parametrize("kind", [Trainer, OwnLoop])
+def test_a_callback_that_was_told_nothing_finds_its_trainer(make_llama, tmp_path, added, kind):
+    callback = lt.LisaCallback(lt.LisaConfig(1, 3))
+    if added == "pickled":
+        callback = pickle.loads(pickle.dumps(callback))
+    first = [callback] if added in ("at once", "pickled") else []
+    trainer = make_trainer(make_llama(), tmp_path, *first, kind=kind, max_steps=2)
+    if added == "later":
+        trainer.add_callback(callback)
+    elif added == "to the handler":
+        trainer.callback_handler.add_callback(callback)
+    trainer.train()
+    assert callback._events is TrainerEvents.of(trainer)
+
+
+def test_one_callback_of_two_trainers_works_in_the_one_that_calls(make_llama, tmp_path):
+    callback, found = lt.LisaCallback(lt.LisaConfig(1, 1)), []
+    trainers = [make_trainer(make_llama(seed=i), tmp_path, callback, max_steps=2) for i in (0, 1)]
+    for trainer in (*trainers, trainers[0]):
+        trainer.train()
+        found.append(callback._events.trainer)
+    assert found == [*trainers, trainers[0]]
+
+
+def test_a_training_within_a_training_finds_its_own_trainer(make_llama, tmp_path):
+    inner, outer = (lt.LisaCallback(lt.LisaConfig(1, 1)) for _ in range(2))
+    within = make_trainer(make_llama(seed=1), tmp_path / "inner", inner, max_steps=1)
+
+    class Trains(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            within.train()
+
+    around = make_trainer(make_llama(), tmp_path, Trains(), outer, max_steps=1)
+    around.train()
+    assert inner._events.trainer is within
+    assert outer._events.trainer is around
+
+
+def test_a_callback_that_no_trainer_has_is_refused_unless_it_is_given_one(make_llama, tmp_path):
+    """Without a trainer it would not average gradients, refuse set-ups, or hear of exceptions."""
+
+    class Around(TrainerCallback):
+        """Hands on the events of a callback that the trainer does not know."""
+
+        def __init__(self, inside):
+            self.inside = inside
+
+        def on_train_begin(self, *args, **kwargs):
+            self.inside.on_train_begin(*args, **kwargs)
+
+        def on_step_begin(self, *args, **kwargs):
+            self.inside.on_step_begin(*args, **kwargs)
+
+    model = make_llama()
+    trainer = make_trainer(model, tmp_path, max_steps=1)
+    config = lt.LisaConfig(1, 3)
+    around = Around(lt.LisaCallback(config))
+    trainer.add_callback(around)
+    with pytest.raises(ConfigError, match=r"LisaCallback does not know .*trainer=trainer"):
+        trainer.train()
+    assert all(p.requires_grad for p in model.parameters())
+    around.inside = lt.LisaCallback(config, trainer=trainer)
+    trainer.train()
+    assert around.inside._events.trainer is trainer
+    around.inside.close()
 
 
 @pytest.mark.parametrize("add", ["attach", "add_callback"])

@@ -1,6 +1,6 @@
 """What a profile lets a plan rest on: scores with bounds, or why it must be uniform."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Evidence:
         Shape (L,): the scores pulled towards their common level by how little is known of each
         (`shrunk_scores`, from the bounds of each layer by itself); None where they are taken as
         certain, or nothing follows from them.
+    alone
+        Bounds of each layer by itself, and their confidence, where `shrunk` is made of them.
     """
 
     score: Array
@@ -43,6 +45,7 @@ class Evidence:
     undecided: str
     doubt: str = ""
     shrunk: Array | None = None
+    alone: tuple[Array, Array, float] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, profile: "ImportanceProfile", use_intervals: bool = True) -> "Evidence":
@@ -86,11 +89,27 @@ class Evidence:
             return cls(np.where(score == 0, np.nan, score), low, high, reason)
         low[zero] = high[zero] = 0.0
         known = np.isfinite(score) & (np.isfinite(low) | np.isfinite(high))
-        shrunk = np.full(len(score), np.nan)
-        shrunk[known] = shrunk_scores(
-            score[known], alone[0][known], alone[1][known], float(profile.confidence)
-        )
-        return cls(score, low, high, reason, shrunk=shrunk)
+        own = alone[0], alone[1], float(profile.confidence)
+        return cls(score, low, high, reason, shrunk=_shrunk(score, known, own), alone=own)
+
+    def of_stack(self, layers: list[int]) -> "Evidence":
+        """Return the evidence of the layers of one stack, pulled towards their own common level."""
+        score = self.score[layers]
+        low, high = (None if b is None else b[layers] for b in (self.low, self.high))
+        if self.alone is None or self.shrunk is None:
+            return replace(self, score=score, low=low, high=high)
+        own = self.alone[0][layers], self.alone[1][layers], self.alone[2]
+        shrunk = _shrunk(score, np.isfinite(self.shrunk[layers]), own)
+        return replace(self, score=score, low=low, high=high, shrunk=shrunk, alone=own)
+
+
+def _shrunk(score: Array, known: NDArray[np.bool_], alone: tuple[Array, Array, float]) -> Array:
+    """Return the careful scores of the layers that are known; NaN of the others."""
+    shrunk = np.full(len(score), np.nan)
+    low, high, confidence = alone
+    if known.any():
+        shrunk[known] = shrunk_scores(score[known], low[known], high[known], confidence)
+    return shrunk
 
 
 def check_profile(profile: Any) -> None:

@@ -8,12 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.plans.budget import CONTROLS as CONTROLS
 from lisa_analysis.plans.budget import Control
 from lisa_analysis.plans.budget import inclusion_probabilities as inclusion_probabilities
 from lisa_analysis.plans.budget import safe_scores as safe_scores
 from lisa_analysis.plans.evidence import Evidence, check_profile
+from lisa_analysis.plans.gains import gain as gain
+from lisa_analysis.plans.gains import spread_of
 from lisa_analysis.plans.probabilities import SamplingProbabilities as SamplingProbabilities
+from lisa_analysis.plans.stacks import Division, seed_of_stack
 from lisa_analysis.plans.stages import Stages, probabilities_from_scores
 from lisa_analysis.plans.strength import Strength
 
@@ -50,6 +54,10 @@ def sampling_probabilities(
     known; a layer that is unknown (without a score, or without an interval) gets its uniform share
     k/L. A profile that is undecided (no layer has an interval, none stands apart from the others,
     or it is that of the adapters' initialisation) gives uniform probabilities, and says so.
+
+    Of several stacks (encoder and decoder) each gets its part of k in proportion to its depth, at
+    least one layer, and everything here happens within a stack; where k is less than one of each,
+    all layers are taken as one stack (train with ``lisa.stacks='together'``).
 
     Parameters
     ----------
@@ -98,16 +106,14 @@ def sampling_probabilities(
     control = None if control == "none" else control
     if settings.pool is not None:
         _check_pool(strength, evidence)
-    stages = probabilities_from_scores(
-        evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
-        control=control, seed=seed, shrunk=evidence.shrunk,
-    )  # fmt: skip
     frame = profile.layers
+    division = _division(profile, activated_layers)
+    stages = _stages(evidence, division, settings, control, seed)
     raw = [frame[c].to_numpy(dtype=np.float64) for c in ("score", "low", "high")]
     shown = (raw[0], *(raw[1:] if evidence.undecided else (stages.low, stages.high)),
              stages.safe, stages.power, stages.mixed)  # fmt: skip
     plain = dict(zip(STAGES, map(_plain, shown), strict=True))
-    justified, statement = _judged(profile, evidence, stages, activated_layers, control, seed)
+    justified, statement = _judged(profile, evidence, stages, division, control, seed)
     known = frame["n_eff"][frame["score"].notna()]
     return SamplingProbabilities(
         model=profile.model,
@@ -131,8 +137,8 @@ def sampling_probabilities(
         strength=Strength.read(strength) if gamma is None else settings.power,
         unknown=tuple(np.flatnonzero(~stages.known).tolist()),
         undecided=evidence.undecided,
-        gain=_finite(gain(stages.pi, raw[0])),
-        spread=_finite(_spread(raw[0])),
+        gain=_finite(gain(stages.pi, raw[0], division)),
+        spread=_finite(spread_of(raw[0], division)),
         stages=plain,
     )
 
@@ -147,22 +153,34 @@ def _check_pool(strength: float | str, evidence: Evidence) -> None:
         )
 
 
-def gain(pi: Array, scores: Array) -> float:
-    """Mean score of a layer that π draws over that of a uniformly drawn one; NaN without scores.
-
-    Over the layers that have a score; below zero counts as zero. π in proportion to the scores
-    gives their spread 1 + CV².
-    """
-    known = np.isfinite(scores) & np.isfinite(pi)
-    score, share = np.maximum(scores[known], 0.0), pi[known]
-    if not (score.any() and share.sum() > 0):
-        return math.nan
-    score = score / score.max()
-    return float((share @ score) / share.sum() / score.mean())
+def _division(profile: "ImportanceProfile", k: Any) -> Division:
+    """Return the stacks of a profile, and how many layers of each a draw takes."""
+    stacks = stacks_of(profile.layers["name"])
+    whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+    return Division.of(stacks if whole else [""] * len(stacks), k)  # what is not is refused
 
 
-def _spread(scores: Array) -> float:
-    return gain(np.maximum(scores, 0.0), scores)
+def _stages(
+    evidence: Evidence, division: Division, strength: Strength, control: str | None, seed: int
+) -> Stages:
+    """Return the stages of each stack by itself, in the order of all layers."""
+    strengths = division.strengths(strength)
+
+    def of_stack(number: int, layers: list[int]) -> Stages:
+        own = evidence if len(division) == 1 else evidence.of_stack(layers)
+        return probabilities_from_scores(
+            own.score, own.low, own.high, k=division.numbers[number], strength=strengths[number],
+            control=control, seed=seed_of_stack(seed, number), shrunk=own.shrunk,
+        )  # fmt: skip
+
+    found = division.each(of_stack)
+    if len(found) == 1:
+        return found[0]
+    values = {
+        name: division.joined([getattr(one, name) for one in found])
+        for name in ("score", "low", "high", "safe", "power", "mixed", "pi", "known")
+    }
+    return Stages(**values, strength=strength)
 
 
 def strengths(
@@ -189,6 +207,7 @@ def strengths(
     import pandas as pd
 
     evidence = _evidence(profile, use_intervals)
+    division = _division(profile, activated_layers)
     rows = []
     for value in values:
         row: dict[str, Any] = {"strength": value if isinstance(value, str) else f"{value:g}"}
@@ -196,10 +215,7 @@ def strengths(
         try:
             if settings.pool is not None and evidence.undecided:
                 raise ProbabilitiesError(f"the profile is undecided: {evidence.undecided}.")
-            pi = probabilities_from_scores(
-                evidence.score, evidence.low, evidence.high, k=activated_layers, strength=settings,
-                shrunk=evidence.shrunk,
-            ).pi  # fmt: skip
+            pi = _stages(evidence, division, settings, None, 0).pi
         except ProbabilitiesError as error:
             if settings.pool is None:
                 raise
@@ -208,7 +224,7 @@ def strengths(
         rows.append(
             row
             | {"least": pi[pi > 0].min(), "most": pi.max(), "never_drawn": int((pi == 0).sum()),
-               "gain": gain(pi, evidence.score), "why_not": "", "pi": pi}
+               "gain": gain(pi, evidence.score, division), "why_not": "", "pi": pi}
         )  # fmt: skip
     columns = ["strength", "least", "most", "never_drawn", "gain", "why_not", "pi"]
     return pd.DataFrame(rows, columns=columns)
@@ -228,7 +244,7 @@ def _judged(
     profile: "ImportanceProfile",
     evidence: Evidence,
     stages: Stages,
-    k: int,
+    division: Division,
     control: str | None,
     seed: int,
 ) -> tuple[bool, str]:
@@ -239,10 +255,15 @@ def _judged(
             f"A {control} control{of_seed}: the same probabilities, given to other layers than "
             "the scores would; not meant to be better than uniform."
         )
-    justified, reason = _justification(profile, evidence, stages)
-    said = [reason]
+    justified, reason = _justification(profile, evidence, stages, division)
+    said = [reason] + ([division.sentence()] if len(division) > 1 else [])
+    if len(division) < len(set(stacks_of(profile.layers["name"]))):
+        said.append(
+            "There are more stacks than layers in a draw, so that they are drawn together: train "
+            "with lisa.stacks='together'."
+        )
     if not evidence.undecided:
-        said += _unknown(stages, k)
+        said += _unknown(stages, division.uniform)
         if (never := stages.pi == 0).any():
             said.append(f"Never drawn: {_name(never)}.")
         if evidence.doubt:
@@ -261,10 +282,10 @@ def _judged(
 
 
 def _justification(
-    profile: "ImportanceProfile", evidence: Evidence, stages: Stages
+    profile: "ImportanceProfile", evidence: Evidence, stages: Stages, division: Division
 ) -> tuple[bool, str]:
     """Whether to leave uniform sampling, and why (not)."""
-    pi = stages.pi
+    pi = stages.pi / division.uniform  # layers of one stack have one uniform share
     if evidence.undecided:
         return False, (
             "The evidence does not justify leaving uniform sampling, and the probabilities are "
@@ -275,7 +296,8 @@ def _justification(
             "Every layer is drawn as often as any other: these settings (activated_layers, "
             "strength, gamma, mix, floor, cap, use_intervals) make the probabilities uniform."
         )
-    value, spread = gain(pi, evidence.score), _spread(evidence.score)
+    value = gain(stages.pi, evidence.score, division)
+    spread = spread_of(evidence.score, division)
     collects = (
         f"a draw collects ×{value:.2f} the score of a uniform one, and the spread of the scores "
         f"(1 + CV²) is {spread:.2f}"
@@ -285,7 +307,9 @@ def _justification(
     limits = profile.thresholds
     # What is left of the spread at the lower end of its interval can be counted on.
     low = profile.concentration.headroom.low
-    least = min(spread, _spread(stages.safe) if low is None or evidence.low is None else low)
+    if low is None or evidence.low is None:
+        low = spread_of(stages.safe, division)
+    least = min(spread, low)
     if np.ptp(inside) / inside.max() < limits.material / (1 + limits.material) and pi.min() > 0:
         return False, (
             f"The probabilities hardly differ from uniform ones: no layer is drawn "
@@ -296,8 +320,9 @@ def _justification(
             f"The probabilities follow the scores, but little is to be had: {collects}; that may "
             f"be as small as {least:.3f}, where more than {limits.headroom:g} is asked for."
         )
+    of_its = "measured by its stack's uniform share, " if len(division) > 1 else ""
     often = (
-        f"the layer drawn most is drawn {times:.1f} times as often as the one drawn least"
+        f"{of_its}the layer drawn most is drawn {times:.1f} times as often as the one drawn least"
         if times > 1 + 1e-9
         else f"{len(inside)} layers share the draws equally"
     )
@@ -308,7 +333,7 @@ def _justification(
     return not evidence.doubt and not profile.reliability.drift, said
 
 
-def _unknown(stages: Stages, k: int) -> list[str]:
+def _unknown(stages: Stages, uniform: Array) -> list[str]:
     """What becomes of unknown layers."""
     unknown = ~stages.known
     if not unknown.any():
@@ -316,7 +341,8 @@ def _unknown(stages: Stages, k: int) -> list[str]:
     if stages.strength.pool is not None:
         return [f"Unknown, and not in the pool: {_name(unknown)}."]
     whose = "their" if unknown.sum() > 1 else "its"
-    return [f"Unknown, and at {whose} uniform share {k / len(unknown):.3g}: {_name(unknown)}."]
+    shares = dict.fromkeys(f"{share:.3g}" for share in uniform[unknown])
+    return [f"Unknown, and at {whose} uniform share {' or '.join(shares)}: {_name(unknown)}."]
 
 
 def _name(chosen: NDArray[np.bool_]) -> str:

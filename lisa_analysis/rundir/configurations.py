@@ -21,7 +21,7 @@ _OFF = ("false", "null", "[]", "{}")
 # What such a setting stands for, where its default is not "off".
 _BEFORE = {
     "lisa/recompute": "all", "lisa/correct_lr": "0.0", "lisa/by": "layer",
-    "record/probe_batches": "1", "record/watch": "true",
+    "record/probe_batches": "1", "record/watch": "true", "lisa/stacks": "together",
 }  # fmt: skip
 # Sections of one method. All are written; what a run did not use tells no arms apart.
 _OF_METHODS = ("lisa", "lora", "peft", "select", "probe")
@@ -82,6 +82,8 @@ def settings(run: Run) -> Settings:
         for key, value in found.items()
         if key and not _REPEATED.fullmatch(key.rsplit("/", 1)[-1])
     }
+    if len({str(layer.get("stack")) for layer in run.manifest.get("layers") or ()}) < 2:
+        values.pop("lisa/stacks", None)  # one stack is drawn alike either way
     # Settings that were written by hand may lack what the manifest knows.
     for keys, name in ((MODEL_KEYS, model_of(run)), (_DATA, data_of(run))):
         if name and not values.keys() & {*keys}:

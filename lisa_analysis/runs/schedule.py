@@ -5,6 +5,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
+from lisa_analysis.plans.stacks import even_shares
 from lisa_analysis.rundir.events import chosen, draw_events, draws
 from lisa_analysis.rundir.parts import Parts, part_draws, parts_of
 from lisa_analysis.rundir.run import Run
@@ -32,7 +33,10 @@ def probability_grid(run: Run) -> LayerGrid:
     values = np.array([pi for _, pi in found]).reshape(len(found), run.n_layers).T
     if not len(found) or not np.ptp(values, axis=1).max() > 1e-9:
         found, values = [], values[:, :0]
-    uniform = values.sum(axis=0, keepdims=True) / run.n_layers
+    stacks = [str(layer.get("stack", "")) for layer in run.manifest["layers"]]
+    if not (run.manifest.get("lisa") or {}).get("activated_of_stack"):  # drawn as one stack
+        stacks = [""] * run.n_layers
+    uniform = np.array([even_shares(pi, stacks) for pi in values.T]).reshape(values.T.shape).T
     steps = np.array([step for step, _ in found], dtype=np.int64)
     shown = values / uniform if len(found) else values
     return LayerGrid("inclusion_probability", steps, shown, np.zeros(shown.shape, dtype=bool))

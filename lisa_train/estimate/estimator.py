@@ -12,13 +12,16 @@ from torch import nn
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.estimate.optimizers import OptimizerKind, StateBytes
 from lisa_train.estimate.patterns import (
+    Places,
     check_layers,
     draw_costs,
     drawable,
     lisa_pattern,
     may_train,
     part_costs,
+    places,
     plain_pattern,
+    schedule_for,
     some_draws,
     turns_of,
     units_of,
@@ -63,13 +66,15 @@ class Estimator:
             return self._of_parts()
         draws = some_draws(stage, setting)  # refuses numbers that do not fit the model
         costs = draw_costs(stage, setting, self._held)
-        every = self._any_size
-        k = len(drawable(stage, setting)) if every else rotation.activated_layers
         groups = tuple(rotation.group_probabilities)
-        candidates = {costs.worst(k, among, groups) for among in self._regions(k)}
+        regions = self._regions()
+        candidates = {costs.worst(region, groups) for region in regions}
         if setting.gradient_checkpointing:
             # Backward begins at the top, where the inputs of all layers still stand.
-            candidates |= {tuple(among[-k:]) for among in self._regions(k)}
+            candidates |= {
+                tuple(i for among, k in region for i in among[len(among) - k :])
+                for region in regions
+            }
         worst = max(map(self._of_layers, sorted(candidates)), key=lambda result: result.total)
         if setting.devices > 1:
             return worst
@@ -152,16 +157,28 @@ class Estimator:
             return 0 if self.stage.layer_map.tied else count - 1
         return max(label, 0) * count // layers
 
-    def _regions(self, k: int) -> list[list[int]]:
-        """Sets of layers within which the worst draw is looked for: a device may get all of it."""
-        layers = list(drawable(self.stage, self.setting))
+    def _regions(self) -> list[list[Places]]:
+        """Layers within which the worst draw is looked for: a device may get all of a stack's."""
+        whole = self._places()
         if self.setting.devices == 1 or self.setting.spread == "fsdp":
-            return [layers]
-        regions = [
-            [i for i in layers if self._place(i) == device]
-            for device in range(self.setting.devices)
-        ]
-        return [region for region in regions if len(region) >= k] or [layers]
+            return [whole]
+        found = []
+        for device in range(self.setting.devices):
+            region = [
+                (tuple(i for i in among if self._place(i) == device), k) for among, k in whole
+            ]
+            enough = [len(among) >= k for among, k in region]
+            if any(enough):
+                found.append([
+                    own if fits else every
+                    for own, every, fits in zip(region, whole, enough, strict=True)
+                ])  # fmt: skip
+        return found or [whole]
+
+    def _places(self) -> list[Places]:
+        """Layers of each stack that a draw may take, and how many of them it takes."""
+        layers = drawable(self.stage, self.setting)
+        return places(schedule_for(self.stage, self.setting), layers, self._any_size)
 
     # ------------------------------------------------------------------ bytes of a tensor
 
@@ -232,27 +249,30 @@ class Estimator:
         if rotation is None or self._resting_state != "nowhere":
             return sum(state.paged for state in states.values())
         layers = drawable(self.stage, self.setting)
-        k = len(layers) if self._any_size else rotation.activated_layers
-        if setting.active_layers is not None:
-            k = len(setting.active_layers)
         turns = turns_of(self.stage, setting)
         units = units_of(self.stage, turns)
-        if rotation.by != "layer" and not self._any_size:
+        if setting.active_layers is not None:
+            stacks = [(layers, len(setting.active_layers))]
+        elif rotation.by != "layer" and not self._any_size:
             # As many of the smallest as a draw has room for.
             largest = part_costs(self.stage, setting, self._held).largest
-            k = int(largest // min(turns.sizes))
+            stacks = [(layers, int(largest // min(turns.sizes)))]
+        else:
+            stacks = self._places()
         rotating = {name for i in layers for name in units[i]}
         found = sum(state.paged for name, state in states.items() if name not in rotating)
-        in_layers: defaultdict[int, list[int]] = defaultdict(list)
-        for i in layers:
-            sizes = Counter(
-                self._state(name, rotation.precision == "fp32_active").paged for name in units[i]
+        for among, k in stacks:
+            in_layers: defaultdict[int, list[int]] = defaultdict(list)
+            for i in among:
+                sizes = Counter(
+                    self._state(n, rotation.precision == "fp32_active").paged for n in units[i]
+                )
+                for size, tensors in sizes.items():
+                    in_layers[size].append(tensors)
+            found += sum(
+                size * sum(sorted(tensors)[-k:]) for size, tensors in in_layers.items() if k
             )
-            for size, tensors in sizes.items():
-                in_layers[size].append(tensors)
-        return found + sum(
-            size * sum(sorted(tensors)[-k:]) for size, tensors in in_layers.items() if k
-        )
+        return found
 
     def _scratch(self, pattern: Pattern) -> Callable[[nn.Parameter], int]:
         """What the optimizer allocates to step one tensor."""

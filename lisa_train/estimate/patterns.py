@@ -12,7 +12,7 @@ from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import ACTIVATIONS
 from lisa_train.methods.lisa.checks import given_probabilities
 from lisa_train.methods.lisa.plan import schedule_of
-from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.methods.lisa.schedule import Draw, Schedule
 from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import Unit
 
@@ -74,6 +74,29 @@ def check_layers(stage: Stage, layers: Sequence[int]) -> None:
         )
 
 
+Places = tuple[tuple[int, ...], int]
+"""Layers that a draw chooses among, and how many of them it takes."""
+
+
+def places(schedule: Schedule, layers: Sequence[int], all_of_them: bool) -> list[Places]:
+    """Return what a draw takes of each stack.
+
+    Parameters
+    ----------
+    schedule
+        The schedule that is estimated.
+    layers
+        Those that a draw may take.
+    all_of_them
+        Whether it may take them all.
+    """
+    found = []
+    for stack in schedule.stacks:
+        among = tuple(i for i in stack.layers if i in layers)
+        found.append((among, len(among) if all_of_them else min(len(among), round(stack.k))))
+    return found
+
+
 @dataclass(frozen=True)
 class DrawCosts:
     """Bytes that a draw adds: per layer when it trains, and when a gradient passes through it.
@@ -102,18 +125,23 @@ class DrawCosts:
         passed = sum(f for i, f in enumerate(self.passing) if i >= lowest and i not in layers)
         return passed + sum(self.active[i] for i in layers) + sum(self.groups[g] for g in groups)
 
-    def worst(self, k: int, among: Sequence[int], groups: Collection[str]) -> tuple[int, ...]:
-        """The `k` layers of `among` that cost the most; the lowest of equal ones."""
-        k = min(k, len(among))
-        if k == 0:
-            return ()
+    def worst(self, places: Sequence[Places], groups: Collection[str]) -> tuple[int, ...]:
+        """The layers that cost the most, so many of each stack; the lowest of equal ones."""
         candidates = []
-        for lowest in among[: len(among) - k + 1]:
-            above = [i for i in among if i > lowest]
-            gain = {i: self.active[i] - self.passing[i] for i in above}
-            best = sorted(above, key=lambda i: (-gain[i], i))[: k - 1]
-            candidates.append(tuple(sorted((lowest, *best))))
-        return max(candidates, key=lambda layers: self.of(layers, groups))
+        for lowest in (i for among, k in places if k for i in among):
+            found: list[int] = []
+            for among, k in places:
+                above = sorted((i for i in among if i >= lowest), key=self._gain)
+                if lowest in above:  # it is the lowest of the draw
+                    above.remove(lowest)
+                    above.insert(0, lowest)
+                found += above[:k]
+            if len(found) == sum(k for _, k in places):
+                candidates.append(tuple(sorted(found)))
+        return max(candidates, key=lambda layers: self.of(layers, groups), default=())
+
+    def _gain(self, layer: int) -> tuple[int, int]:
+        return self.passing[layer] - self.active[layer], layer
 
     def mean(self, draws: Iterable[Draw]) -> float:
         """Mean over draws."""
@@ -154,15 +182,21 @@ class PartCosts:
     ----------
     each
         Bytes of every part when it alone trains: gradient, state, what its layer keeps for it.
-    largest
-        Elements that a draw may have: the budget and one part more, by which it may be missed.
+    stacks
+        Parts that are drawn among themselves, with the elements that a draw may have of them: the
+        budget and one part more, by which it may be missed.
     turns
         The parts.
     """
 
     each: tuple[float, ...]
-    largest: float
+    stacks: tuple[tuple[frozenset[int], float], ...]
     turns: Units
+
+    @property
+    def largest(self) -> float:
+        """Elements that a draw may have."""
+        return sum(largest for _, largest in self.stacks)
 
     def candidates(self, among: Sequence[int]) -> list[tuple[int, ...]]:
         """Draws to look at: the dearest parts for their size, spread over layers and not.
@@ -183,11 +217,12 @@ class PartCosts:
         return sorted(set(found))
 
     def _filled(self, order: Sequence[int]) -> tuple[int, ...]:
-        left, chosen = self.largest, []
-        for i in order:
-            if self.turns.sizes[i] <= left:
-                chosen.append(i)
-                left -= self.turns.sizes[i]
+        chosen = []
+        for inside, left in self.stacks:
+            for i in order:
+                if i in inside and self.turns.sizes[i] <= left:
+                    chosen.append(i)
+                    left -= self.turns.sizes[i]
         return tuple(sorted(chosen))
 
     def of(self, parts: Iterable[int]) -> float:
@@ -203,7 +238,11 @@ def part_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> Pa
     """Measure what the layers keep for their parts, for one part of every kind at a time."""
     turns = turns_of(stage, setting)
     units = units_of(stage, turns)
-    budget = schedule_of(setting.lisa, turns, None, seed=0).k * float(np.mean(turns.sizes))
+    mean = float(np.mean(turns.sizes))
+    stacks = tuple(
+        (frozenset(stack.layers), stack.k * mean + max(turns.sizes[i] for i in stack.layers))
+        for stack in schedule_for(stage, setting).stacks
+    )
     base = frozenset(units["embed"]) or frozenset(units[0])
     passing = _saved(stage, setting, base)
     kinds: dict[tuple[str, int], list[int]] = {}
@@ -215,7 +254,7 @@ def part_costs(stage: Stage, setting: Setting, held: Callable[[str], int]) -> Pa
         for i in parts:
             layer = turns.layers[i]
             each[i] = max(0, saved[layer] - passing[layer]) + sum(map(held, units[i]))
-    return PartCosts(tuple(each), budget + max(turns.sizes), turns)
+    return PartCosts(tuple(each), stacks, turns)
 
 
 def _passes_all(stage: Stage, setting: Setting, always: frozenset[str]) -> bool:
@@ -234,11 +273,15 @@ def _saved(stage: Stage, setting: Setting, trainable: frozenset[str]) -> list[in
     return [int(trace.bytes[kept & (trace.labels == i)].sum()) for i in range(len(stage.layer_map))]
 
 
+def schedule_for(stage: Stage, setting: Setting) -> Schedule:
+    """Return the schedule that the setting describes; refuses numbers that do not fit the model."""
+    turns = turns_of(stage, setting)
+    probabilities = given_probabilities(setting.lisa, stage.layer_map, turns)
+    return schedule_of(setting.lisa, turns, probabilities, seed=0)
+
+
 def some_draws(stage: Stage, setting: Setting) -> list[Draw]:
     """The first draws of the schedule that the setting describes."""
-    config = setting.lisa
-    turns = turns_of(stage, setting)
-    probabilities = given_probabilities(config, stage.layer_map, turns)
-    schedule = schedule_of(config, turns, probabilities, seed=0)
-    steps = (n * config.interval_steps for n in range(_DRAWS))
+    schedule = schedule_for(stage, setting)
+    steps = (n * setting.lisa.interval_steps for n in range(_DRAWS))
     return [draw for step in steps if (draw := schedule.advance(step)) is not None]

@@ -114,15 +114,16 @@ def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(cells).rstrip()
 
 
-def methods(base: Setting, layers: int) -> dict[str, Setting]:
+def methods(base: Setting, layers: int, stacks: int = 1) -> dict[str, Setting]:
     """Return the methods of the table, with everything else as in `base`.
 
-    Rows of LISA that need more layers than the model has are left out.
+    Rows of LISA that need more layers than the model has, or fewer than one of each of its stacks,
+    are left out.
     """
     plain = replace(
         base,
         method="full",
-        lisa=LisaConfig(layers=base.lisa.layers),
+        lisa=LisaConfig(layers=base.lisa.layers, stacks=base.lisa.stacks),
         lora={},
         peft={},
         select=SelectConfig(),
@@ -134,11 +135,12 @@ def methods(base: Setting, layers: int) -> dict[str, Setting]:
         "LoRA r=128": replace(plain, method="lora", lora={"r": 128}),
         "LISA E+H": replace(plain, method="lisa", active_layers=()),
     }
+    least = stacks if base.lisa.stacks == "apart" else 1
     for k in (2, 4):
-        if k <= layers:
+        if least <= k <= layers:
             lisa = replace(plain.lisa, activated_layers=k)
             rows[f"LISA E+H+{k}L"] = replace(plain, method="lisa", lisa=lisa)
-    if layers >= 2:
+    if least <= 2 <= layers:
         lisa = replace(plain.lisa, activated_layers=2, always_active=())
         rows["LISA 2L, no E, H, norm"] = replace(plain, method="lisa", lisa=lisa)
     return rows
@@ -164,7 +166,8 @@ def method_table(
     from lisa_train.estimate.stage import Stage
 
     shared = Stage(source, replace(base, method="full", active_layers=None))
-    rows = {CONFIGURED: base, **methods(base, len(shared.layer_map))}
+    found = shared.layer_map
+    rows = {CONFIGURED: base, **methods(base, len(found), len(set(found.stacks)))}
     return MethodTable(
         {
             name: estimate(source if METHODS[setting.method].changes_model else shared, setting)

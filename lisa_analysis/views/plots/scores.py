@@ -8,6 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import stacks_of
+from lisa_analysis.plans.stacks import even_shares
 from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.relative import relative_scores
 from lisa_analysis.views.plots import style
@@ -173,22 +175,23 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
         bar[0].set_gid(f"layer-{position}")
     scores = np.asarray(probabilities.scores, dtype=np.float64)
     if scores.shape == pi.shape and np.nansum(scores) > 0:
+        scaled = k * scores / np.nansum(scores)
         ax.plot(
             layer,
-            k * scores / np.nansum(scores),
+            scaled,
             "_",
             color=style.SERIES[3],
             markersize=7,
             markeredgewidth=1.6,
             label="score alone",
         )
-    ax.axhline(
-        k / len(pi),
-        color=style.MUTED,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        label=f"uniform, {k:g} of {len(pi)}",
-    )
+    even = even_shares(pi, stacks_of(probabilities.layer_names))
+    line = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3)),
+            "label": f"uniform, {k:g} of {len(pi)}"}  # fmt: skip
+    if np.ptp(even) < 1e-9:
+        ax.axhline(k / len(pi), **line)
+    else:  # stacks of different depths
+        ax.step(np.append(layer, len(pi)) - 0.5, np.append(even, even[-1]), where="post", **line)
     layers_below(ax, len(pi), probabilities.layer_names)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("inclusion probability")

@@ -17,6 +17,7 @@ OptimizerState = Literal["reset", "keep", "offload"]
 ActivePrecision = Literal["model", "fp32_active"]
 Recompute = Literal["all", "frozen"]
 By = Literal["layer", "half", "module"]
+Stacks = Literal["apart", "together"]
 # Those of them that keep a budget of parameters (`Sampler.keeps_budget`).
 BUDGETED = ("uniform", "bernoulli", "balanced")
 ControlKind = Literal["none", "permuted", "reversed", "uniform"]
@@ -94,6 +95,12 @@ class LisaConfig:
     budget
         With ``by="half"`` or ``"module"``: share of the layers' parameters that trains in an
         period, between 0 and 1; None takes k/L, what `activated_layers` layers would have.
+    stacks
+        Where there are several stacks of layers (encoder and decoder): ``apart`` draws from each
+        by itself, in every draw so many of its layers; `activated_layers` is the number of all of
+        them, shared in proportion to the depths, at least one of each, or as the `probabilities`
+        sum up in each stack, to whole numbers; a `budget` holds in each. Controls, learning, and a
+        pool work within a stack. ``together`` draws from all layers as if they were one stack.
     correct_lr
         Power ρ, from 0 to 1: the update of a drawn layer is multiplied by ((k/L)/π)^ρ, the ratio
         between 1/4 and 4. At 0, layers drawn more often move more; at 1 they move alike on
@@ -120,6 +127,7 @@ class LisaConfig:
     correct_lr: float = 0.0
     by: By = "layer"
     budget: float | None = None
+    stacks: Stacks = "apart"
 
     def __post_init__(self) -> None:
         for name, least in (("activated_layers", 1), ("interval_steps", 1), ("warmup_steps", 0)):
@@ -139,6 +147,7 @@ class LisaConfig:
             )
         self._check_registered_names()
         self._check_units()
+        one_of("lisa.stacks", self.stacks, get_args(Stacks))
         one_of("lisa.precision", self.precision, get_args(ActivePrecision))
         one_of("lisa.recompute", self.recompute, get_args(Recompute))
         if isinstance(self.always_active, str):

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.plans.budget import apply_control
+from lisa_analysis.plans.stacks import seed_of_stack
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,17 @@ class Control:
         ``none``, ``permuted``, ``reversed`` or ``uniform``.
     seed
         Of the permutation.
+    stacks
+        Layers of each stack that is drawn apart: probabilities change places within a stack.
     """
 
     kind: str = "none"
     seed: int = 0
+    stacks: tuple[tuple[int, ...], ...] = ()
+
+    def of_stack(self, number: int) -> "Control":
+        """Return what is done to the probabilities of one stack alone."""
+        return Control(self.kind, seed_of_stack(self.seed, number))
 
     def of(
         self,
@@ -34,6 +42,14 @@ class Control:
 
         With `weights` (sizes), they change places only among those of one size.
         """
+        if len(self.stacks) > 1:
+            result = np.array(pi, dtype=np.float64)
+            for number, layers in enumerate(self.stacks):
+                inside = list(layers)
+                ranks = None if scores is None else scores[inside]
+                sizes = None if weights is None else weights[inside]
+                result[inside] = self.of_stack(number).of(result[inside], ranks, sizes)
+            return result
         return apply_control(pi, self.kind, self.seed, scores, weights)
 
     def entries(self, layers: int, weights: NDArray[np.float64] | None = None) -> dict[str, Any]:

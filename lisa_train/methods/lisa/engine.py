@@ -20,6 +20,7 @@ from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
 from lisa_train.methods.lisa.schedule import Draw as Draw
+from lisa_train.methods.lisa.stacks import stack_entries
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.master_copies import exact
 from lisa_train.model.run_entries import announce, joined, lisa_entries
@@ -132,8 +133,8 @@ class Lisa:
         self.rotates = plan.rotates(model)
         missing = () if total_steps is None else self._schedule.never_drawn(total_steps)
         self._notices.at_start(
-            model, self.layer_map, self.config, self._units, self._turns, self._schedule.excluded,
-            missing, total_steps, seeds,
+            model, self.layer_map, self.config, self._units, self._turns, self._schedule.stacks,
+            self._schedule.excluded, missing, total_steps, seeds,
         )  # fmt: skip
         seen = self._turns.measured(self._units)
         self._learning = learning_of(model, self.config, self._schedule, seen, probe)
@@ -292,7 +293,8 @@ class Lisa:
 
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
-        more = {"lisa": self._turns.entries(self._schedule.control)}
+        schedule = self._schedule
+        more = {"lisa": self._turns.entries(schedule.control) | stack_entries(schedule.stacks)}
         return joined(lisa_entries(self.config, self._schedule.seed), more)
 
     # ------------------------------------------------------------------ the mechanism

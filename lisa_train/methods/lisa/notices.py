@@ -11,6 +11,7 @@ from lisa_analysis.contract.layers import canonical_name
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.gradient_reach import Unreached
 from lisa_train.methods.lisa.schedule import Draw
+from lisa_train.methods.lisa.stacks import DrawnStack
 from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
@@ -44,6 +45,7 @@ class Notices:
         config: LisaConfig,
         units: Mapping[int | str, Sequence[torch.Tensor]],
         turns: Units,
+        stacks: Sequence[DrawnStack],
         excluded: Sequence[int],
         missing: Sequence[int],
         total_steps: int | None,
@@ -51,7 +53,7 @@ class Notices:
     ) -> None:
         """Say what `at_start` finds, and that `seeds` of the processes differ."""
         for text in at_start(
-            model, layer_map, config, units, turns, excluded, missing, total_steps
+            model, layer_map, config, units, turns, stacks, excluded, missing, total_steps
         ):
             self._say(text)
         if len(set(seeds)) > 1:
@@ -110,6 +112,7 @@ def at_start(
     config: LisaConfig,
     units: Mapping[int | str, Sequence[torch.Tensor]],
     turns: Units,
+    stacks: Sequence[DrawnStack],
     excluded: Sequence[int],
     missing: Sequence[int],
     total_steps: int | None,
@@ -124,6 +127,8 @@ def at_start(
         Tensors with gradients of every layer and group.
     turns
         What takes turns: layers, or parts of them.
+    stacks
+        Those that are drawn apart.
     excluded
         Those of them with a probability of 0.
     missing
@@ -135,6 +140,7 @@ def at_start(
         unclassified(model, units["other"], active="other" in config.always_active),
         every_layer(model, layer_map, config),
         layer_drop(model),
+        drawn_apart(stacks, config),
         never(turns, excluded),
     ]
     if missing:
@@ -164,6 +170,21 @@ def unclassified(model: nn.Module, tensors: Sequence[torch.Tensor], *, active: b
     if active:
         return f"LISA trains in every period {what}; freeze them first to let them rest"
     return f"LISA never trains {what}; put 'other' into lisa.always_active to train them"
+
+
+def drawn_apart(stacks: Sequence[DrawnStack], config: LisaConfig) -> str | None:
+    """Say how many layers of each stack a draw takes."""
+    if len(stacks) < 2:
+        return None
+    if config.by != "layer":
+        said = "their share of the budget: " + ", ".join(stack.path for stack in stacks)
+    else:
+        about = "about " if config.sampling == "bernoulli" else ""
+        said = about + ", ".join(f"{s.k:.4g} of {len(s.layers)} in {s.path}" for s in stacks)
+    return (
+        f"the {len(stacks)} stacks of layers are drawn apart, {said}; lisa.stacks='together' draws "
+        "from all as from one"
+    )
 
 
 def _listing(named: Sequence[tuple[str, torch.Tensor]]) -> str:

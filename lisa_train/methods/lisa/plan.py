@@ -146,7 +146,7 @@ def schedule_of(
         budget = whole if config.budget is None else config.budget
     return Schedule(
         config, turns.names, probabilities, seed,
-        empty_groups=empty_groups, weights=turns.weights, budget=budget,
+        empty_groups=empty_groups, weights=turns.weights, budget=budget, stacks=turns.stacks,
     )  # fmt: skip
 
 

@@ -10,9 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.control import Control
-from lisa_train.methods.lisa.inclusion import prior_probabilities, resolve
-from lisa_train.methods.lisa.learning.sampler import LearnedSampler
-from lisa_train.methods.lisa.samplers import Sampler, make_sampler, never_drawn, seed_word
+from lisa_train.methods.lisa.samplers import never_drawn, seed_word
+from lisa_train.methods.lisa.stacks import drawn_stacks, sampler_of
 from lisa_train.model.layer_map import Unit as Unit
 
 # First word of the key of a group's draws; the layers' stream is another.
@@ -69,6 +68,10 @@ class Schedule:
         Groups in which the model has no tensor: whether they are active makes no difference.
     weights
         Sizes of halves or modules over their mean; None where whole layers take turns.
+    budget
+        With them, the share of the parameters that trains in a period.
+    stacks
+        Path of the stack that each layer is in; None where all are in one.
     """
 
     def __init__(
@@ -81,12 +84,11 @@ class Schedule:
         empty_groups: Collection[str] = (),
         weights: NDArray[np.float64] | None = None,
         budget: float | None = None,
+        stacks: Sequence[str] | None = None,
     ) -> None:
         layers = len(layer_names)
         k = config.activated_layers if budget is None else budget * layers
         self.seed = seed if config.seed is None else config.seed
-        control_seed = self.seed if config.control_seed is None else config.control_seed
-        self.control = Control(config.control, control_seed)
         self.step = 0
         self.index: int | None = None
         self.layers: tuple[int, ...] = ()
@@ -99,18 +101,15 @@ class Schedule:
         self._probabilities = probabilities
         self._empty_groups = frozenset(empty_groups)
         self._layer_names = list(layer_names)
+        homes = [""] * layers if stacks is None else stacks
+        self._homes = homes
+        self.stacks = drawn_stacks(config, homes, probabilities, k, weights)
+        control_seed = self.seed if config.control_seed is None else config.control_seed
+        places = tuple(stack.layers for stack in self.stacks)
+        self.control = Control(config.control, control_seed, places if len(places) > 1 else ())
         # Those of the settings, before the control.
-        self.given: NDArray[np.float64] = (
-            resolve(probabilities, layers, k, weights)
-            if config.learn is None
-            else prior_probabilities(probabilities or config.learn.prior, layers, k, weights)
-        )
-        self._sampler: Sampler = (
-            make_sampler(
-                config.sampling, self.control.of(self.given, None, weights), k, self.seed, weights
-            )
-            if config.learn is None
-            else LearnedSampler(self.given, k, self.seed, config.learn, self.control, weights)
+        self.given, self._sampler = sampler_of(
+            config, self.stacks, probabilities, self.control, self.seed, weights
         )
         self._activated_at: dict[Unit, int] = {}
 
@@ -159,6 +158,7 @@ class Schedule:
             empty_groups=self._empty_groups,
             weights=self.weights,
             budget=self._budget,
+            stacks=self._homes,
         )
 
     def advance(self, step: int) -> Draw | None:
@@ -260,6 +260,13 @@ class Schedule:
             raise ConfigError(
                 f"the saved LISA state has interval_steps = {state['interval_steps']}, this run "
                 f"{period}; resume with the setting that it was saved with."
+            )
+        saved_stacks = "apart" if state["sampler"].get("scheme") == "stacks" else "together"
+        stacks = "apart" if len(self.stacks) > 1 else "together"
+        if saved_stacks != stacks:
+            raise ConfigError(
+                f"the saved LISA state draws its stacks of layers {saved_stacks}, this run "
+                f"{stacks}; resume with lisa.stacks set to {saved_stacks!r}."
             )
         settings = _settings(self._config)
         for name, saved in state.get("settings", {}).items():  # states of older versions lack it

@@ -38,6 +38,8 @@ class Units:
         Number of elements of each.
     count
         Number of layers.
+    stacks
+        Path of the stack that each unit is in.
     """
 
     by: By
@@ -46,6 +48,7 @@ class Units:
     tensors: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]
     count: int
+    stacks: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +64,10 @@ class Units:
         count = len(layer_map)
         if by == "layer":
             sizes = tuple(sum(layer_map.sizes[n] for n in names) for names in layer_map.layers)
-            return cls(by, layer_map.names, tuple(range(count)), layer_map.layers, sizes, count)
+            return cls(
+                by, layer_map.names, tuple(range(count)), layer_map.layers, sizes, count,
+                layer_map.stacks,
+            )  # fmt: skip
         parameters = dict(model.named_parameters())
         found: list[tuple[str, int, tuple[str, ...]]] = []
         for layer, (path, names) in enumerate(zip(layer_map.names, layer_map.layers, strict=True)):
@@ -75,6 +81,7 @@ class Units:
             tuple(tensors for _, _, tensors in found),
             tuple(sum(layer_map.sizes[n] for n in tensors) for _, _, tensors in found),
             count,
+            tuple(layer_map.stacks[layer] for _, layer, _ in found),
         )
 
     @property

@@ -46,6 +46,8 @@ class LearnedSampler(Sampler):
         What is done to π before it is in force.
     weights
         Sizes of halves or modules over their mean; None for whole layers.
+    first
+        Number that the first of the layers has in the model, for what is said of them.
 
     Attributes
     ----------
@@ -63,6 +65,8 @@ class LearnedSampler(Sampler):
         settings: LearnConfig,
         control: Control,
         weights: Array | None = None,
+        *,
+        first: int = 0,
     ) -> None:
         given = np.array(prior, dtype=np.float64)
         layers = given.size
@@ -88,6 +92,7 @@ class LearnedSampler(Sampler):
         self._strength = strength
         self._settings = settings
         self._control = control
+        self._first = first
         cover = math.ceil(layers / k)
         self._start = cover if settings.start_after is None else settings.start_after
         self._evidence = Evidence(given, k, settings.memory)
@@ -132,7 +137,8 @@ class LearnedSampler(Sampler):
         broken = np.flatnonzero(np.isinf(layer_scores))
         if broken.size and self.frozen is None:
             self.frozen = (
-                f"lisa.learn measured a number that is not finite in layer {broken[0]} before step "
+                f"lisa.learn measured a number that is not finite in layer "
+                f"{self._first + int(broken[0])} before step "
                 f"{step}: π stays what it is"
             )
         if self.frozen is None:

@@ -60,7 +60,7 @@ class Sampler(ABC):
     """
 
     scheme: ClassVar[str]
-    may_draw_nothing: ClassVar[bool] = False
+    may_draw_nothing: bool = False
     keeps_budget: ClassVar[bool] = False
 
     def __init__(

@@ -98,19 +98,6 @@ class Division:
         return f"Each stack by itself: a draw takes {said}."
 
 
-def even_shares(pi: Array, stacks: Sequence[str]) -> Array:
-    """Return what uniform sampling of the same number of layers gives each, shape (L,).
-
-    Where the π of every stack sum to a whole number above 0, that number is the stack's own.
-    """
-    sums = {stack: pi[list(layers)].sum() for stack, layers in
-            zip(dict.fromkeys(stacks), places_of(stacks), strict=True)}  # fmt: skip
-    if any(abs(total - round(total)) > 1e-5 or round(total) < 1 for total in sums.values()):
-        return np.full(len(pi), pi.sum() / len(pi))
-    depth = {stack: list(stacks).count(stack) for stack in sums}
-    return np.array([sums[stack] / depth[stack] for stack in stacks])
-
-
 def places_of(stacks: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Positions of the layers of every stack, in the order in which the stacks come.
 

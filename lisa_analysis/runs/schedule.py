@@ -5,10 +5,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.layer_grid import LayerGrid
-from lisa_analysis.plans.stacks import even_shares
 from lisa_analysis.rundir.events import chosen, draw_events, draws
 from lisa_analysis.rundir.parts import Parts, part_draws, parts_of
 from lisa_analysis.rundir.run import Run
+from lisa_analysis.statistics.shares import even_shares
 
 
 def what_is_drawn(run: Run) -> str:

@@ -8,7 +8,8 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.plans.gains import gain
 from lisa_analysis.plans.sampling import strengths
-from lisa_analysis.plans.stacks import Division, even_shares
+from lisa_analysis.plans.stacks import Division
+from lisa_analysis.statistics.shares import even_shares
 
 ENCODER, DECODER = [0, 1, 2, 3], [4, 5, 6, 7, 8, 9]
 NAMES = [f"model.encoder.layers.{i}" for i in range(4)]

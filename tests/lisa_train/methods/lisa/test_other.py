@@ -60,7 +60,7 @@ def test_what_is_unclassified_trains_in_fp32_beside_a_model_that_rests_in_bf16(n
         for key, value in known.inputs(name).items()
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    config = lt.LisaConfig(1, 1, precision="fp32_active")
+    config = lt.LisaConfig(1, 1, precision="fp32_active", stacks="together")
     with Lisa(model, optimizer, config) as engine:
         others = [model.get_parameter(n) for n in engine.layer_map.groups["other"]]
         losses = train(model, optimizer, engine, range(2), inputs)

@@ -11,9 +11,11 @@ import numpy as np
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.contract.paths import as_path, to_write
 from lisa_analysis.contract.probabilities_file import check_vector, read_record
 from lisa_analysis.contract.schema import SCHEMA_VERSION
+from lisa_analysis.statistics.shares import even_shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,6 +148,12 @@ class SamplingProbabilities:
     def never_drawn(self) -> tuple[int, ...]:
         """Layers with π = 0."""
         return tuple(i for i, p in enumerate(self.inclusion_probabilities) if p == 0)
+
+    @property
+    def uniform(self) -> tuple[float, ...]:
+        """What uniform sampling of as many layers, of each stack, gives every layer."""
+        pi = np.array(self.inclusion_probabilities, dtype=np.float64)
+        return tuple(even_shares(pi, stacks_of(self.layer_names)).tolist())
 
     def __repr__(self) -> str:
         low, high = min(self.inclusion_probabilities), max(self.inclusion_probabilities)

@@ -8,10 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.profiles.agreement import agreement_square
 from lisa_analysis.profiles.relative import relative_scores
-from lisa_analysis.statistics.shares import even_shares
 from lisa_analysis.views.plots import style
 
 
@@ -185,7 +183,7 @@ def probabilities(probabilities: Any, *, ax: Axes | None = None) -> Axes:
             markeredgewidth=1.6,
             label="score alone",
         )
-    even = even_shares(pi, stacks_of(probabilities.layer_names))
+    even = np.asarray(probabilities.uniform, dtype=np.float64)
     line: dict[str, Any] = {"color": style.MUTED, "linewidth": 1, "linestyle": (0, (4, 3)),
             "label": f"uniform, {k:g} of {len(pi)}"}  # fmt: skip
     if np.ptp(even) < 1e-9:

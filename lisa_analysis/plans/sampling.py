@@ -17,8 +17,8 @@ from lisa_analysis.plans.evidence import Evidence, check_profile
 from lisa_analysis.plans.gains import gain as gain
 from lisa_analysis.plans.gains import spread_of
 from lisa_analysis.plans.probabilities import SamplingProbabilities as SamplingProbabilities
-from lisa_analysis.plans.stacks import Division, seed_of_stack
-from lisa_analysis.plans.stages import Stages, probabilities_from_scores
+from lisa_analysis.plans.stacks import Division, stages_by_stack
+from lisa_analysis.plans.stages import Stages
 from lisa_analysis.plans.strength import Strength
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def sampling_probabilities(
         _check_pool(strength, evidence)
     frame = profile.layers
     division = _division(profile, activated_layers)
-    stages = _stages(evidence, division, settings, control, seed)
+    stages = stages_by_stack(evidence, division, settings, control, seed)
     raw = [frame[c].to_numpy(dtype=np.float64) for c in ("score", "low", "high")]
     shown = (raw[0], *(raw[1:] if evidence.undecided else (stages.low, stages.high)),
              stages.safe, stages.power, stages.mixed)  # fmt: skip
@@ -160,29 +160,6 @@ def _division(profile: "ImportanceProfile", k: Any) -> Division:
     return Division.of(stacks if whole else [""] * len(stacks), k)  # what is not is refused
 
 
-def _stages(
-    evidence: Evidence, division: Division, strength: Strength, control: str | None, seed: int
-) -> Stages:
-    """Return the stages of each stack by itself, in the order of all layers."""
-    strengths = division.strengths(strength)
-
-    def of_stack(number: int, layers: list[int]) -> Stages:
-        own = evidence if len(division) == 1 else evidence.of_stack(layers)
-        return probabilities_from_scores(
-            own.score, own.low, own.high, k=division.numbers[number], strength=strengths[number],
-            control=control, seed=seed_of_stack(seed, number), shrunk=own.shrunk,
-        )  # fmt: skip
-
-    found = division.each(of_stack)
-    if len(found) == 1:
-        return found[0]
-    values = {
-        name: division.joined([getattr(one, name) for one in found])
-        for name in ("score", "low", "high", "safe", "power", "mixed", "pi", "known")
-    }
-    return Stages(**values, strength=strength)
-
-
 def strengths(
     profile: "ImportanceProfile",
     activated_layers: int = 2,
@@ -215,7 +192,7 @@ def strengths(
         try:
             if settings.pool is not None and evidence.undecided:
                 raise ProbabilitiesError(f"the profile is undecided: {evidence.undecided}.")
-            pi = _stages(evidence, division, settings, None, 0).pi
+            pi = stages_by_stack(evidence, division, settings, None, 0).pi
         except ProbabilitiesError as error:
             if settings.pool is None:
                 raise

@@ -7,13 +7,17 @@ every draw, and its own scores, bounds and controls.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import ProbabilitiesError
+from lisa_analysis.plans.stages import Stages, probabilities_from_scores
 from lisa_analysis.plans.strength import Strength
+
+if TYPE_CHECKING:
+    from lisa_analysis.plans.evidence import Evidence
 
 Array = NDArray[np.float64]
 
@@ -156,3 +160,41 @@ def seed_of_stack(seed: int, number: int) -> int:
         return seed
     key = [0x57AC, 2 * seed if seed >= 0 else -2 * seed - 1, number]
     return int(np.random.default_rng(key).integers(2**31))
+
+
+def stages_by_stack(
+    evidence: "Evidence", division: Division, strength: Strength, control: str | None, seed: int
+) -> Stages:
+    """Return the stages of each stack by itself, in the order of all layers.
+
+    Parameters
+    ----------
+    evidence
+        Of all layers.
+    division
+        The stacks, and how many layers of each a draw takes.
+    strength, control, seed
+        See `probabilities_from_scores`; each stack has a seed of its own.
+
+    Raises
+    ------
+    ProbabilitiesError
+        As there, with the path of the stack.
+    """
+    strengths = division.strengths(strength)
+
+    def of_stack(number: int, layers: list[int]) -> Stages:
+        own = evidence if len(division) == 1 else evidence.of_stack(layers)
+        return probabilities_from_scores(
+            own.score, own.low, own.high, k=division.numbers[number], strength=strengths[number],
+            control=control, seed=seed_of_stack(seed, number), shrunk=own.shrunk,
+        )  # fmt: skip
+
+    found = division.each(of_stack)
+    if len(found) == 1:
+        return found[0]
+    values = {
+        name: division.joined([getattr(one, name) for one in found])
+        for name in ("score", "low", "high", "safe", "power", "mixed", "pi", "known")
+    }
+    return Stages(**values, strength=strength)

@@ -50,7 +50,7 @@ def profile(n_layers=12, *, low=True, initial=True, unseen=()):
 
 def probabilities(n_layers=12):
     pi = tuple(np.full(n_layers, 2 / n_layers))
-    return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi,
+    return SimpleNamespace(inclusion_probabilities=pi, activated_layers=2, scores=pi, uniform=pi,
                            layer_names=[f"h.{i}" for i in range(n_layers)])  # fmt: skip
 
 

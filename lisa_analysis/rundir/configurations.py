@@ -65,7 +65,9 @@ class Settings:
         a, b = self.values, other.values
         if key in a and key in b:
             return a[key] == b[key]
-        return a.get(key, b.get(key)) in (*_OFF, None, _BEFORE.get(key))
+        said = a.get(key, b.get(key))
+        before = _BEFORE.get(key)  # as YAML or as JSON writes it
+        return said in (*_OFF, None, before, f'"{before}"')
 
 
 def settings(run: Run) -> Settings:
@@ -84,6 +86,11 @@ def settings(run: Run) -> Settings:
     }
     if len({str(layer.get("stack")) for layer in run.manifest.get("layers") or ()}) < 2:
         values.pop("lisa/stacks", None)  # one stack is drawn alike either way
+    for name in [name for name in values if name.startswith("lisa/activated_of_stack")]:
+        del values[name]  # follows from the others
+    resting = (run.manifest.get("lisa") or {}).get("resting_towers")
+    if resting:  # before there were such, towers trained in every period
+        values["lisa/resting_towers"] = json.dumps(resting)
     # Settings that were written by hand may lack what the manifest knows.
     for keys, name in ((MODEL_KEYS, model_of(run)), (_DATA, data_of(run))):
         if name and not values.keys() & {*keys}:

@@ -10,6 +10,9 @@ from lisa_train.checks import one_of, real, whole
 from lisa_train.methods.lisa.learning.config import LearnConfig
 
 ALWAYS_ACTIVE_GROUPS = ("embed", "head", "norm", "other")
+# What trains only where it is named: towers of images and sounds.
+TOWER = "tower"
+_GROUPS = (*ALWAYS_ACTIVE_GROUPS, TOWER)
 Sampling = Literal[
     "uniform", "bernoulli", "cyclic", "systematic", "conditional_poisson", "balanced"
 ]
@@ -49,8 +52,9 @@ class LisaConfig:
         has no gradient and no optimizer state.
     always_active
         Groups that train in every period: any of ``embed``, ``head``, ``norm``, and ``other``,
-        which is all else outside the layers (a head of an unknown name, a projection, a vision
-        tower); what is frozen before LISA starts stays frozen.
+        which is all else outside the layers (a head of an unknown name, a projection). A tower of
+        images or sounds beside the language model rests unless ``tower`` is named too; to rotate
+        its layers, name them in `layers`. What is frozen before LISA starts stays frozen.
     optimizer_state
         What happens to the optimizer state of a layer that is frozen again: ``reset`` frees it,
         ``keep`` leaves it, ``offload`` moves it to host memory until the layer returns. In Python,
@@ -158,11 +162,11 @@ class LisaConfig:
         if not isinstance(self.always_active, Iterable):
             raise ConfigError(
                 f"lisa.always_active is {self.always_active!r}, but must be a list of groups (of "
-                f"{', '.join(ALWAYS_ACTIVE_GROUPS)}); give [] for none."
+                f"{', '.join(_GROUPS)}); give [] for none."
             )
         object.__setattr__(self, "always_active", tuple(self.always_active))
         for group in self.always_active:
-            one_of("lisa.always_active", group, ALWAYS_ACTIVE_GROUPS)
+            one_of("lisa.always_active", group, _GROUPS)
         for group, given in self.group_probabilities.items():
             option = f"{group}_probability"
             probability = real(f"lisa.{option}", given, "a number in (0, 1], or None")

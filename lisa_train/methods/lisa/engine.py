@@ -20,7 +20,6 @@ from lisa_train.methods.lisa.notices import Notices
 from lisa_train.methods.lisa.plan import Plan as Plan
 from lisa_train.methods.lisa.plan import agreed_plan, open_engines
 from lisa_train.methods.lisa.schedule import Draw as Draw
-from lisa_train.methods.lisa.stacks import stack_entries
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.master_copies import exact
 from lisa_train.model.run_entries import announce, joined, lisa_entries
@@ -128,6 +127,7 @@ class Lisa:
         self._schedule = plan.schedule
         self._turns = plan.turns
         self._units = plan.units
+        self._entries = plan.entries(model)
         self._on_draw = on_draw
         self._notices = Notices(on_notice)
         self.rotates = plan.rotates(model)
@@ -293,9 +293,7 @@ class Lisa:
 
     def run_entries(self) -> dict[str, Any]:
         """Entries of a run's `run.json` that say how this engine trains."""
-        schedule = self._schedule
-        more = {"lisa": self._turns.entries(schedule.control) | stack_entries(schedule.stacks)}
-        return joined(lisa_entries(self.config, self._schedule.seed), more)
+        return joined(lisa_entries(self.config, self._schedule.seed), {"lisa": self._entries})
 
     # ------------------------------------------------------------------ the mechanism
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name
-from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.config import TOWER, LisaConfig
 from lisa_train.methods.lisa.gradient_reach import Unreached
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.methods.lisa.stacks import DrawnStack
@@ -16,6 +16,7 @@ from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.parallel import is_first
+from lisa_train.model.towers import sense_towers
 
 # Lines of names in one announcement; what has more is put together by module.
 _MOST = 8
@@ -137,6 +138,7 @@ def at_start(
         Optimizer steps to come, if known.
     """
     found = [
+        towers(model, layer_map, units[TOWER], active=TOWER in config.always_active),
         unclassified(model, units["other"], active="other" in config.always_active),
         every_layer(model, layer_map, config),
         layer_drop(model),
@@ -152,6 +154,26 @@ def at_start(
             f"sampling='balanced'{' or ' + repr('cyclic') if turns.by == 'layer' else ''}"
         )
     return [text for text in found if text]
+
+
+def towers(
+    model: nn.Module, layer_map: LayerMap, tensors: Sequence[torch.Tensor], *, active: bool
+) -> str | None:
+    """Name the towers of images and sounds, their size, and what becomes of them."""
+    if not tensors:
+        return None
+    size = sum(p.numel() for p in tensors)
+    paths = sense_towers(model, layer_map)
+    share = size / sum(p.numel() for p in model.parameters())
+    what = f"{' and '.join(paths)}: {size:,} parameters, {share:.1%} of the model"
+    whose = "tower" if len(paths) == 1 else "towers"
+    if active:
+        return f"LISA trains in every period the {whose} of images or sounds, {what}"
+    return (
+        f"the {whose} of images or sounds rest{'s' if len(paths) == 1 else ''} under LISA, {what}; "
+        "put 'tower' into lisa.always_active to train in every period, or name the path of its "
+        "layers in lisa.layers to have them take turns"
+    )
 
 
 def unclassified(model: nn.Module, tensors: Sequence[torch.Tensor], *, active: bool) -> str | None:

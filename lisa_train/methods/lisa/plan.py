@@ -21,12 +21,14 @@ from lisa_train.methods.lisa.checks import (
     refuse_adapters_and_quantization,
     refuse_sharded_parts,
 )
-from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.config import TOWER, LisaConfig
 from lisa_train.methods.lisa.schedule import Schedule
+from lisa_train.methods.lisa.stacks import stack_entries
 from lisa_train.methods.lisa.units import Units
 from lisa_train.model.layer_cache import known_layers
 from lisa_train.model.layer_map import LayerMap, Unit
 from lisa_train.model.parallel import agree_on_start, refuse_unproved, refuse_wrappers
+from lisa_train.model.towers import sense_towers
 from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.paged_state import check_paged_state
 
@@ -64,9 +66,10 @@ class Plan:
         layer_map = layer_map or known_layers(model, config.layers)
         turns = Units.of(model, layer_map, config.by)
         probabilities = given_probabilities(config, layer_map, turns)
-        empty = [group for group, names in layer_map.groups.items() if not names]
-        schedule = schedule_of(config, turns, probabilities, seed, empty_groups=empty)
         units = turns.parameters(model, layer_map)
+        empty = [group for group, names in layer_map.groups.items() if not names]
+        empty += [] if units[TOWER] else [TOWER]
+        schedule = schedule_of(config, turns, probabilities, seed, empty_groups=empty)
         drawn = [i for i in range(len(turns)) if i not in schedule.excluded]
         check_units(units, layer_map, config, drawn, may_draw_nothing=schedule.may_draw_nothing)
         chosen: list[Unit] = [*drawn, *config.always_active]
@@ -121,6 +124,13 @@ class Plan:
             "layer_names": list(self.turns.names),
             "tensors": list(self.may_train),
         }
+
+    def entries(self, model: nn.Module) -> dict[str, Any]:
+        """What run.json says under `lisa` beside the settings: what was found in the model."""
+        found = self.turns.entries(self.schedule.control) | stack_entries(self.schedule.stacks)
+        if self.units[TOWER] and TOWER not in self.config.always_active:
+            found["resting_towers"] = list(sense_towers(model, self.layer_map))
+        return found
 
     def rotates(self, model: nn.Module) -> bool:
         """Whether any tensor with gradients ever rests."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lisa_analysis.contract.errors import ConfigError
-from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.config import TOWER, LisaConfig
 from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.samplers import never_drawn, seed_word
 from lisa_train.methods.lisa.stacks import drawn_stacks, sampler_of
@@ -238,6 +238,7 @@ class Schedule:
             "layer_names": self._layer_names,
             "sampler": self._sampler.state_dict(),
             "settings": _settings(self._config),
+            "towers": TOWER in self._config.always_active,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -272,6 +273,8 @@ class Schedule:
         for name, saved in state.get("settings", {}).items():  # states of older versions lack it
             different = name in settings and saved != settings[name]
             if name == "always_active":
+                if "towers" not in state and "other" in saved:  # they trained with it until then
+                    saved = [*saved, TOWER]
                 different = bool((set(saved) ^ set(settings[name])) - self._empty_groups)
             if different:
                 raise ConfigError(

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name, kind_of
-from lisa_train.methods.lisa.config import By
+from lisa_train.methods.lisa.config import TOWER, By
 from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.model.layer_map import LayerMap, Unit
+from lisa_train.model.module_tree import below
+from lisa_train.model.towers import sense_towers
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -130,11 +132,18 @@ class Units:
     def parameters(
         self, model: nn.Module, layer_map: LayerMap
     ) -> dict[Unit, tuple[nn.Parameter, ...]]:
-        """Return the tensors with gradients of every unit and group, see `LayerMap.units`."""
+        """Return the tensors with gradients of every unit and group, see `LayerMap.units`.
+
+        Towers of images and sounds are a group of their own here, and no part of ``other``.
+        """
         whole = {
             unit: tuple(p for p in tensors if p.requires_grad)
             for unit, tensors in layer_map.units(model).items()
         }
+        whole[TOWER] = towers = _tower_tensors(model, layer_map)
+        if towers:
+            inside = set(towers)
+            whole["other"] = tuple(p for p in whole["other"] if p not in inside)
         if self.by == "layer":
             return whole
         parameters = dict(model.named_parameters())
@@ -156,6 +165,19 @@ class Units:
             return dict(tensors)
         matrices = {unit: [p for p in some if p.dim() > 1] for unit, some in tensors.items()}
         return {unit: matrices[unit] or some for unit, some in tensors.items()}
+
+
+def _tower_tensors(model: nn.Module, layer_map: LayerMap) -> tuple[nn.Parameter, ...]:
+    """Tensors with gradients of the towers of images and sounds."""
+    paths = sense_towers(model, layer_map)
+    if not paths:
+        return ()
+    other = set(layer_map.groups["other"])
+    return tuple(
+        p for name, p in model.named_parameters()
+        if p.requires_grad and name in other
+        and any(below(canonical_name(name), path) for path in paths)
+    )  # fmt: skip
 
 
 def _split(path: str, tensors: Mapping[str, torch.Tensor], by: By) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.schema import CONFIG, EVENTS, MANIFEST
-from lisa_analysis.rundir.configurations import grouped, settings
+from lisa_analysis.rundir.configurations import differing, grouped, settings
 
 STUDY = Path(__file__).parents[3] / "reports" / "2026-11-24-learned-sampling" / "runs"
 ARMS = ("uniform", "learned", "permuted")
@@ -223,3 +223,38 @@ def test_settings_of_a_method_that_was_not_used_make_no_arm(tmp_path):
         del manifest["lisa"]
         (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     assert arms(folders) == [["1", "2"]]
+
+
+@pytest.mark.parametrize("folder_has_config", [True, False])
+@pytest.mark.parametrize(
+    ("stacks", "setting", "together"),
+    [(1, "apart", True), (2, "apart", False), (2, "together", True)],
+)
+def test_a_run_of_before_stacks_were_drawn_apart(
+    tmp_path, stacks, setting, together, folder_has_config
+):
+    """It drew from all as from one, which is no other thing where there is one stack alone."""
+    folders = seeds_of_two_versions(tmp_path, "lisa", "lisa", f"stacks: {setting}")
+    for number, folder in enumerate(folders):
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        for i, layer in enumerate(manifest["layers"]):
+            layer["stack"] = "encoder" if stacks == 2 and i % 2 else "decoder"
+        if number:
+            manifest["lisa"]["stacks"] = setting
+            if (stacks, setting) == (2, "apart"):
+                manifest["lisa"]["activated_of_stack"] = {"encoder": 1, "decoder": 1}
+        (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+        if not folder_has_config:
+            (folder / CONFIG).unlink()
+    assert arms(folders) == ([["1", "2"]] if together else [["1"], ["2"]])
+    runs = [settings(la.load(folder)) for folder in folders]
+    assert differing(runs) == ([] if together else ["lisa/stacks"])
+
+
+def test_a_run_of_before_towers_rested_is_another_arm(tmp_path):
+    folders = seeds_of_two_versions(tmp_path, "lisa", "lisa")
+    assert arms(folders) == [["1", "2"]]
+    manifest = json.loads((folders[1] / MANIFEST).read_text("utf-8"))
+    manifest["lisa"]["resting_towers"] = ["model.vision_tower"]
+    (folders[1] / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    assert arms(folders) == [["1"], ["2"]]

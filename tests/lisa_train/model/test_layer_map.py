@@ -13,6 +13,7 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.layers import kind_of
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.layer_map import find_layers
+from lisa_train.model.towers import sense_towers
 
 # 2026-11-23: peft asks for a property that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings(
@@ -70,6 +71,8 @@ def test_lisa_moves_exactly_what_the_map_says(architecture):
         expected = {n for i in engine.active_layers for n in engine.layer_map.layers[i]}
         expected |= {n for g in engine.layer_map.groups for n in engine.layer_map.groups[g]}
         expected = {n for n in expected if flags[n]}  # Whisper's sinusoids never train
+        towers = tuple(f"{path}." for path in sense_towers(model, engine.layer_map))
+        expected = {n for n in expected if not n.startswith(towers)}
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == expected
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 

@@ -11,8 +11,11 @@ from torch import nn
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.config import ALWAYS_ACTIVE_GROUPS
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.methods.select.choice import choose
 from lisa_train.model.master_copies import exact
+from lisa_train.model.towers import sense_towers
 
 
 def adamw(model):
@@ -41,7 +44,8 @@ def test_all_layers_active_and_state_kept_is_full_fine_tuning_in_every_architect
     before = {n: p.detach().clone() for n, p in full.named_parameters()}
     inputs = known.inputs(name)
     layers = len(lt.find_layers(rotated))
-    config = lt.LisaConfig(layers, 2, optimizer_state="keep")
+    everything = (*ALWAYS_ACTIVE_GROUPS, "tower")
+    config = lt.LisaConfig(layers, 2, optimizer_state="keep", always_active=everything)
     plain = train(full, adamw(full), None, range(3), inputs)
     optimizer = adamw(rotated)
     with Lisa(rotated, optimizer, config) as engine:
@@ -136,14 +140,144 @@ def test_what_is_frozen_before_rests_without_a_word(caplog):
     assert "neither layer" not in caplog.text
 
 
-def test_a_second_tower_is_announced_by_its_parts(caplog):
+TOWERS = {
+    "llava": "model.vision_tower", "qwen2_vl": "model.visual", "idefics2": "model.vision_model",
+    "qwen2_audio": "model.audio_tower",
+}  # fmt: skip
+
+
+def seeing(name):
+    """A tiny model that reads pictures or sounds beside text."""
+    torch.manual_seed(0)
+    text = hf.LlamaConfig(**known.DECODER)
+    if name == "idefics2":
+        perceiver = {"hidden_size": 16, "resampler_n_latents": 2, "resampler_depth": 2,
+                     "resampler_n_heads": 2, "resampler_head_dim": 8,
+                     "num_key_value_heads": 1}  # fmt: skip
+        config = hf.Idefics2Config(
+            text_config=text, vision_config=known.VISION, perceiver_config=perceiver
+        )
+        return hf.Idefics2ForConditionalGeneration(config)
+    if name == "qwen2_audio":
+        audio = {"num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 2,
+                 "encoder_ffn_dim": 24, "d_model": 16, "max_source_positions": 10}  # fmt: skip
+        config = hf.Qwen2AudioConfig(
+            audio_config=audio, text_config=hf.Qwen2Config(**known.DECODER)
+        )
+        return hf.Qwen2AudioForConditionalGeneration(config)
+    return known.build(name)
+
+
+@pytest.mark.parametrize("name", sorted(TOWERS))
+def test_a_tower_of_images_or_sounds_rests_unless_it_is_named(name, caplog):
+    model = seeing(name)
+    path = TOWERS[name]
+    inside = [
+        p for n, p in model.named_parameters() if n.startswith(f"{path}.") and p.requires_grad
+    ]  # Qwen2-Audio's positions are frozen from the start
+    size = sum(p.numel() for p in inside)
+    with Lisa(model, adamw(model), lt.LisaConfig(1, 1)) as engine:
+        engine.begin_step(0)
+        assert not any(p.requires_grad for p in inside)
+        other = [n for n in engine.layer_map.groups["other"] if not n.startswith(f"{path}.")]
+        resting = engine.run_entries()["lisa"]["resting_towers"]
+        for n in other:  # what joins the tower to the language model trains, but a resampler
+            trains = not any(n.startswith(f"{tower}.") for tower in resting)
+            assert model.get_parameter(n).requires_grad == trains
+    assert resting[0] == path
+    assert "rest" in caplog.text
+    assert path in caplog.text
+    if len(resting) == 1:
+        assert f"the tower of images or sounds rests under LISA, {path}: {size:,}" in caplog.text
+    assert "put 'tower' into lisa.always_active" in caplog.text
+    caplog.clear()
+    named = lt.LisaConfig(1, 1, always_active=(*ALWAYS_ACTIVE_GROUPS, "tower"))
+    with Lisa(model, adamw(model), named) as engine:
+        engine.begin_step(0)
+        assert all(p.requires_grad for p in inside)
+        assert "resting_towers" not in engine.run_entries()["lisa"]
+    assert "trains in every period the tower" in caplog.text.replace("towers", "tower")
+    assert all(p.requires_grad for p in inside)
+
+
+def test_a_resting_tower_keeps_its_bits_and_what_it_sees_still_counts():
+    model, optimizer = (made := known.build("llava")), adamw(made)
+    inputs = known.inputs("llava")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with Lisa(model, optimizer, lt.LisaConfig(2, 1)) as engine:
+        losses = train(model, optimizer, engine, range(6), inputs)
+    assert losses[-1] < losses[0]
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert not any(n.startswith("model.vision_tower.") for n in moved)
+    assert any("multi_modal_projector" in n for n in moved)
+    assert not any(p in optimizer.state for n, p in model.named_parameters() if "vision_tow" in n)
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper", "wav2vec2", "hubert", "opt"])
+def test_models_whose_layers_read_images_or_sounds_have_no_resting_tower(name, caplog):
+    model = known.build(name)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    layers = len(lt.find_layers(model))
+    with Lisa(model, adamw(model), lt.LisaConfig(layers, 1)) as engine:
+        engine.begin_step(0)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+        assert sense_towers(model, engine.layer_map) == ()
+    assert "tower" not in caplog.text
+
+
+def test_layers_that_are_named_take_turns_whatever_they_read():
     model = known.build("llava")
-    tower = sum(p.numel() for p in model.model.vision_tower.encoder.parameters())
-    with Lisa(model, adamw(model), lt.LisaConfig(1, 1)):
-        pass
-    (said,) = (r.getMessage() for r in caplog.records if "in every period" in r.getMessage())
-    assert f"model.vision_tower.encoder {tower:,}" in said
-    assert "model.multi_modal_projector" in said
+    path = "model.vision_tower.encoder.layers"
+    with Lisa(model, adamw(model), lt.LisaConfig(1, 1, layers=path)) as engine:
+        engine.begin_step(0)
+        assert sense_towers(model, engine.layer_map) == ()  # the text is no tower of a sense
+        assert model.get_parameter("model.language_model.layers.0.mlp.up_proj.weight").requires_grad
+    both = lt.LisaConfig(2, 1, layers=f"model.language_model.layers, {path}")
+    with Lisa(model, adamw(model), both) as engine:
+        engine.begin_step(0)
+        stacks = [engine.layer_map.stacks[i] for i in engine.active_layers]
+        assert len(set(stacks)) == 2
+
+
+def test_a_tower_is_known_by_its_name_where_nothing_says_what_it_reads():
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+
+            def block():
+                return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+            self.vision_model = nn.Sequential(block(), block())
+            self.text_model = nn.Sequential(block(), block(), block())
+
+    model = Seeing()
+    layer_map = lt.find_layers(model, "text_model")
+    assert sense_towers(model, layer_map) == ("vision_model",)
+    assert sense_towers(model, lt.find_layers(model, "vision_model")) == ()
+
+
+def test_full_and_select_train_a_tower_as_before():
+    model = known.build("llava")
+    chosen = choose(model, lt.SelectConfig(groups=("other",)))
+    assert any(n.startswith("model.vision_tower.") for n in chosen.tensors)
+
+
+def test_a_state_in_which_the_tower_trained_does_not_go_on_without_it():
+    model = known.build("llava")
+    optimizer = adamw(model)
+    with Lisa(model, optimizer, lt.LisaConfig(1, 2)) as engine:
+        engine.begin_step(0)
+        saved = engine.state_dict()
+        engine.load_state_dict(saved)
+    del saved["towers"]  # a version in which `other` was everything
+    with (
+        Lisa(model, optimizer, lt.LisaConfig(1, 2)) as engine,
+        pytest.raises(ConfigError, match=r"always_active = .*'tower'\], this run"),
+    ):
+        engine.load_state_dict(saved)
+    named = lt.LisaConfig(1, 2, always_active=(*ALWAYS_ACTIVE_GROUPS, "tower"))
+    with Lisa(model, optimizer, named) as engine:
+        engine.load_state_dict(saved)
 
 
 def test_a_state_saved_before_other_was_a_group_goes_on_where_the_model_has_none(make_llama):

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import ConfigError, LisaError
 from lisa_train.command.interruption import stop_on_signals
-from lisa_train.command.together import is_to_say, launched
+from lisa_train.command.together import (
+    LostProcessError,
+    all_are_done,
+    first_alone,
+    is_first,
+    is_to_say,
+)
 from lisa_train.command.volume import at_volume
 
 PROG = "lisa-ablate"
@@ -122,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LisaError as error:
         if {"-v", "--verbose"} & set(words):
             traceback.print_exc()
-        if is_to_say(str(error)):
+        if is_to_say(str(error), consequence=isinstance(error, LostProcessError)):
             print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -135,20 +141,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print(
-            f"{PROG}: interrupted; what was measured is kept, the same call goes on from there.",
-            file=sys.stderr,
-        )
+        if is_to_say("interrupted", consequence=True):
+            print(
+                f"{PROG}: interrupted; what was measured is kept, the same call goes on from "
+                "there.",
+                file=sys.stderr,
+            )
         return 130
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if launched() > 1:
-        raise ConfigError(
-            f"{launched()} processes were started, which would all write the same table; start "
-            f"{PROG} by itself, without torchrun or accelerate launch: it measures in one process."
-        )
     if (arguments.restore is None) != (arguments.output is None):
         given, missing = ("--restore", "--output DIR") if arguments.restore else (
             "--output", "--restore LAYERS"
@@ -177,6 +180,8 @@ def _run(arguments: argparse.Namespace) -> None:
         "base": arguments.base,
     }
     if arguments.restore is not None:
+        if not first_alone():
+            return
         from lisa_train.command.ablate_restore import restore
 
         say = _nothing if arguments.quiet else print
@@ -186,12 +191,24 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from lisa_train.command.ablate_run import ablate, note
 
-    done = ablate(
-        arguments.run_dir, by=arguments.by, ranges=arguments.range, bf16=arguments.bf16,
-        progress=False if arguments.quiet else None, say=_nothing if arguments.quiet else note,
-        **shared,
-    )  # fmt: skip
-    print(done.path if arguments.quiet else done)
+    try:
+        done = ablate(
+            arguments.run_dir, by=arguments.by, ranges=arguments.range, bf16=arguments.bf16,
+            progress=False if arguments.quiet else None, say=_nothing if arguments.quiet else note,
+            **shared,
+        )  # fmt: skip
+        if is_first():
+            print(done.path if arguments.quiet else done)
+        all_are_done()
+    except RuntimeError as error:
+        from lisa_train.model.parallel import lost_a_process
+
+        if not lost_a_process(error):
+            raise
+        raise LostProcessError(
+            f"another process ended, and this one cannot go on alone ({error}); what was measured "
+            "is kept, the same call goes on from there."
+        ) from error
 
 
 def _nothing(text: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FINAL_MODEL = f"{schema.CHECKPOINTS_DIR}/final"
 ADAPTER_CONFIG = "adapter_config.json"
+_SPLITS = ("fsdp", "fsdp_config", "parallelism_config")
 
 
 @dataclass
@@ -179,9 +180,11 @@ def read_config(run: Run) -> "TrainConfig | None":
         return None
     config = parse(["--config", str(path)]).config
     # Measured as it is stored: an ablation is exact, and makes no gradients.
+    # By itself too: a model that was split while it trained is whole here.
+    given = {name: value for name, value in config.trainer_args.items() if name not in _SPLITS}
     return dataclasses.replace(
-        config, bf16=False, fp16=False, gradient_checkpointing=False, report_to=(),
-        eval_steps=None, save_steps=None, progress_bar=False, step_in_backward=False,
+        config, trainer_args=given, bf16=False, fp16=False, gradient_checkpointing=False,
+        report_to=(), eval_steps=None, save_steps=None, progress_bar=False, step_in_backward=False,
         eight_bit_states=None, optim="adamw_torch",
     )  # fmt: skip
 

@@ -1,21 +1,24 @@
 """`ablate(run_dir)`: what every layer of a finished run learned, taken out and put in alone."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.schema import LOCK
 from lisa_train.checks import whole
 from lisa_train.command.ablate_examples import general_rows, held_out_rows
 from lisa_train.command.ablate_inputs import TrainedRun, load_trained, open_run
+from lisa_train.command.together import agreed, all_are_here, is_first, meet
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lisa_train.measure.ablation.ablating import Cost
-    from lisa_train.measure.ablation.file import AblationFile
+    from lisa_train.measure.ablation.file import AblationFile, Measured
     from lisa_train.measure.ablation.losses import ExampleLosses, Examples
     from lisa_train.measure.ablation.summary import Summary
     from lisa_train.measure.ablation.units import AblatedUnit, By, Ranges
@@ -81,6 +84,9 @@ def ablate(
     base. What an interrupted call measured is kept and not measured again; a call with another
     `by`, range or text adds its rows.
 
+    Several processes (torchrun) that call it together share the batches among them; the first one
+    writes, and the losses are those of one process. None of them may be left out.
+
     Parameters
     ----------
     run_dir
@@ -129,18 +135,20 @@ def ablate(
     from lisa_train.measure.ablation.file import AblationFile
     from lisa_train.measure.ablation.summary import summarize
     from lisa_train.measure.ablation.units import make_units, read_ranges
-    from lisa_train.measure.disk.storage import RunLock
 
     check_max_examples(max_examples)
+    meet()
     run = open_run(run_dir)
     read_ranges(ranges, run.n_layers)
-    lock = RunLock(run.path / LOCK)  # one at a time, and no training beside it
-    try:
+    say = say if is_first() else _nothing
+    with _alone(run.path):
         trained = load_trained(run, model, base, data)
         units = make_units(trained.change.parts, trained.change.kinds, by, ranges)
         losses, examples = prepare_examples(trained, data, general, max_examples, collate, bf16)
         measured = {name: one.measured for name, one in examples.items()}
-        file = AblationFile(run.path, trained.about, measured)
+        file = agreed(lambda: AblationFile(run.path, trained.about, measured))
+        file.writes = is_first()
+        _check_same_examples(file, measured)
         if file.unfinished.exists():
             say("this goes on where an interrupted call stopped")
         naive = _one_by_one(file, units, list(examples))
@@ -148,8 +156,37 @@ def ablate(
             trained.change, losses, examples, units, file, progress=progress, say=say
         )
         return Ablation(file.path, summarize(file, units), cost, naive)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one ablation at a time measure a run, and no training beside it."""
+    from lisa_train.measure.disk.storage import RunLock
+
+    held: list[RunLock] = []
+    all_are_here()  # to whom the run would be in use, once it is locked
+    agreed(lambda: held.append(RunLock(path / LOCK)))
+    try:
+        yield
     finally:
-        lock.release()
+        for lock in held:
+            lock.release()
+
+
+def _check_same_examples(file: "AblationFile", mine: "Mapping[str, Measured]") -> None:
+    """`ConfigError` where this process does not have the first one's examples."""
+    for name, one in mine.items():
+        theirs = file.about["data"][name]
+        if theirs["digest"] != one.about["digest"]:
+            raise ConfigError(
+                f"the processes have different {name} examples ({theirs['examples']} and "
+                f"{one.about['examples']} of {one.about['name']}): let all of them read the same "
+                "files."
+            )
+
+
+def _nothing(text: str) -> None:
+    """Take what only the first process says."""
 
 
 def _one_by_one(file: "AblationFile", units: "list[AblatedUnit]", names: list[str]) -> float:

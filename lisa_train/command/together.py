@@ -19,6 +19,9 @@ from lisa_analysis.contract.errors import LisaError
 
 T = TypeVar("T")
 
+_LAUNCHED = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 _PATIENCE = timedelta(seconds=10)
 
 
@@ -29,6 +32,30 @@ class LostProcessError(LisaError):
 def launched() -> int:
     """Return how many processes a launcher (torchrun, accelerate) has started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def meet() -> None:
+    """Let the processes that a launcher has started find each other, each on its device."""
+    if launched() == 1 or processes() > 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def first_alone() -> bool:
+    """Let the first of the launched processes be one by itself; return whether this is it.
+
+    For what only one can do, before anything of the others' is looked at.
+    """
+    if launched() == 1:
+        return True
+    first = int(os.environ.get("RANK") or 0) == 0
+    for name in [*os.environ]:
+        if name in _LAUNCHED or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_")):
+            del os.environ[name]
+    return first
 
 
 def processes() -> int:
@@ -85,6 +112,14 @@ def first_goes_first() -> Iterator[None]:
         dist.barrier()
     yield
     if is_first():
+        dist.barrier()
+
+
+def all_are_here() -> None:
+    """Wait for the others."""
+    if processes() > 1:
+        import torch.distributed as dist
+
         dist.barrier()
 
 

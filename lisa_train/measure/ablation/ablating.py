@@ -1,5 +1,6 @@
 """The ablation itself: every unit taken out of the trained model, and put into the base alone."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from lisa_train.measure.ablation.file import AblationFile, Key
 from lisa_train.measure.ablation.losses import Batch, ExampleLosses, Examples
 from lisa_train.measure.ablation.passes import Kept, Passes
 from lisa_train.measure.ablation.progress import Progress
+from lisa_train.measure.ablation.sharing import Sharing
 from lisa_train.measure.ablation.units import AblatedUnit
+from lisa_train.model.parallel import processes
 
 # What is kept of the layers' outputs takes so much of the free memory at most.
 _SHARE = 0.25
@@ -59,6 +62,9 @@ def ablate_units(
 ) -> Cost:
     """Measure what `file` does not hold yet, and write it.
 
+    In several processes all call it together, with the same files and data; only one of them
+    writes (`AblationFile.writes`). Each takes whole batches of one process.
+
     Parameters
     ----------
     change
@@ -89,13 +95,14 @@ def ablate_units(
     ablation = _Ablation(change, losses, data, units, file, reuse, say)
     states: tuple[State, ...] = ("trained", "base")
     what = f"ablation of {len(units)} units"
+    progress = progress if ablation.sharing.first else False
     with Progress(ablation.planned(), what, progress) as bar, change.as_found():
         for state in states:
             if any(ablation.todo(state, name) for name in data):
                 change.become(state)
                 for name in data:
                     ablation.measure(state, name, bar)
-    cost = ablation.cost
+    cost = ablation.cost_of_all()
     cost.seconds = time.monotonic() - started
     file.finish(cost.passes, cost.seconds)
     return cost
@@ -118,7 +125,17 @@ class _Ablation:
         self.file, self.reuse, self.say = file, reuse, say
         self.passes = Passes(change.model, change.layer_map, losses)
         self.cost = Cost()
+        self.sharing = Sharing()
         self._checked = False
+
+    def cost_of_all(self) -> Cost:
+        """What all processes have taken together."""
+        every = self.sharing.gathered(self.cost)
+        return Cost(
+            passes=sum(cost.passes for cost in every),
+            whole=sum(cost.whole for cost in every),
+            whole_seconds=sum(cost.whole_seconds for cost in every),
+        )
 
     def todo(self, state: State, name: str, batch: Batch | None = None) -> list[Key]:
         """What has no loss yet of the examples of a batch (None: of any)."""
@@ -156,12 +173,11 @@ class _Ablation:
         """Measure one data in one state of the whole model."""
         batches = [b for b in self.data[name].batches if self.todo(state, name, b)]
         whole = Key(None, None, state, name)
-        for chunk in self._chunks(batches, whole, bar):
+        for chunk, numbers in self._chunks(batches, whole, bar):
             for unit in self.units:
                 key = Key(unit.name, unit.kind, _MODE[state], name)
-                wanted = [number for batch, _ in chunk for number in batch.examples]
-                if np.isin(self.file.missing(key), wanted).any():
-                    self._measure_unit(unit, key, whole, chunk, bar)
+                if np.isin(self.file.missing(key), numbers).any():
+                    self._measure_unit(unit, key, whole, chunk, numbers, bar)
 
     def _measure_unit(
         self,
@@ -169,59 +185,87 @@ class _Ablation:
         key: Key,
         whole: Key,
         chunk: list[tuple[Batch, Kept]],
+        numbers: list[int],
         bar: Progress,
     ) -> None:
-        numbers = [number for batch, _ in chunk for number in batch.examples]
         if not unit.parts:  # nothing to take out or put in: the model is the same
             self.file.add(key, numbers, self.file.losses[whole].data[numbers].tolist())
             return
         begin = self.passes.begin(unit.parts) if self.reuse else 0
         values: list[float] = []
-        with self.change.put(unit.parts, _OTHER[self.change.state]):
-            for batch, kept in chunk:
-                values += self.passes.after(begin, batch.inputs, kept).tolist()
-                self._count(batch, key.data)
-                bar.add(len(batch.examples) * self._weight(unit))
-        self.file.add(key, numbers, values)
+        if chunk:
+            with self.change.put(unit.parts, _OTHER[self.change.state]):
+                for batch, kept in chunk:
+                    values += self.passes.after(begin, batch.inputs, kept).tolist()
+                    self._count(batch, key.data)
+                    bar.add(len(batch.examples) * self._weight(unit))
+        mine = [number for batch, _ in chunk for number in batch.examples]
+        for process, (measured, losses) in enumerate(self.sharing.gathered((mine, values))):
+            if measured:
+                self.file.add(key, measured, losses)
+            if process != self.sharing.number:
+                bar.add(len(measured) * self._weight(unit))
 
     def _chunks(
         self, batches: list[Batch], whole: Key, bar: Progress
-    ) -> Iterator[list[tuple[Batch, Kept]]]:
-        """Pass the whole model over batches; yield as many together as memory holds outputs of."""
+    ) -> Iterator[tuple[list[tuple[Batch, Kept]], list[int]]]:
+        """Pass the whole model over batches; yield as many together as memory holds outputs of.
+
+        With them the numbers of the examples that all processes have passed over.
+        """
         chunk: list[tuple[Batch, Kept]] = []
+        passed: list[int] = []
         held = 0
-        for number, batch in enumerate(batches):
-            started = time.monotonic()
-            values, kept = self.passes.record(batch.inputs)
-            self.cost.whole += self._count(batch, whole.data)
-            self.cost.whole_seconds += time.monotonic() - started
-            self._take_whole(whole, batch, values)
-            bar.add(len(batch.examples))
+        for batch, last in self.sharing.rounds(batches):
+            found: tuple[list[int], list[float]] = ([], [])
+            kept = Kept()
+            if batch is not None:
+                started = time.monotonic()
+                values, kept = self.passes.record(batch.inputs)
+                self.cost.whole += self._count(batch, whole.data)
+                self.cost.whole_seconds += time.monotonic() - started
+                found = list(batch.examples), values.tolist()
+            for numbers, losses in self.sharing.gathered(found):
+                if numbers:
+                    self._take_whole(whole, numbers, losses)
+                bar.add(len(numbers))
+                passed += numbers
             if self.reuse and not self._checked:
                 self._check_reuse(batch, kept, whole.data)
-            chunk.append((batch, kept if self.reuse else Kept()))
-            held += kept.bytes if self.reuse else 0
-            if number == len(batches) - 1 or held > _SHARE * _free(self.change.model):
-                yield chunk
-                chunk, held = [], 0
+            if batch is not None:
+                chunk.append((batch, kept if self.reuse else Kept()))
+                held += kept.bytes if self.reuse else 0
+            full = held > _SHARE * _free(self.change.model)
+            if last or any(self.sharing.gathered(full)):
+                yield chunk, passed
+                chunk, passed, held = [], [], 0
 
-    def _take_whole(self, key: Key, batch: Batch, values: torch.Tensor) -> None:
+    def _take_whole(self, key: Key, numbers: list[int], values: list[float]) -> None:
         """Keep the losses of the whole model, or hold them against those in the file."""
-        numbers = list(batch.examples)
         if np.isin(self.file.missing(key), numbers).any():
-            self.file.add(key, numbers, values.tolist())
+            self.file.add(key, numbers, values)
             return
         before = self.file.losses[key].data[numbers]
-        if not np.allclose(before, values.numpy(), rtol=_SAME, atol=_SAME, equal_nan=True):
+        if not np.allclose(before, values, rtol=_SAME, atol=_SAME, equal_nan=True):
             raise LisaError(
                 f"{self.file.path} holds other losses of the {key.mode} model than this one has "
                 f"({before[0]:.4f} and {float(values[0]):.4f} nats on an example): it was measured "
                 "on other weights; move the file away to measure anew."
             )
 
-    def _check_reuse(self, batch: Batch, kept: Kept, name: str) -> None:
-        """Hold passes that begin in the middle against whole ones, bit by bit."""
+    def _check_reuse(self, batch: Batch | None, kept: Kept, name: str) -> None:
+        """Hold passes that begin in the middle against whole ones, bit by bit, in every process."""
         self._checked = True
+        mine = "" if batch is None else self._why_no_reuse(batch, kept, name)
+        why = next((found for found in self.sharing.gathered(mine) if found), "")
+        if why:
+            self.reuse = False
+            self.say(
+                "every pass runs the whole model, since one that begins at a layer is not the same "
+                f"to the last bit here ({why})"
+            )
+
+    def _why_no_reuse(self, batch: Batch, kept: Kept, name: str) -> str:
         begins = {self.passes.begin(unit.parts): unit for unit in self.units if unit.parts}
         found = sorted(begin for begin in begins if begin)
         why = ""
@@ -237,12 +281,7 @@ class _Ablation:
                     continue
                 if not torch.equal(short, whole):
                     why = "its losses are others"
-        if why:
-            self.reuse = False
-            self.say(
-                "every pass runs the whole model, since one that begins at a layer is not the same "
-                f"to the last bit here ({why})"
-            )
+        return why
 
     def _count(self, batch: Batch, name: str) -> float:
         """Count the pass that was just made; return its part of a pass over all examples."""
@@ -257,4 +296,6 @@ def _free(model: torch.nn.Module) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    # Processes on one host share what it has.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if processes() > 1 else 1
+    return int(psutil.virtual_memory().available) // here

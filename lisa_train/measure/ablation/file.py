@@ -69,6 +69,8 @@ class AblationFile:
         Labels of every example of a data.
     about : dict
         The metadata of what is in the file.
+    writes : bool
+        False in a process that only keeps in mind what the first one writes.
 
     Raises
     ------
@@ -89,6 +91,7 @@ class AblationFile:
         }
         self.losses: dict[Key, np.ma.MaskedArray[Any, Any]] = {}
         self.tokens: dict[str, NDArray[np.int32]] = {n: one.tokens for n, one in data.items()}
+        self.writes = True
         self._lines: LineFile | None = None
         if self.path.exists():
             self._take_table()
@@ -110,6 +113,8 @@ class AblationFile:
             When the disk refuses.
         """
         self._put(key, examples, losses)
+        if not self.writes:
+            return
         try:
             if self._lines is None:
                 self._lines = LineFile(self.unfinished)
@@ -131,6 +136,8 @@ class AblationFile:
 
         self.about["passes"] = round(self.about["passes"] + passes, 3)
         self.about["seconds"] = round(self.about["seconds"] + seconds, 1)
+        if not self.writes:
+            return
         whole = sorted((key for key in self.losses if not len(self.missing(key))), key=_order)
         counts = [len(self.losses[key]) for key in whole]
         columns: dict[str, Any] = {

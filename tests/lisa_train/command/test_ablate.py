@@ -431,10 +431,3 @@ def test_another_base_of_the_same_shape_is_told_by_its_losses(run_of, tmp_path, 
     lt.ablate(run, general=False, progress=False)
     with pytest.raises(LisaError, match="was measured with base"):
         lt.ablate(run, general=False, base=tmp_path / "other", progress=False)
-
-
-def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([str(tmp_path)]) == 2
-    assert "2 processes were started, which would all write the same" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())

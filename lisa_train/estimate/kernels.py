@@ -1,7 +1,10 @@
 """What CUDA runs where the CPU's route through torch would keep other tensors."""
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,12 +71,8 @@ def one_sequence_per_row() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with _replaced(masking_utils, find_packed_sequence_indices=lambda position_ids: None):
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = before
 
 
 @contextlib.contextmanager
@@ -85,17 +84,38 @@ def tiles_in_place() -> Iterator[None]:
     check("estimate trl")
     from trl.kernels import chunked_logprob
 
-    names = ("_forward_tile", "_backward_tile", "_addmm_fp32")
-    before = {name: getattr(chunked_logprob, name) for name in names}
-    replaced: dict[str, Callable[..., None]] = {
-        "_forward_tile": lambda *_, **__: None,
-        "_backward_tile": lambda *_, **__: None,
-        "_addmm_fp32": lambda accumulator, a, b: None,
-    }
-    for name, function in replaced.items():
-        setattr(chunked_logprob, name, function)
-    try:
+    with _replaced(
+        chunked_logprob,
+        _forward_tile=lambda *_, **__: None,
+        _backward_tile=lambda *_, **__: None,
+        _addmm_fp32=lambda accumulator, a, b: None,
+    ):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(chunked_logprob, name, function)
+
+
+# Whoever replaces functions puts back what was there: in turns, that is the original.
+_IN_TURNS = threading.RLock()
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Let other functions stand in a module for what this thread calls there, and no other."""
+    with _IN_TURNS:
+        before = {name: getattr(module, name) for name in functions}
+        for name, function in functions.items():
+            setattr(module, name, _in_this_thread(function, before[name]))
+        try:
+            yield
+        finally:
+            for name, original in before.items():
+                setattr(module, name, original)
+
+
+def _in_this_thread(function: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
+    here = threading.get_ident()
+
+    @functools.wraps(others)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (function if threading.get_ident() == here else others)(*args, **kwargs)
+
+    return chosen

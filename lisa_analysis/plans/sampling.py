@@ -207,7 +207,7 @@ def strengths(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _evidence(profile: Any, use_intervals: bool) -> Evidence:
+def _evidence(profile: "ImportanceProfile", use_intervals: bool) -> Evidence:
     check_profile(profile)
     if profile.by != "layer":
         raise ProbabilitiesError(

@@ -1,6 +1,6 @@
 """importance(run, metric) -> ImportanceProfile: scores, intervals, verdict, and step 0."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -23,7 +23,7 @@ from lisa_analysis.profiles.sentences import remarks, statement
 from lisa_analysis.profiles.thresholds import THRESHOLDS, Thresholds
 from lisa_analysis.profiles.verdict import Judgement, judge
 from lisa_analysis.rundir.logs.others_log import ATTACH
-from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.rundir.parts import parts_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.weights.plain import PlainWeights
@@ -43,12 +43,12 @@ def default_metric(run: Run) -> str:
 
 
 def importance(
-    run: Any,
+    run: RunLike | Sequence[RunLike],
     metric: str | Metric | Callable[[Measurements], Array] | None = None,
     *,
     by: str = "layer",
     confidence: float = 0.95,
-    reference: Any = None,
+    reference: RunLike | None = None,
     seed: int = 0,
     thresholds: Thresholds = THRESHOLDS,
 ) -> ImportanceProfile:
@@ -180,7 +180,7 @@ def _check_seed(seed: Any) -> None:
         raise LisaError(f"seed is {seed!r}: expected a whole number from 0.")
 
 
-def _metric_of(run: Run, asked: Any, reference: Any) -> Metric:
+def _metric_of(run: Run, asked: Any, reference: RunLike | None) -> Metric:
     """Find the metric to score a run by; refuse a run that has nothing to score."""
     other = None if reference is None else opened(reference, "reference")
     chosen = find_metric(default_metric(run) if asked is None else asked, other)

@@ -1,7 +1,6 @@
 """What training changed: the gradient that the data agree on, at two probes of one run."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from lisa_analysis.metrics.log import measurements
 from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.profiles.profile import ImportanceProfile
-from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.statistics.estimate import MIN_INDEPENDENT
 from lisa_analysis.statistics.paired import change
@@ -64,7 +63,7 @@ def probed_steps(run: Run) -> list[int]:
     return sorted(int(step) for step in batches.index[batches > 1])
 
 
-def probe_change(run: Any, first: int | None = None, last: int | None = None) -> ProbeChange:
+def probe_change(run: RunLike, first: int | None = None, last: int | None = None) -> ProbeChange:
     """Say of which layers the gradient that the data agree on rose or fell between two probes.
 
     Parameters

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from lisa_analysis.contract.errors import LisaError, RunDirectoryError
 from lisa_analysis.contract.paths import as_path
 from lisa_analysis.contract.schema import MANIFEST
 from lisa_analysis.rundir.run import Run
+
+RunLike = Run | str | os.PathLike[str]
+"""A run that was opened, or where it lies."""
 
 
 def load(path: str | Path, *, base: str | Path | None = None) -> Run:
@@ -56,7 +58,7 @@ def load(path: str | Path, *, base: str | Path | None = None) -> Run:
     return run
 
 
-def opened(run: Any, asked_by: str) -> Run:
+def opened(run: object, asked_by: str) -> Run:
     """Return `run` itself, or the run directory at that path.
 
     Raises

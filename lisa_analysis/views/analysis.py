@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
@@ -23,7 +22,7 @@ from lisa_analysis.profiles.probe_changes import ProbeChange, probe_change, prob
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import data_of, labels, model_of
 from lisa_analysis.rundir.events import draws
-from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.comparing import compare
 from lisa_analysis.runs.comparison import Comparison
@@ -205,7 +204,7 @@ class Analysis:
     plan: NextRun = field(default_factory=NextRun)
 
     @classmethod
-    def of(cls, runs: Sequence[Run | str | Path], metric: Any = None, **options: Any) -> "Analysis":
+    def of(cls, runs: Sequence[RunLike], metric: Any = None, **options: Any) -> "Analysis":
         """Prepare the analysis of runs, opened or by their paths.
 
         Parameters

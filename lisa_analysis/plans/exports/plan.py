@@ -60,7 +60,7 @@ class Plan:
     @classmethod
     def of(
         cls,
-        profile: Any,
+        profile: "ImportanceProfile",
         *,
         run: Any = None,
         strength: float | str | None = None,

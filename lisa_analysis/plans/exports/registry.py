@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from lisa_analysis.contract.paths import to_write
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 from lisa_analysis.plans.exports.plan import Plan
 from lisa_analysis.plans.exports.yaml_text import to_yaml
+
+if TYPE_CHECKING:
+    from lisa_analysis.profiles.profile import ImportanceProfile
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Export:
         return path
 
 
-def export(profile: Any, kind: str, **options: Any) -> Export:
+def export(profile: "ImportanceProfile", kind: str, **options: Any) -> Export:
     """Turn a profile into the configuration of another tool.
 
     An undecided profile gives the uniform choice (equal ranks, all layers, multipliers of 1), and

@@ -5,7 +5,7 @@ from typing import Any
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.rundir.logs.others_log import ATTACH
-from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.runs.diagnostics.finding import STATES, Diagnostics, Finding
 from lisa_analysis.runs.diagnostics.gradients import (
     ClipPressure,
@@ -76,7 +76,7 @@ def register(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
-def diagnose(run: Any, rules: Iterable[Rule] | None = None) -> Diagnostics:
+def diagnose(run: RunLike, rules: Iterable[Rule] | None = None) -> Diagnostics:
     """Check a run.
 
     Parameters

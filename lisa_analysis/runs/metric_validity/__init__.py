@@ -1,6 +1,6 @@
 """Whether a metric of a layer tells what the layer's change was worth: every metric tried."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
-from lisa_analysis.rundir.opening import opened
+from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.runs.metric_validity.judging import judge
 from lisa_analysis.runs.metric_validity.sides import LEVELS, TARGETS, Part, parts_of
 from lisa_analysis.runs.metric_validity.words import sentences
@@ -91,7 +91,12 @@ class Validity:
         return f"<section><p>{html.escape(self.sentence)}</p>{table}</section>"
 
 
-def validity(run_or_runs: Any, *, confidence: float = 0.95, seed: int = 0) -> Validity:
+def validity(
+    run_or_runs: RunLike | Sequence[RunLike | ImportanceProfile],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Validity:
     """Compare every metric that runs can give with their own ablation.
 
     Parameters

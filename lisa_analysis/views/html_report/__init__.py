@@ -4,13 +4,17 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.paths import to_write
+from lisa_analysis.rundir.opening import RunLike
 from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.html_report.document import assemble
 from lisa_analysis.views.html_report.page import render
+
+if TYPE_CHECKING:
+    from lisa_analysis.plans.sampling import SamplingProbabilities
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class Report:
 
 
 def report(
-    run_or_runs: Any,
+    run_or_runs: RunLike | Sequence[RunLike],
     *,
     metric: Any = None,
-    probabilities: Any = None,
+    probabilities: "SamplingProbabilities | None" = None,
     title: str | None = None,
 ) -> Report:
     """Analyse runs and write down what was found.
@@ -81,6 +85,11 @@ def report(
     return report_of(Analysis.of(runs, metric), probabilities=probabilities, title=title)
 
 
-def report_of(analysis: Analysis, *, probabilities: Any = None, title: str | None = None) -> Report:
+def report_of(
+    analysis: Analysis,
+    *,
+    probabilities: "SamplingProbabilities | None" = None,
+    title: str | None = None,
+) -> Report:
     """Write down an analysis, which others may have looked at before."""
     return Report(render("report.html", assemble(analysis, probabilities, title)))

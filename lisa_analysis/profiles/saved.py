@@ -121,7 +121,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
     start = record["initialisation"]
     if start is not None:
         start = Initialisation(
-            **_numbers(start) | {"expected": np.array(start["expected"], dtype=np.float64)}
+            **_nan_for_none(start) | {"expected": np.array(start["expected"], dtype=np.float64)}
         )
     texts = ("metric", "definition", "method", "model", "by", "confidence", "verdict", "statement")
     return ImportanceProfile(
@@ -134,7 +134,7 @@ def _profile(record: dict[str, Any]) -> ImportanceProfile:
         ),
         shape=_shape(record["shape"]),
         initialisation=start,
-        reliability=Reliability(**_numbers(record["reliability"])),
+        reliability=Reliability(**_nan_for_none(record["reliability"])),
         samples=None,
         remarks=tuple(record["remarks"]),
         # What an older version did not judge by has its present value.
@@ -166,7 +166,7 @@ def _interval(value: dict[str, Any]) -> Interval:
     return Interval(float("nan") if number is None else number, value["low"], value["high"])
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+def _nan_for_none(values: dict[str, Any]) -> dict[str, Any]:
     nan = float("nan")
     return {n: nan if v is None and n not in _NONE else v for n, v in values.items()}
 

@@ -137,13 +137,13 @@ def usable_events(
 def _broken_event(line: Mapping[str, Any], n_layers: int) -> str | None:
     if line["event"] == "lisa_draw":
         layers = line.get("layers")
-        if not _numbers(layers, int) or not all(0 <= layer < n_layers for layer in layers or ()):
+        if not _all_are(layers, int) or not all(0 <= layer < n_layers for layer in layers or ()):
             return f"has layers = {short(layers)}, expected indices of the {n_layers} layers"
     if line["event"] == "evaluate":
         metrics = line.get("metrics")
         loss = metrics.get("eval_loss") if isinstance(metrics, Mapping) else None
         known = loss is None or loss in NON_FINITE if isinstance(loss, str | None) else False
-        if not isinstance(metrics, Mapping | None) or not (known or _numbers([loss], int | float)):
+        if not isinstance(metrics, Mapping | None) or not (known or _all_are([loss], int | float)):
             return f"has metrics = {short(metrics)}, expected an object with numbers"
     return None
 
@@ -153,14 +153,14 @@ def _broken_list(line: Mapping[str, Any], field: str, n_layers: int) -> str | No
     values, most = line.get(field), 1 + 1e-6 if field != "visits" else math.inf
     if values is None:
         return None
-    whole = isinstance(values, list) and len(values) == n_layers and _numbers(values, int | float)
+    whole = isinstance(values, list) and len(values) == n_layers and _all_are(values, int | float)
     if whole and all(0 <= value <= most for value in values):
         return None
     kind = "numbers" if field == "visits" else "probabilities"
     return f"has {field} = {short(values)}, expected {n_layers} {kind}"
 
 
-def _numbers(values: object, kind: Any) -> bool:
+def _all_are(values: object, kind: Any) -> bool:
     return isinstance(values, list) and all(
         isinstance(value, kind)
         and not isinstance(value, bool)

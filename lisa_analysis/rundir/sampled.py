@@ -102,7 +102,7 @@ def read_sampled(run: Run, given: str, asked: str = "none", *, learns: bool = Fa
         draws = bool(run.manifest.get("lisa") or draw_events(run))
         return Sampled((), control if learns else None, draws=draws, learns=learns)
     drawn = next((tuple(map(float, pi)) for _, _, pi in draw_events(run) if pi is not None), None)
-    numbers = _numbers(given)
+    numbers = _numbers_in(given)
     record = None if numbers is not None else _record(run.path, given)
     if record is not None:
         kept = _floats(record["inclusion_probabilities"])
@@ -134,7 +134,7 @@ def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return len(a) == len(b) and bool(np.allclose(a, b, rtol=0, atol=_TOLERANCE))
 
 
-def _numbers(given: str) -> tuple[float, ...] | None:
+def _numbers_in(given: str) -> tuple[float, ...] | None:
     """Probabilities that stand in the setting itself, as YAML or JSON lists them."""
     items = given.replace("[", " ").replace("]", " ").replace(",", " ").split()
     return _floats([item for item in items if item != "-"])

@@ -28,7 +28,7 @@ from lisa_train.estimate.patterns import (
 )
 from lisa_train.estimate.result import DeviceMemory, MemoryEstimate
 from lisa_train.estimate.setting import Setting
-from lisa_train.estimate.spread import Held, by_layers, sharded, whole
+from lisa_train.estimate.spread import ParameterBytes, by_layers, sharded, whole
 from lisa_train.estimate.stage import Stage
 from lisa_train.estimate.step import Pattern, record_step
 from lisa_train.estimate.trace import Trace
@@ -118,7 +118,7 @@ class Estimator:
         trace = record_step(stage, setting, pattern, scratch=scratch)
         kept, aside = self._with_state(pattern)
         held = [
-            Held(
+            ParameterBytes(
                 stage.label(name),
                 state.device,
                 state.scratch if name in pattern.trainable else 0,
@@ -141,7 +141,7 @@ class Estimator:
             active_layers=layers,
         )
 
-    def _devices(self, trace: Trace, held: list[Held]) -> tuple[DeviceMemory, ...]:
+    def _devices(self, trace: Trace, held: list[ParameterBytes]) -> tuple[DeviceMemory, ...]:
         count, layers = self.setting.devices, len(self.stage.layer_map)
         how = {"at_once": self.kind.at_once, "stepped": self.setting.step_in_backward}
         if count == 1:

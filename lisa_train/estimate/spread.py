@@ -14,7 +14,7 @@ _FP32 = 4
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterBytes:
     """What a parameter holds outside the trace, and where it lies.
 
     `copy` is its fp32 copy, and while it steps its gradient in fp32; `digits` what its gradient has
@@ -28,13 +28,15 @@ class Held:
     digits: int = 0
 
 
-def whole(trace: Trace, held: list[Held], *, at_once: bool, stepped: bool) -> DeviceMemory:
+def whole(
+    trace: Trace, held: list[ParameterBytes], *, at_once: bool, stepped: bool
+) -> DeviceMemory:
     """Everything on one device. `stepped`: the optimizer has stepped inside backward."""
     return _device(trace, trace.bytes, held, at_once=at_once, stepped=stepped)
 
 
 def by_layers(
-    trace: Trace, held: list[Held], place: Callable[[int], int], devices: int,
+    trace: Trace, held: list[ParameterBytes], place: Callable[[int], int], devices: int,
     *, at_once: bool, stepped: bool,
 ) -> tuple[DeviceMemory, ...]:  # fmt: skip
     """Every storage on the device of its layer; `place` gives it."""
@@ -52,7 +54,13 @@ def by_layers(
 
 
 def sharded(
-    trace: Trace, held: list[Held], devices: int, layers: int, *, at_once: bool, stepped: bool
+    trace: Trace,
+    held: list[ParameterBytes],
+    devices: int,
+    layers: int,
+    *,
+    at_once: bool,
+    stepped: bool,
 ) -> DeviceMemory:
     """One of `devices` equal devices under FSDP2 (`fully_shard` on every layer and the root).
 
@@ -87,7 +95,12 @@ def _units(trace: Trace, kind: int, layers: int) -> Mapping[str, int]:
 
 
 def _device(
-    trace: Trace, sizes: NDArray[np.int64], held: list[Held], *, at_once: bool, stepped: bool
+    trace: Trace,
+    sizes: NDArray[np.int64],
+    held: list[ParameterBytes],
+    *,
+    at_once: bool,
+    stepped: bool,
 ) -> DeviceMemory:
     """Peaks of one device from the storages that lie on it, with these sizes."""
     state, copies = sum(h.state for h in held), sum(h.copy for h in held)
@@ -116,7 +129,7 @@ def _device(
     )
 
 
-def _room(held: list[Held], *, at_once: bool) -> int:
+def _room(held: list[ParameterBytes], *, at_once: bool) -> int:
     """What the optimizer allocates to step; an upper estimate where it steps copies in groups."""
     plain = [h.scratch for h in held if not h.copy]
     room = sum(plain) if at_once else max(plain, default=0)

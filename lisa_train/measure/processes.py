@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lisa_train.measure.buffers import Piece
 from lisa_train.measure.quantities import REGISTRY
-from lisa_train.model.norms import local, wide
+from lisa_train.model.norms import local, widest_float
 from lisa_train.model.parallel import is_first, processes
 from lisa_train.model.sharding import is_first_copy, is_sharded, local_slices, pieces
 from lisa_train.model.tensor_table import TensorTable
@@ -57,7 +57,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        kind = wide(self._device)
+        kind = widest_float(self._device)
         missing = [(piece, piece.missing) for piece in pieces if piece.missing is not None]
         parts = [piece.values.to(self._device, kind) * self._weights(piece) for piece in pieces]
         parts += [flags.to(self._device, kind) for _, flags in missing]
@@ -141,7 +141,7 @@ class Processes:
         shares = np.array([self._shares[int(i)] for i in piece.ids])
         if (shares == shares[0]).all():
             return float(shares[0])
-        return torch.from_numpy(shares).to(piece.values.device, wide(self._device))
+        return torch.from_numpy(shares).to(piece.values.device, widest_float(self._device))
 
 
 def _share(tensor: torch.Tensor, count: int) -> float:

@@ -27,7 +27,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return (to_local() if to_local is not None else tensor).detach()
 
 
-def wide(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """Return the widest floating type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -124,7 +124,7 @@ def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
     home = common_device(scalars)
     if any(x.device != home for x in scalars):
         scalars = [x.to(home) for x in scalars]
-    return torch.stack(list(scalars)).to(wide(home))
+    return torch.stack(list(scalars)).to(widest_float(home))
 
 
 def common_device(tensors: Sequence[torch.Tensor]) -> torch.device:
@@ -169,7 +169,7 @@ def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Te
         owners += whose
     if not owners:
         home = common_device([x for group in groups for x in group])
-        return torch.zeros(len(groups), len(norms), dtype=wide(home), device=home)
+        return torch.zeros(len(groups), len(norms), dtype=widest_float(home), device=home)
     sums = [
         _per_tensor(_joined(found, squared), owners, len(groups))
         for found, squared in zip(results, norms, strict=True)
@@ -247,7 +247,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _joined(values: list[torch.Tensor], squared: bool) -> torch.Tensor:
     """All rows' values in the widest type, on the first accelerator if there is any."""
     home = common_device(values)
-    joined = torch.cat([x.to(home) for x in values]).to(wide(home))
+    joined = torch.cat([x.to(home) for x in values]).to(widest_float(home))
     return joined.square_() if squared else joined
 
 

@@ -38,7 +38,7 @@ def seed_streams(model: nn.Module, seed: int) -> None:
 
 
 @contextmanager
-def stand_ins(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
+def fresh_leaves(model: nn.Module, wanted: set[int]) -> Iterator[dict[int, nn.Parameter]]:
     """Put tensors of the same memory into the modules; yield them by the id of the real ones.
 
     Parameters

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lisa_train.model.joined import Layout
-from lisa_train.model.norms import CHUNK, DEVICE_CHUNK, wide
+from lisa_train.model.norms import CHUNK, DEVICE_CHUNK, widest_float
 
 # Gram matrices are taken in fp32 up to this length, whose rounding is 2e-6 of a square then; and
 # where ‖BA‖² is no smaller part than this of Σ‖aᵢ‖²‖bᵢ‖², what it is without any cancellation.
@@ -22,7 +22,7 @@ def gram_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a, b
         Factors of shape (r, n) and (m, r).
     """
-    kind = wide(a.device)
+    kind = widest_float(a.device)
     a, b = a.detach().to(kind), b.detach().to(kind)
     return ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
 
@@ -40,7 +40,7 @@ def gram_squares(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) 
         Factors A of shape (r, n) and B of shape (m, r), all on one device.
     """
     a, b = torch.stack(list(first)), torch.stack(list(second))
-    kind = wide(a.device)
+    kind = widest_float(a.device)
     if not _in_fp32(a, b):
         a, b = a.to(kind), b.to(kind)
         return _sums(torch.bmm(a, a.mT), torch.bmm(b.mT, b))[0]
@@ -100,7 +100,7 @@ def _in_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _sums(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ G∘H of pairs of Gram matrices, and whether terms cancel (NaN counts) that fp32 lost."""
-    product = (first * second).to(wide(first.device))
+    product = (first * second).to(widest_float(first.device))
     found = product.sum((1, 2)).clamp_min(0)
     size = product.diagonal(dim1=1, dim2=2).sum(1)  # Σ‖aᵢ‖²‖bᵢ‖²
     return found, ~(found >= _FP32_PART * size)
@@ -125,7 +125,7 @@ def merged_square(
     a, b, scale
         Factors of shape (r, n) and (m, r), and s.
     """
-    kind = wide(weight.device)
+    kind = widest_float(weight.device)
     product_kind = torch.float32 if _multiplies_fp32_exactly(weight.device) else kind
     rows = max(1, DEVICE_CHUNK // max(1, weight.shape[1]))
     mixed = torch.zeros((), dtype=kind, device=weight.device)
@@ -184,7 +184,7 @@ def rescaled_squares(
     From blocks of rows of the sums, in double precision: the change is a small part of what the
     row norms alone could tell.
     """
-    kind = wide(weight.device)
+    kind = widest_float(weight.device)
     size = 4 * CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK // 2
     rows = max(1, size // max(1, weight.shape[1]))
     moved, whole = [], []

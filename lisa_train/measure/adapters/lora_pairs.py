@@ -13,7 +13,7 @@ from lisa_train.measure.adapters.factor_norms import (
     merged_square,
     rescaled_squares,
 )
-from lisa_train.model.norms import local, squares, wide
+from lisa_train.model.norms import local, squares, widest_float
 from lisa_train.model.sharding import local_slices
 
 
@@ -48,19 +48,19 @@ class Factors:
         """
         if self.a is None or self.b is None:
             return []
-        kind = wide(self.a.device)
+        kind = widest_float(self.a.device)
         a, b = self.a.detach().to(kind), self.b.detach().to(kind)
         if self.diagonal is not None:
             a = a * self.diagonal.detach().to(kind).reshape(-1, 1)
         if scaled:
-            a = a * self.scale_beside(a)
+            a = a * self.scale_for(a)
         if experts > 1:  # as PEFT lays them out: A (e·r, n), B (m, r·e)
             stacked_a = a.reshape(experts, -1, a.shape[-1])
             stacked_b = b.reshape(b.shape[0], -1, experts)
             return [(stacked_a[e], stacked_b[:, :, e]) for e in range(experts)]
         return [(a.flatten(1), b.flatten(1))]
 
-    def scale_beside(self, tensor: torch.Tensor) -> float | torch.Tensor:
+    def scale_for(self, tensor: torch.Tensor) -> float | torch.Tensor:
         """Return the scale to calculate with next to `tensor`."""
         if torch.is_tensor(self.scale):
             return self.scale.to(tensor.device, tensor.dtype)
@@ -115,7 +115,7 @@ class LoraPair:
         if self.adapter not in ranks:
             return scale
         number = ranks[self.adapter].detach()
-        return scale / (number.to(wide(number.device)).reshape(()) + 1e-5)  # as PEFT does
+        return scale / (number.to(widest_float(number.device)).reshape(()) + 1e-5)  # as PEFT does
 
     @property
     def alone(self) -> bool:
@@ -159,7 +159,7 @@ class LoraPair:
         if not before:
             plain = [gram_square(a, b) for a, b in now.matrices(self.experts, scaled=False)]
             total = torch.stack(plain).sum()
-            return total * now.scale_beside(total) ** 2
+            return total * now.scale_for(total) ** 2
         changes = [
             gram_square(torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1))
             for (a, b), (a0, b0) in zip(now.matrices(self.experts), before, strict=True)

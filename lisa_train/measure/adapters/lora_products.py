@@ -130,7 +130,7 @@ def _plain_deltas(
             [f.b.flatten(1) for _, f in group if f.b is not None],
         )
         for (i, factors), square in zip(group, squares.unbind(), strict=True):
-            found[i] = square * factors.scale_beside(square) ** 2
+            found[i] = square * factors.scale_for(square) ** 2
     return found
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lisa_analysis.contract.errors import LisaError
 from lisa_train.measure.probe.sketch import BUCKETS, Sketch
 from lisa_train.model.norms import inner_products, squares, squares_and_magnitudes, stacked
-from lisa_train.model.side_pass import random_state_kept, stand_ins
+from lisa_train.model.side_pass import fresh_leaves, random_state_kept
 
 _COLUMNS = ("square", "magnitude", "taylor")
 # Share of the free memory that the sums of the gradients may take.
@@ -76,7 +76,11 @@ class BatchGradients:
 
             return take
 
-        with random_state_kept(model), torch.enable_grad(), stand_ins(model, set(numbers)) as found:
+        with (
+            random_state_kept(model),
+            torch.enable_grad(),
+            fresh_leaves(model, set(numbers)) as found,
+        ):
             hooks = [
                 leaf.register_post_accumulate_grad_hook(hook(numbers.get(key)))
                 for key, leaf in found.items()

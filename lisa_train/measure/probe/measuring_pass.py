@@ -18,7 +18,7 @@ from lisa_train.measure.probe.averaged_gradients import Averaging
 from lisa_train.measure.processes import Processes
 from lisa_train.model.norms import squares, stacked
 from lisa_train.model.sharding import requiring_gradients, reshard, unsynchronised
-from lisa_train.model.side_pass import random_state_kept, stand_ins
+from lisa_train.model.side_pass import fresh_leaves, random_state_kept
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.optim.step_in_backward import StepInBackward
 
@@ -70,7 +70,7 @@ class Probe:
         # What is still gathered would be taken for a plain tensor, and keep the flags that it has.
         reshard(self._model)
         with ExitStack() as stack:
-            plain = stack.enter_context(stand_ins(self._model, set(numbers)))
+            plain = stack.enter_context(fresh_leaves(self._model, set(numbers)))
             sharded = stack.enter_context(requiring_gradients(self._model, set(numbers)))
             stack.enter_context(unsynchronised(self._model))
             averaging = None

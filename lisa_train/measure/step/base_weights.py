@@ -130,7 +130,7 @@ class BaseWeights:
     def deltas(self, table: TensorTable) -> list[tuple[int, torch.Tensor]]:
         """Return (number, ‖W − W₀‖²) of every tensor whose W₀ is in the checkpoint."""
         measured = {i: p for i, p in table.tensors if local_slices(p) is not None}
-        numbers = _numbers(table)
+        numbers = _numbers_by_name(table)
         if self._conversions is None:
             self._conversions = self._stored.conversions(numbers)
         found: dict[int, torch.Tensor] = {}
@@ -196,7 +196,7 @@ def _distance(base: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     return changes([base], [now])[0][0]
 
 
-def _numbers(table: TensorTable) -> dict[str, list[int]]:
+def _numbers_by_name(table: TensorTable) -> dict[str, list[int]]:
     """Numbers of the model's own weights by the names without adapters, second names too.
 
     PEFT's `modules_to_save` trains a copy beside the original: one name, two tensors.

@@ -13,7 +13,7 @@ from lisa_train.measure.quantities import REGISTRY, Quantity
 from lisa_train.measure.step.parts import Part
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, numbers
 from lisa_train.model.master_copies import exact
-from lisa_train.model.norms import local, stacked, wide
+from lisa_train.model.norms import local, stacked, widest_float
 from lisa_train.model.tensor_table import TensorTable
 
 
@@ -83,4 +83,4 @@ def _one_number(
             f"quantity {quantity.name!r}: its measure returned {what}, expected a tensor of one "
             "element."
         )
-    return value.detach().reshape(()).to(wide(value.device))
+    return value.detach().reshape(()).to(widest_float(value.device))

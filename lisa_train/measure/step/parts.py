@@ -15,7 +15,7 @@ from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside, numbers
 from lisa_train.model.master_copies import exact
-from lisa_train.model.norms import squares, wide
+from lisa_train.model.norms import squares, widest_float
 from lisa_train.model.tensor_table import TensorTable
 
 
@@ -164,7 +164,7 @@ class Updates(Part):
 
 
 class Weights(Part):
-    """‖θ‖² of what trained, where the update did not give it, and of everything in a census."""
+    """‖θ‖² of what trained, unless the update brought it, and of everything in a census."""
 
     measures = frozenset({"weight_norm"})
 
@@ -226,5 +226,5 @@ class OptimizerSteps(Part):
                 found.setdefault(count.device, {})[i] = count
         for device, counts in found.items():
             values = [count.reshape(()) if count.ndim else count for count in counts.values()]
-            joined = torch.stack(values).to(wide(device))
+            joined = torch.stack(values).to(widest_float(device))
             self.buffer.add(step, "opt_steps", np.array(list(counts)), joined)

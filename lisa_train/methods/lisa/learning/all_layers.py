@@ -14,7 +14,7 @@ from lisa_train.methods.lisa.learning.evidence import Array
 from lisa_train.model.norms import inner_products, squares, stacked
 from lisa_train.model.parallel import processes
 from lisa_train.model.sharding import unsynchronised
-from lisa_train.model.side_pass import random_state_kept, stand_ins
+from lisa_train.model.side_pass import fresh_leaves, random_state_kept
 
 
 def gradients_of_all(
@@ -51,7 +51,7 @@ def gradients_of_all(
         tensor.grad = None
 
     with ExitStack() as stack:
-        tensors = stack.enter_context(stand_ins(model, set(owner)))
+        tensors = stack.enter_context(fresh_leaves(model, set(owner)))
         stack.enter_context(unsynchronised(model))
         for key, tensor in tensors.items():
             if tensor.requires_grad:
@@ -112,7 +112,7 @@ def signal_of_halves(
 
     second = False
     with ExitStack() as stack:
-        tensors = stack.enter_context(stand_ins(model, set(owner)))
+        tensors = stack.enter_context(fresh_leaves(model, set(owner)))
         stack.enter_context(unsynchronised(model))
         for key, tensor in tensors.items():
             if tensor.requires_grad:

@@ -19,7 +19,7 @@ from lisa_train.model.norms import (
     inner_products,
     squares,
     squares_and_magnitudes,
-    wide,
+    widest_float,
 )
 from lisa_train.model.parallel import processes
 
@@ -191,7 +191,7 @@ class Signal(StepMetric):
                 "of half a batch each, or choose 'grad_rms'."
             )
         home = common_device([p for some in tensors.values() for p in some])
-        zero = torch.zeros((), dtype=wide(home), device=home)
+        zero = torch.zeros((), dtype=widest_float(home), device=home)
         sums = torch.stack([self._of_layer(some, zero) for some in tensors.values()])
         if processes() > 1:
             dist.all_reduce(sums)

@@ -22,7 +22,8 @@ from lisa_analysis.profiles.probe_changes import ProbeChange, probe_change, prob
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import data_of, labels, model_of
 from lisa_analysis.rundir.events import draws
-from lisa_analysis.rundir.opening import RunLike, opened
+from lisa_analysis.rundir.opening import RunLike as RunLike
+from lisa_analysis.rundir.opening import opened
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.runs.comparing import compare
 from lisa_analysis.runs.comparison import Comparison

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.paths import to_write
-from lisa_analysis.rundir.opening import RunLike
-from lisa_analysis.views.analysis import Analysis
+from lisa_analysis.views.analysis import Analysis, RunLike
 from lisa_analysis.views.html_report.document import assemble
 from lisa_analysis.views.html_report.page import render
 

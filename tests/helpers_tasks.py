@@ -178,36 +178,135 @@ def write_speech(folder: Path, rows: int = 32) -> Path:
     return folder
 
 
+class Steps:
+    """What every optimizer step of a run did, in float64; it looks from outside all other hooks.
+
+    What has no gradient when a step begins has the same bits when it is done.
+    """
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.resting = 0  # elements that rested, over all steps
+        self.gradients, self.updates, self.weights = [], [], []
+        self._before = {}
+
+    def __enter__(self):
+        from torch.optim import optimizer
+
+        self._unhook = [
+            optimizer.register_optimizer_step_pre_hook(self._begin),
+            optimizer.register_optimizer_step_post_hook(self._end),
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._unhook:
+            handle.remove()
+
+    def _begin(self, *_):
+        self._before = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.gradients.append(
+            {n: float(p.grad.double().norm()) for n, p in self.parameters.items()
+             if p.requires_grad and p.grad is not None}
+        )  # fmt: skip
+
+    def _end(self, *_):
+        import torch
+
+        moved = {}
+        for name, p in self.parameters.items():
+            if p.requires_grad:
+                moved[name] = float((p.detach().double() - self._before[name].double()).norm())
+            else:
+                assert torch.equal(p, self._before[name]), name
+                self.resting += p.numel()
+        self.updates.append(moved)
+        self.weights.append({n: float(p.detach().double().norm()) for n, p in
+                             self.parameters.items()})  # fmt: skip
+
+
 def train_watched(config, monkeypatch):
     """Train; return the run and the norm of every tensor at its end.
 
-    It learned, what rests kept its bits, and the log holds the norms of the weights.
+    It learned, what rested in a step kept its bits in it, and the log has a row for exactly what
+    had a gradient in each step, with the norms of its gradient, update and weights in float64.
     """
-    import pytest
-    import torch
+    import numpy as np
 
     import lisa_analysis as la
     from lisa_train.command.training import PreparedRun, train
 
-    norms = {}
+    seen = []
     original = PreparedRun.train
 
     def watched(prepared):
-        parameters = dict(prepared.trainer.model.named_parameters())
-        before = {n: p.detach().clone() for n, p in parameters.items() if not p.requires_grad}
-        original(prepared)
-        assert all(torch.equal(parameters[n], p) for n, p in before.items())
-        norms.update({n: float(p.detach().double().norm()) for n, p in parameters.items()})
+        with Steps(dict(prepared.trainer.model.named_parameters())) as steps:
+            original(prepared)
+        seen.append(steps)
 
     with monkeypatch.context() as patched:
         patched.setattr(PreparedRun, "train", watched)
         run = la.load(train(config))
+    (steps,) = seen
     result = run.manifest["result"]
     assert result["last_held_out_loss"] < result["first_held_out_loss"]
     assert (run.manifest["task"], run.method, run.n_layers) == (config.task, config.method, 4)
+    assert (steps.resting > 0) == (config.method != "full" or _always_frozen(steps))
     names = run.parameters.set_index("param_id")["name"]
+    clipped = run.scalars.set_index("step")["clip_coef"].fillna(1.0)
+    rows = run.metrics(["grad_norm", "update_norm", "weight_norm"]).dropna(subset="grad_norm")
+    rows = rows[rows["step"] > 0].assign(name=rows["param_id"].map(names))
+    assert sorted(set(rows["step"])) == list(range(1, config.max_steps + 1))
+    for step, found in rows.groupby("step"):
+        own = found.set_index("name")
+        gradients = steps.gradients[step - 1]
+        assert set(own.index) == set(gradients)
+        order = list(own.index)
+        for column, values in (
+            ("grad_norm", {n: g / clipped[step] for n, g in gradients.items()}),
+            ("update_norm", steps.updates[step - 1]),
+            ("weight_norm", steps.weights[step - 1]),
+        ):
+            expected = [values[n] for n in order]
+            np.testing.assert_allclose(own[column], expected, rtol=1e-4, atol=1e-7)
     last = run.metrics(["weight_norm"], steps=[config.max_steps]).dropna()
-    assert len(last)
-    for number, norm in zip(last["param_id"], last["weight_norm"], strict=True):
-        assert norm == pytest.approx(norms[names[number]], rel=1e-5, abs=1e-7)
-    return run, norms
+    expected = [steps.weights[-1][names[i]] for i in last["param_id"]]
+    np.testing.assert_allclose(last["weight_norm"], expected, rtol=1e-5, atol=1e-7)
+    return run, steps.weights[-1]
+
+
+def _always_frozen(steps):
+    """Whether the model itself has tensors that never train (Whisper's positions)."""
+    return any(not p.requires_grad for p in steps.parameters.values())
+
+
+def assert_resumed_equals_uninterrupted(config, run):
+    """Take the last checkpoint away, resume from the one before, and compare to the bit.
+
+    Losses, the norms of every step after it, and every file of weights that the run leaves.
+    """
+    import lisa_analysis as la
+    from lisa_train.command.training import train
+
+    def numbers(of):
+        columns = ["weight_norm", "grad_norm", "update_norm"]
+        found = of.metrics(columns, steps=slice(1, config.max_steps + 1))
+        return found.sort_values(["step", "param_id"]).reset_index(drop=True)
+
+    def weights():
+        files = [f for folder in ("adapter", "checkpoints/final") for f in
+                 sorted((run.path / folder).glob("*.safetensors"))]  # fmt: skip
+        return {file.name: file.read_bytes() for file in files}
+
+    losses, norms, kept = list(run.scalars["loss"]), numbers(run), weights()
+    assert kept
+    shutil.rmtree(run.path / "checkpoints" / f"checkpoint-{config.max_steps}")
+    for name in kept:
+        for file in run.path.glob(f"*/{name}"):
+            file.unlink()
+    resumed = la.load(train(config, resume=True))
+    assert resumed.manifest["segment"] == 1
+    assert resumed.events.query("event == 'resume'")["step"].tolist() == [config.save_steps]
+    assert list(resumed.scalars["loss"]) == losses
+    assert numbers(resumed).equals(norms)
+    assert weights() == kept

@@ -1,6 +1,5 @@
 """Classification of texts and words by every method: it learns, resumes, and is estimated."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from helpers_models import write_jsonl
 from helpers_tasks import (
     CLASSES,
+    assert_resumed_equals_uninterrupted,
     build_bert,
     classified,
     copy_with,
@@ -63,10 +63,10 @@ def settings(model: Path, data: Path, out: Path, task: str, method: str, **more:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", TASKS)
-def test_every_method_learns_and_what_rests_keeps_its_bits(
+def test_every_method_learns_resumes_and_what_rests_keeps_its_bits(
     task: str, method: str, bert: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    config = settings(bert, files[task], tmp_path / "run", task, method)
+    config = settings(bert, files[task], tmp_path / "run", task, method, save_steps=14)
     run, norms = train_watched(config, monkeypatch)
     # Scores are in the events, run.json and what is printed.
     scores = run.manifest["result"]["last_held_out_scores"]
@@ -78,27 +78,7 @@ def test_every_method_learns_and_what_rests_keeps_its_bits(
     steps = run.metrics(["grad_norm"]).dropna()
     trained = set(steps["param_id"].map(names))
     assert any(n in trained for n in heads), "a new head has to train"
-
-
-@pytest.mark.parametrize("method", ["lora", "lisa", "select"])
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    method: str, bert: Path, files: dict[str, Path], tmp_path: Path
-) -> None:
-    task = "text-classification"
-    config = settings(bert, files[task], tmp_path / "a", task, method, max_steps=4, save_steps=2)
-    whole = la.load(train(config))
-    other = dataclasses.replace(config, output_dir=str(tmp_path / "b"))
-    train(other)
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "checkpoint-4")
-    resumed = la.load(train(other, resume=True))
-    assert list(resumed.scalars["loss"]) == list(whole.scalars["loss"])
-    frames = [
-        r.metrics(["weight_norm", "grad_norm"], steps=[3, 4])
-        .sort_values(["step", "param_id"])
-        .to_numpy(float)
-        for r in (whole, resumed)
-    ]
-    assert np.array_equal(*frames, equal_nan=True)
+    assert_resumed_equals_uninterrupted(config, run)
 
 
 @pytest.mark.parametrize("task", TASKS)

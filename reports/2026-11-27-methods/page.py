@@ -22,9 +22,11 @@ METRICS = {  # of a task: name in the log, in words, decimals
     "fashion": ("eval_accuracy", "accuracy", 3),
     "voice": ("eval_word_error_rate", "word error rate", 3),
 }
-NAMES = {"last": "select: last layers", "probe": "select: top of the probe", "head": "head alone",
-         "bitfit": "select: BitFit", "ia3": "IA³", "prompt": "prompt", "lora": "LoRA",
-         "lisa": "LISA", "full": "full"}  # fmt: skip
+NAMES = {  # in the order of the figure
+    "full": "full", "lisa": "LISA", "lora": "LoRA", "ia3": "IA³", "bitfit": "select: BitFit",
+    "last": "select: last layers", "probe": "select: top of the probe", "prompt": "prompt",
+    "head": "head alone",
+}  # fmt: skip
 
 
 def tables(plans: Sequence[Plan]) -> dict[str, str]:
@@ -126,7 +128,7 @@ def _rates(plan: Plan) -> list[dict[str, object]]:
 
 
 def draw(plans: Sequence[Plan], path: Path) -> None:
-    """Draw held-out loss over peak memory, one panel a task; the bar is Student's, over seeds.
+    """Draw held-out losses, one panel a task; bars are Student's, over seeds.
 
     Where no method has runs of every seed yet, nothing is drawn.
     """
@@ -139,31 +141,31 @@ def draw(plans: Sequence[Plan], path: Path) -> None:
     shown = {name: found for name, found in points.items() if found}
     if not shown:
         return
+    order = list(reversed(NAMES.values()))
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.4 * len(shown), 4.2), squeeze=False, layout="constrained"
-    )
+        1, len(shown), figsize=(2.2 + 2.4 * len(shown), 3.4), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
     for axis, (name, found) in zip(axes[0], shown.items(), strict=True):
-        for label, (memory, mean, low, high) in found.items():
+        axis.axvline(found["full"][0] if "full" in found else np.nan, color="0.8", zorder=0)
+        for label, (mean, low, high) in found.items():
             axis.errorbar(
-                memory, mean, [[mean - low], [high - mean]], fmt="o", capsize=2,
+                mean, order.index(label), xerr=[[mean - low], [high - mean]], fmt="o", capsize=2,
                 color="tab:red" if label == "LISA" else "tab:blue",
             )  # fmt: skip
-            axis.annotate(label, (memory, mean), (4, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=name, xlabel="peak memory of the process, GB")
-        axis.margins(x=0.25)
-    axes[0][0].set_ylabel("held-out loss, nats")
+        axis.set(title=name, xlabel="held-out loss, nats", yticks=range(len(order)))
+        axis.set_yticklabels(order)
+        axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def _points(plan: Plan) -> dict[str, tuple[float, float, float, float]]:
-    """Peak memory, mean loss and its interval, of the methods that have all seeds and a timing."""
+def _points(plan: Plan) -> dict[str, tuple[float, float, float]]:
+    """Mean loss and its interval, of the methods that have runs of every seed."""
     found = {}
-    for name, method in plan.methods.items():
+    for name in plan.methods:
         losses = outcomes(plan, name, "eval_loss")
-        timed = plan.kept / plan.timed(method).name
-        if len(losses) == len(SEEDS) and timed.exists():
+        if len(losses) == len(SEEDS):
             mean = mean_over(np.array(list(losses.values())))
-            memory = la.load(timed).manifest["result"]["peak_memory_bytes"]
-            found[NAMES[name]] = (memory / 1e9, mean.value, mean.low, mean.high)
+            found[NAMES[name]] = (mean.value, mean.low, mean.high)
     return found

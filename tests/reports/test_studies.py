@@ -13,9 +13,14 @@ STUDIES = {  # name -> what the script writes beside the page
     "2026-11-24-learned-sampling": ("losses.png",),
     "2026-11-27-validity": ("metrics.png", "worth.png"),
     "2026-11-27-sampling": (),
+    "2026-11-27-methods": ("methods.png",),
 }
 # Of plans whose missing runs are not for a test.
-WORDS = {"2026-11-27-validity": ["--analyse"], "2026-11-27-sampling": ["--page"]}
+WORDS = {
+    "2026-11-27-validity": ["--analyse"],
+    "2026-11-27-sampling": ["--page"],
+    "2026-11-27-methods": ["--page"],
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)

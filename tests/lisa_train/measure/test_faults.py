@@ -246,7 +246,7 @@ def test_a_fault_at_the_begin(tmp_path, monkeypatch, mode):
     def fail(*args):
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe", fail)
+    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe_run", fail)
     if mode == "strict":
         with pytest.raises(AttributeError):
             trained(tmp_path, 2)

@@ -469,7 +469,7 @@ def test_an_unforeseen_error_at_the_begin(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("not thought of")
 
-    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe", fail)
+    monkeypatch.setattr("lisa_train.trainer.trainer_run.describe_run", fail)
     trainer, _ = make(tmp_path, max_steps=2)
     with pytest.warns(RuntimeWarning, match="goes on unrecorded: RuntimeError: not thought of"):
         trainer.train()

@@ -238,6 +238,7 @@ def process(rank, folder):
         torch.save(by_pieces(name, rank, folder), folder / f"{name}-pieces-{rank}.pt")
     for name in MEASURED:
         torch.save(held(name, rank), folder / f"{name}-held-{rank}.pt")
+    torch.save(peak(rank), folder / f"peak-{rank}.pt")
     torch.save(refused(), folder / f"refused-{rank}.pt")
 
 
@@ -270,6 +271,47 @@ def held(name, rank):
         active = {n for n, p in model.named_parameters() if p.requires_grad}
     found |= {"optimizer": small.stored(map(local, states)), "layers": layers}
     return found | {"rests": moved == active != {n for n, _ in model.named_parameters()}}
+
+
+# So large that what kernels allocate for themselves is small beside it.
+WIDE = {
+    "hidden_size": 128, "intermediate_size": 352, "vocab_size": 2000, "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+}  # fmt: skip
+BATCH, LENGTH = 4, 96
+
+
+def peak(rank):
+    """Most bytes that one process has allocated at once in a step, by the allocator's record."""
+    config = small.llama(**WIDE)
+    model = shard(small.real_model(config, dtype=torch.float32, attn_implementation="eager"),
+                  half=False)  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs = small.batch_for(model, BATCH, LENGTH)
+    with Lisa(model, optimizer, lt.LisaConfig(1, 9), seed=3) as engine:
+        for step in range(2):  # the second one begins with the optimizer's state
+            engine.begin_step(step)
+            states = [s[k] for s in optimizer.state.values() for k in s if k != "step"]
+            kept = [*map(local, (*model.parameters(), *states)), *model.buffers()]
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile:
+                loss_of_inputs = model(**inputs).loss
+                loss_of_inputs.backward()
+                del loss_of_inputs
+                optimizer.step()
+                optimizer.zero_grad()
+        layers = engine.active_layers
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    live = top = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        live += size
+        top = max(top, live)
+    return {"peak": top + small.stored(kept), "layers": layers}
 
 
 def refused():
@@ -376,6 +418,19 @@ def test_a_process_holds_what_the_estimate_says(folder, name):
         for part in ("weights", "gradients", "optimizer"):
             assert getattr(found.fullest, part) == held[part], part
         assert held["rests"]
+
+
+def test_the_peak_of_a_process_is_what_the_estimate_says(folder):
+    """An upper estimate: that all that is gathered meets the peak of the activations."""
+    for rank in range(WORLD):
+        found = torch.load(folder / f"peak-{rank}.pt")
+        estimate = lt.estimate_memory(
+            small.llama(**WIDE), "lisa", dtype="float32", devices=WORLD, batch_size=BATCH,
+            sequence_length=LENGTH, optim="adamw_torch", lisa=lt.LisaConfig(1, 9),
+            active_layers=found["layers"], attn_implementation="eager",
+        )  # fmt: skip
+        print(f"\npeak of process {rank}: {found['peak']}, estimated {estimate.total}")
+        assert 0.8 * estimate.total <= found["peak"] <= estimate.total
 
 
 def of_four(rank, folder):

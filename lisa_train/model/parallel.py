@@ -60,6 +60,7 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         What cannot work with them, for the sentence.
     """
     modules = list(model.modules())
+    _refuse_other_parts(modules, who)
     # Looked up, not imported: whoever wrapped the model has imported it.
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     if any(isinstance(module, fsdp) for module in modules):
@@ -80,6 +81,23 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
             f"{who} does not work under DeepSpeed, which keeps gradients{' and weights' * apart} "
             f"in buffers of its own; {INSTEAD_OF_DEEPSPEED}."
         )
+
+
+def _refuse_other_parts(modules: list[nn.Module], who: str) -> None:
+    """`ConfigError` for ways of transformers by which processes hold other layers or experts."""
+    configs = (getattr(module, "config", None) for module in modules)
+    found = (getattr(config, "distributed_config", None) for config in configs)
+    asked: Any = next((each for each in found if each is not None), None)
+    for name, means in (
+        ("pp_size", "different layers (pipeline parallelism)"),
+        ("ep_size", "different experts (expert parallelism)"),
+    ):
+        size = getattr(asked, name, None) or 1
+        if size > 1:
+            raise ConfigError(
+                f"{who} is not proved where processes hold {means}: DistributedConfig.{name} is "
+                f"{size}; leave it out, and split the model with fsdp_size where it does not fit."
+            )
 
 
 def refuse_unproved(model: nn.Module, *, rotates: bool) -> None:

@@ -115,6 +115,67 @@ def test_fsdp_that_would_be_ddp_without_a_word(tmp_path):
             assert "would train with a whole copy in every process" in said[who]
 
 
+WAYS = {
+    "pp_size": "where processes hold different layers (pipeline parallelism)",
+    "tp_size": "weights that tensor parallelism splits",
+}
+
+
+def split_by_transformers(rank, folder):
+    """What is said of models that transformers has loaded in other parts than FSDP2's."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    said = {}
+    for way in WAYS:
+        config = DistributedConfig(**{way: 2})
+        model = LlamaForCausalLM.from_pretrained(Path(folder) / "base", distributed_config=config)
+        said[f"LISA, {way}"] = refused_in_a_loop("LISA", model, folder)
+        if way == "pp_size":  # pieces of tensors are recorded as they are
+            said[f"the recorder, {way}"] = refused_in_a_loop("the recorder", model, folder)
+    Path(folder, f"{rank}.json").write_text(json.dumps(said))
+
+
+def refused_in_a_loop(who, model, folder):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    record = lt.RecordConfig(str(Path(folder, "run")))
+    start = {
+        "LISA": lambda: lt.Lisa(model, optimizer, lt.LisaConfig(1)),
+        "the recorder": lambda: lt.NormRecorder(model, optimizer, record),
+    }[who]
+    with pytest.raises(ConfigError) as error:
+        start()
+    return str(error.value)
+
+
+def test_models_that_transformers_splits_in_other_ways(tmp_path):
+    llama(layers=4).save_pretrained(tmp_path / "base")
+    ranks(split_by_transformers, tmp_path)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(said) == 3
+        for key, text in said.items():
+            who, way = key.split(", ")
+            assert WAYS[way] in text
+            assert text.startswith(who)
+
+
+@pytest.mark.parametrize("who", ["LISA", "the recorder"])
+def test_experts_of_their_own(trainer, tmp_path, who):
+    trainer.model.config.distributed_config = SimpleNamespace(ep_size=4, pp_size=1)
+    text = refused_in_a_loop(who, trainer.model, tmp_path)
+    assert f"{who} is not proved where processes hold different experts" in text
+    assert "DistributedConfig.ep_size is 4" in text
+
+
+def test_a_file_of_accelerate_that_asks_for_fsdp_on_a_cpu(trainer, tmp_path, monkeypatch):
+    """`accelerate launch` says so in the environment, and its accelerator passes it over."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for asked in both(tmp_path):
+        text = refused(trainer, asked)
+        assert "fsdp is set (trainer_args: fsdp, or the file of accelerate launch)" in text
+
+
 def test_deepspeed(trainer, tmp_path):
     trainer.is_deepspeed_enabled = True
     for asked, who in zip(both(tmp_path), ("LISA", "the recorder"), strict=True):

@@ -63,7 +63,7 @@ class ImageClassification(TaskWithClasses):
         ]
         data = self.data(train, held_out, rows, config, classes.names)
         self._classes = classes
-        return Loaded(model, processor, data, new, list(classes.said))
+        return Loaded(model, processor, data, new, [*classes.said, *_empty_folders(config)])
 
     def collator(self, loaded: Loaded, config: TrainConfig) -> Any:
         """Read the images of a batch and give them to the processor."""
@@ -86,6 +86,25 @@ class ImageBatch:
         pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = [self.classes.number[row["label"]] for row in rows]
         return {"pixel_values": pixels, "labels": torch.tensor(labels)}
+
+
+def _empty_folders(config: TrainConfig) -> list[str]:
+    """Say which folders of a class hold no image: what has none is no class of the data."""
+    root = Path(config.dataset_name)
+    if not root.is_dir():
+        return []
+    folders = [path for path in sorted(root.rglob("*")) if path.is_dir()]
+    names = [path.relative_to(root) for path in folders if not any(path.iterdir())]
+    empty = [str(name) for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not empty:
+        return []
+    named = ", ".join(map(repr, empty[:5])) + (
+        f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+    )
+    return [
+        f"{config.dataset_name} has folders without an image, which are no classes: {named}; put "
+        "images into them, or remove them"
+    ]
 
 
 def folder_of(config: TrainConfig) -> Path:

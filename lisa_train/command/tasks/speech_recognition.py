@@ -16,7 +16,7 @@ from lisa_train.command.tasks.image_classification import folder_of
 from lisa_train.command.tasks.plain_trainer import TaskWithHead, cannot_be_loaded
 from lisa_train.command.tasks.scores import IGNORED, word_error_rate
 from lisa_train.command.tasks.sound import listed_folder, read_sound
-from lisa_train.command.tasks.task import Loaded
+from lisa_train.command.tasks.task import Loaded, head_class
 from lisa_train.command.tasks.tokens import ended
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class SpeechRecognition(TaskWithHead):
         """Load data, model and processor; every sound is read once."""
         train, held_out = self.parts(config)
         source = self.source(config)
+        head_class(self, source, config)  # a model of another kind has no feature extractor either
         from transformers import AutoFeatureExtractor
 
         with refusals(partial(cannot_be_loaded, "feature extractor", config)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,28 @@ def _tags(row: dict[str, Any]) -> Any:
     return write
 
 
-BAD: dict[str, tuple[str, Any, str]] = {
+def _images(folder: Path) -> Path:
+    return write_images(folder / "d", 12)
+
+
+def _held_out(folder: Path) -> Path:
+    """Images with a class in the held-out part that training has not."""
+    images = write_images(folder / "d", 12)
+    shutil.copytree(images / "train" / "dark", images / "test" / "blue")
+    shutil.copytree(images / "train" / "light", images / "test" / "light")
+    return images
+
+
+def _unseen_tag(folder: Path) -> Path:
+    rows = [{"tokens": ["a", "fox"], "tags": ["x", "y"]} for _ in range(8)]
+    (folder / "d").mkdir()
+    write_jsonl(folder / "d" / "train.jsonl", rows)
+    write_jsonl(folder / "d" / "test.jsonl", [rows[0], {"tokens": ["a"], "tags": ["z"]}])
+    return folder / "d"
+
+
+# Task, what writes the data, what is said; perhaps whose model is taken, and more words.
+BAD: dict[str, tuple[Any, ...]] = {
     "columns of an image": (
         "image-classification", _no_label,
         r"columns 'picture', 'kind', and task image-classification reads 'image' and 'label'",
@@ -356,6 +378,31 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a tag that is nothing": (
         "token-classification", _tags({"tokens": ["a"], "tags": [None]}), r"holds no label \(None",
     ),
+    "a class of images unseen in training": (
+        "image-classification", _held_out, r"'blue' has no training example",
+    ),
+    "a tag unseen in training": (
+        "token-classification", _unseen_tag, r"row 2 of split 'test' .*'z' has no training exam",
+    ),
+    "a model without a head for images": (
+        "image-classification", _images, r"no head for it on the model of .*\(bert\)", "bert",
+    ),
+    "a model without a head for sounds": (
+        "speech-recognition", _sounds(""), r"no head for it on the model of .*\(vit\)",
+        "image-classification",
+    ),
+    "a model without a head for answers": (
+        "seq2seq-lm", lambda folder: write_pairs(folder / "d.jsonl", 12),
+        r"no head for it on the model of .*\(vit\)", "image-classification",
+    ),
+    "settings of another method": (
+        "image-classification", _images, r"lora\.r is set but method is 'full'", None,
+        "--lora.r", "2",
+    ),
+    "settings of LISA for the head alone": (
+        "image-classification", _images, r"lisa\.activated_layers is set but method is 'select'",
+        None, "--config", "head", "--lisa.activated_layers", "3",
+    ),
     "an unknown task": ("image-clasification", _torn, r"Did you mean 'image-classification'"),
 }  # fmt: skip
 
@@ -364,19 +411,33 @@ BAD: dict[str, tuple[str, Any, str]] = {
 def test_the_command_refuses_in_one_sentence(
     what: str, inputs: Any, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task, write, expected = BAD[what]
+    task, write, expected, *more = BAD[what]
     data = write(tmp_path)
-    model = bert if task == "token-classification" else inputs.get(task, [bert])[0]
+    whose = (more[0] if more else None) or task
+    model = inputs[whose][0] if whose in inputs else bert
     words = ["--config", "full", "--task", task, "--model_name_or_path", str(model),
              "--dataset_name", str(data), "--output_dir", str(tmp_path / "run")]  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
-    assert main([*words, "--max_steps", "1", "--eval_size", "0"]) == 2
+    assert main([*words, "--max_steps", "1", "--eval_size", "0", *more[1:]]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(said) == 1, said
     assert said[0].startswith("lisa-train: ")
     assert re.search(expected, said[0]), said[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_of_a_class_is_said(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "image-classification"
+    (write_images(tmp_path / "d", 12) / "train" / "blue").mkdir()
+    both = {task: (inputs[task][0], tmp_path / "d")}
+    run = train(settings(both, tmp_path / "run", task, "full", max_steps=1, eval_size=4))
+    said = [line for line in capsys.readouterr().err.splitlines() if "'train/blue'" in line]
+    assert len(said) == 1
+    assert "folders without an image, which are no classes" in said[0]
+    assert la.load(run).manifest["dataset"]["labels"] == ["dark", "light"]
 
 
 @pytest.mark.parametrize("task", ["auto", "speech-recognition"])

@@ -141,8 +141,7 @@ def _of_run(
         split = ablated.split_half(np.asarray(values[:, : groups.inside], np.float64))
         judged = replace(judged, reliability=replace(judged.reliability, split_half=split))
     special = remarks(chosen, by, groups.names, fit)
-    visits = data.visits[-1].copy() if len(data.visits) else np.zeros(values.shape[1])
-    visits[~data.table.trained.any(axis=0)] = 0
+    visits = _visits(data, values.shape[1])
     said, agrees = _said(
         chosen, data, by, fit, judged, start, thresholds, special, confidence=confidence
     )
@@ -173,6 +172,13 @@ def _of_run(
         agrees_with_ablation=agrees,
         estimand=estimand(run, chosen),
     )
+
+
+def _visits(data: Measurements, count: int) -> NDArray[Any]:
+    """Periods in which each of `count` groups trained; 0 for what never did."""
+    visits = data.visits[-1].copy() if len(data.visits) else np.zeros(count)
+    visits[~data.table.trained.any(axis=0)] = 0
+    return visits
 
 
 def _check_seed(seed: Any) -> None:

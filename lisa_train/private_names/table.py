@@ -137,9 +137,6 @@ def _recorder() -> list[PrivateName]:
     in_source = {
         "_parameters", "_fsdp_param_groups", "reduce_scatter_unused_params",
     }  # fmt: skip
-    lora = "the products of the adapters are not found, and delta_norm and merged_norm are missing"
-    names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "scaling",
-             "get_base_layer", "fan_in_fan_out", "parameter_name", "num_experts")  # fmt: skip
     return [
         *(
             PrivateName("recorder", owner, name, (user,), without, in_source=name in in_source)
@@ -149,19 +146,22 @@ def _recorder() -> list[PrivateName]:
             PrivateName(area, owner, name, (user,), without, in_source=name in in_source)
             for area, owner, name, user, without in sharded
         ),
-        *(
-            PrivateName(
-                "adapters",
-                "peft.tuners.lora.layer",
-                name,
-                ("measure/adapters/search",),
-                lora,
-                in_source=True,
-            )
-            for name in names
-        ),
+        *_adapters(),
         *_base_weights(),
     ]
+
+
+def _adapters() -> list[PrivateName]:
+    lora = "the products of the adapters are not found, and delta_norm and merged_norm are missing"
+    names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "scaling",
+             "get_base_layer", "fan_in_fan_out", "parameter_name", "num_experts")  # fmt: skip
+    return [
+        PrivateName(
+            "adapters", "peft.tuners.lora.layer", name, ("measure/adapters/search",), lora,
+            in_source=True,
+        )
+        for name in names
+    ]  # fmt: skip
 
 
 def _base_weights() -> list[PrivateName]:

@@ -1,10 +1,45 @@
-"""Accelerate's FSDP2 on a CPU: it sets it up on accelerators only, and is told that this is one."""
+"""A small LISA in a Trainer whose model accelerate splits (FSDP2), on GPUs or on a CPU.
 
-from contextlib import contextmanager
+It splits on accelerators only; `fsdp2_on_a_cpu` tells it that a CPU is one.
+"""
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
+import pytest
+import torch
+import torch.distributed as dist
 from accelerate import state
 from accelerate.utils import DistributedType
+from helpers_recording import arguments, examples, llama
+from transformers import Trainer
+
+import lisa_train as lt
+
+BATCH, STEPS, SAVED = 6, 6, 3  # checkpoints in the middle of an interval of two steps
+# name -> settings of LISA, of Trainer, kind of checkpoint
+CASES = {
+    "reset": ({}, {}, "SHARDED_STATE_DICT"),
+    "keep, whole": (
+        {"optimizer_state": "keep", "always_active": ("norm",), "embed_probability": 0.5}, {},
+        "FULL_STATE_DICT",
+    ),
+    "offload, accumulated": (
+        {"optimizer_state": "offload", "warmup_steps": 2}, {"gradient_accumulation_steps": 2},
+        "SHARDED_STATE_DICT",
+    ),
+    "learned, recomputed": (
+        {"sampling": "balanced", "learn": lt.LearnConfig(metric="grad_rms", start_after=1)},
+        {"gradient_checkpointing": True},
+        "SHARDED_STATE_DICT",
+    ),
+    "fp32_active": (
+        {"precision": "fp32_active", "optimizer_state": "keep"}, {}, "SHARDED_STATE_DICT",
+    ),
+    "bf16": ({}, {"bf16": True}, "SHARDED_STATE_DICT"),
+}  # fmt: skip
 
 
 @contextmanager
@@ -26,3 +61,115 @@ def fsdp2_on_a_cpu():
 
     with mock.patch.object(state.AcceleratorState, "__init__", init):
         yield
+
+
+def train(name, folder, world, *, split, device="cpu", checkpoint=None, record=None, tail="out"):
+    settings, changes, kind = CASES[name]
+    model = llama()
+    if settings.get("precision") == "fp32_active":
+        model = model.to(torch.bfloat16)
+    fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": kind}} if split else {}
+    args = arguments(
+        folder / tail, per_device_train_batch_size=BATCH // world, max_steps=STEPS,
+        max_grad_norm=0.5, adam_epsilon=1e-3, save_strategy="steps" if split else "no",
+        save_steps=SAVED, use_cpu=device == "cpu", **changes, **fsdp,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=examples(96))
+    assert trainer.is_fsdp_enabled == split
+    lisa = lt.LisaConfig(
+        **{"activated_layers": 1, "interval_steps": 2, "sampling": "cyclic", **settings}
+    )
+    attached = lt.attach(trainer, lisa=lisa, record=record)
+    drawn = []
+    attached.engine_callback.on_draw.append(lambda draw: drawn.append((draw.layers, draw.groups)))
+    with warnings.catch_warnings():
+        if checkpoint is not None:
+            warnings.simplefilter("ignore")  # that the number of processes is another
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "drawn": drawn,
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "model": {key: whole(value) for key, value in trainer.model.state_dict().items()},
+        "state": states(trainer),
+    }  # fmt: skip
+
+
+def recording(folder):
+    return lt.RecordConfig(str(folder / "run"), every=1, probe_every=2)
+
+
+def states(trainer):
+    """The optimizer's state by name, whole."""
+    optimizer = trainer.optimizer
+    return {
+        f"{name}.{part}": whole(value)
+        for name, p in trainer.model.named_parameters()
+        for part, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def whole(tensor):
+    """A copy of a tensor, put together from its pieces."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().clone() if torch.is_tensor(tensor) else torch.tensor(tensor)
+
+
+def process(rank, folder, names=tuple(CASES), device="cpu"):
+    """Train every case, and take it up from its checkpoint; recorded where it is `reset`."""
+    folder, world = Path(folder), dist.get_world_size()
+    with fsdp2_on_a_cpu() if device == "cpu" else nullcontext():
+        for name in names:
+            own = {"world": world, "split": True, "device": device}
+            record = recording(folder) if name == "reset" else None
+            done = train(name, folder / name, record=record, **own)
+            checkpoint = folder / name / "out" / f"checkpoint-{SAVED}"
+            again = train(name, folder / name, checkpoint=checkpoint, tail="2", **own)
+            torch.save({"done": done, "again": again}, folder / f"{name}-{rank}.pt")
+
+
+def others(rank, folder, names):
+    """As many processes as there are now take up what two began."""
+    folder = Path(folder)
+    with fsdp2_on_a_cpu():
+        for name in names:
+            checkpoint = folder / name / "out" / f"checkpoint-{SAVED}"
+            world = dist.get_world_size()
+            again = train(name, folder / name, world, split=True, checkpoint=checkpoint, tail="3")
+            torch.save(again, folder / f"{name}-of-{world}-{rank}.pt")
+
+
+HALF = {"fp32_active", "bf16"}  # roundings to bf16 that fall otherwise
+
+
+def near(found, alone, name, tolerance=2e-5):
+    """Hold a training against another one of the same case."""
+    half, begun = name in HALF, start(name)
+    assert found["drawn"] == alone["drawn"]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=2e-3 if half else tolerance)
+    if half:
+        ends = [joined(weights) for weights in (found["model"], alone["model"], begun)]
+        assert (ends[0] - ends[1]).norm() <= 0.1 * (ends[1] - ends[2]).norm()
+        return
+    for key, value in alone["model"].items():
+        torch.testing.assert_close(found["model"][key], value, rtol=tolerance, atol=tolerance / 10)
+
+
+def joined(weights):
+    return torch.cat([weights[key].float().reshape(-1) for key in sorted(weights)])
+
+
+def start(name):
+    """The weights before training."""
+    model = llama()
+    return (model.to(torch.bfloat16) if name == "fp32_active" else model).state_dict()
+
+
+def taken_up_to_the_bit(found):
+    """Hold what `process` left of a run that was taken up against the one that was not left."""
+    done, again = found["done"], found["again"]
+    assert again["losses"] == done["losses"]
+    assert again["drawn"] == done["drawn"][-len(again["drawn"]) :]
+    assert again["state"].keys() == done["state"].keys()
+    for part in ("state", "model"):
+        for key, value in done[part].items():
+            assert torch.equal(again[part][key], value), key

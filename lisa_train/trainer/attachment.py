@@ -198,7 +198,7 @@ def _plan(trainer: Trainer, config: LisaConfig) -> Plan | None:
     """Make the engine's checks that need not wait for training to begin."""
     if any(isinstance(cb, LisaCallback) for cb in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer already trains with LISA; attach it once.")
-    check_lisa_processes(trainer)
+    check_lisa_processes(trainer, config)
     if config.learn is not None:
         check_learning(trainer, config.learn)
     if trainer.model is None:

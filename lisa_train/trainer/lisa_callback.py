@@ -110,7 +110,7 @@ class LisaCallback(Listener, TrainerCallback):
         assert model is not None
         self.close()  # a run that was stopped by an exception, or a retry with a smaller batch
         trainer = self._trainer or calling_trainer(self)
-        check_lisa_processes(trainer)
+        check_lisa_processes(trainer, self.config)
         probe = self._probe_source(trainer)
         self._starts = True
         planned, loaded = self._planned or (None, self.config)

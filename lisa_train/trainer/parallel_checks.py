@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.parallel import INSTEAD_OF_DEEPSPEED, ONE_PROCESS_EACH
 from lisa_train.trainer.events import patch
 
@@ -64,7 +65,7 @@ def check_parallel(trainer: Trainer, who: str) -> None:
         )
 
 
-def check_lisa_processes(trainer: Trainer) -> None:
+def check_lisa_processes(trainer: Trainer, config: LisaConfig) -> None:
     """`ConfigError` where the copies of a model under LISA would part, or Trainer would stop."""
     check_parallel(trainer, "LISA")
     sizes = _sizes(trainer)
@@ -79,11 +80,18 @@ def check_lisa_processes(trainer: Trainer) -> None:
             f"{sizes['dp_replicate']}, dp_shard_size {sizes['dp_shard']}); leave dp_replicate_size "
             "out, so that FSDP2 splits the model over all processes."
         )
-    offloads = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "cpu_offload", None)
-    if offloads is not None and type(offloads).__name__ == "CPUOffloadPolicy":
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
         raise ConfigError(
             "LISA is not proved under FSDP2 that keeps weights on the host (cpu_offload, "
             "fsdp_offload_params); leave that out: resting layers have no optimizer state to move."
+        )
+    kind = str(getattr(plugin, "state_dict_type", ""))
+    if config.optimizer_state == "offload" and "FULL_STATE_DICT" in kind:
+        raise ConfigError(
+            "lisa.optimizer_state is 'offload', and whole checkpoints (state_dict_type "
+            "FULL_STATE_DICT) are put together on the accelerators, where that state is not; set "
+            "state_dict_type in fsdp_config to SHARDED_STATE_DICT."
         )
 
 

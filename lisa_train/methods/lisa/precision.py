@@ -156,7 +156,10 @@ def _whole(value: Any) -> Any:
         return {key: _whole(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_whole(part) for part in value]
-    return value.full_tensor().cpu() if is_sharded(value) else value
+    if not is_sharded(value):
+        return value
+    # What waits on the host goes back to where the processes speak with each other.
+    return value.to(value.device_mesh.device_type).full_tensor().cpu()
 
 
 def _start(parameter: torch.Tensor) -> int:

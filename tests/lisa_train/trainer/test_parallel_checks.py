@@ -65,6 +65,14 @@ def test_fsdp2_that_keeps_weights_on_the_host(trainer, tmp_path, monkeypatch):
     assert "FSDP2 that keeps weights on the host (cpu_offload" in refused(trainer, lisa)
 
 
+def test_state_on_the_host_and_whole_checkpoints(trainer, monkeypatch):
+    offload = {"lisa": lt.LisaConfig(1, optimizer_state="offload")}
+    with_plugin(trainer, monkeypatch, fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    assert "set state_dict_type in fsdp_config to SHARDED_STATE_DICT" in refused(trainer, offload)
+    with_plugin(trainer, monkeypatch, fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    lt.attach(trainer, **offload)
+
+
 @pytest.mark.parametrize(
     ("sizes", "words", "recorder"),
     [

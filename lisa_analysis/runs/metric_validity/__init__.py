@@ -157,6 +157,20 @@ def validity(
             "no run has an ablation of three layers, or of kinds within layers: run lisa-ablate "
             "RUN_DIR, without --range."
         )
+    table, reliability = _judged(parts, confidence, seed)
+    for metric in set(table["metric"]):
+        missing.pop(metric, None)
+    return Validity(
+        table, missing, reliability, tuple(names[i] for i in ablated),
+        tuple(names[j] for j in lending), confidence,
+        sentences(table, reliability, len(ablated), confidence),
+    )  # fmt: skip
+
+
+def _judged(
+    parts: Sequence[Part], confidence: float, seed: int
+) -> tuple[pd.DataFrame, dict[tuple[str, str], float]]:
+    """Every level judged, best first; and how reliable the ablation's own order is."""
     rows, reliability = [], {}
     for level in LEVELS:
         of_level = [part for part in parts if part.level == level]
@@ -165,20 +179,13 @@ def validity(
             known = [part.reliability for part in of_level if part.target == target]
             if known:
                 reliability[level, target] = float(np.mean(known))
-    table = pd.DataFrame(rows)
     order = {name: index for index, name in enumerate(LEVELS)}
-    table = table.sort_values(
+    table = pd.DataFrame(rows).sort_values(
         ["level", "target", "spearman"], ascending=[True, True, False], kind="stable",
         key=lambda column: column.map(order) if column.name == "level" else column,
         ignore_index=True,
     )  # fmt: skip
-    for metric in set(table["metric"]):
-        missing.pop(metric, None)
-    return Validity(
-        table, missing, reliability, tuple(names[i] for i in ablated),
-        tuple(names[j] for j in lending), confidence,
-        sentences(table, reliability, len(ablated), confidence),
-    )  # fmt: skip
+    return table, reliability
 
 
 def _check_profiles(profiles: list[ImportanceProfile]) -> None:

@@ -141,17 +141,26 @@ def find_classes(
             "head has a row for it that only learns not to predict it"
         )
     own = [str(source.id2label[i]) for i in sorted(source.id2label)] if trained_head else []
-    if set(names) <= set(own):
-        number = {value: own.index(name) for value, name in zip(values, names, strict=True)}
+    number = _rows_of_head(own, values, names, declared)
+    if number is not None:
         return Classes(tuple(own), number, tuple(said))
-    if not declared and own and all(v in range(len(own)) for v in values):
-        return Classes(tuple(own), {value: int(value) for value in values}, tuple(said))
     if trained_head:
         said.append(
             f"the head of {config.model_name_or_path} is for {_listing(own)} and the data are "
             f"labelled {_listing(names)}: the head starts anew"
         )
     return Classes(tuple(names), {value: i for i, value in enumerate(values)}, tuple(said))
+
+
+def _rows_of_head(
+    own: Sequence[str], values: Sequence[Any], names: Sequence[str], declared: Sequence[str]
+) -> dict[Any, int] | None:
+    """Row of each value in a trained head, whose classes are `own`; None if it is no match."""
+    if set(names) <= set(own):
+        return {value: own.index(name) for value, name in zip(values, names, strict=True)}
+    if not declared and own and all(v in range(len(own)) for v in values):
+        return {value: int(value) for value in values}
+    return None
 
 
 def _declared(feature: Any) -> list[str]:

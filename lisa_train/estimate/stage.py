@@ -17,9 +17,10 @@ from lisa_analysis.contract.layers import role_of
 from lisa_train.estimate.setting import Setting
 from lisa_train.methods import METHODS
 from lisa_train.methods.adapter_heads import train_heads_whole
-from lisa_train.model.layer_map import find_layers
-from lisa_train.model.module_tree import task_type_of, unwrap
+from lisa_train.model.layer_map import LayerMap, find_layers
+from lisa_train.model.module_tree import below, task_type_of, unwrap
 from lisa_train.model.source import read_config
+from lisa_train.model.towers import sense_towers
 from lisa_train.optim.eight_bit import eight_bit_parameters
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Stage:
                 "step cannot be run on shapes; estimate a text model with a head for its task."
             )
         shape = (setting.batch_size, setting.sequence_length)
-        _check_positions(self.base, setting.sequence_length)
+        _check_positions(self.base, self.layer_map, setting.sequence_length)
         _check_experts(self.base)
         per_sequence = "SequenceClassification" in type(self.base).__name__
         with self.mode:
@@ -265,9 +266,15 @@ def _fuse_head(base: Any) -> None:
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
 
 
-def _check_positions(base: nn.Module, length: int) -> None:
-    """Refuse a sequence that is longer than a table of positions; rotary ones have no end."""
+def _check_positions(base: nn.Module, layer_map: LayerMap, length: int) -> None:
+    """Refuse a sequence that is longer than a table of positions; rotary ones have no end.
+
+    Those of a tower of images or sounds count patches and frames.
+    """
+    towers = sense_towers(base, layer_map)
     for path, module in base.named_modules():
+        if any(below(path, tower) for tower in towers):
+            continue
         name = path.rpartition(".")[2]
         table = isinstance(module, nn.Embedding) and ("position" in name or name == "wpe")
         if table and module.num_embeddings < length:

@@ -165,6 +165,8 @@ def seeing(name):
             audio_config=audio, text_config=hf.Qwen2Config(**known.DECODER)
         )
         return hf.Qwen2AudioForConditionalGeneration(config)
+    if name == "dinov2":
+        return hf.Dinov2ForImageClassification(hf.Dinov2Config(**known.VISION))
     return known.build(name)
 
 
@@ -213,9 +215,9 @@ def test_a_resting_tower_keeps_its_bits_and_what_it_sees_still_counts():
     assert not any(p in optimizer.state for n, p in model.named_parameters() if "vision_tow" in n)
 
 
-@pytest.mark.parametrize("name", ["vit", "whisper", "wav2vec2", "hubert", "opt"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "whisper", "wav2vec2", "hubert", "opt"])
 def test_models_whose_layers_read_images_or_sounds_have_no_resting_tower(name, caplog):
-    model = known.build(name)
+    model = seeing(name)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     layers = len(lt.find_layers(model))
     with Lisa(model, adamw(model), lt.LisaConfig(layers, 1)) as engine:
@@ -254,6 +256,17 @@ def test_a_tower_is_known_by_its_name_where_nothing_says_what_it_reads():
     layer_map = lt.find_layers(model, "text_model")
     assert sense_towers(model, layer_map) == ("vision_model",)
     assert sense_towers(model, lt.find_layers(model, "vision_model")) == ()
+
+
+def test_the_estimate_counts_a_tower_where_it_trains():
+    model = known.build("llava")
+    tower = sum(p.numel() for n, p in model.named_parameters() if "vision_tower" in n)
+    rests, named = (
+        lt.estimate_memory(model, "lisa", lisa=lt.LisaConfig(1, always_active=groups),
+                           sequence_length=8).trainable
+        for groups in (ALWAYS_ACTIVE_GROUPS, (*ALWAYS_ACTIVE_GROUPS, "tower"))
+    )  # fmt: skip
+    assert named - rests == tower > 0
 
 
 def test_full_and_select_train_a_tower_as_before():

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from accelerate import state
 from accelerate.utils import DistributedType
 from helpers_recording import arguments, examples, llama
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 import lisa_train as lt
 
 BATCH, STEPS, SAVED = 6, 6, 3  # checkpoints in the middle of an interval of two steps
-# name -> settings of LISA, of Trainer, kind of checkpoint
+# name -> settings of LISA (None: without it), of Trainer, kind of checkpoint
 CASES = {
     "reset": ({}, {}, "SHARDED_STATE_DICT"),
     "keep, whole": (
@@ -39,6 +40,8 @@ CASES = {
         {"precision": "fp32_active", "optimizer_state": "keep"}, {}, "SHARDED_STATE_DICT",
     ),
     "bf16": ({}, {"bf16": True}, "SHARDED_STATE_DICT"),
+    "full": (None, {}, "SHARDED_STATE_DICT"),
+    "lora": (None, {}, "SHARDED_STATE_DICT"),
 }  # fmt: skip
 
 
@@ -65,9 +68,7 @@ def fsdp2_on_a_cpu():
 
 def train(name, folder, world, *, split, device="cpu", checkpoint=None, record=None, tail="out"):
     settings, changes, kind = CASES[name]
-    model = llama()
-    if settings.get("precision") == "fp32_active":
-        model = model.to(torch.bfloat16)
+    model = begin(name)
     fsdp = {"fsdp": True, "fsdp_config": {"state_dict_type": kind}} if split else {}
     args = arguments(
         folder / tail, per_device_train_batch_size=BATCH // world, max_steps=STEPS,
@@ -76,12 +77,13 @@ def train(name, folder, world, *, split, device="cpu", checkpoint=None, record=N
     )  # fmt: skip
     trainer = Trainer(model, args, train_dataset=examples(96))
     assert trainer.is_fsdp_enabled == split
-    lisa = lt.LisaConfig(
+    lisa = None if settings is None else lt.LisaConfig(
         **{"activated_layers": 1, "interval_steps": 2, "sampling": "cyclic", **settings}
-    )
+    )  # fmt: skip
     attached = lt.attach(trainer, lisa=lisa, record=record)
     drawn = []
-    attached.engine_callback.on_draw.append(lambda draw: drawn.append((draw.layers, draw.groups)))
+    if (engine := attached.engine_callback) is not None:
+        engine.on_draw.append(lambda draw: drawn.append((draw.layers, draw.groups)))
     with warnings.catch_warnings():
         if checkpoint is not None:
             warnings.simplefilter("ignore")  # that the number of processes is another
@@ -94,8 +96,22 @@ def train(name, folder, world, *, split, device="cpu", checkpoint=None, record=N
     }  # fmt: skip
 
 
-def recording(folder):
-    return lt.RecordConfig(str(folder / "run"), every=1, probe_every=2)
+def begin(name):
+    """The model of a case before training."""
+    model = llama()
+    if name == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    return model.to(torch.bfloat16) if name == "fp32_active" else model
+
+
+RECORDED = ("reset", "full", "lora")
+
+
+def recording(folder, name):
+    """Settings of the recorder, for the cases that are recorded."""
+    if name not in RECORDED:
+        return None
+    return lt.RecordConfig(str(folder / f"run-{name}"), every=1, probe_every=2)
 
 
 def states(trainer):
@@ -115,13 +131,12 @@ def whole(tensor):
 
 
 def process(rank, folder, names=tuple(CASES), device="cpu"):
-    """Train every case, and take it up from its checkpoint; recorded where it is `reset`."""
+    """Train every case, and take it up from its checkpoint; some are recorded."""
     folder, world = Path(folder), dist.get_world_size()
     with fsdp2_on_a_cpu() if device == "cpu" else nullcontext():
         for name in names:
             own = {"world": world, "split": True, "device": device}
-            record = recording(folder) if name == "reset" else None
-            done = train(name, folder / name, record=record, **own)
+            done = train(name, folder / name, record=recording(folder, name), **own)
             checkpoint = folder / name / "out" / f"checkpoint-{SAVED}"
             again = train(name, folder / name, checkpoint=checkpoint, tail="2", **own)
             torch.save({"done": done, "again": again}, folder / f"{name}-{rank}.pt")
@@ -143,7 +158,7 @@ HALF = {"fp32_active", "bf16"}  # roundings to bf16 that fall otherwise
 
 def near(found, alone, name, tolerance=2e-5):
     """Hold a training against another one of the same case."""
-    half, begun = name in HALF, start(name)
+    half, begun = name in HALF, begin(name).state_dict()
     assert found["drawn"] == alone["drawn"]
     assert found["losses"] == pytest.approx(alone["losses"], rel=2e-3 if half else tolerance)
     if half:
@@ -156,12 +171,6 @@ def near(found, alone, name, tolerance=2e-5):
 
 def joined(weights):
     return torch.cat([weights[key].float().reshape(-1) for key in sorted(weights)])
-
-
-def start(name):
-    """The weights before training."""
-    model = llama()
-    return (model.to(torch.bfloat16) if name == "fp32_active" else model).state_dict()
 
 
 def taken_up_to_the_bit(found):

@@ -33,7 +33,27 @@ def split(arguments: list[str]) -> int:
         return main(arguments)
 
 
+def ablate_until_one_dies(words: list[str], losses: int) -> int:
+    """`lisa-ablate` over small batches, whose second process vanishes after so many losses."""
+    from lisa_train.command import ablate, ablate_run
+    from lisa_train.measure.ablation.file import AblationFile
+
+    goes_on, calls = AblationFile.add, []
+
+    def add(self, *arguments):
+        goes_on(self, *arguments)
+        calls.append(1)
+        if len(calls) == losses and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    AblationFile.add = add
+    ablate_run._TOKENS["cpu"] = 40
+    return ablate.main(words)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "ablate":
+        sys.exit(ablate_until_one_dies(sys.argv[3:], int(sys.argv[2])))
     if len(sys.argv) > 2:
         die_at(int(sys.argv[2]))
     for arguments in json.loads(sys.argv[1]):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch.distributed as dist
 from helpers_models import sentence
-from helpers_processes import ranks
+from helpers_processes import ranks, torchrun
 
 from lisa_analysis.contract.schema import ABLATION, ABLATION_UNFINISHED
 from lisa_train.command import ablate_run
@@ -126,6 +126,24 @@ def test_an_interrupted_call_goes_on(folder):
     assert words in (folder / "full-left-by-two-0.txt").read_text()
     assert words in (folder / "full-left-by-one-0.txt").read_text()
     assert not (folder / "full-left-by-one-2.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_call_and_the_same_call_goes_on(folder, tmp_path):
+    run = Path(shutil.copytree(folder / "full", tmp_path / "run"))
+    shutil.copy(folder / "general.txt", tmp_path)
+    (run / ABLATION).unlink()
+    script, general = Path(__file__).with_name("several_processes.py"), tmp_path / "general.txt"
+    done = torchrun([script, "ablate", STOPPED, run, "--general", general], fails=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("lisa-ablate:")]
+    assert len(said) <= 1  # it is ended, if it has not found the other missing by then
+    assert 'Traceback (most recent call last):\n  File "/' not in done.stderr.split("elastic")[0]
+    assert (run / ABLATION_UNFINISHED).exists()
+    code, words = call(run)
+    assert code == 0
+    assert "this goes on where an interrupted call stopped" in words
+    frames = (pd.read_parquet(path / ABLATION) for path in (run, folder / "full"))
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
 def test_one_process_restores_and_the_others_leave_it_alone(folder, tmp_path, monkeypatch):

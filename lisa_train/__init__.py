@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lisa_train.methods.lisa.schedule import Draw as Draw
     from lisa_train.model.layer_map import LayerMap as LayerMap
     from lisa_train.model.layer_map import find_layers as find_layers
+    from lisa_train.optim.saved_shards import load_saved_state as load_saved_state
     from lisa_train.optim.step_in_backward import StepInBackward as StepInBackward
     from lisa_train.trainer import LisaCallback as LisaCallback
     from lisa_train.trainer import RecordCallback as RecordCallback
@@ -55,6 +56,7 @@ _HOME = {
     "NormRecorder": "measure.recorder",
     "Quantity": "measure.quantities",
     "StepInBackward": "optim.step_in_backward",
+    "load_saved_state": "optim.saved_shards",
     "TrainConfig": "command.config",
     "train": "command.training",
     "ablate": "command.ablate_run",

@@ -18,7 +18,6 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import local
-from lisa_train.optim.saved_shards import load_saved_state
 
 WORLD, STEPS = 2, 8
 # name -> settings of LISA, bf16 in the forward and backward pass, recomputed activations
@@ -183,7 +182,7 @@ def read_pieces(name, model, optimizer, engine, folder):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
         dcp.load(weights, checkpoint_id=folder / name)
     model.load_state_dict(weights["model"])
-    load_saved_state(model, optimizer, folder / name)
+    lt.load_saved_state(model, optimizer, folder / name)
     own = torch.load(folder / f"{name}.pt", weights_only=True)
     engine.load_state_dict(own["lisa"])
     engine.load_tensors(own["tensors"])

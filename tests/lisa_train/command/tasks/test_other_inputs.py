@@ -1,6 +1,7 @@
 """Text to text, images and speech by every method; and images and sounds that are not right."""
 
 import dataclasses
+import json
 import re
 import shutil
 import warnings
@@ -35,6 +36,7 @@ from transformers import (
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.views.cli import main as analyze
 from lisa_train.command.cli import main
 from lisa_train.command.tasks.image_classification import read_image
 from lisa_train.command.tasks.sound import read_sound
@@ -110,6 +112,35 @@ def test_methods_learn_resume_and_what_rests_keeps_its_bits(
         )
         assert sorted(run.manifest["lisa"]["activated_of_stack"].values()) == [1, 1]
     assert_resumed_equals_uninterrupted(config, run)
+
+
+def test_a_run_of_two_stacks_becomes_probabilities_that_the_next_one_draws_each_by(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command's file, and with the same numbers in other stacks a sentence and code 2."""
+    task = "seq2seq-lm"
+    pilot = train(settings(inputs, tmp_path / "pilot", task, "full", max_steps=6))
+    path = tmp_path / "p.json"
+    assert analyze([str(pilot), "--probabilities", str(path), "--ignore-intervals"]) == 0
+    pi = np.array(json.loads(path.read_text())["inclusion_probabilities"])
+    assert [pi[:2].sum(), pi[2:].sum()] == pytest.approx([1, 1])
+    assert np.ptp(pi) > 0.01
+    config = settings(inputs, tmp_path / "next", task, "lisa", max_steps=4)
+    by_file = dataclasses.replace(config, lisa=lt.LisaConfig(2, 1, probabilities=str(path)))
+    draws = la.load(train(by_file)).events.query("event == 'lisa_draw'")
+    assert {tuple(i > 1 for i in layers) for layers in draws["layers"]} == {(False, True)}
+    np.testing.assert_allclose(np.stack(list(draws["inclusion_probabilities"])), [pi] * 4)
+    record = json.loads(path.read_text()) | {"inclusion_probabilities": [0.3, 0.5, 0.6, 0.6]}
+    path.write_text(json.dumps(record))
+    model, data = inputs[task]
+    words = ["--config", "lisa", "--task", task, "--model_name_or_path", str(model),
+             "--dataset_name", str(data), "--output_dir", str(tmp_path / "refused"),
+             "--lisa.probabilities", str(path)]  # fmt: skip
+    capsys.readouterr()
+    assert main(words) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "sum to 0.8 in encoder.block, 1.2 in decoder.block" in said
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("task", TASKS)

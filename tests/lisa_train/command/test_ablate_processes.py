@@ -57,7 +57,7 @@ def process(rank: int, folder: Path, tasks: list[tuple[str, str]]) -> None:
         if what == "interrupt":
             assert interrupted(run) == 130
         else:
-            code, said = call(run, *(["--by", "both"] if what == "kinds" else []))
+            code, said = call(run)
             assert code == 0, said
             Path(folder, f"{name}-{rank}.txt").write_text(said)
         if dist.is_initialized():
@@ -79,9 +79,9 @@ def folder(tmp_path_factory: Any, tiny_model_dir: Path, text_file: Path) -> Path
         )  # fmt: skip
         for copy in ("two", "left-by-two", "left-by-one"):
             shutil.copytree(folder / method, folder / f"{method}-{copy}")
-    ranks(process, folder, [("kinds", "lora-two"), ("whole", "full-two"),
+    ranks(process, folder, [("whole", "lora-two"), ("whole", "full-two"),
                             ("interrupt", "full-left-by-two")])  # fmt: skip
-    process(0, folder, [("kinds", "lora"), ("whole", "full"), ("whole", "full-left-by-two"),
+    process(0, folder, [("whole", "lora"), ("whole", "full"), ("whole", "full-left-by-two"),
                         ("interrupt", "full-left-by-one")])  # fmt: skip
     ranks(process, folder, [("whole", "full-left-by-one")], world=3)
     return folder

@@ -48,7 +48,7 @@ def test_layers_that_rest_have_no_state(folder):
     assert len({name.split(".")[2] for name in state if ".layers." in name}) == 1
 
 
-OTHERS = ("reset", "keep, whole", "fp32_active")
+OTHERS = ("keep, whole", "fp32_active")
 
 
 def test_another_number_of_processes_takes_up_a_checkpoint(folder):

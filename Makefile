@@ -36,7 +36,7 @@ demo-classify: setup  ## classify conversations: full, LoRA, LISA and the head a
 demo-vision: setup  ## classify small pictures with DINOv2: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.vision $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
-demo-speech: setup  ## teach Whisper a synthetic voice: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
+demo-speech: setup  ## teach Whisper synthetic voices in noise: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.speech $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 test: setup  ## the test suite (about 16 minutes on 2 cores)

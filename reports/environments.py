@@ -217,7 +217,7 @@ def _language(data: Path) -> list[Environment]:
             data=lambda: with_validation("voice", voice_folder(), data, 60),
             stacks=((r"encoder\.layers", 4), (r"decoder\.layers", 4)),
             linear=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-            few=1, drawn=2, interval=2, steps=40, batch=8, evaluated=60,
+            few=1, drawn=2, interval=2, steps=40, batch=8, evaluated=100,
             words=("--task=speech-recognition", "--per_device_eval_batch_size=30", BITS),
             centres={
                 "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5,

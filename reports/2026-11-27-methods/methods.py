@@ -12,7 +12,7 @@ RANK = 16
 HEADS = "--select.groups=[head]"
 STEPS = {"pos": 100, "fashion": 120, "define": 40, "voice": 24}
 BATCHES = {"pos": 32, "fashion": 32, "define": 8, "voice": 16}
-EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 60}
+EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 200}
 PERIODS = {"pos": 5, "fashion": 5, "define": 1, "voice": 2}  # steps of a draw of LISA
 RATES = {  # in the middle of a grid; those of weights are for few layers
     "full": {"pos": 2e-4, "fashion": 1e-4, "define": 5e-5, "voice": 1e-4},

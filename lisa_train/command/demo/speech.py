@@ -1,4 +1,4 @@
-"""`make demo-speech`: full, LoRA, LISA and the head alone on a voice that Whisper mishears."""
+"""`make demo-speech`: full, LoRA, LISA and the head alone on voices that Whisper mishears."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ DEMO = Comparison(
     model=_model,
     model_words="Whisper tiny.en, for sounds of up to six seconds",
     data=_data,
-    data_words="sentences of BYU Chit-Chat in the voice of eSpeak NG: `audio`, `text`",
+    data_words="sentences of BYU Chit-Chat in voices of eSpeak NG, in noise: `audio`, `text`",
     rates={"head": "1e-4", "lisa": "1e-4", "lora": "1e-3", "full": "3e-5"},
     scores={"word error rate": "word_error_rate"},
     held_out="sentences",

@@ -283,6 +283,29 @@ def test_a_tone_stays_the_same_at_another_rate() -> None:
     assert np.abs(found - tone[1]).max() < 2
 
 
+def test_every_sentence_has_its_voice_its_pace_and_its_noise() -> None:
+    tone = np.round(8000 * np.sin(np.arange(voice.RATE) / 7)).astype(np.int16)
+    asked: list[tuple[str, int]] = []
+
+    def speak(text: str, name: str, pace: int) -> np.ndarray:
+        asked.append((name, pace))
+        return tone
+
+    louder = []
+    for number in range(200):
+        noise = voice.said("Yes.", number, speak) - tone.astype(np.float64)
+        louder.append(10 * np.log10(np.mean(tone.astype(np.float64) ** 2) / np.mean(noise**2)))
+    names, paces = {name for name, _ in asked}, [pace for _, pace in asked]
+    assert names == {a + t for a in voice.ACCENTS for t in voice.TIMBRES}
+    slowest, fastest = voice.PACE
+    assert slowest <= min(paces) < slowest + 5 < fastest - 5 < max(paces) <= fastest
+    low, high = voice.LOUDER
+    assert low - 0.2 < min(louder) < low + 1 < high - 1 < max(louder) < high + 0.2
+    again = voice.said("Yes.", 7, speak)
+    assert asked[-1] == asked[7]
+    assert np.array_equal(again, voice.said("Yes.", 7, speak))
+
+
 # ------------------------------------------------------------------ the real files
 
 
@@ -309,7 +332,7 @@ def test_the_real_whisper_writes_most_of_what_the_voice_says() -> None:
     from lisa_train.command.tasks.scores import word_error_rate
     from lisa_train.command.tasks.sound import read_sound
 
-    folder, spoken = kept("whisper-tiny.en", "demo-speech"), kept("voice", "demo-speech") / "test"
+    folder, spoken = kept("whisper-tiny.en", "demo-speech"), kept("voices", "demo-speech") / "test"
     rows = [line.split(",", 1) for line in (spoken / "metadata.csv").read_text().splitlines()[1:17]]
     extractor = hf.WhisperFeatureExtractor.from_pretrained(folder)
     tokenizer = hf.WhisperTokenizer.from_pretrained(folder)

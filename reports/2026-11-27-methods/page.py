@@ -55,14 +55,15 @@ def _settled(plan: Plan) -> int:
     return sum(plan.rate(method) is not None for method in plan.methods.values())
 
 
-def outcomes(plan: Plan, name: str, metric: str) -> Losses:
-    """Return the last held-out value of a metric, by seed, of the runs that there are."""
+def outcomes(plan: Plan, name: str, metric: str, *, before: bool = False) -> Losses:
+    """Return the last held-out value of a metric, or the first, by seed, of the runs there are."""
     found = {}
     for seed in SEEDS:
         folder = plan.kept / plan.cell(plan.methods[name], seed).name
         if folder.exists():
             events = la.load(folder).events
-            found[seed] = float(events[events["event"] == "evaluate"]["metrics"].iloc[-1][metric])
+            measured = events[events["event"] == "evaluate"]["metrics"]
+            found[seed] = float(measured.iloc[0 if before else -1][metric])
     return found
 
 
@@ -78,14 +79,23 @@ def _results(plan: Plan) -> list[dict[str, object]]:
             "held-out loss (95 %)": _with_interval(losses, 3),
             "less full, within seeds (95 %)": "" if name == "full" else apart or MISSING,
         }
-        given = METRICS.get(plan.task.name)
-        values = outcomes(plan, name, given[0]) if given else None
-        row["task's metric"] = (
-            "" if given is None or values is None
-            else f"{given[1]} {_with_interval(values, given[2])}"
-        )  # fmt: skip
-        rows.append(row | _costs(plan, plan.timed(method).name))
-    return rows
+        rows.append(row | _metric(plan, name) | _costs(plan, plan.timed(method).name))
+    start = outcomes(plan, "full", "eval_loss", before=True)
+    first: dict[str, object] = {
+        "task": plan.task.name,
+        "method": "before training",
+        "held-out loss (95 %)": _with_interval(start, 3),
+        "less full, within seeds (95 %)": "",
+    }
+    return [first | _metric(plan, "full", before=True) | dict.fromkeys(COSTS, ""), *rows]
+
+
+def _metric(plan: Plan, name: str, *, before: bool = False) -> dict[str, object]:
+    if (given := METRICS.get(plan.task.name)) is None:
+        return {"task's metric": ""}
+    metric, words, digits = given
+    values = outcomes(plan, name, metric, before=before)
+    return {"task's metric": f"{words} {_with_interval(values, digits)}"}
 
 
 def _with_interval(values: Losses, digits: int) -> str:
@@ -98,9 +108,7 @@ def _with_interval(values: Losses, digits: int) -> str:
 def _costs(plan: Plan, name: str) -> dict[str, object]:
     """What a step takes with the machine to itself, and what the process held at most."""
     if not (plan.kept / name).exists():
-        return dict.fromkeys(
-            ("weights that train, M", "seconds a step", "peak memory, GB"), MISSING
-        )
+        return dict.fromkeys(COSTS, MISSING)
     run = la.load(plan.kept / name)
     memory = run.manifest["result"]["peak_memory_bytes"]
     trained = run.manifest["model"]["trainable_parameters"]

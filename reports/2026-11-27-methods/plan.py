@@ -71,6 +71,8 @@ class Plan:
                 f"--dataset_test_split={'test' if rate is None else 'validation'}",
                 *self._steps(self.task.steps), f"--eval_steps={self.task.steps}",
                 f"--max_eval_samples={self.task.evaluated}",
+                # What stands before training is the same under every method.
+                f"--eval_on_start={str(method.name == 'full').lower()}",
             ]  # fmt: skip
 
         after = (self.probe(seed + 1).name,) if method.probed else ()

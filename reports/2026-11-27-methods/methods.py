@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from environments import Environment, environments
 
 import lisa_analysis as la
@@ -14,6 +15,7 @@ STEPS = {"pos": 100, "fashion": 120, "define": 40, "voice": 24}
 BATCHES = {"pos": 32, "fashion": 32, "define": 8, "voice": 16}
 EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 200}
 PERIODS = {"pos": 5, "fashion": 5, "define": 1, "voice": 2}  # steps of a draw of LISA
+CHOSEN = ("last", "probe", "random")  # whole layers, always the same ones
 RATES = {  # in the middle of a grid; those of weights are for few layers
     "full": {"pos": 2e-4, "fashion": 1e-4, "define": 5e-5, "voice": 1e-4},
     "lora": {"pos": 1e-3, "fashion": 1e-3, "define": 1e-3, "voice": 1e-3},
@@ -86,6 +88,9 @@ def methods(task: Environment, probe: Callable[[int], Path]) -> list[Method]:
         scores = la.importance(la.load(probe(seed)), "grad_signal").scores
         return select(task.top(list(scores)))
 
+    def random(seed: int) -> list[str]:
+        return select(task.top(list(np.random.default_rng(seed).random(task.layers))))
+
     targets, inside = (f"[{','.join(names)}]" for names in TARGETS[task.name])
     # Llama has no biases: what stands for them are the weights of its norms.
     small = "[.*bias]" if task.name != "define" else "[.*norm.weight]"
@@ -108,10 +113,11 @@ def methods(task: Environment, probe: Callable[[int], Path]) -> list[Method]:
         ],
         "last": lambda seed: select(task.top([float(i) for i in range(task.layers)])),
         "probe": probed,
+        "random": random,
         "bitfit": lambda seed: ["--method=select", f"--select.tensors={small}", *head],
         "head": lambda seed: ["--method=select", HEADS],
     }  # fmt: skip
-    rates = {name: RATES["weights" if name in ("last", "probe") else name] for name in words}
+    rates = {name: RATES["weights" if name in CHOSEN else name] for name in words}
     return [
         Method(name, rates[name][task.name], words[name], probed=name == "probe")
         for name in words

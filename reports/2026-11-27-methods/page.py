@@ -24,8 +24,8 @@ METRICS = {  # of a task: name in the log, in words, decimals
 }
 NAMES = {  # in the order of the figure
     "full": "full", "lisa": "LISA", "lora": "LoRA", "ia3": "IA³", "bitfit": "select: BitFit",
-    "last": "select: last layers", "probe": "select: top of the probe", "prompt": "prompt",
-    "head": "head alone",
+    "last": "select: last layers", "probe": "select: top of the probe",
+    "random": "select: random layers", "prompt": "prompt", "head": "head alone",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ STEPS = {"pos": 100, "fashion": 120, "define": 40, "voice": 24}
 BATCHES = {"pos": 32, "fashion": 32, "define": 8, "voice": 16}
 EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 200}
 PERIODS = {"pos": 5, "fashion": 5, "define": 1, "voice": 2}  # steps of a draw of LISA
+PLACEBO = ("define",)  # where random layers are trained, too
 CHOSEN = ("last", "probe", "random")  # whole layers, always the same ones
 RATES = {  # in the middle of a grid; those of weights are for few layers
     "full": {"pos": 2e-4, "fashion": 1e-4, "define": 5e-5, "voice": 1e-4},
@@ -117,6 +118,8 @@ def methods(task: Environment, probe: Callable[[int], Path]) -> list[Method]:
         "bitfit": lambda seed: ["--method=select", f"--select.tensors={small}", *head],
         "head": lambda seed: ["--method=select", HEADS],
     }  # fmt: skip
+    if task.name not in PLACEBO:
+        del words["random"]
     rates = {name: RATES["weights" if name in CHOSEN else name] for name in words}
     return [
         Method(name, rates[name][task.name], words[name], probed=name == "probe")

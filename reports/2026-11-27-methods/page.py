@@ -17,6 +17,10 @@ from lisa_analysis.statistics.repetitions import MIN_SEEDS, mean_over
 MISSING = "not yet"
 FIRST = 2  # steps of a timed run that do not count: caches fill
 COSTS = ("weights that train, M", "seconds a step", "peak memory, GB")
+BESIDE = {  # what a method's loss is compared with, within seeds: heading
+    "full": "less full (95 %)",
+    "lisa": "less LISA (95 %)",
+}
 METRICS = {  # of a task: name in the log, in words, decimals
     "pos": ("eval_accuracy", "accuracy", 3),
     "fashion": ("eval_accuracy", "accuracy", 3),
@@ -69,24 +73,24 @@ def outcomes(plan: Plan, name: str, metric: str, *, before: bool = False) -> Los
 
 def _results(plan: Plan) -> list[dict[str, object]]:
     rows = []
-    whole = outcomes(plan, "full", "eval_loss")
+    others = {name: outcomes(plan, name, "eval_loss") for name in BESIDE}
     for name, method in plan.methods.items():
         losses = outcomes(plan, name, "eval_loss")
-        apart = difference(losses, whole) if name != "full" else None
         row: dict[str, object] = {
             "task": plan.task.name,
             "method": NAMES[name],
             "held-out loss (95 %)": _with_interval(losses, 3),
-            "less full, within seeds (95 %)": "" if name == "full" else apart or MISSING,
         }
+        for other, found in others.items():
+            apart = difference(losses, found) or MISSING
+            row[BESIDE[other]] = "" if name == other else apart
         rows.append(row | _metric(plan, name) | _costs(plan, plan.timed(method).name))
     start = outcomes(plan, "full", "eval_loss", before=True)
     first: dict[str, object] = {
         "task": plan.task.name,
         "method": "before training",
         "held-out loss (95 %)": _with_interval(start, 3),
-        "less full, within seeds (95 %)": "",
-    }
+    } | dict.fromkeys(BESIDE.values(), "")
     return [first | _metric(plan, "full", before=True) | dict.fromkeys(COSTS, ""), *rows]
 
 

@@ -109,7 +109,10 @@ def recorder(folder, model, optimizer, **config):
     )
 
 
-def loop(folder, model, trained, rank, world, *, through=None, keep=None, collectives=1, **config):
+def loop(
+    folder, model, trained, rank, world, *, steps=STEPS, through=None, keep=None, collectives=1,
+    **config,
+):  # fmt: skip
     """Accumulate, clip and record; count the recorder's collectives in every recorded step.
 
     `through` is what measuring passes go through; `keep` takes the weights before each step.
@@ -121,7 +124,7 @@ def loop(folder, model, trained, rank, world, *, through=None, keep=None, collec
         counted_collectives() as calls,
         recorder(folder, model, optimizer, **config) as record,
     ):
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             if keep is not None:
                 keep[step] = copied(model)
             total = 0.0
@@ -152,7 +155,7 @@ def loop(folder, model, trained, rank, world, *, through=None, keep=None, collec
                 assert flags == [p.requires_grad for p in model.parameters()]
                 assert all(p.grad is None for p in model.parameters())
     if keep is not None:
-        keep[STEPS + 1] = copied(model)
+        keep[steps + 1] = copied(model)
 
 
 def copied(model):
@@ -250,11 +253,12 @@ def adapters_fsdp2(folder, rank, world):
 
 
 def adapters_replicas(folder, rank, world):
-    """With replicas (HSDP) a tensor is sharded and copied at once."""
+    """With replicas (HSDP) a tensor is sharded and copied at once; half as many steps tell."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("copies", "shards"))
-    adapters(folder, rank, world, lambda model: shard(model, mesh=mesh), collectives=2)
+    wrap = lambda model: shard(model, mesh=mesh)  # noqa: E731
+    adapters(folder, rank, world, wrap, collectives=2, steps=STEPS // 2)
 
 
 def adapters_beside(folder, rank, world):

@@ -12,7 +12,7 @@ def build(seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
             num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
         )
     )  # fmt: skip

@@ -56,7 +56,7 @@ if __name__ == "__main__":
         sys.exit(ablate_until_one_dies(sys.argv[3:], int(sys.argv[2])))
     if len(sys.argv) > 2:
         die_at(int(sys.argv[2]))
-    for arguments in json.loads(sys.argv[1]):
+    for expected, arguments in json.loads(sys.argv[1]):
         code = split(arguments) if "fsdp" in "".join(arguments) else main(arguments)
-        if code:
-            sys.exit(code)
+        if code != expected:
+            sys.exit(f"{arguments} returned {code}, expected {expected}")

@@ -52,8 +52,12 @@ def data(tiny_model_dir, text_file):
 def two(tmp_path_factory, data):
     """Folder of the runs of two processes, and what they said."""
     folder = tmp_path_factory.mktemp("two")
-    given = json.dumps([arguments(name, folder, data, 2) for name in (*RUNS, "split")])
-    return folder, torchrun([Path(__file__).with_name("several_processes.py"), given])
+    bad = [
+        "--config=lisa", "--lisa.activated_layers=99", f"--output_dir={folder / 'bad'}", *data,
+    ]  # fmt: skip
+    given = [(2, bad), *((0, arguments(name, folder, data, 2)) for name in (*RUNS, "split"))]
+    script = Path(__file__).with_name("several_processes.py")
+    return folder, torchrun([script, json.dumps(given)])
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +134,13 @@ def test_one_process_speaks(two):
         assert words not in said
 
 
-def test_a_bad_setting_is_one_sentence_and_no_process_waits(data, tmp_path):
-    done = torchrun(
-        ["-m", "lisa_train", "--config=lisa", "--lisa.activated_layers=99",
-         f"--output_dir={tmp_path / 'run'}", *data],
-        fails=True,
-    )  # fmt: skip
+def test_a_bad_setting_is_one_sentence_and_no_process_waits(two):
+    """All processes return 2 (`several_processes.py` looks), and go on to the next command."""
+    folder, done = two
     said = [line for line in done.stderr.splitlines() if line.startswith("lisa-train:")]
     assert len(said) == 1, done.stderr
     assert "activated_layers" in said[0]
-    assert not (tmp_path / "run").exists()
+    assert not (folder / "bad").exists()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def fsdp_plugin(file):
 def test_a_process_that_dies_ends_the_run_readably(data, tmp_path):
     words = arguments("lisa", tmp_path, data, 2)
     script = Path(__file__).with_name("several_processes.py")
-    torchrun([script, json.dumps([words]), "3"], fails=True)
+    torchrun([script, json.dumps([(0, words)]), "3"], fails=True)
     run = la.load(tmp_path / "lisa")
     assert run.status == "interrupted"
     assert 2 <= len(run.scalars) <= 3

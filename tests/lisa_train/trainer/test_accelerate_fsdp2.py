@@ -75,7 +75,7 @@ def test_such_a_run_is_recorded(folder, tmp_path, name):
     )
     found = found.reindex(one.index)
     if name == "reset":  # also of layers that rest
-        assert found["probe_grad_norm"].notna().sum() > 3 * 9
+        assert found["probe_grad_norm"].notna().sum() > 2 * 9
     for column in columns:
         assert one[column].notna().any()
         np.testing.assert_allclose(found[column], one[column], rtol=1e-4, atol=1e-9)

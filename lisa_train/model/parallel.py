@@ -27,6 +27,15 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def in_all(flag: bool) -> bool:
+    """Whether a flag is set in every process; all of them call it together."""
+    every: list[Any] = [flag]
+    if processes() > 1:
+        every = [None] * processes()
+        dist.all_gather_object(every, flag)
+    return all(every)
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks."""
     return processes() == 1 or dist.get_rank() == 0

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.learning.config import LearnConfig
+from lisa_train.model.parallel import in_all
 from lisa_train.private_names import check
 from lisa_train.trainer.events import Listener, TrainerEvents
 from lisa_train.trainer.probe_pass import run_probe_pass
@@ -82,7 +83,9 @@ class ProbeSource(Listener):
 
     def first_half(self) -> None:
         """Make a pass with the first half of the batch that was kept."""
-        self._parts = halves_of(self._taken())
+        parts = halves_of(self._taken())
+        # A pass waits for those of all processes: all make both, or none.
+        self._parts = parts if in_all(parts is not None) else None
         self._half(0)
 
     def second_half(self) -> None:
@@ -91,7 +94,8 @@ class ProbeSource(Listener):
         self._parts = None
 
     def _half(self, which: int) -> None:
-        # Of a batch of one row, or without a label in a half, nothing is measured.
+        # Of a batch of one row, or without a label in a half, nothing is measured, nor where
+        # another process has such a batch.
         if self._parts is not None:
             scale = self._events.loss_scale.now(self._trainer.args.device)
             run_probe_pass(self._trainer, self._parts[which], scale)

@@ -12,6 +12,7 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.rundir.opening import load
 from lisa_train.methods.lisa.engine import Lisa
+from lisa_train.trainer import learning
 from lisa_train.trainer.learning import halves_of
 
 LAYERS, STEPS, INTERVAL = 4, 24, 2
@@ -212,6 +213,24 @@ def test_halves_of_a_batch():
         halves_of({"input_ids": ids, "pixel_values": torch.zeros(7, 2)})
     with pytest.raises(ConfigError, match="a batch is a list"):
         halves_of([ids])
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_all_processes_make_both_halves_or_none(tmp_path, monkeypatch, others):
+    """Where another one's batch has no halves, its passes would be waited for."""
+    trainer = Trainer(llama(), arguments(tmp_path))
+    made = []
+    monkeypatch.setattr(learning, "in_all", lambda flag: flag and others)
+    monkeypatch.setattr(learning, "run_probe_pass", lambda trainer, inputs, scale: made.append(1))
+    source = learning.ProbeSource(trainer)
+    ids = torch.arange(6).view(3, 2)
+    for rows, passes in ((ids, 2 * others), (ids[:1], 0)):
+        made.clear()
+        source.listen(lambda step: True)
+        source.gradients_ready(1, {"input_ids": rows}, 1.0)
+        source.first_half()
+        source.second_half()
+        assert len(made) == passes
 
 
 def test_checkpoints_hold_plain_numbers(tmp_path):

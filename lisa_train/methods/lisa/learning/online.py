@@ -97,12 +97,8 @@ class Learning(NoLearning):
         self._visits: Visits | None = None
         self._sizes = [sum(p.numel() for p in units[i]) for i in range(self._layers)]
         split = [is_sharded(p) for i in range(self._layers) for p in units[i]]
-        if any(split) and (settings.metric in ("signal", "probe") or not all(split)):
-            raise ConfigError(
-                f"lisa.learn.metric is {settings.metric!r} with weights that FSDP2 splits over "
-                "processes, where it is not known to be right; choose 'grad_rms' (with all layers "
-                "split), or train with DDP."
-            )
+        if any(split):
+            _refuse_split(settings.metric, split, halves=self._halves is not None)
         if self._halves is not None and (settings.metric != "signal" or len(self._halves) != 2):
             raise ConfigError(
                 f"the engine got {len(self._halves)} functions as `probe` and lisa.learn.metric is "
@@ -212,6 +208,23 @@ def learning_of(
         return NoLearning()
     loses_state = POLICIES[config.optimizer_state].place == "nowhere"
     return Learning(model, config.learn, schedule, units, loses_state=loses_state, probe=probe)
+
+
+def _refuse_split(metric: str, split: Sequence[bool], *, halves: bool) -> None:
+    """`ConfigError` for what is not measured of tensors that FSDP2 splits over processes."""
+    if not all(split):
+        raise ConfigError(
+            f"lisa.learn.metric is {metric!r} with layers of which FSDP2 splits some tensors over "
+            "processes and others not, whose parts do not add up; let it split all, or train with "
+            "DDP."
+        )
+    if metric == "signal" and not halves:
+        raise ConfigError(
+            "lisa.learn.metric is 'signal' from micro-batches with weights that FSDP2 splits over "
+            "processes, which adds micro-batches up before anybody sees their gradients; let a "
+            "step have one (gradient_accumulation_steps: 1), whose halves are compared, give the "
+            "engine two functions as `probe`, choose 'grad_rms', or train with DDP."
+        )
 
 
 def _of_the_first(values: Array) -> Array:

@@ -15,7 +15,7 @@ STEPS = {"pos": 100, "fashion": 120, "define": 40, "voice": 24}
 BATCHES = {"pos": 32, "fashion": 32, "define": 8, "voice": 16}
 EVALUATED = {"pos": 2048, "fashion": 2000, "define": 256, "voice": 200}
 PERIODS = {"pos": 5, "fashion": 5, "define": 1, "voice": 2}  # steps of a draw of LISA
-PLACEBO = ("define",)  # where random layers are trained, too
+PLACEBO = ("define", "voice")  # where random layers are trained, too
 CHOSEN = ("last", "probe", "random")  # whole layers, always the same ones
 RATES = {  # in the middle of a grid; those of weights are for few layers
     "full": {"pos": 2e-4, "fashion": 1e-4, "define": 5e-5, "voice": 1e-4},

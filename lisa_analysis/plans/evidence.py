@@ -131,19 +131,24 @@ def _undecided(profile: "ImportanceProfile", low: Array, high: Array, zero: list
     """Why a profile decides nothing; empty where it does."""
     if profile.initialisation is not None and profile.initialisation.explained:
         return "the profile is explained by adapter initialisation"
-    known = np.isfinite(low) | np.isfinite(high)
+    score = _column(profile.layers, "score")
+    known = np.isfinite(score) & (np.isfinite(low) | np.isfinite(high))
     if not known.any():
         never = len(profile.unseen)
         seen = f"{never} of {profile.n_layers} {profile.by}s were never seen, and " if never else ""
         return f"{seen}the data are insufficient for intervals of the scores"
+    apart = {"above", "below", "zero"}
+    if "standing" in profile.layers and not apart & set(profile.layers["standing"]):
+        return "no layer is known to stand above or below the others"
+    # Beside the layer in the middle, as the profile's words are: a band may lie above it and still
+    # reach into that of the lowest. Scores below zero count as zero: two of them are not apart.
+    # Of an even number the two in the middle: the profile's own median lies between them.
+    ordered = np.maximum(np.sort(score[known]), 0.0)
+    lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     bottom = np.where(np.isfinite(low[known]), low[known], -np.inf)
     top = np.where(np.isfinite(high[known]), high[known], np.inf)
     if zero:
         bottom, top = np.append(bottom, 0.0), np.append(top, 0.0)
-    apart = {"above", "below", "zero"}
-    if "standing" in profile.layers and not apart & set(profile.layers["standing"]):
-        return "no layer is known to stand above or below the others"
-    # Scores below zero count as zero: two of them are not apart.
-    if np.maximum(bottom, 0.0).max() <= np.maximum(top, 0.0).min():
+    if not ((bottom > lower) | (np.maximum(top, 0.0) < upper)).any():
         return "no layer is known to stand above or below the others"
     return ""

@@ -64,6 +64,33 @@ def test_equal_layers_are_rarely_given_a_shape(table):
     assert false <= 0.02 * len(plain)
 
 
+# Memory 1/(1 − ρ) of a slow course over the length of the run, and its standard deviation.
+MEMORIES, AMPLITUDES = (0.33, 0.67, 1.0, 1.67, 3.33), (0.05, 0.15, 0.6)
+
+
+@pytest.mark.parametrize("layers", [8, 32])
+def test_how_long_a_course_may_last(layers):
+    """Where intervals stop to hold: the second table of docs/statistics.md."""
+    print(f"\n| {layers} layers, sd of the course | {' | '.join(map(str, MEMORIES))} |")
+    # Few layers tell less of a rate: about as many intervals of each.
+    repetitions = max(REPETITIONS * 64 // (5 * layers), 4)
+    for amplitude in AMPLITUDES:
+        cells = []
+        for memory in MEMORIES:
+            noise = worlds.slow(amplitude, rho=1 - 1 / (300 * memory))
+            held = worlds.coverage(
+                worlds.World("edge", noise, 300, layers=layers), repetitions=repetitions,
+                judge=False, replicates=50,
+            )  # fmt: skip
+            cells.append(held)
+        print(f"| {amplitude} | " + " | ".join(
+            f"{held.rate('layer'):.2f} ({held.rate('shown'):.2f})" for held in cells) + " |",
+            flush=True)  # fmt: skip
+        # A third of the run is well within what is stated; runs, not layers, are independent.
+        least = 0.9 - 3 * (0.05 / repetitions) ** 0.5
+        assert cells[0].rate("layer") >= least, amplitude
+
+
 @pytest.mark.parametrize("layers", [12, 32])
 def test_power_of_a_short_pilot(layers):
     """At ρ = 0.5 and log-sd 0.3, one layer twice the others, and layers with an interval."""

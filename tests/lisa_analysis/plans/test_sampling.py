@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lisa_analysis.contract.errors import LisaError, ProbabilitiesError
 from lisa_analysis.plans.sampling import inclusion_probabilities, safe_scores, strengths
 
 X = np.linspace(-1, 1, 12)
+KEPT = Path(__file__).parents[3] / "reports" / "2026-11-23-skew" / "runs"
 weights = hs.lists(hs.floats(1e-6, 1e6), min_size=1, max_size=60).map(np.array)
 
 
@@ -471,7 +473,7 @@ class TestEvidence:
         profile = self.profile(score, score - 0.1, score + 0.1)
         alone = la.sampling_probabilities(profile, 1)
         assert alone.inclusion_probabilities[1] > 0.25
-        profile.layers["joint_low"], profile.layers["joint_high"] = score - 0.2, score + 0.2
+        profile.layers["joint_low"], profile.layers["joint_high"] = score - 0.35, score + 0.35
         together = la.sampling_probabilities(profile, 1)
         assert set(together.inclusion_probabilities) == {0.25}
 
@@ -485,6 +487,28 @@ class TestEvidence:
         assert set(made.inclusion_probabilities) == {0.25}
         profile.layers["standing"] = ["within", "above", "within", "within"]
         assert la.sampling_probabilities(profile, 1).inclusion_probabilities[1] > 0.25
+
+    def test_a_layer_above_the_middle_gets_more_though_its_band_reaches_into_another(self):
+        """Layers 0 and 29 stood above, and "no layer is known to stand above" made π uniform."""
+        score = np.array([0.8, 1.0, 1.0, 1.0, 1.5])
+        profile = self.profile(score, score - 0.35, score + 0.4)
+        assert profile.layers["high"].min() > profile.layers["low"].max()
+        made = la.sampling_probabilities(profile, 1)
+        assert made.undecided == ""
+        assert made.inclusion_probabilities[4] > 0.2
+        # A middle below zero counts as zero: a band that reaches zero is not above it.
+        away = self.profile(score - 2, score - 2.35, score - 1.6)
+        assert la.sampling_probabilities(away, 1).undecided
+
+    @pytest.mark.parametrize("name", ["full-1", "full-2", "lora-1", "lisa-1"])
+    def test_what_a_kept_run_names_is_what_is_drawn_more_and_less(self, name):
+        profile = la.importance(KEPT / name)
+        made = la.sampling_probabilities(profile, 2)
+        pi, share = np.array(made.inclusion_probabilities), 2 / 30
+        assert profile.above
+        assert (pi[list(profile.above)] > share).all()
+        assert (pi[list(profile.below)] < share).all()
+        assert "no layer is known" not in made.statement
 
     def test_scores_alone_are_undecided_until_they_are_taken_as_certain(self):
         profile = self.profile([1.0, 2, 3, 4])

@@ -39,7 +39,7 @@ demo-vision: setup  ## classify small pictures with DINOv2: full, LoRA, LISA and
 demo-speech: setup  ## teach Whisper synthetic voices in noise: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.speech $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
-test: setup  ## the test suite (about 16 minutes on 2 cores)
+test: setup  ## the test suite (about 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## ruff (lint, format) and mypy

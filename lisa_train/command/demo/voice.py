@@ -1,8 +1,8 @@
 """Sentences that people wrote, spoken by synthetic voices in noise, which Whisper mishears.
 
-One voice in silence is learned within a dozen steps by every method, so that nothing can be told
-from it. Here four accents in five timbres speak slowly and fast, beside noise that is nearly as
-loud as they are or hardly heard.
+One voice in silence is learned within a dozen steps, by full fine-tuning and LoRA alike, so that
+nothing can be told from it. Here four accents in five timbres speak slowly and fast, beside noise
+that is nearly as loud as they are or hardly heard.
 """
 
 import csv

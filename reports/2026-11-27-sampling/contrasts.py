@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from arms import Arm
-from plan import Plan
+from plan import START, Plan
 from scipy import stats
 
 import lisa_analysis as la
@@ -51,15 +52,27 @@ def step_seconds(plan: Plan, arm: Arm) -> float | None:
 
 
 def course(plan: Plan, arm: Arm, seed: int) -> Course | None:
-    """Read the course of an arm's run; None where it is not there or the arm was not timed."""
+    """Read the course of an arm's run; None where it is not there or the arm was not timed.
+
+    It begins with what the seed's run of all weights had before its first step.
+    """
     folder = plan.kept / plan.cell(arm, seed).name
+    first = plan.kept / plan.cell(plan.arms[START], seed).name
     seconds = step_seconds(plan, arm)
-    if not folder.exists() or seconds is None:
+    if not folder.exists() or not first.exists() or seconds is None:
         return None
+    found = {0: _held_out(first)[0]} | _held_out(folder)
+    return Course(tuple(found), tuple(found.values()), seconds)
+
+
+def _held_out(folder: Path) -> dict[int, float]:
+    """Held-out loss by step."""
     events = la.load(folder).events
     events = events[events["event"] == "evaluate"]
-    losses = [float(metrics["eval_loss"]) for metrics in events["metrics"]]
-    return Course(tuple(int(step) for step in events["step"]), tuple(losses), seconds)
+    return {
+        int(step): float(metrics["eval_loss"])
+        for step, metrics in zip(events["step"], events["metrics"], strict=True)
+    }
 
 
 def source_seconds(plan: Plan, kind: str) -> float | None:

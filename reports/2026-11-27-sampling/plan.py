@@ -13,6 +13,8 @@ import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
 PROBED = 16  # batches of a probe
+COURSE = 2  # evaluations of a run whose course is read
+START = "full"  # the arm whose runs take the loss before the first step
 TIMED = 24  # steps of a run that is timed
 LONGER = 4  # times the steps, for the primary contrasts of some environments
 LONGER_SEEDS = (1, 2, 3)
@@ -143,7 +145,13 @@ class Plan:
 
         def words() -> list[str]:
             return [
-                *self._common("validation" if tuned else "test", seed, steps=steps),
+                *self._common(
+                    "validation" if tuned else "test",
+                    seed,
+                    steps=steps,
+                    evaluations=1 if tuned else COURSE,
+                    start=arm.name == START and not tuned,
+                ),
                 f"--learning_rate={self.rate(arm.family) if rate is None else rate:.6g}",
                 *arm.words(seed),
             ]
@@ -202,6 +210,8 @@ class Plan:
         steps: int | None = None,
         every: int | None = None,
         trains: bool = True,
+        evaluations: int = 1,
+        start: bool = False,  # all arms of a seed start as one model: its loss is taken once
     ) -> list[str]:
         environment = self.environment
         steps = environment.steps if steps is None else steps
@@ -214,8 +224,9 @@ class Plan:
             words += [
                 f"--dataset_test_split={split}", f"--max_steps={steps}",
                 "--lr_scheduler_type=cosine", "--warmup_steps=0.05",
-                f"--eval_steps={math.ceil(steps / 3)}", "--logging_steps=10",
-                f"--max_eval_samples={environment.evaluated}",
+                f"--eval_steps={math.ceil(steps / evaluations)}",
+                f"--eval_on_start={str(start).lower()}",
+                f"--max_eval_samples={environment.evaluated}", "--logging_steps=10",
                 f"--record.every={every or steps}", "--record.flush_seconds=3600",
             ]  # fmt: skip
         return words

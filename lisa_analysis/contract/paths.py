@@ -34,3 +34,12 @@ def to_write(value: Any, asked_by: str) -> Path:
     if not path.parent.is_dir():
         raise LisaError(f"cannot write {path}, there is no folder {path.parent}: make it.")
     return path
+
+
+def cache_dir() -> Path:
+    """`$LISA_CACHE`, or `lisa-toolkit` in the user's cache folder; created when missing."""
+    base = os.environ.get("LISA_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(base) if base else home / "lisa-toolkit"
+    path.mkdir(parents=True, exist_ok=True)
+    return path

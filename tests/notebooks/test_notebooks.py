@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from helpers_models import build_tiny_model, sentence, write_jsonl
 
-from lisa_train.command.demo.sources import cache_dir
+from lisa_analysis.contract.paths import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

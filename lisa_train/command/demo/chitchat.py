@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lisa_train.command.demo.sources import CHITCHAT, cache_dir, fetch
+from lisa_analysis.contract.paths import cache_dir
+from lisa_train.command.demo.sources import CHITCHAT, fetch
 
 TURNS = 4  # turns per example: 60 to 70 tokens
 HELD_OUT_EVERY = 10  # conversations; whole ones, so that no conversation is in both splits

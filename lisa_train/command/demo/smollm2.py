@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_train.command.demo.sources import SMOLLM2, cache_dir, fetch
+from lisa_analysis.contract.paths import cache_dir
+from lisa_train.command.demo.sources import SMOLLM2, fetch
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,6 @@ they are unpacked and read, never installed or imported. (The voice is a library
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,6 @@ _MODEL_FILES = (
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.txt",
 )  # fmt: skip
-
-
-def cache_dir() -> Path:
-    """`$LISA_CACHE`, or `lisa-toolkit` in the user's cache folder; created when missing."""
-    base = os.environ.get("LISA_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(base) if base else home / "lisa-toolkit"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def fetch(source: Source) -> Path:

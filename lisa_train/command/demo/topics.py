@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lisa_train.command.demo.sources import CHITCHAT, cache_dir, fetch
+from lisa_analysis.contract.paths import cache_dir
+from lisa_train.command.demo.sources import CHITCHAT, fetch
 
 CLASSES = 8  # of 36 questions that conversations were started with, the commonest
 TURNS = 8  # turns of a conversation that are read

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_train.command.demo.sources import cache_dir
+from lisa_analysis.contract.paths import cache_dir
 
 PACKAGE = "wordnet-base"
 INSTALLED = Path("/usr/share/wordnet")

@@ -11,6 +11,7 @@ from helpers_tasks import build_vit, write_images
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import cache_dir
 from lisa_train.command.cli import parse
 from lisa_train.command.demo import __main__ as demo
 from lisa_train.command.demo import classify, compare, sources, speech, topics, vision
@@ -117,7 +118,7 @@ def test_the_converted_model_knows_the_capital_of_france() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = sources.cache_dir() / "SmolLM2-135M-Instruct"
+    folder = cache_dir() / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").is_file():
         pytest.skip("SmolLM2 is not in the cache; `make demo` fetches it")
     tokenizer = AutoTokenizer.from_pretrained(folder)

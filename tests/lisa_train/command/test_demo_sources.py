@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import cache_dir
 from lisa_train.command.demo import dinov2, pictures, sources, voice, whisper
 from lisa_train.command.demo.onnx_file import read_onnx
 
@@ -310,7 +311,7 @@ def test_every_sentence_has_its_voice_its_pace_and_its_noise() -> None:
 
 
 def kept(name: str, target: str) -> Path:
-    folder = sources.cache_dir() / name
+    folder = cache_dir() / name
     if not folder.is_dir():
         pytest.skip(f"{name} is not in the cache; `make {target}` fetches it")
     return folder

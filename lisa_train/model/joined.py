@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 # Rows of sums: long fp32 sums lose digits, see `lisa_train.model.norms`.
@@ -52,6 +53,8 @@ class Layout:
         Shape -> first row, rows of each, and how many tensors have it.
     beside : list of int
         Which one of those of its shape a tensor is.
+    first, count : array of int64, shape (len(shapes),)
+        A tensor's first row, and how many it has.
     """
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
@@ -74,6 +77,9 @@ class Layout:
             owners.append(torch.tensor(places).repeat_interleave(each))
             self.rows += each * len(places)
         self.owners = torch.cat(owners)
+        whose = [self.alike[shape] for shape in self.shapes]
+        self.count = np.array([each for _, each, _ in whose])
+        self.first = np.array([first for first, _, _ in whose]) + self.beside * self.count
         step = _BLOCK // ROW
         self.blocks = [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 

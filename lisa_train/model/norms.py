@@ -1,5 +1,8 @@
 """Per-tensor sums that norms are made of: exact to 1e-6, one pass, no host synchronisation.
 
+On a CPU with a C compiler they come from one kernel (`lisa_train.model.compiled`), else from those
+of torch.
+
 Everything returned is additive over pieces of a tensor (sums of squares, of magnitudes, of
 products) and in double precision, so that pieces of one tensor can be added across processes
 before a root is taken. On the CPU tensors are walked in chunks that stay in the cache: a flat
@@ -11,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from lisa_train.model import compiled
+from lisa_train.model.compiled import Kind
 from lisa_train.model.joined import ROW as _ROW
 from lisa_train.model.joined import SMALL, Layout, Owners, Pack
 
@@ -41,7 +46,7 @@ def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        return _walk([[x] for x in tensors], _SQUARE)[:, 0]
+        return _walk([[x] for x in tensors], Kind.SQUARE)[:, 0]
     return _norms(tensors, 2).square()
 
 
@@ -51,7 +56,7 @@ def squares_and_magnitudes(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tenso
     if not tensors:
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     if _on_cpu(tensors):
-        sums = _walk([[x] for x in tensors], _SQUARE_AND_MAGNITUDE)
+        sums = _walk([[x] for x in tensors], Kind.SQUARE_AND_MAGNITUDE)
         return sums[:, 0], sums[:, 1]
     return _norms(tensors, 2).square(), _norms(tensors, 1)
 
@@ -81,9 +86,9 @@ def changes(
         empty = torch.zeros(0, dtype=torch.float64)
         return empty, empty, None if gradients is None else empty
     if gradients is None:
-        sums = _walk(list(zip(before, after, strict=True)), _CHANGE)
+        sums = _walk(list(zip(before, after, strict=True)), Kind.CHANGE)
         return sums[:, 0], sums[:, 1], None
-    sums = _walk(list(zip(before, after, gradients, strict=True)), _CHANGE_AND_PRODUCT)
+    sums = _walk(list(zip(before, after, gradients, strict=True)), Kind.CHANGE_AND_PRODUCT)
     return sums[:, 0], sums[:, 1], sums[:, 2]
 
 
@@ -92,7 +97,7 @@ def squares_and_magnitudes_of_rows(
     layout: Layout, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σx² and Σ|x| of joined tensors, in the order of the layout, as `squares_and_magnitudes`."""
-    square, magnitude = _walk_rows(layout, [rows], _SQUARE_AND_MAGNITUDE)
+    square, magnitude = _walk_rows(layout, [rows], Kind.SQUARE_AND_MAGNITUDE)
     return square, magnitude
 
 
@@ -101,7 +106,9 @@ def changes_of_rows(
     layout: Layout, before: torch.Tensor, after: torch.Tensor, gradients: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a step did to joined tensors, in the order of the layout, as `changes`."""
-    update, weight, product = _walk_rows(layout, [before, after, gradients], _CHANGE_AND_PRODUCT)
+    update, weight, product = _walk_rows(
+        layout, [before, after, gradients], Kind.CHANGE_AND_PRODUCT
+    )
     return update, weight, product
 
 
@@ -113,7 +120,7 @@ def inner_products(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
     """
     if not first:
         return torch.zeros(0, dtype=torch.float64)
-    return _walk(list(zip(first, second, strict=True)), _PRODUCT)[:, 0]
+    return _walk(list(zip(first, second, strict=True)), Kind.PRODUCT)[:, 0]
 
 
 def stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -144,19 +151,42 @@ def _norms(tensors: Sequence[torch.Tensor], order: int) -> torch.Tensor:
     return stacked(torch._foreach_norm(parts, order, dtype=torch.float32))
 
 
-# What a kernel makes of rows (two-dimensional pieces of every tensor of a group): one value per row
-# of each result, and which results are norms, to be squared before they are added.
+# What torch's kernels make of rows (two-dimensional pieces of every tensor of a group): one value
+# per row of each result, and which results are norms, to be squared before they are added.
 _Kernel = tuple[Callable[..., list[torch.Tensor]], tuple[bool, ...]]
 
 
-def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Tensor:
-    """Sum a kernel's results over the rows of every group of equally shaped tensors.
+def _walk(groups: Sequence[Sequence[torch.Tensor]], kind: Kind) -> torch.Tensor:
+    """Sum over the elements of every group of equally shaped tensors.
 
-    Returns shape (len(groups), results of the kernel). Rows are added in double precision, all
-    tensors together: tensor by tensor it would cost more than the sums themselves for small ones.
+    Returns shape (len(groups), results of the kind).
     """
-    measure, norms = kernel
-    host = _on_cpu([x for group in groups for x in group])
+    if not _on_cpu([x for group in groups for x in group]):
+        return _walk_by_torch(groups, kind, host=False)
+    flat = [[_flat(x) for x in group] for group in groups]
+    suited = [i for i, group in enumerate(flat) if compiled.suits(group)]
+    sums = compiled.sums(kind, [flat[i] for i in suited]) if suited else None
+    if sums is None:
+        return _walk_by_torch(flat, kind, host=True)
+    sums = sums[:, : len(_KERNELS[kind][1])]
+    if len(suited) == len(flat):
+        return sums
+    others = sorted(set(range(len(flat))).difference(suited))
+    result = sums.new_empty(len(flat), sums.shape[1])
+    result[suited] = sums
+    result[others] = _walk_by_torch([flat[i] for i in others], kind, host=True)
+    return result
+
+
+def _walk_by_torch(
+    groups: Sequence[Sequence[torch.Tensor]], kind: Kind, *, host: bool
+) -> torch.Tensor:
+    """Sum a kernel's results over the rows of every group, as `_walk`.
+
+    Rows are added in double precision, all tensors together: tensor by tensor it would cost more
+    than the sums themselves for small ones.
+    """
+    measure, norms = _KERNELS[kind]
     scratch = torch.empty(0)
     owners: Owners = []
     results: list[list[torch.Tensor]] = [[] for _ in norms]
@@ -177,11 +207,12 @@ def _walk(groups: Sequence[Sequence[torch.Tensor]], kernel: _Kernel) -> torch.Te
     return torch.stack(sums, dim=1)
 
 
-def _walk_rows(
-    layout: Layout, columns: Sequence[torch.Tensor], kernel: _Kernel
-) -> list[torch.Tensor]:
-    """Sum a kernel's results over the rows of every joined tensor, as `_walk`."""
-    measure, norms = kernel
+def _walk_rows(layout: Layout, columns: Sequence[torch.Tensor], kind: Kind) -> list[torch.Tensor]:
+    """Sum over the rows of every joined tensor, as `_walk`."""
+    measure, norms = _KERNELS[kind]
+    sums = compiled.sums_of_rows(kind, columns, layout.first, layout.count)
+    if sums is not None:
+        return [sums[:, i] for i in range(len(norms))]
     scratch = torch.empty(max(last - first for first, last in layout.blocks), _ROW)
     results: list[list[torch.Tensor]] = [[] for _ in norms]
     for first, last in layout.blocks:
@@ -299,8 +330,10 @@ def _product(out: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> list
     return [torch.mul(x, y, out=out).sum(-1)]
 
 
-_SQUARE: _Kernel = (_square, (True,))
-_SQUARE_AND_MAGNITUDE: _Kernel = (_square_and_magnitude, (True, False))
-_CHANGE: _Kernel = (_change, (True, True))
-_CHANGE_AND_PRODUCT: _Kernel = (_change_and_product, (True, True, False))
-_PRODUCT: _Kernel = (_product, (False,))
+_KERNELS: dict[Kind, _Kernel] = {
+    Kind.SQUARE: (_square, (True,)),
+    Kind.SQUARE_AND_MAGNITUDE: (_square_and_magnitude, (True, False)),
+    Kind.CHANGE: (_change, (True, True)),
+    Kind.CHANGE_AND_PRODUCT: (_change_and_product, (True, True, False)),
+    Kind.PRODUCT: (_product, (False,)),
+}

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisa_train as lt
 from lisa_analysis.rundir.opening import load
+from lisa_train.model import compiled
 
 pytestmark = pytest.mark.benchmark
 
@@ -25,11 +26,11 @@ SHAPES = {
 TOKENS = (4, 256)
 # Steps as small as the demo's: the worst case, because recording does not shrink with the batch.
 FEW = (4, 48)
-# Largest share of a step, recording included, that recording every quantity may take. The aim for
-# few tokens is 8 % (full) and 3 %. What is asserted holds for one thread beside other work on all
-# cores, where 9.4, 3.9 and 2.0 % were measured: memory is shared with that, arithmetic is not.
-MOST = {TOKENS: {"full": 0.05, "lisa": 0.05, "lora": 0.05},
-        FEW: {"full": 0.11, "lisa": 0.045, "lora": 0.03}}  # fmt: skip
+# Largest share of a step, recording included, that recording every quantity may take: the aim for
+# few tokens. Of one thread with two cores for itself 6.1, 2.4 and 1.5 % were measured.
+MOST = {TOKENS: {"full": 0.03, "lisa": 0.02, "lora": 0.02},
+        FEW: {"full": 0.08, "lisa": 0.03, "lora": 0.03}}  # fmt: skip
+BY_TORCH = 1.6  # times as much without a compiler for the sums
 
 
 def build(shape, method="full", tokens=TOKENS):
@@ -81,7 +82,7 @@ def test_time(tmp_path, shape, tokens, method):
     share = statistics.median(shares[1:])
     print(f"\n{shape} {method}, {ids.numel()} tokens: {share:.2%} of a recorded step, "
           f"{share / 10:.2%} at every=10")  # fmt: skip
-    assert share <= MOST[tokens][method]
+    assert share <= MOST[tokens][method] * (1 if compiled.prepare() else BY_TORCH)
 
 
 @pytest.mark.parametrize("method", ["full", "lisa"])
@@ -119,7 +120,7 @@ def test_time_with_gradient_noise(tmp_path, method):
     share = statistics.median(shares[1:])
     print(f"\n{method} with gradient noise: {share:.2%} of a recorded step")
     assert load(tmp_path).metrics(["grad_noise"])["grad_noise"].notna().any()
-    assert share <= 0.05
+    assert share <= 0.06
 
 
 def spent_in(recorder, name, spent):

@@ -19,6 +19,7 @@ from lisa_train.measure.step.gradient_noise import GradientNoise
 from lisa_train.measure.step.own_quantities import OwnQuantities
 from lisa_train.measure.step.parts import Gradients, OptimizerSteps, Part, Updates, Weights
 from lisa_train.measure.step.step_tensors import Numbered, StepTensors, beside
+from lisa_train.model import compiled
 from lisa_train.model.joined import Joined, is_small
 from lisa_train.model.master_copies import exact
 from lisa_train.model.norms import local
@@ -82,6 +83,8 @@ class StepMeasure:
             self._parts.append(BaseDeltas(want, table, buffer, model))
         self._copies_weights = any(part.copies_weights for part in self._parts)
         self._cpu = table.tensors[0][1].device.type == "cpu"
+        if self._cpu:
+            compiled.prepare()
         # What looks at every tensor by itself gains nothing.
         alone = self._noise is not None or any(part.looks_at_each for part in self._parts)
         self._joins = self._cpu and self._copies_weights and not alone

@@ -7,10 +7,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_train.measure.adapters.factor_norms import gram_square, merged_square, rescaled_squares
+from lisa_train.model import compiled
 from lisa_train.model.norms import CHUNK, changes, squares, squares_and_magnitudes
 
 SHAPES = [(), (1,), (7,), (3, 5), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (5, CHUNK), (0, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def route(request, monkeypatch):
+    """Sums come from the compiled kernel, where there is a compiler, and from those of torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "_function", lambda: None)
+    elif not compiled.prepare():
+        pytest.skip("no C compiler here")
 
 
 def draw(shape, dtype, seed=0, scale=1.0):

@@ -12,7 +12,8 @@ OLDEST_ANALYSIS := $(addprefix tests/lisa_analysis/, views/test_cli.py views/tes
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-classify demo-vision demo-speech test lint docs oldest bench gpu notebooks clean
+.PHONY: help setup demo demo-classify demo-vision demo-speech test processes slow lint docs other-tools oldest bench \
+  gpu notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +42,13 @@ demo-speech: setup  ## teach Whisper synthetic voices in noise: full, LoRA, LISA
 
 test: setup  ## the test suite (about 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+processes: setup  ## the tests of several processes that train together (about 70 seconds on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "processes and not slow" $(ARGS) \
+	  $$(grep -rl --include='test_*.py' 'mark\.processes' tests/lisa_train)
+
+slow: setup  ## the tests that `make test` leaves out for their length; some fetch the demo's model
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not benchmark" $(ARGS)
 
 lint: setup  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .

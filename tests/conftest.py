@@ -16,7 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a CUDA device where there is none, and say so."""
+    """Skip what needs a CUDA device where there is none, and say so.
+
+    `helpers_processes` asks for the test's markers, and there is no other way to know them there.
+    """
+    os.environ["TEST_MARKERS"] = " ".join(marker.name for marker in item.iter_markers())
     if item.get_closest_marker("gpu"):
         import torch
 

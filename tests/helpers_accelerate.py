@@ -23,17 +23,14 @@ BATCH, STEPS, SAVED = 6, 5, 3  # a checkpoint in the middle of an interval of tw
 # name -> settings of LISA (None: without it), of Trainer, kind of checkpoint
 CASES = {
     "reset": ({}, {}, "SHARDED_STATE_DICT"),
-    "keep, whole": (
-        {"optimizer_state": "keep", "always_active": ("norm",), "embed_probability": 0.5}, {},
+    "keep, whole, accumulated": (
+        {"optimizer_state": "keep", "always_active": ("norm",), "embed_probability": 0.5},
+        {"gradient_accumulation_steps": 2},
         "FULL_STATE_DICT",
     ),
-    "offload, accumulated": (
-        {"optimizer_state": "offload", "warmup_steps": 2}, {"gradient_accumulation_steps": 2},
-        "SHARDED_STATE_DICT",
-    ),
-    "learned, recomputed": (
+    "offload, learned, recomputed": (
         {
-            "sampling": "balanced",
+            "optimizer_state": "offload", "sampling": "balanced",
             "learn": lt.LearnConfig(metric="probe", start_after=1, probe_every=1),
         },
         {"gradient_checkpointing": True},
@@ -43,9 +40,13 @@ CASES = {
         {"precision": "fp32_active", "optimizer_state": "keep"}, {}, "SHARDED_STATE_DICT",
     ),
     "bf16": ({}, {"bf16": True}, "SHARDED_STATE_DICT"),
-    "full": (None, {}, "SHARDED_STATE_DICT"),
     "lora": (None, {}, "SHARDED_STATE_DICT"),
+    "full": (None, {}, "SHARDED_STATE_DICT"),
+    "offload, warm-up": (
+        {"optimizer_state": "offload", "warmup_steps": 2}, {}, "SHARDED_STATE_DICT",
+    ),
 }  # fmt: skip
+SLOW = ("full", "offload, warm-up")  # each of them is, in parts, another case too
 
 
 @contextmanager

@@ -46,11 +46,18 @@ def environment():
     return known
 
 
+def _is_marked():
+    """Refuse a test that `make processes` would pass over."""
+    markers = os.environ.get("TEST_MARKERS", "processes").split()  # not set outside of pytest
+    assert {"processes", "gpu", "benchmark"} & {*markers}, "mark this test with `processes`"
+
+
 def torchrun(words, *, processes=2, fails=False):
     """Run `torchrun … words` as a user would; return what it did and said.
 
     `fails`: whether the test expects it to; otherwise a failure shows what the processes said.
     """
+    _is_marked()
     # Without an address of its own it takes this machine's name, which not every machine resolves.
     launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     try:
@@ -73,11 +80,27 @@ def ranks(function, folder, *arguments, world=2, backend="gloo"):
 
     With `backend` nccl each has the GPU of its number.
     """
+    _started((function, folder, arguments), world, backend)
+
+
+def launched(function, folder, *arguments, world=2):
+    """Call `function(rank, folder, *arguments)` in as many processes, as torchrun would start them.
+
+    They have its variables, and the store of its agent at which to meet; to form a group is theirs.
+    Return what each said, both streams in one text. Torchrun itself has every process import
+    everything anew, which takes longer than most commands of a test.
+    """
+    return _started((function, folder, arguments), world, None)
+
+
+def _started(call, world, backend):
+    """Start the processes, again if they met nobody; return what each said."""
+    _is_marked()
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(_STARTS):
-            failure = _together((function, folder, arguments), scratch, world, backend)
+            failure = _together(call, scratch, world, backend)
             if failure is None:
-                return
+                return [_said(scratch, rank) for rank in range(world)]
             if any(Path(scratch, f"formed-{rank}").exists() for rank in range(world)):
                 break
             # gloo and the store are not what is tested here; the next start tells.
@@ -109,10 +132,15 @@ def _together(call, scratch, world, backend):
         process.join()
     if not any(codes) and None not in codes:
         return None
-    outputs = [Path(scratch, f"said-{r}").read_text(errors="replace") for r in range(world)]
+    outputs = [_said(scratch, rank) for rank in range(world)]
     ends = ("did not end" if code is None else f"ended with {code}" for code in codes)
     what = ", ".join(f"process {rank} {how}" for rank, how in enumerate(ends))
     return _story(what, [text for text, code in zip(outputs, codes, strict=True) if code != 0])
+
+
+def _said(scratch, rank):
+    """Return what a process has said so far."""
+    return Path(scratch, f"said-{rank}").read_text(errors="replace")
 
 
 def _story(what, outputs):
@@ -164,6 +192,13 @@ def _join(variables, call, place):
         **variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }  # fmt: skip
+    if backend is None:
+        os.environ |= {
+            "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default",
+            "ROLE_RANK": str(rank), "ROLE_WORLD_SIZE": str(world), "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
     torch.set_num_threads(1)
     function = getattr(importlib.import_module(module), name)
     gc.freeze()  # as in conftest.py: a training collects what it made, not all that was imported
@@ -171,11 +206,13 @@ def _join(variables, call, place):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    dist.barrier()
+    if backend is not None:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.barrier()
     Path(scratch, f"formed-{rank}").touch()
     function(rank, folder, *arguments)
     # Who leaves early cuts off what another has yet to read; through the store nobody is cut off.
     store.set(f"done/{rank}", "")
     store.wait([f"done/{r}" for r in range(world)], timedelta(seconds=TIMEOUT))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -18,7 +18,7 @@ def test_two_gpus_equal_one(tmp_path, name):
 
 
 def test_a_model_that_accelerate_splits(tmp_path):
-    names = ("reset", "offload, accumulated", "fp32_active")
+    names = ("reset", "offload, learned, recomputed", "fp32_active")
     ranks(process, tmp_path, names, "cuda", backend="nccl")
     for name in names:
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))

@@ -1,6 +1,6 @@
-"""What `torchrun` starts in `test_several_processes.py`: `lisa-train` several times in a row.
+"""What several processes do as torchrun starts them, or by torchrun: commands, one after another.
 
-One launch for all of them, since what takes time is to import everything in every process.
+By torchrun they import everything anew, which takes longer than most of these commands.
 """
 
 import json
@@ -51,12 +51,17 @@ def ablate_until_one_dies(words: list[str], losses: int) -> int:
     return ablate.main(words)
 
 
+def process(rank: int, folder: str, given: list[tuple[int, list[str]]]) -> None:
+    """`lisa-train` several times in a row, each with what it is to return."""
+    for expected, arguments in given:
+        code = split(arguments) if "fsdp" in "".join(arguments) else main(arguments)
+        if code != expected:
+            sys.exit(f"{arguments} returned {code}, expected {expected}")
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "ablate":
         sys.exit(ablate_until_one_dies(sys.argv[3:], int(sys.argv[2])))
     if len(sys.argv) > 2:
         die_at(int(sys.argv[2]))
-    for expected, arguments in json.loads(sys.argv[1]):
-        code = split(arguments) if "fsdp" in "".join(arguments) else main(arguments)
-        if code != expected:
-            sys.exit(f"{arguments} returned {code}, expected {expected}")
+    process(int(os.environ["RANK"]), "", json.loads(sys.argv[1]))

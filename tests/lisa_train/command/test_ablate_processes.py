@@ -21,6 +21,8 @@ from lisa_train.command.training import train
 from lisa_train.config import TrainConfig
 from lisa_train.measure.ablation.file import AblationFile
 
+pytestmark = pytest.mark.processes
+
 SETTINGS: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_length": 24,
     "eval_size": 12, "progress_bar": False, "trainer_args": {"adam_epsilon": 1e-6},

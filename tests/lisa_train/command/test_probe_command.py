@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from helpers_processes import torchrun
+from helpers_processes import launched
 
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.training import train
+from tests.lisa_train.command.several_processes import process
 
 
 def config(model: Path, data: Path, out: Path, **settings: Any) -> lt.TrainConfig:
@@ -176,12 +177,13 @@ def test_autocast_is_that_of_training(
     np.testing.assert_allclose(one, two, rtol=0.1)
 
 
+@pytest.mark.processes
 def test_two_processes_measure_the_batches_that_one_measures(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     alone = train(config(tiny_model_dir, text_file, tmp_path / "alone"))
     words = ["--config", str(alone / "config.yaml"), "--probe.batches", "3"]
-    torchrun(["-m", "lisa_train", *words, "--output_dir", tmp_path / "two"])
+    launched(process, tmp_path, [(0, [*words, "--output_dir", str(tmp_path / "two")])])
     one, two = la.load(alone), la.load(tmp_path / "two")
     assert two.manifest["hardware"]["processes"] == 2
     assert two.manifest["result"]["batches"] == one.manifest["result"]["batches"] == 6

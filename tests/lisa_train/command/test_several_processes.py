@@ -1,4 +1,7 @@
-"""`torchrun --nproc-per-node 2 -m lisa_train`: one run directory that equals one process's."""
+"""`torchrun --nproc-per-node 2 -m lisa_train`: one run directory that equals one process's.
+
+The processes are those that torchrun would start; torchrun itself starts them in slow tests.
+"""
 
 import json
 import os
@@ -9,10 +12,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers_processes import torchrun
+from helpers_processes import launched, torchrun
 
 import lisa_analysis as la
 from lisa_train.command.cli import main
+from tests.lisa_train.command.several_processes import process
+
+pytestmark = pytest.mark.processes
 
 COLUMNS = ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent")
 SHARED = [
@@ -56,8 +62,7 @@ def two(tmp_path_factory, data):
         "--config=lisa", "--lisa.activated_layers=99", f"--output_dir={folder / 'bad'}", *data,
     ]  # fmt: skip
     given = [(2, bad), *((0, arguments(name, folder, data, 2)) for name in (*RUNS, "split"))]
-    script = Path(__file__).with_name("several_processes.py")
-    return folder, torchrun([script, json.dumps(given)])
+    return folder, launched(process, folder, given)
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +132,19 @@ def test_a_probe_measures_the_batches_of_both(two, one):
 
 
 def test_one_process_speaks(two):
-    said = two[1].stdout + two[1].stderr
+    said = "".join(two[1])
     assert said.count("lisa: 4 steps, held-out loss") == 2
     assert said.count("step 4: held-out loss") == 4  # one per training
-    for words in ("find_unused_parameters", "unused parameters"):
-        assert words not in said
+    of_lisa = said[: said.index("lisa: 4 steps, held-out loss")]
+    assert "step 4: held-out loss" in of_lisa
+    assert "unused" not in of_lisa  # DDP speaks later, where torch was loaded before the command
 
 
 def test_a_bad_setting_is_one_sentence_and_no_process_waits(two):
     """All processes return 2 (`several_processes.py` looks), and go on to the next command."""
-    folder, done = two
-    said = [line for line in done.stderr.splitlines() if line.startswith("lisa-train:")]
-    assert len(said) == 1, done.stderr
+    folder, texts = two
+    said = [line for text in texts for line in text.splitlines() if line.startswith("lisa-train:")]
+    assert len(said) == 1, texts
     assert "activated_layers" in said[0]
     assert not (folder / "bad").exists()
 
@@ -173,6 +179,18 @@ def fsdp_plugin(file):
     with mock.patch.dict(os.environ):
         os.environ |= prepare_multi_gpu_env(launched)
         return FullyShardedDataParallelPlugin()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lisa", "full"])
+def test_torchrun_itself(data, one, tmp_path, name):
+    done = torchrun(["-m", "lisa_train", *arguments(name, tmp_path, data, 2)])
+    assert done.stdout.count(f"{name}: 4 steps, held-out loss") == 1
+    assert "unused" not in done.stdout + done.stderr
+    run, alone = (la.load(folder / name) for folder in (tmp_path, one))
+    np.testing.assert_allclose(
+        run.scalars["loss"].to_numpy(float), alone.scalars["loss"].to_numpy(float), rtol=2e-5
+    )
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from lisa_analysis.rundir.opening import load
 from lisa_train.measure.buffers import to_host
 from lisa_train.measure.processes import Processes
 
+pytestmark = pytest.mark.processes
+
 COLUMNS = ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent", "opt_steps")
 SCALARS = ("loss", "tokens", "grad_norm", "clip_coef", "learning_rate")
 

@@ -113,6 +113,7 @@ def fsdp_on_a_cpu(rank, folder):
     Path(folder, f"{rank}.json").write_text(json.dumps(said))
 
 
+@pytest.mark.processes
 def test_fsdp_that_would_be_ddp_without_a_word(tmp_path):
     ranks(fsdp_on_a_cpu, tmp_path)
     for rank in range(2):
@@ -156,6 +157,7 @@ def refused_in_a_loop(who, model, folder):
     return str(error.value)
 
 
+@pytest.mark.processes
 def test_models_that_transformers_splits_in_other_ways(tmp_path):
     llama(layers=4).save_pretrained(tmp_path / "base")
     ranks(split_by_transformers, tmp_path)

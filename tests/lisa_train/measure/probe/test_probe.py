@@ -255,6 +255,7 @@ def test_a_run_directory_that_the_analysis_opens(tmp_path):
     assert run.metrics(steps=[0])["weight_norm"].notna().all()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("signal", ["exact", "sketch"])
 def test_two_processes_take_the_batches_of_one(two, tmp_path, signal):
     one = rows(lt.probe(llama(), [*batches(5)[0::2], *batches(5)[1::2]], tmp_path / "one",
@@ -266,6 +267,7 @@ def test_two_processes_take_the_batches_of_one(two, tmp_path, signal):
         np.testing.assert_allclose(together[column], one[column], rtol=2e-5, atol=1e-6 * size)
 
 
+@pytest.mark.processes
 def test_two_processes_probe_a_run_as_one_does(two, tmp_path):
     in_a_run(tmp_path / "run", [*batches(4)[0::2], *batches(4)[1::2]])
     one, together = rows(tmp_path / "run"), rows(two / "run")

@@ -17,6 +17,8 @@ import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 
+pytestmark = pytest.mark.processes
+
 STEPS, WORLD = 9, 2
 CONFIG = lt.LisaConfig(1, 3)
 

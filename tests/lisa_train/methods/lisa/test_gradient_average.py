@@ -16,6 +16,8 @@ from lisa_train.methods.lisa import gradient_average
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.methods.lisa.gradient_average import GradientAverage
 
+pytestmark = pytest.mark.processes
+
 WORLD, STEPS = 2, 6
 CLIP = 0.05
 # name -> settings of LISA, how it trains, dtype of the model

@@ -17,9 +17,11 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.methods.lisa.engine import Lisa
 from lisa_train.model.parallel import in_all
 
-WORLD, STEPS, LAYERS = 2, 30, 4
+pytestmark = pytest.mark.processes
+
+WORLD, STEPS, LAYERS = 2, 16, 4
 # In the middle of an interval; and as many steps as one process is compared with.
-STOP, COMPARED = 25, 11
+STOP, COMPARED = 13, 11
 
 
 def build():
@@ -43,7 +45,7 @@ def batch(step, rank, micro):
 def config(metric):
     name = "signal" if metric == "halves" else metric  # of the halves of a batch
     learn = lt.LearnConfig(metric=name, start_after=0, probe_every=1)
-    return lt.LisaConfig(1, 2, "balanced", learn=learn, control="permuted")
+    return lt.LisaConfig(2, 2, "balanced", learn=learn, control="permuted")
 
 
 def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):

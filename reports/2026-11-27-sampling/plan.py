@@ -197,6 +197,7 @@ class Plan:
                         f"--probe.batches={PROBED}", "--record.every=1"]  # fmt: skip
             return [
                 *self._common("test", seed, steps=self.pilot_steps, every=1), "--method=full",
+                "--record.base_delta=true",  # what `level` reads
                 f"--learning_rate={self.rate('full'):.6g}",
             ]  # fmt: skip
 

@@ -88,6 +88,23 @@ class Mixture:
         return self.rows / float(self.shares @ lasting)
 
     @property
+    def told(self) -> float:
+        """Degrees of freedom of the variance of a mean, by how well waves tell the slow courses.
+
+        A wave whose power is to a share f that of the slow courses tells their size, on a
+        logarithm, with the information f²/2: courses hidden in noise are told by less than the
+        pieces that they fall into. 2/cv² with the parts of slow and of other courses apart.
+        """
+        lasting = (1 + self.decays) / (1 - self.decays)
+        slowly = lasting > SLOW * self.rows
+        slow, rest = self.slow, float((self.shares * lasting)[~slowly].sum())
+        _, power, _ = _model(self.rows)
+        share = (power[:, slowly] @ self.weights[slowly]) / self.power
+        waves = float(_bands(self.rows)[1] @ share**2)
+        varies = (1 - slow) * rest / self.rows + (slow**2 / waves if waves > 0 else 0.0)
+        return 1 / varies if varies > 0 else float("inf")
+
+    @property
     def degrees(self) -> float:
         """Degrees of freedom of the variance per row, 1/(1 + 2 Σ ρ_k²)."""
         squares = self.weights @ (1 / (1 - np.outer(self.decays, self.decays))) @ self.weights

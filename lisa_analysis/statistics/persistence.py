@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.statistics.decays import Mixture, cosines, expected_power, fit, fits, lowest
-from lisa_analysis.statistics.hidden import Allowed, allowed
+from lisa_analysis.statistics.hidden import LEAST_ROWS, Allowed, allowed
 from lisa_analysis.statistics.moderation import moderated_variance
 
 Array = NDArray[np.float64]
@@ -133,6 +133,8 @@ def _spread(
     if hidden and (~departs).sum() < FEW_LAYERS:
         slowly = allowed(common, relative[:, ~departs].mean(axis=1), together, behind)
         behind = slowly.worth
+    elif hidden and n >= LEAST_ROWS:
+        behind = together * min(common.pieces, common.told)
     stretch = np.full(layers, slowly.stretch)
     worth = np.full(layers, behind)
     neighbours = np.full(layers, float(common.weights @ common.decays))

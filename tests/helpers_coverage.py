@@ -33,19 +33,25 @@ def course(rho, sd=0.5):
     return make
 
 
-def slow(amplitude, rho=0.99, smooth=False):
-    """White noise of batches plus a slow course, each layer's own or smooth over depth."""
+def own_course(amplitude, rho=0.99):
+    """A slow course of each layer's own."""
+    return lambda rng, n, layers: amplitude * ar1(rng, n, layers, rho)
+
+
+def smooth_course(amplitude, rho=0.99):
+    """A slow course that is smooth over depth."""
 
     def make(rng, n, layers):
-        if smooth:
-            depth = np.linspace(-1, 1, layers)
-            forms = np.stack([depth, depth**2 - 1 / 3, depth**3])
-            moved = 1.2 * ar1(rng, n, 3, rho) @ forms
-        else:
-            moved = ar1(rng, n, layers, rho)
-        return 0.5 * rng.standard_normal((n, layers)) + amplitude * moved
+        depth = np.linspace(-1, 1, layers)
+        forms = np.stack([depth, depth**2 - 1 / 3, depth**3])
+        return amplitude * (1.2 * ar1(rng, n, 3, rho) @ forms)
 
     return make
+
+
+def white(rng, n, layers):
+    """Noise of batches."""
+    return 0.5 * rng.standard_normal((n, layers))
 
 
 def trend(size):
@@ -72,7 +78,10 @@ def one_apart(rng, n, layers):
 
 @dataclass(frozen=True)
 class World:
-    """A way in which layers vary, the number of recorded steps, and LISA's draws or None."""
+    """A way in which layers vary, the number of recorded steps, and LISA's draws or None.
+
+    `slow` is a course in addition to the noise.
+    """
 
     name: str
     noise: Callable
@@ -80,15 +89,23 @@ class World:
     lisa: tuple[int, int] | None = None
     n_eff: float | None = None
     layers: int = LAYERS
+    slow: Callable | None = None
+    repetitions: int = 1
 
 
 @dataclass
 class Held:
-    """How often intervals held the truth, over all repetitions."""
+    """How often intervals held the truth, over all repetitions.
+
+    `layer` and `joint` are of the mean of the process, `run_layer` and `run_joint` of that with
+    the slow course as it was in the run: what is meant where the course outlasts it.
+    """
 
     shown: list = field(default_factory=list)
     layer: list = field(default_factory=list)
     joint: list = field(default_factory=list)
+    run_layer: list = field(default_factory=list)
+    run_joint: list = field(default_factory=list)
     n_eff: list = field(default_factory=list)
     verdicts: Counter = field(default_factory=Counter)
     drift: list = field(default_factory=list)
@@ -100,15 +117,20 @@ class Held:
 
 
 def simulate(world, truth, rng):
-    """Logs of one run, and its periods (None where all layers train)."""
-    logs = truth + world.noise(rng, world.steps, len(truth))
+    """Logs of one run, its periods (None where all layers train), and the slow course's mean."""
+    moved = np.zeros((1, len(truth)))
+    if world.slow is not None:
+        moved = world.slow(rng, world.steps, len(truth))
+    logs = truth + world.noise(rng, world.steps, len(truth)) + moved
     if world.lisa is None:
-        return logs, None
+        return logs, None, moved.mean(axis=0)
     interval, k = world.lisa
     seen = np.zeros(logs.shape, dtype=bool)
     for start in range(0, world.steps, interval):
         seen[start : start + interval, rng.choice(len(truth), k, replace=False)] = True
-    return np.where(seen, logs, np.nan), np.arange(world.steps) // interval
+    return (
+        np.where(seen, logs, np.nan), np.arange(world.steps) // interval, moved.mean(axis=0)
+    )  # fmt: skip
 
 
 def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
@@ -117,7 +139,7 @@ def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
     truth = np.zeros(world.layers) if truth is None else truth
     for repetition in range(repetitions):
         rng = np.random.default_rng([repetition, world.steps])
-        logs, clusters = simulate(world, truth, rng)
+        logs, clusters, moved = simulate(world, truth, rng)
         fit = fit_series(
             np.exp(logs), log=True, clusters=clusters, confidence=0.95, rng=rng,
             replicates=replicates,
@@ -125,14 +147,16 @@ def coverage(world, truth=None, repetitions=20, judge=True, replicates=400):
         known, seen = fit.known, fit.seen
         held.shown.append(known[seen])
         held.n_eff.append(fit.n_eff[seen])
-        # Intervals are those of a layer relative to the others.
-        relative = truth - truth[seen].mean() + fit.effect[seen].mean()
-        with np.errstate(invalid="ignore"):
-            inside = (np.log(fit.low) <= relative) & (relative <= np.log(fit.high))
-            both = (np.log(fit.joint_low) <= relative) & (relative <= np.log(fit.joint_high))
-        held.layer.append(inside[known])
-        if known.any():
-            held.joint.append(both[known].all())
+        targets = ((truth, held.layer, held.joint), (truth + moved, held.run_layer, held.run_joint))
+        for target, single, together in targets:
+            # Intervals are those of a layer relative to the others.
+            relative = target - target[seen].mean() + fit.effect[seen].mean()
+            with np.errstate(invalid="ignore"):
+                inside = (np.log(fit.low) <= relative) & (relative <= np.log(fit.high))
+                both = (np.log(fit.joint_low) <= relative) & (relative <= np.log(fit.joint_high))
+            single.append(inside[known])
+            if known.any():
+                together.append(both[known].all())
         if judge:
             found = judgement.judge(
                 fit, 0.95, THRESHOLDS, steps=np.arange(world.steps), period=clusters, rng=rng,
@@ -154,18 +178,13 @@ WORLDS = [
     World("AR(1) .9", course(0.9), 400, n_eff=21),
     World("AR(1) .9", course(0.9), 2000, n_eff=105),
     World("AR(1) .99", course(0.99), 2000, n_eff=10),
-    World("white + slow .05", slow(0.05), 500, n_eff=194),
-    World("white + slow .15", slow(0.15), 500, n_eff=35),
-    World("white + slow .15", slow(0.15), 2000, n_eff=121),
-    World("white + slow .15, 6 layers", slow(0.15), 300, layers=6),
-    World("white + slower .15, 6 layers", slow(0.15, rho=0.995), 300, layers=6),
-    World("white + outlasting .15, 4 layers", slow(0.15, rho=0.998), 300, layers=4),
-    World("white + outlasting .15, 6 layers", slow(0.15, rho=0.998), 300, layers=6),
-    World("white + outlasting .15, 8 layers", slow(0.15, rho=0.998), 300, layers=8),
-    World("white + outlasting .15, 12 layers", slow(0.15, rho=0.998), 300, layers=12),
+    World("white + slow .05", white, 500, slow=own_course(0.05), n_eff=194),
+    World("white + slow .15", white, 500, slow=own_course(0.15), n_eff=35),
+    World("white + slow .15", white, 2000, slow=own_course(0.15), n_eff=121),
+    World("white + slow .15, 6 layers", white, 300, slow=own_course(0.15), layers=6),
     World("independent, 6 layers", course(0.0), 300, n_eff=300, layers=6),
-    World("smooth slow .15", slow(0.15, smooth=True), 500),
-    World("smooth slow .3", slow(0.3, smooth=True), 2000),
+    World("smooth slow .15", white, 500, slow=smooth_course(0.15), repetitions=2),
+    World("smooth slow .3", white, 2000, slow=smooth_course(0.3)),
     World("own trends", trend(0.3), 200),
     World("own sizes", uneven, 40),
     World("one layer apart", one_apart, 200),
@@ -173,5 +192,16 @@ WORLDS = [
     World("LISA 2 of 32, 200 draws", course(0.5), 800, (4, 2)),
     World("LISA 8 of 32, 60 draws", course(0.5), 1200, (20, 8)),
     World("LISA 1 of 32, 300 draws", course(0.5), 1500, (5, 1)),
-    World("LISA 16 of 32, 100 draws", course(0.9), 300, (3, 16)),
+    World("LISA 16 of 32, 100 draws", course(0.9), 300, (3, 16), repetitions=3),
 ]
+
+
+def outlasting(layers, rho=0.998):
+    """White noise of batches and a course that lasts longer than the run, twice 1/(1 − ρ)."""
+    return World(
+        f"white + outlasting .15, {layers} layers, memory {1 / (1 - rho):.0f}", white, 300,
+        slow=own_course(0.15, rho=rho), layers=layers,
+    )  # fmt: skip
+
+
+OUTLASTING = [outlasting(6, 0.995), *(outlasting(layers) for layers in (4, 6, 8, 12, 32))]

@@ -248,7 +248,12 @@ def estimand(run: Run, chosen: Metric) -> str:
         return "the mean over examples at these weights"
     if chosen.scale == "total":
         return ""
-    return "the mean of the process that this run is one course of: another seed is another process"
+    # The memory that is fitted reaches to courses as long as the run (`decays`): what is slower is
+    # a constant to it.
+    return (
+        "the mean of the process that this run is one course of (a change that outlasts the run is "
+        "part of it, not noise): another seed is another process"
+    )
 
 
 def check_confidence(confidence: Any) -> None:

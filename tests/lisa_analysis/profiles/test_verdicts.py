@@ -150,6 +150,7 @@ class TestEstimand:
     def test_it_is_said_wherever_there_are_intervals(self, make_run, monkeypatch):
         course = la.importance(make_run(steps=100))
         assert "process that this run is one course of" in course.statement
+        assert "a change that outlasts the run is part of it" in course.statement
         assert course.to_frame().attrs["estimand"] == course.estimand
         batches = probed(make_run, monkeypatch, np.r_[np.ones(11), 2.0])
         assert "over batches at these weights" in batches.statement

@@ -27,10 +27,9 @@ from lisa_train.model.tensor_table import TensorTable
 STEPS, MICRO, EVERY, CLIP = 4, 2, 2, 0.5
 
 
-def main(rank, folder, *only):
-    for name, scenario in SCENARIOS.items():
-        if not only or name in only:
-            scenario(Path(folder) / name, rank, dist.get_world_size())
+def main(rank, folder, names):
+    for name in names:
+        SCENARIOS[name](Path(folder) / name, rank, dist.get_world_size())
 
 
 # ---------------------------------------------------------------------- models and batches
@@ -615,3 +614,5 @@ SCENARIOS = {
     "trainer-fsdp2-saved": trainer_fsdp2_saved,
     "trainer-adapters": trainer_adapters,
 }
+# Each of them is, in parts, another scenario too.
+SLOW = ("adapters-replicas", "trainer-saved", "trainer-fsdp2", "trainer-adapters")

@@ -5,6 +5,7 @@ can only be seen from inside: counted collectives, gradients in memory, warnings
 """
 
 import copy
+import functools
 import re
 import shutil
 
@@ -26,14 +27,39 @@ COLUMNS = ("weight_norm", "grad_norm", "grad_norm_l1", "update_norm", "descent",
 SCALARS = ("loss", "tokens", "grad_norm", "clip_coef", "learning_rate")
 
 
+def cases(*names):
+    """Parameters of a test, of which some are marked slow."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in worker.SLOW else []) for n in names]
+
+
+class Launched:
+    """Folders of the runs of two processes, by `/`; those that are slow are launched apart."""
+
+    def __init__(self, make):
+        self.make = make
+
+    @functools.cached_property
+    def ordinary(self):
+        folder = self.make("two")
+        worker.small().save_pretrained(folder / "base")
+        worker.trainer(folder / "trainer-joined", 0, 1, lisa=worker.LISA, **worker.SAVING)
+        ranks(worker.main, folder, [name for name in worker.SCENARIOS if name not in worker.SLOW])
+        return folder
+
+    @functools.cached_property
+    def slow(self):
+        folder = self.make("slow")
+        worker.small().save_pretrained(folder / "base")
+        ranks(worker.main, folder, worker.SLOW)
+        return folder
+
+    def __truediv__(self, name):
+        return (self.slow if name in worker.SLOW else self.ordinary) / name
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder of all runs of two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    worker.small().save_pretrained(folder / "base")
-    worker.trainer(folder / "trainer-joined", 0, 1, lisa=worker.LISA, **worker.SAVING)
-    ranks(worker.main, folder)
-    return folder
+    return Launched(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +221,14 @@ def _products(model):
     return found
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "replicas"])
-def test_products_of_sharded_adapters_are_exact(one, two, mode):
+@pytest.mark.parametrize("name", cases("adapters-fsdp2", "adapters-replicas"))
+def test_products_of_sharded_adapters_are_exact(one, two, name):
     folder, _ = one
-    steps = worker.STEPS if mode == "fsdp2" else worker.STEPS // 2
-    model = worker.adapters(folder / f"adapters-{mode}", 0, 1, steps=steps)
+    steps = worker.STEPS if name == "adapters-fsdp2" else worker.STEPS // 2
+    model = worker.adapters(folder / name, 0, 1, steps=steps)
     columns = (*COLUMNS, "delta_norm", "merged_norm", "probe_grad_norm")
-    assert_same(folder / f"adapters-{mode}", two / f"adapters-{mode}", columns)
-    _, rows = rows_of(two / f"adapters-{mode}")
+    assert_same(folder / name, two / name, columns)
+    _, rows = rows_of(two / name)
     shown = [0, 1, *range(worker.EVERY, steps + 1, worker.EVERY)]
     assert rows["delta_norm"].notna().groupby("step").sum().tolist() == [14] * len(shown)
     assert_products(rows.loc[steps], dense_products(model))
@@ -297,14 +323,12 @@ def test_a_pass_that_fails_on_one_process_ends_the_probing_on_all(two):
 # ---------------------------------------------------------------------- Trainer
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_trainer_with_two_processes_records_what_one_does(one, two, mode):
+@pytest.mark.parametrize("name", cases("trainer-ddp", "trainer-fsdp2"))
+def test_trainer_with_two_processes_records_what_one_does(one, two, name):
     folder, _ = one
-    model = None if mode == "ddp" else worker.small()
-    worker.trainer(folder / f"trainer-{mode}", 0, 1, model)
-    columns = (*COLUMNS, "probe_grad_norm")
-    assert_same(folder / f"trainer-{mode}", two / f"trainer-{mode}", columns)
-    assert (load(two / f"trainer-{mode}").scalars["clip_coef"] < 1).all()
+    worker.trainer(folder / name, 0, 1, None if name == "trainer-ddp" else worker.small())
+    assert_same(folder / name, two / name, (*COLUMNS, "probe_grad_norm"))
+    assert (load(two / name).scalars["clip_coef"] < 1).all()
 
 
 def test_gradient_noise_in_trainer_with_two_processes(one, two):
@@ -332,6 +356,7 @@ def test_gradient_noise_in_trainer_with_two_processes(one, two):
         assert value == pytest.approx(exact[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_adapters_in_trainer_on_a_sharded_model(one, two):
     folder, _ = one
     worker.trainer(folder / "trainer-adapters", 0, 1, worker.with_adapters(worker.small()))
@@ -339,7 +364,7 @@ def test_adapters_in_trainer_on_a_sharded_model(one, two):
     assert_same(folder / "trainer-adapters", two / "trainer-adapters", columns)
 
 
-@pytest.mark.parametrize("name", ["trainer-saved", "trainer-lisa"])
+@pytest.mark.parametrize("name", cases("trainer-saved", "trainer-lisa"))
 def test_a_resume_with_another_number_of_processes_is_told(two, tmp_path, name):
     """The same global batches: the sums have other parts, and everything else is as it was."""
     shutil.copytree(two / name, tmp_path / "run")

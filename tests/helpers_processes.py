@@ -31,7 +31,9 @@ TIMEOUT = 240  # seconds; a hang, which no test should wait for longer
 _GRACE = 5  # seconds in which the others may end by themselves after the first has failed
 _STARTS = 3  # how often processes that died before they had formed a group are started
 _IMPORTED = ["lisa_train", "transformers.trainer", "trl.trainer.sft_trainer", "peft", __name__]
-_SAID = 3000  # characters of a process's output that a failure shows
+# Characters of a process's output that a failure shows: of the hundred frames that the fault
+# handler writes the innermost come first.
+_SAID = 15_000
 
 
 def environment():
@@ -139,8 +141,13 @@ def _together(call, scratch, world, backend):
 
 
 def _said(scratch, rank):
-    """Return what a process has said so far."""
-    return Path(scratch, f"said-{rank}").read_text(errors="replace")
+    """Return what a process has said so far.
+
+    Without the names of a hundred modules, by which the fault handler ends: longer than what is
+    shown of a process, they would hide where it stood.
+    """
+    lines = Path(scratch, f"said-{rank}").read_text(errors="replace").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("Extension modules: "))
 
 
 def _story(what, outputs):

@@ -45,7 +45,7 @@ test: setup  ## the test suite (about 14 minutes on 2 cores)
 
 processes: setup  ## the tests of several processes that train together (68 seconds on two idle cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "processes and not slow" $(ARGS) \
-	  $$(grep -rl --include='test_*.py' 'mark\.processes' tests)
+	  $$(grep -rl --include='test_*.py' 'mark\.processes' tests | sort -r)
 
 slow: setup  ## the tests that `make test` leaves out for their length; some fetch the demo's model
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not benchmark" $(ARGS)

@@ -1,5 +1,6 @@
 """What the arms are, in words of `lisa-train`."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from environments import Environment
 
 import lisa_analysis as la
+from lisa_analysis.contract.multipliers_file import SCHEMA
 
 TUNING = (101, 102)
 RANK = 16
@@ -194,13 +196,14 @@ class Arms:
         """Words of full training in which every layer moves by the same share of its weights."""
         pilot = la.load(self.kept / self.source("pilot", seed + 1))
         moved = la.importance(pilot, "delta_rel")
-        inverse = la.ImportanceProfile.from_scores(
-            [1 / score for score in moved.scores], names=[row.name for row in moved],
-            metric="1 / delta_rel", definition="What a layer's rate takes to move alike.",
-            model=pilot.manifest["model"]["name"], sources=moved.sources,
-        )  # fmt: skip
+        inverse = [1 / score for score in moved.scores]
+        mean = sum(inverse) / len(inverse)
         file = self._file("level", seed)
-        la.export(inverse, "lr", use_intervals=False, floor=0.0, cap=100.0, mix=0.0).save(file)
+        record = {
+            "schema": SCHEMA, "layer_names": [row.name for row in moved],
+            "multipliers": {str(i): value / mean for i, value in enumerate(inverse)},
+        }  # fmt: skip
+        file.write_text(json.dumps(record), encoding="utf-8")
         return ["--method=full", f"--lr_multipliers={file}"]
 
     # --- question B ------------------------------------------------------------------------------
@@ -217,8 +220,13 @@ class Arms:
 
         def of(kind: str, strength: float | str, control: str = "none") -> Callable[..., list[str]]:
             def words(seed: int) -> list[str]:
+                # Of few layers a probe may name none: then the default is uniform, as a user gets
+                # it, and the stronger arms take the scores as they are.
                 probabilities = la.sampling_probabilities(
-                    self.profile(kind, seed), drawn, strength=strength
+                    self.profile(kind, seed),
+                    drawn,
+                    strength=strength,
+                    use_intervals=strength == 1.0,
                 )
                 file = self._file(f"{kind}-{strength}", seed)
                 probabilities.save(file)
@@ -226,6 +234,7 @@ class Arms:
 
             return words
 
+        pool = f"pool={max(self.environment.few * len(self.environment.stacks), 2 * drawn)}"
         learn = ("--lisa.learn.metric=grad_rms",)
         placebo = "--lisa.control=permuted"
         return [
@@ -236,8 +245,8 @@ class Arms:
             Arm("online-placebo", "mild", lambda seed: lisa(*learn, placebo)),
             Arm("strong", "strong", of("probe", SHARP), ("probe",), primary=True, learned=True),
             Arm("strong-placebo", "strong", of("probe", SHARP, "permuted"), ("probe",), True),
-            Arm("pool", "strong", of("probe", "pool"), ("probe",), primary=True, learned=True),
-            Arm("pool-placebo", "strong", of("probe", "pool", "permuted"), ("probe",), True),
+            Arm("pool", "strong", of("probe", pool), ("probe",), primary=True, learned=True),
+            Arm("pool-placebo", "strong", of("probe", pool, "permuted"), ("probe",), True),
             Arm("reversed", "strong", of("probe", SHARP, "reversed"), ("probe",)),
             Arm("pilot", "strong", of("pilot", SHARP), ("pilot",), learned=True),
             Arm("ablation", "strong", of("ablation", SHARP), ("ablation",), learned=True),

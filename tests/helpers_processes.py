@@ -177,9 +177,9 @@ def _process(said, variables, call, place):
     faulthandler.enable(sys.stderr)
     try:
         _join(variables, call, place)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        code = 1
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     else:
         code = 0
     # A reducer of DDP in a reference cycle may be the last to hold the group. Its destructor keeps

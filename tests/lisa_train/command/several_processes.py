@@ -59,6 +59,12 @@ def process(rank: int, folder: str, given: list[tuple[int, list[str]]]) -> None:
             sys.exit(f"{arguments} returned {code}, expected {expected}")
 
 
+def dying(rank: int, folder: str, step: int, words: list[str]) -> None:
+    """`lisa-train` whose second process vanishes; the first ends with what it returns."""
+    die_at(step)
+    sys.exit(main(words))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "ablate":
         sys.exit(ablate_until_one_dies(sys.argv[3:], int(sys.argv[2])))

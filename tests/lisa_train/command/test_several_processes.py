@@ -16,7 +16,7 @@ from helpers_processes import launched, torchrun
 
 import lisa_analysis as la
 from lisa_train.command.cli import main
-from tests.lisa_train.command.several_processes import process
+from tests.lisa_train.command.several_processes import dying, process
 
 pytestmark = pytest.mark.processes
 
@@ -193,11 +193,16 @@ def test_torchrun_itself(data, one, tmp_path, name):
     )
 
 
-@pytest.mark.slow
-def test_a_process_that_dies_ends_the_run_readably(data, tmp_path):
+@pytest.mark.parametrize("launcher", ["none", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_run_readably(data, tmp_path, launcher):
+    """Torchrun ends the others; without it they find out by themselves."""
     words = arguments("lisa", tmp_path, data, 2)
-    script = Path(__file__).with_name("several_processes.py")
-    torchrun([script, json.dumps([(0, words)]), "3"], fails=True)
+    if launcher == "torchrun":
+        script = Path(__file__).with_name("several_processes.py")
+        torchrun([script, json.dumps([(0, words)]), "3"], fails=True)
+    else:
+        with pytest.raises(AssertionError, match="process 0 ended with 2, process 1 ended with -9"):
+            launched(dying, tmp_path, 3, words)
     run = la.load(tmp_path / "lisa")
     assert run.status == "interrupted"
     assert 2 <= len(run.scalars) <= 3

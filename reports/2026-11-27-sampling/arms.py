@@ -1,5 +1,6 @@
 """What the arms are, in words of `lisa-train`."""
 
+import functools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -155,10 +156,15 @@ class Arms:
 
     def profile(self, kind: str, seed: int) -> la.ImportanceProfile:
         """Return the profile that an arm of a seed uses: of the next seed's run."""
-        if kind == "spectrum":  # of the weights alone: the same whatever the seed
-            return la.importance(la.load(self.environment.model()), "spectrum_snr")
+        if kind == "spectrum":
+            return self._spectrum
         metric = {"probe": "grad_signal", "pilot": "grad_rms", "ablation": "ablation_keep"}[kind]
         return la.importance(la.load(self.kept / self.source(kind, seed + 1)), metric)
+
+    @functools.cached_property
+    def _spectrum(self) -> la.ImportanceProfile:
+        """Of the weights alone: the same whatever the seed."""
+        return la.importance(la.load(self.environment.model()), "spectrum_snr")
 
     def _places(self) -> list[float]:
         return [float(i) for i in range(self.environment.layers)]

@@ -80,7 +80,8 @@ def one_apart(rng, n, layers):
 class World:
     """A way in which layers vary, the number of recorded steps, and LISA's draws or None.
 
-    `slow` is a course in addition to the noise.
+    `slow` is a course in addition to the noise, `repetitions` how many times as many runs the
+    table of the benchmark takes.
     """
 
     name: str

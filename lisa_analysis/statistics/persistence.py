@@ -134,6 +134,7 @@ def _spread(
         slowly = allowed(common, relative[:, ~departs].mean(axis=1), together, behind)
         behind = slowly.worth
     elif hidden and n >= LEAST_ROWS:
+        # Pieces of a course that noise hides are there, and not seen.
         behind = together * min(common.pieces, common.told)
     stretch = np.full(layers, slowly.stretch)
     worth = np.full(layers, behind)

@@ -40,7 +40,7 @@ demo-vision: setup  ## classify small pictures with DINOv2: full, LoRA, LISA and
 demo-speech: setup  ## teach Whisper synthetic voices in noise: full, LoRA, LISA and the head alone (MODEL=… DATA=…)
 	$(BIN)/python -m lisa_train.command.demo.speech $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
-test: setup  ## the test suite (about 14 minutes on 2 cores)
+test: setup  ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 processes: setup  ## the tests of several processes that train together (68 seconds on two idle cores)

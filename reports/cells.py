@@ -164,7 +164,13 @@ class _Rounds:
         run_dir = self.work / cell.name
         shutil.rmtree(run_dir, ignore_errors=True)  # one that was cut short
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        return pool.submit(_make, str(run_dir), tuple(cell.words()), cell.ablated, self.threads)
+        try:
+            words = tuple(cell.words())
+        except LisaError as error:  # as of a training that fails: the others are run
+            failed: Future[float] = Future()
+            failed.set_exception(error)
+            return failed
+        return pool.submit(_make, str(run_dir), words, cell.ablated, self.threads)
 
     def _end(self, cell: Cell, future: Future[float], running: int) -> None:
         error = future.exception()

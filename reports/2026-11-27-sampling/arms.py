@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,19 @@ from pathlib import Path
 from environments import Environment
 
 import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.multipliers_file import SCHEMA
 
 TUNING = (101, 102)
 RANK = 16
 SHARP = 3.0  # strength of `strong` and of what is compared with it
 RANDOM = 3
+LEARNERS = {  # of which the pilot stage chooses one for `online`; all at the strength of `strong`
+    "grad_rms": ("--lisa.learn.metric=grad_rms",),
+    "l1_descent": ("--lisa.learn.metric=l1_descent",),
+    "kl": ("--lisa.learn.metric=grad_rms", "--lisa.learn.learner=kl"),
+    "probe": ("--lisa.learn.metric=probe",),
+}
 CARRYING = (  # the arms of environments that do not get the whole matrix
     "lora-probe", *(f"lora-random-{n}" for n in range(1, RANDOM + 1)), "lora-last", "lora-all",
     "lora-everything", "full", "uniform", "default", "strong", "strong-placebo", "pool",
@@ -51,6 +59,17 @@ class Arm:
     learned: bool = False
 
 
+def held_out_loss(folder: Path) -> float | None:
+    """Return a run's held-out loss after its last step; infinite where it is not a number.
+
+    None where there is no run.
+    """
+    if not folder.exists():
+        return None
+    found = la.load(folder).manifest["result"]["last_held_out_loss"]
+    return float(found) if found is not None and math.isfinite(found) else math.inf
+
+
 class Arms:
     """Every arm of one environment.
 
@@ -69,6 +88,8 @@ class Arms:
         Arms of question A by what names the layers.
     every : dict of str to Arm
         All arms by name.
+    learners : dict of str to Arm
+        The learners of the pilot stage, by name.
     """
 
     def __init__(self, environment: Environment, kept: Path, work: Path) -> None:
@@ -77,6 +98,7 @@ class Arms:
         self.choices = self._named()
         every = (*self._few(), *self._whole(), *self._lisa())
         self.every = {a.name: a for a in every if environment.whole or a.name in CARRYING}
+        self.learners = {arm.name: arm for arm in self._learning()}
 
     def source(self, kind: str, seed: int) -> str:
         """Return the name of the run that a profile of this kind is read from."""
@@ -215,14 +237,7 @@ class Arms:
     # --- question B ------------------------------------------------------------------------------
 
     def _lisa(self) -> list[Arm]:
-        drawn = self.environment.drawn
-
-        def lisa(*words: str, sampling: str = "balanced") -> list[str]:
-            return [
-                "--method=lisa", f"--lisa.activated_layers={drawn}",
-                f"--lisa.interval_steps={self.environment.interval}",
-                f"--lisa.sampling={sampling}", *words,
-            ]  # fmt: skip
+        drawn, lisa = self.environment.drawn, self._drawn
 
         def of(kind: str, strength: float | str, control: str = "none") -> Callable[..., list[str]]:
             def words(seed: int) -> list[str]:
@@ -241,14 +256,13 @@ class Arms:
             return words
 
         pool = f"pool={max(self.environment.few * len(self.environment.stacks), 2 * drawn)}"
-        learn = ("--lisa.learn.metric=grad_rms",)
         placebo = "--lisa.control=permuted"
         return [
             Arm("uniform", "mild", lambda seed: lisa(), primary=True),
             Arm("iid", "mild", lambda seed: lisa(sampling="uniform")),
             Arm("default", "mild", of("probe", 1.0), ("probe",), primary=True, learned=True),
-            Arm("online", "mild", lambda seed: lisa(*learn), primary=True, learned=True),
-            Arm("online-placebo", "mild", lambda seed: lisa(*learn, placebo)),
+            Arm("online", "strong", self._online, primary=True, learned=True),
+            Arm("online-placebo", "strong", lambda seed: [*self._online(seed), placebo]),
             Arm("strong", "strong", of("probe", SHARP), ("probe",), primary=True, learned=True),
             Arm("strong-placebo", "strong", of("probe", SHARP, "permuted"), ("probe",), True),
             Arm("pool", "strong", of("probe", pool), ("probe",), primary=True, learned=True),
@@ -257,6 +271,38 @@ class Arms:
             Arm("pilot", "strong", of("pilot", SHARP), ("pilot",), learned=True),
             Arm("ablation", "strong", of("ablation", SHARP), ("ablation",), learned=True),
         ]
+
+    def _drawn(self, *words: str, sampling: str = "balanced") -> list[str]:
+        return [
+            "--method=lisa", f"--lisa.activated_layers={self.environment.drawn}",
+            f"--lisa.interval_steps={self.environment.interval}",
+            f"--lisa.sampling={sampling}", *words,
+        ]  # fmt: skip
+
+    def _learning(self) -> list[Arm]:
+        """Learners that the pilot stage compares."""
+        strength = f"--lisa.learn.strength={SHARP:g}"
+        return [
+            Arm(f"learner-{name}", "strong", lambda seed, w=words: self._drawn(*w, strength))
+            for name, words in LEARNERS.items()
+        ]
+
+    def preferred(self) -> str | None:
+        """Return the learner with the lowest mean loss on the tuning split; None as yet."""
+        found = {}
+        for name in self.learners:
+            losses = [held_out_loss(self.kept / self.run_name(name, seed)) for seed in TUNING]
+            finished = [loss for loss in losses if loss is not None]
+            if len(finished) < len(losses):
+                return None
+            found[name] = sum(finished) / len(finished)
+        return min(found, key=found.__getitem__)
+
+    def _online(self, seed: int) -> list[str]:
+        name = self.preferred()
+        if name is None:
+            raise LisaError(f"{self.environment.name}: the learners are not compared yet.")
+        return self.learners[name].words(seed)
 
     def _file(self, name: str, seed: int) -> Path:
         folder = self.work / "files" / self.environment.name

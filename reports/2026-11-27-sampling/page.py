@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import RANDOM, Arm
+from arms import RANDOM, TUNING, Arm
 from contrasts import at_equal_seconds, choices, prediction, validities
 from numpy.typing import NDArray
 from plan import LONGER, LONGER_SEEDS, Plan
@@ -31,6 +31,7 @@ def tables(plans: Sequence[Plan]) -> dict[str, str]:
     found = {
         "state": _state(plans),
         "rates": _rates(plans),
+        "learners": _learners(plans),
         "selection": _corrected(_selection(settled)),
         "sampling": _corrected(_sampling(settled)),
         "seconds": _seconds(settled),
@@ -71,6 +72,19 @@ def _rates(plans: Sequence[Plan]) -> list[dict[str, object]]:
                     "losses at the rates tried": each,
                 }
             rows.append({"environment": plan.environment.name, "family": family, **said})
+    return rows
+
+
+def _learners(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    rows = []
+    for plan in plans:
+        row: dict[str, object] = {"environment": plan.environment.name}
+        for name in plan.learners:
+            losses = [plan.loss(plan.cell(plan.learners[name], seed).name) for seed in TUNING]
+            finished = [loss for loss in losses if loss is not None]
+            known = finished and len(finished) == len(losses)
+            row[name] = f"{np.mean(finished):.4f}" if known else MISSING
+        rows.append({**row, "chosen": plan.preferred or MISSING})
     return rows
 
 

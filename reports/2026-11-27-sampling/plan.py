@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rates
-from arms import TUNING, Arm, Arms
+from arms import TUNING, Arm, Arms, held_out_loss
 from cells import Cell
 from environments import RATES, Environment
 
-import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
 PROBED = 16  # batches of a probe
@@ -47,6 +46,7 @@ class Plan:
         self.environment, self.kept = environment, kept
         self._given = Arms(environment, kept, work)
         self.arms, self.choices = self._given.every, self._given.choices
+        self.learners = self._given.learners
 
     def settled(self) -> bool:
         """Whether the rate of every family is known."""
@@ -66,16 +66,14 @@ class Plan:
         probes = [self.source("probe", seed + 1) for seed in (*self.seeds, *TUNING)]
         if not self.settled():
             return [*probes, *tuning]
+        learners = [self.cell(arm, seed) for arm in self.learners.values() for seed in TUNING]
+        found = self.preferred
+        arms = [arm for arm in self.arms.values() if found or "online" not in arm.name]
         final = [  # seed by seed: where a run of the plan stops, every arm has as many
-            self.cell(arm, seed)
-            for seed in self.seeds
-            for arm in self.arms.values()
-            if seed <= self._seeds(arm)
+            self.cell(arm, seed) for seed in self.seeds for arm in arms if seed <= self._seeds(arm)
         ]
-        chosen = [
-            self.cell(arm, seed) for arm in self.arms.values() if arm.learned for seed in TUNING
-        ]
-        every = [*probes, *tuning, *final, *chosen, *self._longer()]
+        chosen = [self.cell(arm, seed) for arm in arms if arm.learned for seed in TUNING]
+        every = [*probes, *tuning, *learners, *final, *chosen, *self._longer()]
         named = {cell.name for cell in every}
         kinds = ("pilot", "ablation")
         needed = {name for cell in every for name in cell.after} - named
@@ -86,6 +84,11 @@ class Plan:
             if (cell := self.source(kind, seed + 1)).name in needed
         ]
         return [*sources, *every]
+
+    @property
+    def preferred(self) -> str | None:
+        """The learner that the pilot stage prefers; None as yet."""
+        return self._given.preferred()
 
     def best_learned(self) -> str | None:
         """Return the learned arm with the lowest mean loss on the tuning split; None as yet."""
@@ -264,12 +267,8 @@ class Plan:
         return min(losses, key=losses.__getitem__)
 
     def loss(self, name: str) -> float | None:
-        """Return the held-out loss after the last step; infinite where it is not a number."""
-        folder = self.kept / name
-        if not folder.exists():
-            return None
-        found = la.load(folder).manifest["result"]["last_held_out_loss"]
-        return float(found) if found is not None and math.isfinite(found) else math.inf
+        """Return the held-out loss of a run, see `held_out_loss`."""
+        return held_out_loss(self.kept / name)
 
     def _tuning(self, family: str, rate: float) -> list[Cell]:
         """Cells of one rate: a profile arm and its placebo, or the family's first arm."""

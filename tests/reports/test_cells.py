@@ -105,21 +105,29 @@ def test_cells_run_once_after_their_sources_and_a_failed_one_ends_no_other(
         order.append(name)
         return [*words, *more]
 
+    def refused():
+        raise LisaError("no layer is named")
+
     plan = [
+        cells.Cell("env/refused/s1", refused),
         cells.Cell("env/second/s1", lambda: given("second"), after=("env/first/s1",)),
         cells.Cell("env/wrong/s1", lambda: given("wrong", "--learning_rate=-1")),
         cells.Cell("env/first/s1", lambda: given("first")),
         cells.Cell("env/never/s1", lambda: given("never"), after=("env/wrong/s1",)),
     ]
     kept, said = tmp_path / "study" / "runs", []
-    with pytest.raises(LisaError, match=r"1 of 4 runs failed, first env/wrong/s1: .*learning_rate"):
+    with pytest.raises(LisaError, match=r"2 of 5 runs failed, first env/refused/s1: no layer"):
         cells.run_cells(plan, kept, tmp_path / "work", jobs=1, say=said.append)
     assert order == ["wrong", "first", "second"]
     assert (kept / "env/second/s1/run.json").exists()
     assert not (kept / "env/wrong").exists()
-    assert len(said) == 3
-    assert cells.run_cells(plan[::2], kept, tmp_path / "work", jobs=1, say=said.append) == []
-    assert len(said) == 3  # nothing was run again
+    assert len(said) == 4
+    assert "env/refused/s1: failed, no layer is named" in said[0]
+    assert any("env/wrong/s1: failed" in line and "learning_rate" in line for line in said)
+    assert (
+        cells.run_cells([plan[1], plan[3]], kept, tmp_path / "work", jobs=1, say=said.append) == []
+    )
+    assert len(said) == 4  # nothing was run again
 
 
 class TestSampling:
@@ -191,6 +199,27 @@ class TestSampling:
         for name in ("pos/pilot/s1", "pos/level/s1"):
             assert cells[name].after == ("pos/source-pilot/s2",)
         assert {name for cell in cells.values() for name in cell.after} <= set(cells)
+
+    def test_the_pilot_stage_chooses_the_learner_of_online(self, plan, monkeypatch):
+        plan, finish = plan
+        monkeypatch.setattr(plan, "settled", lambda: True)
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
+        monkeypatch.setattr(plan, "_common", lambda *given, **settings: [])
+        names = [cell.name for cell in plan.cells()]
+        assert "pos/learner-kl/s102" in names
+        assert not any("/online" in name for name in names)
+        with pytest.raises(LisaError, match="pos: the learners are not compared yet"):
+            plan.arms["online"].words(1)
+        for place, arm in enumerate(plan.learners.values()):
+            for seed in (101, 102):
+                finish(plan.cell(arm, seed), [0.4, 0.3, 0.1, 0.2][place])
+        assert plan.preferred == "learner-kl"
+        cells = {cell.name: cell for cell in plan.cells()}
+        assert {"--lisa.learn.learner=kl", "--lisa.learn.strength=3"} <= {
+            *cells["pos/online/s1"].words()
+        }
+        placebo = cells["pos/online-placebo/s1"].words()
+        assert placebo == [*cells["pos/online/s1"].words(), "--lisa.control=permuted"]
 
     def test_patterns_name_the_layers_of_every_stack(self, sampling):
         import re

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from lisa_analysis.contract.paths import cache_dir
+from lisa_train.model.joined import ROW
 
 LOGGER = logging.getLogger(__name__)
 
-# As in `sums.c`.
-BLOCK = 65_536
+BLOCK = 65_536  # elements that one thread adds up at a time
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SOURCE = Path(__file__).with_name("sums.c")
 # Sums may be taken in any order; what is not finite stays so (-ffast-math would lose that, and
@@ -35,7 +35,7 @@ _SOURCE = Path(__file__).with_name("sums.c")
 # torch has loaded are found by name, so that both share one set of threads.
 _FLAGS = (
     "-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
-    "-fno-math-errno", "-fopenmp", "-fPIC",
+    "-fno-math-errno", "-fopenmp", "-fPIC", f"-DROW={ROW}L", f"-DBLOCK={BLOCK}L",
 )  # fmt: skip
 _SECONDS = 60  # for the compiler
 

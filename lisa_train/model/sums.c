@@ -1,14 +1,11 @@
 /* Sums over the elements of tensors, all that are asked for in one pass over memory.
 
    Compiled and called by lisa_train/model/compiled.py. Elements are added in fp32 within rows of
-   1,024 (vectorised: -fassociative-math), rows in double precision, blocks of rows in order: the
-   result does not depend on the number of threads. */
+   ROW (vectorised: -fassociative-math), rows in double precision, blocks of rows in order: the
+   result does not depend on the number of threads. ROW and BLOCK, whole rows, are given there. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-#define ROW 1024L
-#define BLOCK (64 * ROW)
 
 enum { SQUARE, SQUARE_AND_MAGNITUDE, CHANGE, CHANGE_AND_PRODUCT, PRODUCT };
 enum { FLOAT32, BFLOAT16 };

@@ -30,7 +30,9 @@ FEW = (4, 48)
 # few tokens. Of one thread with two cores for itself 6.1, 2.4 and 1.5 % were measured.
 MOST = {TOKENS: {"full": 0.03, "lisa": 0.02, "lora": 0.02},
         FEW: {"full": 0.08, "lisa": 0.03, "lora": 0.03}}  # fmt: skip
-BY_TORCH = 1.6  # times as much without a compiler for the sums
+# Where no compiler makes the sums, as they were held before there was one.
+MOST_BY_TORCH = {TOKENS: {"full": 0.05, "lisa": 0.05, "lora": 0.05},
+                 FEW: {"full": 0.11, "lisa": 0.045, "lora": 0.03}}  # fmt: skip
 
 
 def build(shape, method="full", tokens=TOKENS):
@@ -82,7 +84,8 @@ def test_time(tmp_path, shape, tokens, method):
     share = statistics.median(shares[1:])
     print(f"\n{shape} {method}, {ids.numel()} tokens: {share:.2%} of a recorded step, "
           f"{share / 10:.2%} at every=10")  # fmt: skip
-    assert share <= MOST[tokens][method] * (1 if compiled.prepare() else BY_TORCH)
+    most = MOST if compiled.prepare() else MOST_BY_TORCH
+    assert share <= most[tokens][method]
 
 
 @pytest.mark.parametrize("method", ["full", "lisa"])
@@ -120,7 +123,7 @@ def test_time_with_gradient_noise(tmp_path, method):
     share = statistics.median(shares[1:])
     print(f"\n{method} with gradient noise: {share:.2%} of a recorded step")
     assert load(tmp_path).metrics(["grad_noise"])["grad_noise"].notna().any()
-    assert share <= 0.06
+    assert share <= 0.05
 
 
 def spent_in(recorder, name, spent):

@@ -15,6 +15,16 @@ _WRAPPERS = re.compile(
     r"^base_model\.model\.(?=.)|(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|"
     r"_checkpoint_wrapped_module)\."
 )
+# Parts of a path that a wrapper adds or leaves out; one model has them, its twin has not.
+_OPTIONAL = {"model", "language_model", "text_model", "base_model", "transformer", "backbone"}
+# What transformers calls an encoder that stands under a head; without a head the name is left out.
+_OPTIONAL |= {
+    "albert", "beit", "bert", "convbert", "data2vec_text", "deberta", "deit", "dinov2",
+    "dinov2_with_registers", "distilbert", "electra", "ernie", "esm", "funnel", "gpt_neox",
+    "hubert", "ibert", "longformer", "mobilebert", "mpnet", "nomic_bert", "rembert", "roberta",
+    "roberta_prelayernorm", "roformer", "swin", "swinv2", "vit", "wav2vec2", "wav2vec2_bert",
+    "wavlm",
+}  # fmt: skip
 _BASE_LAYER = re.compile(
     r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.|$)"
 )
@@ -112,6 +122,31 @@ def canonical_name(name: str) -> str:
     while previous != name:
         previous, name = name, _WRAPPERS.sub("", name)
     return _BASE_LAYER.sub("", name)
+
+
+def plain_name(name: str) -> str:
+    """Name without what wrappers add, so that versions of one model agree.
+
+    >>> plain_name("language_model.model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    >>> plain_name("model.language_model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    >>> plain_name("bert.encoder.layer.0.output.dense.weight")  # of a classifier
+    'encoder.layer.0.output.dense.weight'
+    """
+    parts = canonical_name(name).split(".")
+    while len(parts) > 1 and parts[0] in _OPTIONAL:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def same_layers(names: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two lists name the same layers in the same order, see `plain_name`.
+
+    >>> same_layers(["encoder.layer.0"], ["bert.encoder.layer.0"])  # without a head, and with one
+    True
+    """
+    return [*map(plain_name, names)] == [*map(plain_name, others)]
 
 
 def role_of(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import same_layers
 from lisa_analysis.contract.multipliers_file import read_multipliers
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.optim.frozen_state import optimizers_of
@@ -38,7 +39,7 @@ def set_layer_rates(
     """
     rates = read_multipliers(path)
     if len(rates.layers) != len(layer_map) or (
-        rates.layer_names and rates.layer_names != tuple(layer_map.names)
+        rates.layer_names and not same_layers(rates.layer_names, layer_map.names)
     ):
         raise ConfigError(
             f"{path} was made for {len(rates.layers)} layers "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.contract.layers import canonical_name
+from lisa_analysis.contract.layers import canonical_name, same_layers
 from lisa_analysis.rundir.opening import opened
 
 
@@ -68,7 +68,7 @@ class ModelModules:
         """
         if not (hasattr(run, "parameters") and hasattr(run, "layer_names")):
             run = opened(run, "export")
-        if tuple(run.layer_names) != tuple(layer_names):
+        if not same_layers(run.layer_names, layer_names):
             raise LisaError(
                 f"run {run.run_id} has {len(run.layer_names)} layers (first: "
                 f"{run.layer_names[0] if run.layer_names else 'none'}), the profile "

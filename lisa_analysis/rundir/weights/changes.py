@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lisa_analysis.contract.layers import canonical_name
+from lisa_analysis.contract.layers import plain_name
 from lisa_analysis.rundir.weights.adapter import Adapter, Dora, Factors
 from lisa_analysis.rundir.weights.stored import Rows, Stored, square_sum
 
@@ -21,16 +21,6 @@ FUSED = {
     "Wqkv": ("Wq", "Wk", "Wv"),
     "in_proj_weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
 }
-# Parts of a path that a wrapper adds or leaves out; one model has them, its twin has not.
-_OPTIONAL = {"model", "language_model", "text_model", "base_model", "transformer", "backbone"}
-# What transformers calls an encoder that stands under a head; without a head the name is left out.
-_OPTIONAL |= {
-    "albert", "beit", "bert", "convbert", "data2vec_text", "deberta", "deit", "dinov2",
-    "dinov2_with_registers", "distilbert", "electra", "ernie", "esm", "funnel", "gpt_neox",
-    "hubert", "ibert", "longformer", "mobilebert", "mpnet", "nomic_bert", "rembert", "roberta",
-    "roberta_prelayernorm", "roformer", "swin", "swinv2", "vit", "wav2vec2", "wav2vec2_bert",
-    "wavlm",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,22 +253,6 @@ class Lookup:
             if (sum(part.shape[0] for part in row), row[0].shape[1]) != shape[-2:]:
                 return None
         return rows
-
-
-def plain_name(name: str) -> str:
-    """Name without what wrappers add, so that versions of one model agree.
-
-    >>> plain_name("language_model.model.layers.0.mlp.up_proj.weight")
-    'layers.0.mlp.up_proj.weight'
-    >>> plain_name("model.language_model.layers.0.mlp.up_proj.weight")
-    'layers.0.mlp.up_proj.weight'
-    >>> plain_name("bert.encoder.layer.0.output.dense.weight")  # of a classifier
-    'encoder.layer.0.output.dense.weight'
-    """
-    parts = canonical_name(name).split(".")
-    while len(parts) > 1 and parts[0] in _OPTIONAL:
-        parts.pop(0)
-    return ".".join(parts)
 
 
 def _by(shape: tuple[int, ...]) -> str:

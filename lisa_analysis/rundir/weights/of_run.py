@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import plain_name
 from lisa_analysis.contract.schema import ADAPTER_DIR, CHECKPOINTS_DIR
 from lisa_analysis.rundir.weights.adapter import CONFIG, open_adapter
 from lisa_analysis.rundir.weights.changes import (
@@ -12,7 +13,6 @@ from lisa_analysis.rundir.weights.changes import (
     of_adapter,
     of_checkpoints,
     of_model,
-    plain_name,
 )
 from lisa_analysis.rundir.weights.checkpoint import holds_weights, open_checkpoint
 from lisa_analysis.rundir.weights.plain import PlainWeights

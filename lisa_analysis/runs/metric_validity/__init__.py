@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import same_layers
 from lisa_analysis.profiles.from_run import check_confidence
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
@@ -150,7 +151,7 @@ def validity(
     parts: list[Part] = []
     for i in ablated:
         lenders = [(names[j], runs[j]) for j in lending
-                   if runs[j].layer_names == runs[i].layer_names]  # fmt: skip
+                   if same_layers(runs[j].layer_names, runs[i].layer_names)]  # fmt: skip
         parts += parts_of(runs[i], lenders, profiles, missing, confidence, seed)
     if not parts:
         raise LisaError(

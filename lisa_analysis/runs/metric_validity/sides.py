@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.layers import plain_name
 from lisa_analysis.metrics import METRICS
 from lisa_analysis.metrics.ablation import per_example
 from lisa_analysis.metrics.log import measurements
@@ -80,7 +81,14 @@ def parts_of(
             sides |= {(name, metric): side for metric, side in lent.items()
                       if not _same(side, sides.get(("", metric)))}  # fmt: skip
         names = list(next(iter(truths.values())).layers["name"])
-        sides |= {(GIVEN, p.metric): _of_profile(p, names) for p in given if p.by == by}
+        for one in (p for p in given if p.by == by):
+            side = _of_profile(one, names)
+            sides[GIVEN, one.metric] = side
+            if not np.isfinite(side.score).any():
+                missing[one.metric] = (
+                    f"the profile given scores none of the run's {by}s: its own are "
+                    f"{one.layers['name'].iloc[0]} …, the run's {names[0]} …"
+                )
         for target, profile in truths.items():
             rows = per_example(measurements(run, by), target.removeprefix("ablation_"), "held_out")
             found += _levels(run, by, target, profile, rows[:, : len(profile)], sides)
@@ -122,8 +130,8 @@ def _same(lent: Side, own: Side | None) -> bool:
 
 def _of_profile(profile: ImportanceProfile, names: Sequence[str]) -> Side:
     """Scores of a profile for cells of these names; NaN for those that it does not know."""
-    at = {name: row for row, name in enumerate(profile.layers["name"])}
-    rows = np.array([at.get(name, -1) for name in names], dtype=np.int64)
+    at = {plain_name(name): row for row, name in enumerate(profile.layers["name"])}
+    rows = np.array([at.get(plain_name(name), -1) for name in names], dtype=np.int64)
     samples = None if profile.samples is None else profile.samples[:, rows]
     if samples is not None:
         samples = np.where(rows < 0, np.nan, samples)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
-from lisa_analysis.contract.layers import canonical_name, role_of
+from lisa_analysis.contract.layers import canonical_name, role_of, same_layers
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.learning.config import PRIORS
 from lisa_train.methods.lisa.units import Units
@@ -257,9 +257,10 @@ def given_probabilities(
     names = tuple(loaded.layer_names)
     if turns is not None and turns.by != "layer":
         return _of_parts(given, names, loaded, config, layer_map, turns)
-    if names != layer_map.names:
+    if not same_layers(names, layer_map.names):
         ours = layer_map.names
-        odd = next((pair for pair in zip(names, ours, strict=False) if pair[0] != pair[1]), None)
+        pairs = zip(names, ours, strict=False)
+        odd = next((pair for pair in pairs if not same_layers(pair[:1], pair[1:])), None)
         detail = f"{odd[0]} against {odd[1]}" if odd else "the first ones agree"
         raise ProbabilitiesError(
             f"{given} was made for {len(names)} layers, this model has {len(ours)} "
@@ -286,9 +287,9 @@ def _of_parts(
     A layer's π goes to all its parts, scaled to the budget where layers differ in size.
     """
     pi = loaded.inclusion_probabilities
-    if names == turns.names:
+    if same_layers(names, turns.names):
         return tuple(pi)
-    if names != layer_map.names:
+    if not same_layers(names, layer_map.names):
         raise ProbabilitiesError(
             f"{path} was made for {len(names)} layers or parts ({names[0]} …), but with "
             f"lisa.by={turns.by!r} this model has {len(turns)} ({turns.names[0]} …) in "

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.layers import same_layers
 from lisa_train.methods.select.config import SelectConfig, layer_indices
 from lisa_train.methods.select.spectrum import spectrum_choice
 from lisa_train.model.layer_cache import known_layers
@@ -149,7 +150,7 @@ def read_scores(path: str, layer_map: LayerMap) -> dict[int, float]:
             f"select.profile {path} holds no scores of layers; give a profile that "
             "ImportanceProfile.save wrote as .json, or a probabilities file."
         )
-    if tuple(names) != layer_map.names:
+    if not same_layers(names, layer_map.names):
         raise ConfigError(
             f"select.profile {path} is about {len(names)} layers ({names[0] if names else 'none'}, "
             f"…), and not the {len(layer_map)} of this model ({layer_map.names[0]}, …); measure "

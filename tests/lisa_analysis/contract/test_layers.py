@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_analysis.contract.layers import canonical_name, describe, kind_of, module_of, role_of
+from lisa_analysis.contract.layers import (
+    canonical_name,
+    describe,
+    kind_of,
+    module_of,
+    role_of,
+    same_layers,
+)
 
 # One layer of each naming family, as transformers 5 spells it: name below the layer -> kind.
 IN_LAYER = {
@@ -200,3 +207,25 @@ def test_the_module_needs_the_standard_library_alone():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "same"),
+    [
+        (
+            ["encoder.layer.0", "encoder.layer.1"],
+            ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+            1,
+        ),
+        (["base_model.model.model.layers.0"], ["model.layers.0"], 1),
+        (["layers.0"], ["model.language_model.layers.0"], 1),
+        (["h.0", "h.1"], ["transformer.h.0", "transformer.h.1"], 1),
+        (["encoder.layer.0"], ["bert.encoder.layer.0", "bert.encoder.layer.1"], 0),
+        (["encoder.layer.1", "encoder.layer.0"], ["encoder.layer.0", "encoder.layer.1"], 0),
+        (["encoder.layers.0"], ["decoder.layers.0"], 0),
+        (["vision_model.layers.0"], ["text_model.layers.0"], 0),
+        ([], [], 1),
+    ],
+)
+def test_layers_are_the_same_but_for_the_name_of_what_holds_them(names, others, same):
+    assert same_layers(names, others) is same_layers(others, names) is bool(same)

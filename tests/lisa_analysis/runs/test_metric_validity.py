@@ -167,7 +167,13 @@ def test_a_profile_of_scores_from_anywhere_is_compared(tmp_path):
     expected = pd.Series(scores).corr(pd.Series(keep.scores), method="spearman")
     assert row(found, "mine", source="a profile")["spearman"] == pytest.approx(expected)
     assert "strange" not in {*found.to_frame()["metric"]}
+    assert "scores none of the run's layers: its own are" in found.missing["strange"]
     assert found.lent == ()
+    # As a folder of weights has them, whose encoder has no name where no head stands on it.
+    bare = [name.removeprefix("model.") for name in names]
+    assert bare != names
+    bare_found = la.validity([run, la.ImportanceProfile.from_scores(scores, bare, metric="mine")])
+    assert row(bare_found, "mine", source="a profile")["spearman"] == pytest.approx(expected)
     mine.save(tmp_path / "mine.json")  # read again it has no samples, and the same scores
     again = la.validity([run, la.ImportanceProfile.load(tmp_path / "mine.json")])
     assert row(again, "mine", source="a profile")["spearman"] == pytest.approx(expected)

@@ -21,7 +21,7 @@ from helpers_tasks import (
 
 import lisa_analysis as la
 import lisa_train as lt
-from lisa_analysis.contract.errors import ConfigError
+from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
 from lisa_analysis.views.cli import main as analyze
 from lisa_train.command.cli import main
 from lisa_train.command.training import summary, train
@@ -308,3 +308,40 @@ def test_a_classifier_is_ablated_as_a_classifier(
     lt.ablate(run, max_examples=4)
     modes = set(pd.read_parquet(run / "ablation.parquet")["mode"])
     assert modes == {"trained", "base", "reset", "keep"}
+
+
+def test_files_made_from_a_bare_encoder_steer_it_under_a_head(
+    bert: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    # The folder holds encoder.layer.0, the classifier has bert.encoder.layer.0: the same layers.
+    task = "text-classification"
+    profile = la.importance(la.load(bert), "base_norm")
+    assert profile.layers["name"].iloc[0] == "encoder.layer.0"
+    probabilities = la.sampling_probabilities(profile, 1, strength=3.0, use_intervals=False)
+    probabilities.save(tmp_path / "pi.json")
+    profile.save(tmp_path / "profile.json")
+    assert analyze([str(bert), "--export", f"lr:{tmp_path / 'lr.json'}", "-o",
+                    str(tmp_path / "report")]) == 0  # fmt: skip
+
+    lisa = lt.LisaConfig(1, 2, probabilities=str(tmp_path / "pi.json"))
+    given = settings(bert, files[task], tmp_path / "lisa", task, "lisa", lisa=lisa, max_steps=2)
+    drawn = la.load(train(given)).events
+    first = drawn[drawn["event"] == "lisa_draw"]["inclusion_probabilities"].iloc[0]
+    assert first == pytest.approx(list(probabilities.inclusion_probabilities))
+
+    select = lt.SelectConfig(top=1, profile=str(tmp_path / "profile.json"))
+    given = settings(bert, files[task], tmp_path / "top", task, "select", select=select,
+                     max_steps=1)  # fmt: skip
+    run = la.load(train(given))
+    trained = run.metrics(["grad_norm"]).dropna()["param_id"].map(
+        run.parameters.set_index("param_id")["layer"]
+    )
+    assert {*trained.dropna()} == {int(np.argmax(profile.scores))}
+
+    given = settings(bert, files[task], tmp_path / "rates", task, "full", max_steps=1,
+                     lr_multipliers=str(tmp_path / "lr.json"))  # fmt: skip
+    train(given)
+    other = build_bert(tmp_path / "five", layers=5)
+    given = settings(other, files[task], tmp_path / "none", task, "lisa", lisa=lisa)
+    with pytest.raises(ProbabilitiesError, match="was made for 4 layers, this model has 5"):
+        train(given)

@@ -54,9 +54,12 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def normalised(losses: Losses, other: Losses, whole: Losses) -> NDArray[np.float64]:
-    """Return, by seed, how much of the way from the other arm's loss to that of all layers."""
+    """Return, by seed, how much of the way from the other arm's loss to that of all layers.
+
+    Empty where that way is not told from 0: a share of it would be noise divided by noise.
+    """
     seeds = sorted(set(losses) & set(other) & set(whole))
-    reach = float(np.mean([other[s] - whole[s] for s in seeds])) if seeds else 0.0
-    if reach <= 0:
+    way = difference({s: other[s] for s in seeds}, whole)
+    if way is None or way.low <= 0:
         return np.array([])
-    return np.array([(other[s] - losses[s]) / reach for s in seeds])
+    return np.array([(other[s] - losses[s]) / way.mean for s in seeds])

@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from environments import Environment
@@ -185,8 +185,13 @@ class Arms:
 
     @functools.cached_property
     def _spectrum(self) -> la.ImportanceProfile:
-        """Of the weights alone: the same whatever the seed."""
-        return la.importance(la.load(self.environment.model()), "spectrum_snr")
+        """Of the weights alone, the same whatever the seed; kept, so the page needs no model."""
+        file = self.kept / self.environment.name / "spectrum.json"
+        if not file.exists():
+            found = la.importance(la.load(self.environment.model()), "spectrum_snr")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace(found, model=Path(found.model).name).save(file)  # no folder of this machine
+        return la.ImportanceProfile.load(file)
 
     def _places(self) -> list[float]:
         return [float(i) for i in range(self.environment.layers)]

@@ -9,6 +9,7 @@ from arms import TUNING, Arm, Arms, held_out_loss
 from cells import Cell
 from environments import RATES, Environment
 
+import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
 PROBED = 16  # batches of a probe
@@ -282,6 +283,10 @@ class Plan:
         return [self.cell(arm, seed, rate) for arm, seed in zip(both, TUNING, strict=True)]
 
     # --- question A ------------------------------------------------------------------------------
+
+    def profile(self, kind: str, seed: int) -> la.ImportanceProfile:
+        """Return the profile that an arm of a seed reads: probe, pilot, ablation or spectrum."""
+        return self._given.profile(kind, seed)
 
     def chosen(self, way: str, seed: int) -> list[int] | None:
         """Return the layers that a way of question A names; None where its source is missing."""

@@ -50,13 +50,25 @@ def differences(cells):
 
 
 @pytest.fixture(scope="module")
-def contrasts(sampling):
+def outcomes(sampling, differences):
+    yield module(REPORTS / "2026-11-27-sampling" / "outcomes.py")
+    del sys.modules["outcomes"]
+
+
+@pytest.fixture(scope="module")
+def contrasts(outcomes):
     yield module(REPORTS / "2026-11-27-sampling" / "contrasts.py")
     del sys.modules["contrasts"]
 
 
 @pytest.fixture(scope="module")
-def page(contrasts):
+def together(contrasts):
+    yield module(REPORTS / "2026-11-27-sampling" / "together.py")
+    del sys.modules["together"]
+
+
+@pytest.fixture(scope="module")
+def page(together):
     yield module(REPORTS / "2026-11-27-sampling" / "page.py")
     del sys.modules["page"]
 
@@ -262,10 +274,17 @@ class TestDifferences:
         assert differences.difference({1: 1.0, 2: 1.0}, b) is None
 
     def test_a_gain_is_a_share_of_the_way_to_all_layers(self, differences):
-        random, everything = {1: 1.0, 2: 1.2}, {1: 0.6, 2: 0.6}
-        assert differences.normalised(random, random, everything) == pytest.approx([0, 0])
+        random, everything = {1: 1.0, 2: 1.2, 3: 1.1}, {1: 0.6, 2: 0.6, 3: 0.6}
+        assert differences.normalised(random, random, everything) == pytest.approx([0, 0, 0])
         assert differences.normalised(everything, random, everything).mean() == pytest.approx(1)
+        half = {1: 0.8, 2: 0.9, 9: 0.0}
+        shares = differences.normalised(half | {3: 0.85}, random, everything)
+        assert shares == pytest.approx([0.4, 0.6, 0.5])
         assert len(differences.normalised(random, everything, random)) == 0  # no way to go
+        # Two seeds tell nothing from 0, nor do three that disagree.
+        assert len(differences.normalised(half, random, everything)) == 0
+        noisy = {1: 0.6, 2: 1.3, 3: 1.0}
+        assert len(differences.normalised(random, random, noisy)) == 0
 
 
 class TestContrasts:
@@ -287,11 +306,36 @@ class TestContrasts:
         assert contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])[0] == {}
 
     def test_validity_predicts_gain_by_rank(self, contrasts):
-        rho, p = contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)])
+        import scipy.stats
+
+        one = [(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)]
+        rho, p = contrasts.prediction([one])
         assert rho == pytest.approx(1)
         assert p < 0.05
-        assert contrasts.prediction([(0.1, 0.0), (0.2, 0.1), (0.5, 0.2)]) is None
-        assert contrasts.prediction([(0.1, 0.0)] * 5) is None
+        mixed = [(0.1, 0.3), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, 2.0)]
+        reference = scipy.stats.spearmanr(*zip(*mixed, strict=True))
+        assert contrasts.prediction([mixed]) == pytest.approx(
+            (reference.statistic, reference.pvalue)
+        )
+        # Losses of another task may be on any scale: ranks are taken within each.
+        large = [(validity, 1000 * gain) for validity, gain in one]
+        assert contrasts.prediction([one, large])[0] == pytest.approx(1)
+        assert contrasts.prediction([one[:3]]) is None
+        assert contrasts.prediction([[(0.1, 0.0)] * 5]) is None
+        assert contrasts.prediction([[], []]) is None
+
+    def test_over_environments_as_rliable_has_it(self, together):
+        import numpy as np
+        import scipy.stats
+
+        rng = np.random.default_rng(0)
+        values = rng.normal(size=11)
+        middle = np.sort(values)[2:-2]  # a quarter of eleven is two
+        assert together.interquartile_mean(values) == pytest.approx(middle.mean())
+        losses, other = rng.normal(size=7), rng.normal(0.5, size=5)
+        other[0] = losses[0]
+        u = scipy.stats.mannwhitneyu(-losses, -other).statistic
+        assert together.improvement(losses, other) == pytest.approx(u / 35)
 
 
 class TestPage:
@@ -335,7 +379,9 @@ class TestPage:
         assert mean(found[-1]) == pytest.approx(-0.5, abs=0.01)
         found = row(tables["longer"], "B: pool − uniform", "300")
         assert mean(found[-1]) == pytest.approx(-0.05, abs=0.01)
-        assert row(tables["together"], "A: probe less random, LoRA")[1] == "1"
+        found = row(tables["together"], "A: probe less random, LoRA")
+        assert mean(found[1]) == pytest.approx(0.5 / 0.6, abs=0.01)
+        assert (found[2], found[3], found[4]) == ("1", "1.00 (1.00 … 1.00)", "1")
         assert "not yet" in tables["seconds"]  # nothing was timed
 
     def test_a_timed_run_of_lisa_draws_at_every_step(self, planted, monkeypatch):

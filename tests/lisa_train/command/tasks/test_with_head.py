@@ -333,8 +333,10 @@ def test_files_made_from_a_bare_encoder_steer_it_under_a_head(
     given = settings(bert, files[task], tmp_path / "top", task, "select", select=select,
                      max_steps=1)  # fmt: skip
     run = la.load(train(given))
-    trained = run.metrics(["grad_norm"]).dropna()["param_id"].map(
-        run.parameters.set_index("param_id")["layer"]
+    trained = (
+        run.metrics(["grad_norm"])
+        .dropna()["param_id"]
+        .map(run.parameters.set_index("param_id")["layer"])
     )
     assert {*trained.dropna()} == {int(np.argmax(profile.scores))}
 

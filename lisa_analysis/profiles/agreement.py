@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lisa_analysis import statistics as st
+from lisa_analysis.contract.layers import plain_name, same_layers
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.statistics.disattenuation import NoisyTau, noisy_tau
 
@@ -76,7 +77,7 @@ def agree(
     confidence, seed
         Of the interval and its bootstrap.
     """
-    if tuple(a.layers["name"]) != tuple(b.layers["name"]):
+    if not same_layers(a.layers["name"], b.layers["name"]):
         return Agreement()
     known = np.isfinite(a.scores) & np.isfinite(b.scores)
     layers = int(known.sum())
@@ -135,21 +136,21 @@ def _noise_floor(x: Array, y: Array, first: Array, second: Array, confidence: fl
 
 
 def shares(profiles: Mapping[str, ImportanceProfile]) -> pd.DataFrame:
-    """Shares of the total score, layers by name in the order of first appearance."""
-    columns = {}
+    """Shares of the total score, layers by the name and in the order of first appearance."""
+    columns, known = {}, dict[str, str]()
     for label, profile in profiles.items():
         scores = np.maximum(profile.scores, 0)
         total = np.nansum(scores)
         share = scores / total if total > 0 else np.full(len(scores), np.nan)
-        columns[label] = pd.Series(share, index=list(profile.layers["name"]))
-    names = list(dict.fromkeys(name for column in columns.values() for name in column.index))
-    frame = pd.DataFrame(columns, index=names)
+        index = [known.setdefault(plain_name(name), name) for name in profile.layers["name"]]
+        columns[label] = pd.Series(share, index=index)
+    frame = pd.DataFrame(columns, index=list(known.values()))
     return frame.rename_axis("name").reset_index()
 
 
 def concordance(profiles: Sequence[ImportanceProfile]) -> float:
     """Kendall's W of three or more profiles of the same layers, else NaN."""
-    tables = [tuple(profile.layers["name"]) for profile in profiles]
+    tables = [tuple(map(plain_name, profile.layers["name"])) for profile in profiles]
     if len(tables) < 3 or len(set(tables)) > 1:
         return _NAN
     scores = np.stack([profile.scores for profile in profiles])

@@ -34,6 +34,8 @@ class ModelModules:
 
     Attributes
     ----------
+    layer_names
+        Paths of the layers.
     inside
         Matrices of attention and feed-forward parts within the layers, in order. Matrices that
         are no module of their own (the fused experts of a mixture) are left out: adapters on
@@ -44,6 +46,7 @@ class ModelModules:
         Tensors of three dimensions within the layers: experts in one block.
     """
 
+    layer_names: tuple[str, ...]
     inside: tuple[Module, ...]
     tensors: tuple[tuple[str, int | None], ...]
     kinds: tuple[str, ...]
@@ -91,7 +94,9 @@ class ModelModules:
                 inside.append(Module(path, position, (sizes[0], sizes[1])))
             elif len(sizes) == 3:
                 fused.append(name)
-        return cls(tuple(inside), tuple(tensors), tuple(kinds), tuple(fused))
+        return cls(
+            tuple(run.layer_names), tuple(inside), tuple(tensors), tuple(kinds), tuple(fused)
+        )
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,9 @@ class Plan:
         if strength is not None:
             strength = Strength.read(strength)
         model = None if run is None else ModelModules.of(run, tuple(profile.layers["name"]))
+        if model is not None:  # of weights without a head the profile has shorter names
+            named = profile.layers.assign(name=list(model.layer_names))
+            profile = replace(profile, layers=named)
         return cls(profile, evidence, strength, None if control == "none" else control, seed, model)
 
     @cached_property

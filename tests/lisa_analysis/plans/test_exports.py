@@ -81,6 +81,25 @@ class TestOfARun:
         assert made.provenance["source_runs"] == [run.run_id]
         assert made.provenance["trained_parameters"] <= 4 * 12 * 2 * 200
 
+    def test_a_profile_of_weights_without_a_head_gets_the_names_of_the_run(self, make_run):
+        run = make_run(profile=np.exp(X), steps=200)
+        whole = la.importance(run)
+        names = [name.removeprefix("model.") for name in whole.layers["name"]]
+        assert names != list(whole.layers["name"])
+        bare = la.ImportanceProfile.from_scores(whole.scores, names)
+        alone = la.export(bare, "freeze", layers=2, use_intervals=False)
+        assert alone.values["train"]["prefixes"] == ["layers.10.", "layers.11."]
+        for export in ("freeze", "peft-layers", "peft-rank"):
+            options = {"layers": 2} if export != "peft-rank" else {"r": 4}
+            ours, theirs = (
+                la.export(profile, export, run=run, use_intervals=False, **options).values
+                for profile in (
+                    bare,
+                    la.ImportanceProfile.from_scores(whole.scores, run.layer_names),
+                )
+            )
+            assert ours == theirs, export
+
     def test_a_lora_run_names_the_modules_below_its_adapters(self, make_run):
         run = make_run(profile=np.exp(X), steps=200, method="lora")
         made = la.export(la.importance(run), "peft-layers", run=run, layers=2)

@@ -7,7 +7,7 @@ import pytest
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.profiles.agreement import agree
+from lisa_analysis.profiles.agreement import agree, concordance, shares
 
 X = np.linspace(-1, 1, 12)
 
@@ -41,6 +41,14 @@ class TestFromScores:
         run = la.importance(make_run(profile=np.exp(X), steps=100))
         given = la.ImportanceProfile.from_scores(np.exp(-X), names=list(run.layers["name"]))
         assert agree(run, given).kendall == pytest.approx(-1)
+        # A folder of weights without a head has shorter names for the same layers.
+        bare = [name.removeprefix("model.") for name in run.layers["name"]]
+        shorter = la.ImportanceProfile.from_scores(np.exp(-X), names=bare)
+        assert agree(run, shorter).kendall == pytest.approx(-1)
+        assert concordance([run, given, shorter]) == concordance([run, given, given])
+        table = shares({"run": run, "weights": shorter})
+        assert list(table["name"]) == list(run.layers["name"])
+        assert table["weights"].notna().all()
         _, ax = pyplot.subplots()
         la.plots.profile(given, ax=ax)
         pyplot.close()

@@ -14,7 +14,7 @@ from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels
 from lisa_analysis.rundir.opening import RunLike, opened
 from lisa_analysis.runs.metric_validity.judging import judge
-from lisa_analysis.runs.metric_validity.sides import LEVELS, TARGETS, Part, parts_of
+from lisa_analysis.runs.metric_validity.sides import GIVEN, LEVELS, TARGETS, Part, parts_of
 from lisa_analysis.runs.metric_validity.words import sentences
 
 
@@ -161,10 +161,15 @@ def validity(
     table, reliability = _judged(parts, confidence, seed)
     for metric in set(table["metric"]):
         missing.pop(metric, None)
+    ours = [runs[i].layer_names for i in ablated]
+    lent = [j for j in lending if any(same_layers(runs[j].layer_names, own) for own in ours)]
+    strange = [names[j] for j in lending if j not in lent]
+    used = {key for part in parts for key in part.metrics}
+    strange += [f"the profile of {p.metric}" for p in profiles if (GIVEN, p.metric) not in used]
     return Validity(
         table, missing, reliability, tuple(names[i] for i in ablated),
-        tuple(names[j] for j in lending), confidence,
-        sentences(table, reliability, len(ablated), confidence),
+        tuple(names[j] for j in lent), confidence,
+        sentences(table, reliability, len(ablated), strange, confidence),
     )  # fmt: skip
 
 

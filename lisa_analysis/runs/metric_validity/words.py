@@ -1,6 +1,6 @@
 """What the table of agreements says, in sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,13 @@ def sentences(
     table: pd.DataFrame,
     reliability: Mapping[tuple[str, str], float],
     runs: int,
+    strange: Sequence[str],
     confidence: float,
 ) -> str:
-    """Say which metric predicts the ablation, level by level, or that none does."""
+    """Say which metric predicts the ablation, level by level, or that none does.
+
+    And what was given that stands beside none of it.
+    """
     said = []
     if not table["evidence"].any():
         said.append(_none(table, confidence))
@@ -38,6 +42,9 @@ def sentences(
         said.append(
             f"{'One run says' if runs == 1 else 'Two runs say'} nothing of other seeds or tasks."
         )
+    if strange:
+        which = ", ".join(strange)
+        said.append(f"Left out, having none of the layers or modules that were ablated: {which}.")
     return " ".join(said)
 
 

@@ -89,7 +89,7 @@ def test_an_order_that_is_hardly_known_may_still_be_predicted():
          "evidence": evidence, "layers": 30, "kinds": 0}
         for target, metric, rho, evidence in rows
     )  # fmt: skip
-    said = sentences(table, {("layer", "ablation_keep"): 0.4}, 1, 0.95)
+    said = sentences(table, {("layer", "ablation_keep"): 0.4}, 1, [], 0.95)
     assert "grad_rms (ρ = 0.90) predicts what a change is worth alone" in said
     assert "the order of keep (0.40) itself" in said
     assert "a metric that shows no agreement may have one; ablate with more" in said
@@ -141,7 +141,8 @@ def test_a_probe_lends_its_metrics(tmp_path):
     pilot = run_of(tmp_path / "pilot", seed=9)
     other = run_of(tmp_path / "other", 5)
     found = la.validity([pilot, run, other])
-    assert found.lent == ("pilot", "other")
+    assert found.lent == ("pilot",)
+    assert "none of the layers or modules that were ablated: other." in found.sentence
     lent = row(found, "grad_rms", source="pilot")
     expected = pd.Series(la.importance(pilot).scores).corr(
         pd.Series(la.importance(run, "ablation_keep").scores), method="spearman"
@@ -169,6 +170,7 @@ def test_a_profile_of_scores_from_anywhere_is_compared(tmp_path):
     assert "strange" not in {*found.to_frame()["metric"]}
     assert "scores none of the run's layers: its own are" in found.missing["strange"]
     assert found.lent == ()
+    assert "modules that were ablated: the profile of strange." in found.sentence
     # As a folder of weights has them, whose encoder has no name where no head stands on it.
     bare = [name.removeprefix("model.") for name in names]
     assert bare != names

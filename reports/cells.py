@@ -33,6 +33,12 @@ KEPT = ("config.yaml", "parameters.parquet", "scalars.jsonl", "events.jsonl")
 ABLATION = "ablation.parquet"
 TABLES = ("metrics", "probes")
 ROUND = 30  # cells of a process, then a fresh one: what libraries hold on to does not grow
+# Of processes that train. Memory that a step gave back is used again, in huge pages, instead of
+# being asked of the system anew: with two runs on two cores, a step of SmolLM2 under autocast takes
+# a third less. Losses are the same to the bit.
+ALLOCATION = {
+    "THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,15 @@ def run_cells(
     if len({cell.name for cell in cells}) < len(cells):
         raise LisaError("two cells of the plan have one name.")
     rounds = _Rounds(cells, kept, work, jobs, threads, seconds, say)
-    while rounds.go_on():
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            rounds.run(pool)
+    before = dict(os.environ)
+    os.environ.update({**ALLOCATION, **before})  # read when a process starts
+    try:
+        while rounds.go_on():
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+                rounds.run(pool)
+    finally:
+        for name in ALLOCATION.keys() - before.keys():
+            del os.environ[name]
     if rounds.failed:
         first = min(rounds.failed)
         raise LisaError(

@@ -1,5 +1,6 @@
 """What the studies of many arms train: models, data, sizes. Their DESIGN.md say why."""
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,26 +101,38 @@ class Environment:
         return sorted(chosen)
 
 
-def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
-    """Return a copy of a data folder whose last training rows are a `validation` split.
+def with_validation(name: str, folder: Path, work: Path, rows: int, *, mixed: bool = False) -> Path:
+    """Return a copy of a data folder some of whose training rows are a `validation` split.
 
-    The folder has `train` and `test` as lines of JSON, as Parquet, or as folders of sounds.
+    The folder has `train` and `test` as lines of JSON, as Parquet, or as folders of sounds. Beside
+    the copy stands another one that holds nothing but what rates are chosen on, under the names of
+    both splits, see `tuning_data`.
+
+    Parameters
+    ----------
+    name, folder, work
+        Of the copy; what is copied; where to.
+    rows
+        Of the split.
+    mixed
+        Draw them from all training rows, and put the test rows in an order of chance: WordNet goes
+        by subject, so that its last rows, or its first ones, are of few. Without it the last rows.
     """
-    found = work / name
+    found, tuning = work / name, work / f"{name}-tuning"
     if (found / "whole").exists():
         return found
-    shutil.rmtree(found, ignore_errors=True)
-    found.mkdir(parents=True)
+    for made in (found, tuning):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
     if (folder / "train.jsonl").exists():
-        lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
-            (found / f"{split}.jsonl").write_text("".join(part), encoding="utf-8")
-        shutil.copy(folder / "test.jsonl", found)
+        _split_lines(folder, found, rows, mixed)
+        suffix = ".jsonl"
     elif (folder / "train.parquet").exists():
         table = pq.read_table(folder / "train.parquet")
         pq.write_table(table[:-rows], found / "train.parquet")
         pq.write_table(table[-rows:], found / "validation.parquet")
         shutil.copy(folder / "test.parquet", found)
+        suffix = ".parquet"
     else:
         head, *lines = (folder / "train/metadata.csv").read_text(encoding="utf-8").splitlines()
         for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
@@ -128,17 +141,43 @@ def with_validation(name: str, folder: Path, work: Path, rows: int) -> Path:
             for line in part:
                 shutil.copy(folder / "train" / line.split(",")[0], found / split)
         shutil.copytree(folder / "test", found / "test")
+        suffix = ""
+    copy = shutil.copy if suffix else shutil.copytree
+    for split in ("train", "validation", "test"):
+        copy(found / f"validation{suffix}", tuning / f"{split}{suffix}")
     (found / "whole").touch()  # a copy that was cut short is made again
     return found
 
 
-def environments(work: Path) -> dict[str, Environment]:
-    """Return the environments that the studies can run here, by name."""
+def tuning_data(name: str, work: Path) -> Path:
+    """Return the folder of what rates are chosen on, which `with_validation` makes."""
+    return work / f"{name}-tuning"
+
+
+def _split_lines(folder: Path, found: Path, rows: int, mixed: bool) -> None:
+    lines, test = (
+        (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for split in ("train", "test")
+    )
+    if mixed:
+        for part in (lines, test):
+            random.Random(0).shuffle(part)
+    parts = {"train": lines[:-rows], "validation": lines[-rows:], "test": test}
+    for split, part in parts.items():
+        (found / f"{split}.jsonl").write_text("".join(part), encoding="utf-8")
+
+
+def environments(work: Path, *, mixed: bool = False) -> dict[str, Environment]:
+    """Return the environments that the studies can run here, by name.
+
+    `mixed` draws what rates are chosen on from all of WordNet, see `with_validation`; the study of
+    methods was made without it.
+    """
     data = work / "data"
-    return {each.name: each for each in (*_classes(data), *_language(data))}
+    return {each.name: each for each in (*_classes(data, mixed), *_language(data, mixed))}
 
 
-def _classes(data: Path) -> list[Environment]:
+def _classes(data: Path, mixed: bool) -> list[Environment]:
     """Texts and pictures to be told apart, by a new head."""
     from lisa_train.command.demo.dinov2 import dinov2_folder
     from lisa_train.command.demo.pictures import pictures_folder
@@ -149,7 +188,9 @@ def _classes(data: Path) -> list[Environment]:
         Environment(
             "pos",
             model=lambda: fetch_folder(MINILM),
-            data=lambda: with_validation("pos", parts_of_speech_folder(), data, 1200),
+            data=lambda: with_validation(
+                "pos", parts_of_speech_folder(), data, 1200, mixed=mixed
+            ),
             stacks=((r"encoder\.layer", 6),),
             linear=("query", "key", "value", "dense"),
             few=1, drawn=1, interval=3, steps=100, batch=16, evaluated=1024,
@@ -158,8 +199,8 @@ def _classes(data: Path) -> list[Environment]:
                 "--per_device_eval_batch_size=64", BITS,
             ),
             centres={
-                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 5e-4, "full": 2e-4,
-                "mild": 5e-4, "strong": 5e-4, "head": 1e-2,
+                "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "weights-few": 5e-4,
+                "weights-all": 2e-4, "full": 2e-4, "mild": 5e-4, "strong": 5e-4, "head": 1e-2,
             },
             seeds=10, whole=True, every_layer=True, both_tuned=True,
         ),
@@ -172,15 +213,15 @@ def _classes(data: Path) -> list[Environment]:
             few=2, drawn=2, interval=3, steps=100, batch=16, evaluated=1000,
             words=("--task=image-classification", "--per_device_eval_batch_size=64", BITS),
             centres={
-                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 1e-4,
-                "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
+                "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4,
+                "weights-all": 1e-4, "full": 1e-4, "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
             },
             seeds=10, whole=True, both_tuned=True,
         ),
     ]  # fmt: skip
 
 
-def _language(data: Path) -> list[Environment]:
+def _language(data: Path, mixed: bool) -> list[Environment]:
     """Text and speech to be written, by the head that the model has."""
     from lisa_train.command.demo.chitchat import chitchat_folder
     from lisa_train.command.demo.smollm2 import smollm2_folder
@@ -190,7 +231,7 @@ def _language(data: Path) -> list[Environment]:
 
     llama = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     smol = {
-        "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5, "mild": 2e-4,
+        "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "full": 5e-5, "mild": 2e-4,
         "strong": 2e-4,
     }  # fmt: skip
     text = ("--max_length=48", "--per_device_eval_batch_size=16", BITS)
@@ -198,7 +239,9 @@ def _language(data: Path) -> list[Environment]:
         Environment(
             "define",
             model=smollm2_folder,
-            data=lambda: with_validation("define", definitions_folder(), data, 1200),
+            data=lambda: with_validation(
+                "define", definitions_folder(), data, 1200, mixed=mixed
+            ),
             stacks=((r"model\.layers", 30),),
             linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
             words=text, centres=smol, head=False, longer=True,
@@ -220,7 +263,7 @@ def _language(data: Path) -> list[Environment]:
             few=1, drawn=2, interval=2, steps=40, batch=8, evaluated=100,
             words=("--task=speech-recognition", "--per_device_eval_batch_size=30", BITS),
             centres={
-                "lora-few": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4, "full": 5e-5,
+                "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "full": 5e-5,
                 "mild": 1e-4, "strong": 1e-4,
             },
             head=False,

@@ -24,10 +24,11 @@ LEARNERS = {  # of which the pilot stage chooses one for `online`; all at the st
     "kl": ("--lisa.learn.metric=grad_rms", "--lisa.learn.learner=kl"),
     "probe": ("--lisa.learn.metric=probe",),
 }
+LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
 CARRYING = (  # the arms of environments that do not get the whole matrix
     "lora-probe", *(f"lora-random-{n}" for n in range(1, RANDOM + 1)), "lora-last", "lora-all",
-    "lora-everything", "full", "uniform", "default", "strong", "strong-placebo", "pool",
-    "pool-placebo", "online",
+    "lora-everything", "full", "uniform", "reset", "default", "default-placebo", "strong",
+    "strong-placebo", "pool", "pool-placebo", "online", "online-placebo",
 )  # fmt: skip
 
 
@@ -47,8 +48,6 @@ class Arm:
         Kinds of earlier runs that it reads, of the next seed: probe, pilot, ablation.
     primary
         Whether it is in a primary contrast.
-    learned
-        Whether it is one of the learned arms of question B, of which the best is chosen.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Arm:
     words: Callable[[int], list[str]]
     sources: tuple[str, ...] = ()
     primary: bool = False
-    learned: bool = False
 
 
 def held_out_loss(folder: Path) -> float | None:
@@ -64,10 +62,17 @@ def held_out_loss(folder: Path) -> float | None:
 
     None where there is no run.
     """
-    if not folder.exists():
-        return None
-    found = la.load(folder).manifest["result"]["last_held_out_loss"]
-    return float(found) if found is not None and math.isfinite(found) else math.inf
+    return result(folder)["loss"] if folder.exists() else None
+
+
+@functools.cache
+def result(folder: Path) -> dict[str, float]:
+    """Return a kept run's held-out loss, and the task's own score by its name."""
+    found = la.load(folder).manifest["result"]
+    loss = found["last_held_out_loss"]
+    finite = loss is not None and math.isfinite(loss)
+    scores = found.get("last_held_out_scores") or {}
+    return {**scores, "loss": float(loss) if finite else math.inf}
 
 
 class Arms:
@@ -216,7 +221,8 @@ class Arms:
         low = max(1, round(RANK * share))
         arms = [
             Arm("lora-everything", "lora-all", lambda seed: self._lora(every, RANK), primary=True),
-            Arm("lora-all", "lora-all", lambda seed: self._lora(every, low)),
+            Arm("lora-all", "lora-low", lambda seed: self._lora(every, low)),
+            Arm("weights-everything", "weights-all", lambda seed: self._only("weights", every)),
             Arm("full", "full", lambda seed: ["--method=full"], primary=True),
             Arm("level", "full", self._level, ("pilot",)),
         ]
@@ -262,26 +268,32 @@ class Arms:
 
         pool = f"pool={max(self.environment.few * len(self.environment.stacks), 2 * drawn)}"
         placebo = "--lisa.control=permuted"
-        return [
+        static = (  # name, family, what it is read from, strength, primary
+            ("default", "mild", "probe", 1.0, True),
+            ("strong", "strong", "probe", SHARP, True),
+            ("pool", "strong", "probe", pool, True),
+            ("pilot", "strong", "pilot", SHARP, False),
+            ("ablation", "strong", "ablation", SHARP, False),
+        )
+        arms = [
             Arm("uniform", "mild", lambda seed: lisa(), primary=True),
             Arm("iid", "mild", lambda seed: lisa(sampling="uniform")),
-            Arm("default", "mild", of("probe", 1.0), ("probe",), primary=True, learned=True),
-            Arm("online", "strong", self._online, primary=True, learned=True),
-            Arm("online-placebo", "strong", lambda seed: [*self._online(seed), placebo]),
-            Arm("strong", "strong", of("probe", SHARP), ("probe",), primary=True, learned=True),
-            Arm("strong-placebo", "strong", of("probe", SHARP, "permuted"), ("probe",), True),
-            Arm("pool", "strong", of("probe", pool), ("probe",), primary=True, learned=True),
-            Arm("pool-placebo", "strong", of("probe", pool, "permuted"), ("probe",), True),
+            Arm("reset", "mild", lambda seed: [w.replace("=keep", "=reset") for w in lisa()]),
+            Arm("online", "strong", self._online, primary=True),
+            Arm("online-placebo", "strong", lambda s: [*self._online(s), placebo], primary=True),
             Arm("reversed", "strong", of("probe", SHARP, "reversed"), ("probe",)),
-            Arm("pilot", "strong", of("pilot", SHARP), ("pilot",), learned=True),
-            Arm("ablation", "strong", of("ablation", SHARP), ("ablation",), learned=True),
         ]
+        for name, family, kind, strength, primary in static:
+            arms.append(Arm(name, family, of(kind, strength), (kind,), primary))
+            words = of(kind, strength, "permuted")
+            arms.append(Arm(f"{name}-placebo", family, words, (kind,), primary))
+        return arms
 
     def _drawn(self, *words: str, sampling: str = "balanced") -> list[str]:
         return [
             "--method=lisa", f"--lisa.activated_layers={self.environment.drawn}",
             f"--lisa.interval_steps={self.environment.interval}",
-            f"--lisa.sampling={sampling}", *words,
+            f"--lisa.sampling={sampling}", "--lisa.optimizer_state=keep", *words,
         ]  # fmt: skip
 
     def _learning(self) -> list[Arm]:

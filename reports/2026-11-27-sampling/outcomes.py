@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from arms import RANDOM, Arm
+from arms import RANDOM, Arm, result
 from differences import Losses
 from plan import LONGER_SEEDS, Plan
+
+SCORES = ("accuracy", "wer")  # what tasks are judged by, beside the loss
 
 
 def losses_of(plan: Plan, arm: Arm) -> dict[int, float]:
@@ -16,6 +18,16 @@ def losses_of(plan: Plan, arm: Arm) -> dict[int, float]:
         if value is not None:
             found[seed] = value
     return found
+
+
+def scores_of(plan: Plan, arm: Arm) -> tuple[str, dict[int, float]]:
+    """Return the name of the task's own score, and an arm's by seed; empty where it has none."""
+    folders = {s: plan.kept / plan.cell(arm, s).name for s in losses_of(plan, arm)}
+    found = {seed: result(folder) for seed, folder in folders.items() if folder.exists()}
+    names = [name for name in SCORES if any(name in each for each in found.values())]
+    if not names:
+        return "", {}
+    return names[0], {s: each[names[0]] for s, each in found.items() if names[0] in each}
 
 
 def of_length(plan: Plan, arm: Arm, times: int) -> dict[int, float]:

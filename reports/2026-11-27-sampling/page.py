@@ -5,24 +5,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from arms import TUNING
+from arms import LEARNED, TUNING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from contrasts import at_equal_seconds, prediction, validity_and_gain
 from differences import Losses, difference, holm, normalised
-from outcomes import losses_of, mean_of, of_length, selected
+from outcomes import losses_of, mean_of, of_length, scores_of, selected
 from pages import markdown
 from plan import LONGER, Plan
+from prediction import predicts, validity_and_gain
+from seconds import read_off, steps_left
 from together import over_environments
 
 import lisa_analysis as la
 
-PLACEBO = {"strong": "strong-placebo", "pool": "pool-placebo", "online": "online-placebo"}
 MISSING = "not yet"
 SHOWN = (
-    "iid", "default", "strong", "strong-placebo", "pool", "pool-placebo", "pilot", "ablation",
-    "online", "online-placebo", "reversed", "uniform", "full", "lora-everything", "level", "head",
+    "uniform", "iid", "reset",
+    *(name for each in LEARNED for name in (each, f"{each}-placebo")), "reversed",
 )  # fmt: skip
+ANCHORS = ("full", "level", "lora-everything", "head")  # no answer to question B: not corrected
 
 
 def tables(plans: Sequence[Plan]) -> dict[str, str]:
@@ -32,8 +33,10 @@ def tables(plans: Sequence[Plan]) -> dict[str, str]:
         "state": _state(plans),
         "rates": _rates(plans),
         "learners": _learners(plans),
+        "choice": _choice(settled),
         "selection": _corrected(_selection(settled)),
         "sampling": _corrected(_sampling(settled)),
+        "anchors": _anchors(settled),
         "seconds": _seconds(settled),
         "prediction": _prediction(settled),
         "longer": _longer(settled),
@@ -88,18 +91,39 @@ def _learners(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
+def _choice(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """What the best learned arm is chosen by, and uniform draws beside it."""
+    rows = []
+    for plan in plans:
+        row: dict[str, object] = {"environment": plan.environment.name}
+        for name in ("uniform", *LEARNED):
+            cells = [plan.tuned(plan.arms[name], s) for s in TUNING] if name in plan.arms else []
+            losses = [plan.loss(cell.name) for cell in cells if "online" not in name]
+            if "online" in name and plan.preferred is not None:
+                losses = [plan.loss(cell.name) for cell in cells]
+            finished = [loss for loss in losses if loss is not None]
+            known = bool(finished) and len(finished) == len(losses)
+            row[name] = f"{np.mean(finished):.4f}" if known else MISSING if cells else ""
+        rows.append({**row, "chosen": plan.best_learned() or MISSING})
+    return rows
+
+
 def _selection(plans: Sequence[Plan]) -> list[dict[str, object]]:
     rows = []
     for plan in plans:
-        for kind, everything in (("lora", "lora-everything"), ("weights", "full")):
+        for kind, everything in (("lora", "lora-everything"), ("weights", "weights-everything")):
             arms = selected(plan, kind)
             if not arms:
                 continue  # the weights half is asked of the whole matrix alone
             whole = losses_of(plan, plan.arms[everything])
-            low = {"all, lower rank": losses_of(plan, plan.arms["lora-all"])}
-            for way, losses in {**arms, **(low if kind == "lora" else {})}.items():
+            others = {"all": whole}
+            if kind == "lora":
+                others = {"all, lower rank": losses_of(plan, plan.arms["lora-all"]), **others}
+            for way, losses in {**arms, **others}.items():
                 row = {"environment": plan.environment.name, "trained": kind, "layers": way}
-                row |= _against(losses, arms["random"], "random", whole)
+                row |= _against(losses, arms["random"], "random")
+                gain = normalised(losses, arms["random"], whole)
+                row["of all layers' gain"] = f"{np.mean(gain):.0%}" if len(gain) else ""
                 row["primary"] = way == "probe" and kind == "lora"
                 rows.append(row)
     return rows
@@ -109,28 +133,57 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
     rows = []
     for plan in plans:
         uniform = losses_of(plan, plan.arms["uniform"])
-        whole = losses_of(plan, plan.arms["full"])
         best = plan.best_learned()
-        for name in (n for n in SHOWN if n in plan.arms):
+        named = {n: plan.arms[n] for n in SHOWN if n in plan.arms}
+        for name, arm in named.items():
+            losses = losses_of(plan, arm)
+            if name != "uniform" and not losses and name.endswith("-placebo"):
+                continue  # of an arm that is not the best: not in the design
+            row = {"environment": plan.environment.name, "arm": name}
+            row |= _against(losses, uniform, "uniform") | _score(plan, name)
+            same = sum(losses[s] == uniform[s] for s in set(losses) & set(uniform))
+            if same and name != "uniform":
+                row["arm"] = f"{name} ({same} of {len(losses)} seeds are uniform)"
+            rows.append({**row, "primary": name == best})
+            placebo = f"{name}-placebo"
+            if placebo in named and (given := losses_of(plan, named[placebo])):
+                row = {"environment": plan.environment.name, "arm": f"{name} less its placebo"}
+                row |= _against(losses, given, "uniform") | {"accuracy or WER": ""}
+                row["accuracy or WER, less uniform (95 %)"] = ""
+                rows.append({**row, "primary": False})
+    return rows
+
+
+def _anchors(plans: Sequence[Plan]) -> list[dict[str, object]]:
+    """What LISA is compared with, and `level` beside full training, which it is a kind of."""
+    rows = []
+    for plan in plans:
+        uniform, full = (losses_of(plan, plan.arms[name]) for name in ("uniform", "full"))
+        for name in (n for n in ANCHORS if n in plan.arms):
             losses = losses_of(plan, plan.arms[name])
             row = {"environment": plan.environment.name, "arm": name}
-            row |= _against(losses, uniform, "uniform", whole)
-            placebo = PLACEBO.get(name)
-            row["less placebo (95 %)"] = ""
-            if placebo in plan.arms:
-                apart = difference(losses, losses_of(plan, plan.arms[placebo]))
-                row["less placebo (95 %)"] = MISSING if apart is None else apart
-            row["primary"] = name == best
+            row |= _against(losses, uniform, "uniform")
+            del row["apart"]
+            row |= _score(plan, name)
+            apart = difference(losses, full)
+            row["less full (95 %)"] = "" if name == "full" else apart or MISSING
             rows.append(row)
     return rows
 
 
-def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Put p of every contrast into its row; of the secondary ones, by Holm over the question.
+def _score(plan: Plan, name: str) -> dict[str, object]:
+    """The task's own score, and the difference from uniform draws."""
+    _, own = scores_of(plan, plan.arms[name])
+    _, uniform = scores_of(plan, plan.arms["uniform"])
+    apart = None if name == "uniform" else difference(own, uniform)
+    return {
+        "accuracy or WER": f"{np.mean(list(own.values())):.3f}" if own else "",
+        "accuracy or WER, less uniform (95 %)": "" if apart is None else f"{apart}",
+    }
 
-    What the random sets or uniform sampling are compared with is one family, anchors as well; the
-    differences from placebos are shown with their intervals alone.
-    """
+
+def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Put p of every contrast into its row; of the secondary ones, by Holm over the question."""
     compared = [row for row in rows if row["apart"] is not None and not row["primary"]]
     corrected = holm([row["apart"].p for row in compared])  # type: ignore[attr-defined]
     for row, p in zip(compared, corrected, strict=True):
@@ -142,14 +195,17 @@ def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return rows
 
 
-def _against(losses: Losses, other: Losses, name: str, whole: Losses) -> dict[str, object]:
-    gain = normalised(losses, other, whole)
-    apart = None if losses == other else difference(losses, other)
+def _against(losses: Losses, other: Losses, name: str) -> dict[str, object]:
+    """Loss of an arm and the other's on the same seeds, and the difference."""
+    both = sorted(set(losses) & set(other))
+    itself = losses == other
+    apart = None if itself else difference(losses, other)
+    beside = f"{np.mean([other[s] for s in both]):.4f}" if both and not itself else ""
     return {
         "seeds": len(losses),
         "loss": f"{np.mean(list(losses.values())):.4f}" if losses else MISSING,
-        f"less {name} (95 %)": "" if losses == other else MISSING if apart is None else str(apart),
-        "gain over it, of all layers'": f"{np.mean(gain):.0%}" if len(gain) else "",
+        "the other's, same seeds": beside,
+        f"less {name} (95 %)": "" if itself else MISSING if apart is None else str(apart),
         "apart": apart,
     }
 
@@ -158,14 +214,21 @@ def _seconds(plans: Sequence[Plan]) -> list[dict[str, object]]:
     """Question B after the time that uniform draws take; sources are paid from it."""
     rows = []
     for plan in plans:
-        uniform = plan.arms["uniform"]
-        for name in (n for n in SHOWN if n in plan.arms and n != "uniform"):
-            losses, steps = at_equal_seconds(plan, plan.arms[name], uniform)
-            apart = difference(losses, losses_of(plan, uniform))
+        uniform = losses_of(plan, plan.arms["uniform"])
+        anew = [arm.name for arm in plan.shorter_arms()]
+        for name in (n for n in (*SHOWN, *ANCHORS) if n in plan.arms and n != "uniform"):
+            arm = plan.arms[name]
+            steps, found = steps_left(plan, arm), read_off(plan, arm)
+            if name in anew:
+                cells = {s: plan.shorter(arm, s) for s in plan.seeds}
+                losses = {s: plan.loss(c.name) for s, c in cells.items() if c is not None}
+                found = {s: loss for s, loss in losses.items() if loss is not None}
+            apart = difference(found, uniform)
             rows.append({
                 "environment": plan.environment.name, "arm": name,
-                "steps left": f"{steps:.0f} of {plan.environment.steps}" if losses else MISSING,
+                "steps left": MISSING if steps is None else f"{steps} of {plan.environment.steps}",
                 "less uniform (95 %)": MISSING if apart is None else str(apart),
+                "how": "run anew" if name in anew else "at most, read off its course",
             })  # fmt: skip
     return rows
 
@@ -206,7 +269,7 @@ def _prediction(plans: Sequence[Plan]) -> list[dict[str, object]]:
             }
             for each in found
         ]  # fmt: skip
-    told = prediction(pairs)
+    told = predicts(pairs)
     if rows and told is not None:
         rows.append({
             **dict.fromkeys(rows[0], ""),

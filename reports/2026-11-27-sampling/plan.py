@@ -5,29 +5,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rates
-from arms import TUNING, Arm, Arms, held_out_loss
+from arms import LEARNED, TUNING, Arm, Arms, held_out_loss
 from cells import Cell
-from environments import RATES, Environment
+from environments import RATES, Environment, tuning_data
+from seconds import FEW, TIMED, steps_left
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
 PROBED = 16  # batches of a probe
 COURSE = 2  # evaluations of a run whose course is read
-START = "full"  # the arm whose runs take the loss before the first step
-TIMED = 24  # steps of a run that is timed
 LONGER = 4  # times the steps, for the primary contrasts of some environments
 LONGER_SEEDS = (1, 2, 3)
-LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
+IF_BEST = ("default-placebo", "pilot-placebo", "ablation-placebo")  # else not in the design
+SHORTER = ("strong",)  # run anew with the time that their source leaves, beside the best learned
 PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
     "lora-few": ("lora-probe", "lora-random-1"),
     "weights-few": ("weights-probe", "weights-random-1"),
     "mild": ("default", "uniform"),
     "strong": ("strong", "strong-placebo"),
 }
-
-
-ABLATED = ("--max_examples", "64", "--general", "none")
 
 
 class Plan:
@@ -68,16 +65,28 @@ class Plan:
         if not self.settled():
             return [*probes, *tuning]
         learners = [self.cell(arm, seed) for arm in self.learners.values() for seed in TUNING]
-        found = self.preferred
-        arms = [arm for arm in self.arms.values() if found or "online" not in arm.name]
+        found, best = self.preferred, self.best_learned()
+        arms = [
+            arm for arm in self.arms.values()
+            if (found or "online" not in arm.name)
+            and (arm.name not in IF_BEST or arm.name == f"{best}-placebo")
+        ]  # fmt: skip
+        chosen = [
+            self.tuned(arm, seed) for arm in arms if arm.name in LEARNED for seed in TUNING
+        ]  # fmt: skip
         final = [  # seed by seed: where a run of the plan stops, every arm has as many
             self.cell(arm, seed) for seed in self.seeds for arm in arms if seed <= self._seeds(arm)
         ]
-        chosen = [self.cell(arm, seed) for arm in arms if arm.learned for seed in TUNING]
-        every = [*probes, *tuning, *learners, *final, *chosen, *self._longer()]
+        starts = [self.source("start", seed) for seed in self.seeds]
+        every = [*probes, *tuning, *learners, *chosen, *final, *self._longer(), *self._shorter(),
+                 *starts]  # fmt: skip
+        every = list({cell.name: cell for cell in every}.values())
         named = {cell.name for cell in every}
         kinds = ("pilot", "ablation")
         needed = {name for cell in every for name in cell.after} - named
+        if self.environment.every_layer:  # there what a source names is a look-up
+            needed |= {self._given.source(kind, s + 1) for kind in kinds for s in self.seeds}
+            needed -= named
         sources = [
             cell
             for kind in kinds
@@ -95,7 +104,9 @@ class Plan:
         """Return the learned arm with the lowest mean loss on the tuning split; None as yet."""
         found = {}
         for name in (name for name in LEARNED if name in self.arms):
-            values = [self.loss(self.cell(self.arms[name], seed).name) for seed in TUNING]
+            if self.preferred is None:
+                return None
+            values = [self.loss(self.tuned(self.arms[name], seed).name) for seed in TUNING]
             finished = [value for value in values if value is not None]
             if len(finished) < len(values):
                 return None
@@ -117,6 +128,25 @@ class Plan:
             for arm in self.longer_arms()
         ]
 
+    def shorter_arms(self) -> list[Arm]:
+        """Return the arms that run anew for the time of `uniform`, as far as they are known."""
+        best = self.best_learned()
+        names = dict.fromkeys([*SHORTER, *([best] if best else [])])
+        return [self.arms[name] for name in names]
+
+    def shorter(self, arm: Arm, seed: int) -> Cell | None:
+        """Return the run of an arm for the time of `uniform`; None without time for a step."""
+        steps = steps_left(self, arm)
+        return self.cell(arm, seed, steps=steps) if steps else None
+
+    def _shorter(self) -> list[Cell]:
+        cells = [
+            self.shorter(arm, seed)
+            for seed in range(1, self.environment.secondary + 1)
+            for arm in self.shorter_arms()
+        ]
+        return [cell for cell in cells if cell is not None]
+
     # --- what is run -----------------------------------------------------------------------------
 
     @property
@@ -135,9 +165,28 @@ class Plan:
         return range(1, self.environment.seeds + 1)
 
     def _seeds(self, arm: Arm) -> int:
-        return self.environment.seeds if arm.primary else self.environment.secondary
+        best = self.best_learned()
+        primary = arm.primary or arm.name in (best, f"{best}-placebo")
+        return self.environment.seeds if primary else self.environment.secondary
 
-    def cell(self, arm: Arm, seed: int, rate: float | None = None, times: int = 1) -> Cell:
+    def tuned(self, arm: Arm, seed: int) -> Cell:
+        """Return the run of an arm on the tuning split at its family's rate.
+
+        Where the grid has it already, that one.
+        """
+        rate = self.rate(arm.family)
+        inside = {cell.name for cell in self._tuning(arm.family, rate)}
+        cell = self.cell(arm, seed, rate)
+        return cell if cell.name in inside else self.cell(arm, seed)
+
+    def cell(
+        self,
+        arm: Arm,
+        seed: int,
+        rate: float | None = None,
+        times: int = 1,
+        steps: int | None = None,
+    ) -> Cell:
         """Return one run of an arm; at a rate of the grid or at the family's, and so long."""
         tuned = seed in TUNING
         name = self._given.run_name(arm.name, seed)
@@ -145,16 +194,17 @@ class Plan:
             name = f"{self.environment.name}/rates/{arm.name}-{rate:.3g}-s{seed}"
         elif times > 1:
             name = f"{self.environment.name}/longer/{arm.name}-s{seed}"
-        steps = times * self.environment.steps
+        elif steps is not None:
+            name = f"{self.environment.name}/shorter/{arm.name}-s{seed}"
+        made = times * self.environment.steps if steps is None else steps
 
         def words() -> list[str]:
             return [
                 *self._common(
                     "validation" if tuned else "test",
                     seed,
-                    steps=steps,
+                    steps=made,
                     evaluations=1 if tuned else COURSE,
-                    start=arm.name == START and not tuned,
                 ),
                 f"--learning_rate={self.rate(arm.family) if rate is None else rate:.6g}",
                 *arm.words(seed),
@@ -163,27 +213,29 @@ class Plan:
         after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
         ablated = None
         if arm.name == "lora-everything" and rate is None and self.environment.whole:
-            ablated = ABLATED
+            ablated = self._ablated
         return Cell(name, words, after, ablated)
 
     def timed(self, arm: Arm) -> Cell:
-        """Return a short run of an arm for its seconds, to be made alone on an idle machine.
-
-        LISA draws at every step of it: what a step takes depends on the layers.
-        """
+        """Return a short run of an arm for its seconds, to be made alone on an idle machine."""
         seed = self.seeds[0]
 
         def words() -> list[str]:
-            drawn = [word for word in arm.words(seed) if "interval_steps" not in word]
-            every = ["--lisa.interval_steps=1"] if "--method=lisa" in drawn else []
             return [
-                *self._common("validation", seed, steps=TIMED), *drawn, *every,
+                *self._common("validation", seed, steps=TIMED, evaluations=2), *arm.words(seed),
+                f"--max_eval_samples={FEW}",
                 f"--learning_rate={self.environment.centres[arm.family]:.6g}",
             ]  # fmt: skip
 
         after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
         name = f"{self.environment.name}/timed/{arm.name}"
-        return Cell(name, words, after, ABLATED if arm.name == "lora-everything" else None)
+        return Cell(name, words, after, self._ablated if arm.name == "lora-everything" else None)
+
+    @property
+    def _ablated(self) -> tuple[str, ...]:
+        """Words of `lisa-ablate`: on what rates are chosen on, for the outcome is of the others."""
+        data = tuning_data(self.environment.name, self._given.work / "data")
+        return ("--max_examples", "64", "--general", "none", "--data", str(data))
 
     def timed_probe(self) -> Cell:
         """Return a probe made alone on an idle machine."""
@@ -191,11 +243,18 @@ class Plan:
         return Cell(f"{self.environment.name}/timed/source-probe", source.words)
 
     def source(self, kind: str, seed: int) -> Cell:
-        """Return the run that a profile of this kind is read from."""
+        """Return the run that a profile of this kind is read from.
+
+        ``start`` is of no profile: it has the loss before the first step, which all arms of a seed
+        share, in a run of its own, since evaluating draws from the generator of dropout.
+        """
         if kind == "ablation":
             return self.cell(self.arms["lora-everything"], seed)
 
         def words() -> list[str]:
+            if kind == "start":
+                return [*self._common("test", seed, steps=1), "--method=full",
+                        "--eval_on_start=true", "--learning_rate=1e-6"]  # fmt: skip
             if kind == "probe":
                 return [*self._common("test", seed, trains=False), "--method=probe",
                         f"--probe.batches={PROBED}", "--record.every=1"]  # fmt: skip
@@ -216,7 +275,6 @@ class Plan:
         every: int | None = None,
         trains: bool = True,
         evaluations: int = 1,
-        start: bool = False,  # all arms of a seed start as one model: its loss is taken once
     ) -> list[str]:
         environment = self.environment
         steps = environment.steps if steps is None else steps
@@ -230,7 +288,6 @@ class Plan:
                 f"--dataset_test_split={split}", f"--max_steps={steps}",
                 "--lr_scheduler_type=cosine", "--warmup_steps=0.05",
                 f"--eval_steps={math.ceil(steps / evaluations)}",
-                f"--eval_on_start={str(start).lower()}",
                 f"--max_eval_samples={environment.evaluated}", "--logging_steps=10",
                 f"--record.every={every or steps}", "--record.flush_seconds=3600",
             ]  # fmt: skip

@@ -30,13 +30,15 @@ def main() -> int:
     try:
         if not arguments.page:
             work, left = arguments.work.resolve(), arguments.minutes
-            known = environments(work)
+            known = environments(work, mixed=True)
             chosen = [Plan(known[n], RUNS, work) for n in named(arguments.only, list(known))]
             if arguments.time:
                 time_alone(chosen, work, left)
             else:
                 run_plans(chosen, RUNS, work, arguments.jobs, left)
-        plans = [Plan(e, RUNS, arguments.work) for e in environments(arguments.work).values()]
+        plans = [
+            Plan(e, RUNS, arguments.work) for e in environments(arguments.work, mixed=True).values()
+        ]
         write_tables(HERE / "README.md", tables(plans))
     except LisaError as error:
         print(f"study: {error}", file=sys.stderr)

@@ -35,11 +35,12 @@ def cells():
 
 @pytest.fixture(scope="module")
 def sampling(cells):
-    """Environments, arms and plan of the study of sampling."""
+    """Environments, arms, seconds and plan of the study of sampling."""
     folder = REPORTS / "2026-11-27-sampling"
+    names = ("arms", "seconds", "plan")
     shared = module(REPORTS / "environments.py")
-    yield [shared, *(module(folder / f"{name}.py") for name in ("arms", "plan"))]
-    for name in ("environments", "arms", "plan"):
+    yield [shared, *(module(folder / f"{name}.py") for name in names)]
+    for name in ("environments", *names):
         del sys.modules[name]
 
 
@@ -56,13 +57,13 @@ def outcomes(sampling, differences):
 
 
 @pytest.fixture(scope="module")
-def contrasts(outcomes):
-    yield module(REPORTS / "2026-11-27-sampling" / "contrasts.py")
-    del sys.modules["contrasts"]
+def prediction(outcomes):
+    yield module(REPORTS / "2026-11-27-sampling" / "prediction.py")
+    del sys.modules["prediction"]
 
 
 @pytest.fixture(scope="module")
-def together(contrasts):
+def together(prediction):
     yield module(REPORTS / "2026-11-27-sampling" / "together.py")
     del sys.modules["together"]
 
@@ -146,7 +147,7 @@ class TestSampling:
     @pytest.fixture
     def plan(self, sampling, trained, tmp_path):
         """The plan of MiniLM without a log, and a function that makes up a finished run."""
-        environments, _, study = sampling
+        environments, *_, study = sampling
         environment = environments.environments(tmp_path)["pos"]
         run_dir, _ = trained
         kept = tmp_path / "runs"
@@ -253,6 +254,64 @@ class TestSampling:
         assert both.top([3, 1, 2, 0, 5, 9, 7, 8]) == [0, 5]
         assert both.top([3, 1, 2, 0, 5, 9, 7, 8], lowest=True) == [3, 4]
 
+    def test_the_best_learned_arm_has_its_placebo_with_as_many_seeds(self, plan, monkeypatch):
+        plan, _ = plan
+        monkeypatch.setattr(plan, "settled", lambda: True)
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
+        for best, extra in (("pilot", {"pilot-placebo"}), ("strong", set())):
+            monkeypatch.setattr(plan, "best_learned", lambda best=best: best)
+            names = {cell.name for cell in plan.cells()}
+            assert {n for n in names if n.startswith(f"pos/{best}-placebo/")} == {
+                f"pos/{best}-placebo/s{seed}" for seed in range(1, 11)
+            }
+            assert f"pos/{best}/s10" in names
+            optional = ("pos/default-placebo", "pos/pilot-placebo", "pos/ablation-placebo")
+            found = {n.split("/")[1] for n in names if n.startswith(optional)}
+            assert found == extra
+
+    def test_what_the_grid_has_is_not_run_again_to_choose_an_arm(self, plan, monkeypatch):
+        plan, _ = plan
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
+        assert plan.tuned(plan.arms["strong"], 101).name == "pos/rates/strong-0.001-s101"
+        assert plan.tuned(plan.arms["pilot"], 101).name == "pos/pilot/s101"
+
+    def test_no_profile_is_of_the_examples_that_the_outcome_is_of(self, plan, monkeypatch):
+        plan, _ = plan
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
+        source = plan.source("ablation", 2)
+        assert source.name == "pos/lora-everything/s2"
+        words = list(source.ablated)
+        assert Path(words[words.index("--data") + 1]).name == "pos-tuning"
+
+
+class TestData:
+    def test_rows_of_a_tuning_split(self, sampling, tmp_path):
+        environments, *_ = sampling
+        folder = tmp_path / "given"
+        folder.mkdir()
+        for split, rows in (("train", 50), ("test", 20)):
+            write_jsonl(folder / f"{split}.jsonl", [{"text": f"{split} {n}"} for n in range(rows)])
+
+        def read(folder, split):
+            return (folder / f"{split}.jsonl").read_text().splitlines()
+
+        plain = environments.with_validation("plain", folder, tmp_path, 10)
+        assert read(plain, "validation") == read(folder, "train")[-10:]
+        assert read(plain, "test") == read(folder, "test")
+        mixed = environments.with_validation("mixed", folder, tmp_path, 10, mixed=True)
+        chosen = read(mixed, "validation")
+        assert len(chosen) == 10
+        assert sorted(chosen + read(mixed, "train")) == sorted(read(folder, "train"))
+        assert chosen != read(folder, "train")[-10:]
+        assert sorted(read(mixed, "test")) == sorted(read(folder, "test"))
+        assert read(mixed, "test") != read(folder, "test")
+        tuning = environments.tuning_data("mixed", tmp_path)
+        for split in ("train", "validation", "test"):
+            assert read(tuning, split) == chosen
+        # Whole once, whatever becomes of the source.
+        (folder / "train.jsonl").unlink()
+        assert environments.with_validation("mixed", folder, tmp_path, 10, mixed=True) == mixed
+
 
 class TestDifferences:
     def test_holm_is_step_down(self, differences):
@@ -288,41 +347,73 @@ class TestDifferences:
 
 
 class TestContrasts:
-    def test_a_source_is_paid_in_steps(self, contrasts, sampling, tmp_path, monkeypatch):
-        environments, _, plans = sampling
+    def test_a_source_is_paid_in_steps(self, sampling, tmp_path, monkeypatch):
+        environments, _, seconds, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path / "runs", tmp_path)
-        courses = {
-            "default": contrasts.Course((0, 50, 100, 150), (2.0, 1.0, 0.8, 0.7), 2.0),
-            "uniform": contrasts.Course((0, 50, 100, 150), (2.0, 1.5, 1.0, 0.9), 1.0),
-        }
-        monkeypatch.setattr(contrasts, "course", lambda plan, arm, seed: courses[arm.name])
-        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind: 50.0)
         plan.environment = replace(plan.environment, steps=150)
-        found, steps = contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])
+        default, uniform, full = (plan.arms[name] for name in ("default", "uniform", "full"))
+        takes = {"default": 2.0, "uniform": 1.0, "full": 0.5}
+        monkeypatch.setattr(seconds, "step_seconds", lambda plan, arm: takes[arm.name])
+        monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: 50.0)
+        monkeypatch.setattr(
+            seconds, "course", lambda plan, arm, seed: {0: 2.0, 75: 1.0, 150: 0.4 + arm.primary}
+        )
         # 150 s are given, 50 go to the probe, a step takes 2: 50 steps.
-        assert steps == 50
-        assert set(found.values()) == {1.0}
-        monkeypatch.setattr(contrasts, "source_seconds", lambda plan, kind: None)  # not timed yet
-        assert contrasts.at_equal_seconds(plan, plan.arms["default"], plan.arms["uniform"])[0] == {}
+        assert seconds.steps_left(plan, default) == 50
+        assert seconds.read_off(plan, default)[1] == pytest.approx(2 - 50 / 75)
+        assert plan.shorter(default, 1).name == "pos/shorter/default-s1"
+        # Cheaper steps are more of them; a course is not read beyond its end.
+        assert seconds.steps_left(plan, full) == 300
+        assert seconds.read_off(plan, full)[1] == pytest.approx(1.4)
+        assert seconds.steps_left(plan, uniform) == 150
+        monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: 151.0)
+        assert seconds.steps_left(plan, default) == 0
+        assert plan.shorter(default, 1) is None
+        monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: None)  # not timed yet
+        assert seconds.steps_left(plan, default) is None
+        assert seconds.read_off(plan, default) == {}
 
-    def test_validity_predicts_gain_by_rank(self, contrasts):
+    def test_seconds_of_a_step_are_all_that_passes_between_evaluations(
+        self, sampling, tmp_path, monkeypatch
+    ):
+        import types
+
+        import pandas as pd
+
+        environments, _, seconds, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path, tmp_path)
+        arm = plan.arms["uniform"]
+        assert seconds.step_seconds(plan, arm) is None
+        (tmp_path / plan.timed(arm).name).mkdir(parents=True)
+        events = pd.DataFrame(
+            {
+                "event": ["lisa_draw", "evaluate", "evaluate"],
+                "step": [3, 24, 48],
+                "time": [90.0, 100.0, 115.0],
+                "metrics": [None, {"eval_runtime": 9.0}, {"eval_runtime": 3.0}],
+            }
+        )
+        monkeypatch.setattr(seconds.la, "load", lambda folder: types.SimpleNamespace(events=events))
+        assert seconds.step_seconds(plan, arm) == pytest.approx((115 - 3 - 100) / 24)
+
+    def test_validity_predicts_gain_by_rank(self, prediction):
         import scipy.stats
 
         one = [(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)]
-        rho, p = contrasts.prediction([one])
+        rho, p = prediction.predicts([one])
         assert rho == pytest.approx(1)
         assert p < 0.05
         mixed = [(0.1, 0.3), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, 2.0)]
         reference = scipy.stats.spearmanr(*zip(*mixed, strict=True))
-        assert contrasts.prediction([mixed]) == pytest.approx(
+        assert prediction.predicts([mixed]) == pytest.approx(
             (reference.statistic, reference.pvalue)
         )
         # Losses of another task may be on any scale: ranks are taken within each.
         large = [(validity, 1000 * gain) for validity, gain in one]
-        assert contrasts.prediction([one, large])[0] == pytest.approx(1)
-        assert contrasts.prediction([one[:3]]) is None
-        assert contrasts.prediction([[(0.1, 0.0)] * 5]) is None
-        assert contrasts.prediction([[], []]) is None
+        assert prediction.predicts([one, large])[0] == pytest.approx(1)
+        assert prediction.predicts([one[:3]]) is None
+        assert prediction.predicts([[(0.1, 0.0)] * 5]) is None
+        assert prediction.predicts([[], []]) is None
 
     def test_over_environments_as_rliable_has_it(self, together):
         import numpy as np
@@ -342,20 +433,22 @@ class TestPage:
     @pytest.fixture
     def planted(self, sampling, tmp_path, monkeypatch):
         """Every run of the definitions made up: the probe's layers gain, and no profile does."""
-        environments, _, plans = sampling
+        environments, *_, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["define"], tmp_path, tmp_path)
         plain = {"lora-probe": 2.0, "lora-everything": 1.9, "full": 1.8, "pool": 2.45}
 
         def loss(name):
-            longer = "/longer/" in name
-            arm, seed = name.rsplit("/", 1)[1].rsplit("-s", 1) if longer else name.rsplit("/s", 1)
+            longer, rates = "/longer/" in name, "/rates/" in name
+            arm, seed = name.rsplit("-s" if longer or rates else "/s", 1)
             arm, seed = arm.rsplit("/", 1)[-1], int(seed)
+            arm = arm.rsplit("-", 1)[0] if rates else arm
             noise = 0.001 * ((7 * seed + sum(map(ord, arm))) % 11)
             return plain.get(arm, 2.5) + 0.1 * seed + noise - 0.4 * longer
 
         monkeypatch.setattr(plan, "loss", loss)
         monkeypatch.setattr(plan, "settled", lambda: True)
         monkeypatch.setattr(plan, "losses", lambda family, grid: dict.fromkeys(grid, 1.0))
+        monkeypatch.setattr(plans.Plan, "preferred", "learner-kl")
         return plan
 
     def test_planted_differences_stand_in_the_tables(self, page, planted):
@@ -368,11 +461,18 @@ class TestPage:
             return float(words.split()[0])
 
         tables = page.tables([planted])
-        assert mean(row(tables["selection"], "lora", "probe")[5]) == pytest.approx(-0.5, abs=0.01)
+        assert mean(row(tables["selection"], "lora", "probe")[6]) == pytest.approx(-0.5, abs=0.01)
         assert "(primary)" in " ".join(row(tables["selection"], "lora", "probe"))
         assert "weights" not in tables["selection"]
         assert planted.best_learned() == "pool"
-        assert mean(row(tables["sampling"], "pool")[4]) == pytest.approx(-0.05, abs=0.01)
+        assert mean(row(tables["sampling"], "define | pool |")[5]) == pytest.approx(-0.05, abs=0.01)
+        pool = row(tables["sampling"], "pool less its placebo")
+        assert mean(pool[5]) == pytest.approx(-0.05, abs=0.01)
+        assert mean(row(tables["anchors"], "define | full |")[5]) == pytest.approx(-0.7, abs=0.01)
+        chosen = row(tables["choice"], "define")
+        assert (float(chosen[1]) - float(chosen[4]), chosen[-1]) == (
+            pytest.approx(0.05, abs=0.01), "pool",
+        )  # fmt: skip
         found = row(tables["longer"], "A: lora-probe − random", "75")
         assert mean(found[-1]) == pytest.approx(-0.5, abs=0.01)
         found = row(tables["longer"], "A: lora-probe − random", "300")
@@ -383,10 +483,3 @@ class TestPage:
         assert mean(found[1]) == pytest.approx(0.5 / 0.6, abs=0.01)
         assert (found[2], found[3], found[4]) == ("1", "1.00 (1.00 … 1.00)", "1")
         assert "not yet" in tables["seconds"]  # nothing was timed
-
-    def test_a_timed_run_of_lisa_draws_at_every_step(self, planted, monkeypatch):
-        monkeypatch.setattr(planted, "_common", lambda *given, steps: [f"--max_steps={steps}"])
-        words = planted.timed(planted.arms["uniform"]).words()
-        assert [word for word in words if "interval" in word] == ["--lisa.interval_steps=1"]
-        assert "--max_steps=24" in words
-        assert not any("interval" in word for word in planted.timed(planted.arms["full"]).words())

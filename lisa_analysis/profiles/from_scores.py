@@ -1,6 +1,8 @@
 """A profile of scores that were given, not measured by a run."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from numbers import Integral
 from statistics import NormalDist
 from typing import Any
 
@@ -23,10 +25,10 @@ Array = NDArray[np.float64]
 
 
 def profile_of(
-    scores: Sequence[float] | Sequence[Sequence[float]],
+    scores: Any,
     names: Sequence[str] | None,
-    low: Sequence[float] | None,
-    high: Sequence[float] | None,
+    low: Any,
+    high: Any,
     *,
     metric: str,
     definition: str,
@@ -39,6 +41,7 @@ def profile_of(
     check_confidence(confidence)
     if isinstance(sources, str):
         sources = (sources,)
+    scores, names, low, high = _unlabelled(scores, names, low, high)
     if _several(scores):
         return _of_seeds(
             scores, names, low, high, metric=metric, definition=definition, sources=sources,
@@ -74,6 +77,97 @@ def profile_of(
         remarks=special,
         estimand="what the given scores are of",
     )
+
+
+def _unlabelled(scores: Any, names: Any, low: Any, high: Any) -> tuple[Any, Any, Any, Any]:
+    """Scores and bounds as plain rows, with the names that a mapping or a Series gives them."""
+    if isinstance(names, str | Mapping | AbstractSet):
+        raise LisaError(f"names are a {type(names).__name__}: expected a list of one name each.")
+    labels = _labels_of(scores)
+    if labels is not None and names is not None:
+        if not _same_index(scores, names):
+            raise LisaError(
+                "scores name their layers, and names were given as well: leave names out, or give "
+                "the scores as a list (of a Series, .to_numpy())."
+            )
+        # Columns of one table: its index counts rows, and may do so with gaps.
+        low, high = (b.to_numpy() if _same_index(scores, b) else b for b in (low, high))
+        scores, labels = scores.to_numpy(), None
+    if labels is not None:
+        if _several(list(_by_label(scores).values())):
+            raise LisaError(
+                "scores map names to lists: expected one number for each layer; of several seeds "
+                "give a list of lists, and their names as sources=."
+            )
+        labels, names = _in_order(labels)
+        scores = _rows_of("scores", scores, labels)
+    keys = names if labels is None else labels
+    low, high = (_rows_of(what, b, keys) for what, b in (("low", low), ("high", high)))
+    return scores, names, low, high
+
+
+def _same_index(one: Any, other: Any) -> bool:
+    series = isinstance(one, pd.Series) and isinstance(other, pd.Series)
+    return series and bool(one.index.equals(other.index))
+
+
+def _labels_of(given: Any) -> list[Hashable] | None:
+    """Keys of a mapping, or the index of a Series; None where nothing or rows are counted alone."""
+    if isinstance(given, Mapping):
+        return list(given)
+    if isinstance(given, pd.Series) and not given.index.equals(pd.RangeIndex(len(given))):
+        return list(given.index)
+    return None
+
+
+def _by_label(given: Any) -> dict[str, Any]:
+    labels = _labels_of(given) or []
+    values = given.values() if isinstance(given, Mapping) else given.to_numpy()
+    return dict(zip(map(str, labels), values, strict=True))
+
+
+def _in_order(labels: Sequence[Any]) -> tuple[list[Any], list[str] | None]:
+    """Labels in the order of the layers, and the names that they are: None for mere indices."""
+    indices = [label for label in labels if _is_index(label)]
+    if indices and len(indices) == len(labels):
+        ordered = sorted(labels, key=int)
+        if [int(label) for label in ordered] != list(range(len(ordered))):
+            raise LisaError(
+                f"scores are of the layers {', '.join(map(str, ordered))}: expected every index "
+                f"from 0 to {max(int(ordered[-1]), len(ordered) - 1)} once, with NaN where a score "
+                "is unknown."
+            )
+        return ordered, None
+    other = next((label for label in labels if not _is_index(label)), None)
+    if indices or not all(isinstance(label, str) for label in labels):
+        beside = f"{indices[0]!r} and " if indices else ""
+        raise LisaError(
+            f"scores name the layers {beside}{other!r}: expected names as the model has them, or "
+            "the index of every layer."
+        )
+    return list(labels), list(labels)
+
+
+def _is_index(label: Any) -> bool:
+    if isinstance(label, str):
+        return label.isascii() and label.isdigit()
+    return isinstance(label, Integral) and not isinstance(label, bool)
+
+
+def _rows_of(what: str, given: Any, keys: Sequence[Any] | None) -> Any:
+    """Numbers in the order of `keys`, where they are labelled; as they are otherwise."""
+    labels = _labels_of(given)
+    if labels is None:
+        return given
+    by_label = _by_label(given)
+    wanted = list(map(str, range(len(labels)) if keys is None else keys))
+    if len(by_label) != len(labels) or by_label.keys() != set(wanted):
+        raise LisaError(
+            f"{what} name {len(labels)} layers ({', '.join(map(str, labels[:3]))} …) and the "
+            f"scores {len(wanted)} ({', '.join(wanted[:3])} …): expected the same layers, each "
+            "once."
+        )
+    return [by_label[key] for key in wanted]
 
 
 def _finite(scores: Any) -> Array:
@@ -151,6 +245,9 @@ def _of_seeds(
 
 def _vector(name: str, given: Any, length: int | None) -> Array:
     try:
+        # Iterated, a text gives digits, a table its columns, and a set any order.
+        if isinstance(given, str | bytes | pd.DataFrame | AbstractSet):
+            raise TypeError
         values = np.array([np.nan if v is None else v for v in given], dtype=np.float64)
     except (TypeError, ValueError):
         raise LisaError(f"{name} are {type(given).__name__}: expected a list of numbers.") from None

@@ -2,7 +2,7 @@
 
 import html
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -77,10 +77,10 @@ class ImportanceProfile:
     @classmethod
     def from_scores(
         cls,
-        scores: Sequence[float] | Sequence[Sequence[float]],
+        scores: Sequence[float] | Sequence[Sequence[float]] | Mapping[Any, float] | pd.Series,
         names: Sequence[str] | None = None,
-        low: Sequence[float] | None = None,
-        high: Sequence[float] | None = None,
+        low: Sequence[float] | Mapping[Any, float] | pd.Series | None = None,
+        high: Sequence[float] | Mapping[Any, float] | pd.Series | None = None,
         *,
         metric: str = "score",
         definition: str = "Scores that were given.",
@@ -94,14 +94,16 @@ class ImportanceProfile:
         Parameters
         ----------
         scores
-            One per layer, in the order of the stack; NaN is unknown, 0 is zero. A list of such
-            lists holds the scores of several seeds: the profile is over seeds then, and bounds
-            come from their spread.
+            One per layer, in the order of the stack; NaN is unknown, 0 is zero. A mapping, or a
+            Series with an index of its own, names them: by names in order, or by the index of
+            every layer in any. A list of lists holds the scores of several seeds: the profile is
+            over seeds then, and bounds come from their spread.
         names
             Names of the layers as the model has them (for probabilities of a run of it);
-            None calls them ``layer 0`` and so on.
+            None takes those of the scores, or calls them ``layer 0`` and so on.
         low, high
-            Bounds of the scores; NaN where there are none. Not for several seeds.
+            Bounds of the scores; NaN where there are none. Not for several seeds. Those that name
+            their layers are put in the order of the scores.
         metric, definition
             What the scores are, as a name and in a sentence.
         sources
@@ -112,7 +114,8 @@ class ImportanceProfile:
         Raises
         ------
         LisaError
-            When lengths differ, a score is infinite, or a bound is on the wrong side.
+            When lengths or layers differ, names are given twice, a score is infinite, or a bound
+            is on the wrong side.
         """
         from lisa_analysis.profiles.from_scores import profile_of
 

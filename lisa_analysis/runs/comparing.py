@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.metrics.registry import METRICS, find_metric
+from lisa_analysis.metrics.registry import METRICS, find_metric, metric_name
 from lisa_analysis.profiles.agreement import Agreement, agree, concordance, shares
-from lisa_analysis.profiles.from_run import default_metric, importance
+from lisa_analysis.profiles.from_run import check_confidence, default_metric, importance
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import labels, settings
 from lisa_analysis.rundir.opening import opened
@@ -26,7 +26,7 @@ from lisa_analysis.runs.arms import (
 from lisa_analysis.runs.comparison import Comparison
 from lisa_analysis.runs.losses import RunSummary
 from lisa_analysis.runs.losses import table as table_of
-from lisa_analysis.runs.words import comparison_words
+from lisa_analysis.runs.words import comparison_words, missing_words
 
 
 def compare(
@@ -46,12 +46,12 @@ def compare(
         A mapping from a name to a list of runs says which of them are one arm.
     metric
         Importance metric whose profiles are compared: an id or a callable, see `importance`; None
-        for the default of the first run.
+        for that of the given profiles, or the default of the first run.
     confidence, seed
         Of the intervals and their bootstrap.
     profiles
-        The profiles of the runs where they are known already, in their order; None for a run
-        without one.
+        The profiles of the runs where they are known already, in their order, all of one metric;
+        None for a run without one.
 
     Returns
     -------
@@ -60,24 +60,26 @@ def compare(
         they sampled by the same probabilities (compared by content; the seeds of a permuted
         control have different orders and are one arm). Runs that did not record the metric, or
         have other layers, take no part in the agreement of profiles and keep their row in the
-        table.
+        table; where the metric was named, the statement says which did not record it.
 
     Raises
     ------
     LisaError
-        Without any run, for an arm without any, or for a run in two arms.
+        Without any run, for an arm without any, or for a run in two arms; for a metric that was
+        named and that no run gives, and for profiles that are not of one metric, or not of the
+        one that was named.
     """
     runs, named = _runs(runs)
-    metric = default_metric(runs[0]) if metric is None else metric
-    chosen = METRICS[metric] if isinstance(metric, str) else find_metric(metric)
+    check_confidence(confidence)
     names = labels(runs)
+    if profiles is None:
+        scored_by, known, without = _measured(runs, names, metric, confidence, seed)
+    else:
+        scored_by, known, without = *_given(runs, names, metric, profiles), ""
     summaries = [RunSummary.of(run, label) for run, label in zip(runs, names, strict=True)]
     table = table_of(summaries)
     made = [settings(run) for run in runs]
     arms = find_arms(runs, made) if named is None else given_arms(named, made)
-    if profiles is None:
-        profiles = [_profile(run, chosen, confidence, seed) for run in runs]
-    known = {label: p for label, p in zip(names, profiles, strict=True) if p is not None}
     pairs = pd.DataFrame(
         [
             {"run_a": a, "run_b": b}
@@ -90,7 +92,7 @@ def compare(
     side_by_side = arm_table(arms, runs, table, pairs, confidence)
     differences = difference_table(arms, runs, table, confidence)
     return Comparison(
-        metric=chosen.id,
+        metric=scored_by,
         table=table,
         arms=side_by_side,
         differences=differences,
@@ -98,7 +100,7 @@ def compare(
         rank_agreement=pairs,
         concordance=concordance(list(known.values())),
         curves=pd.concat([s.curve for s in summaries], ignore_index=True),
-        statement=comparison_words(runs, arms, table, side_by_side, differences, pairs),
+        statement=comparison_words(runs, arms, table, side_by_side, differences, pairs, without),
     )
 
 
@@ -156,9 +158,47 @@ def _arm_of(arms: Sequence[Arm], count: int) -> list[str]:
     return names
 
 
-def _profile(run: Run, metric: Any, confidence: float, seed: int) -> ImportanceProfile | None:
-    try:
-        return importance(run, metric, confidence=confidence, seed=seed)
-    except LisaError:
-        # The run keeps its row; its profile under this metric is unknown.
-        return None
+def _measured(
+    runs: Sequence[Run], names: Sequence[str], asked: Any, confidence: float, seed: int
+) -> tuple[str, dict[str, ImportanceProfile], str]:
+    """Name of the metric, profiles by run, and which runs lack the one that was asked for."""
+    metric = default_metric(runs[0]) if asked is None else asked
+    chosen = METRICS[metric] if isinstance(metric, str) else find_metric(metric)
+    known, missing = {}, {}
+    for name, run in zip(names, runs, strict=True):
+        try:
+            known[name] = importance(run, chosen, confidence=confidence, seed=seed)
+        except LisaError as error:  # the run keeps its row
+            missing[name] = error
+    if asked is None:
+        return chosen.id, known, ""
+    if not known:
+        first = next(iter(missing.values()))
+        if len(runs) == 1:
+            raise first
+        raise LisaError(f"no run has a profile of {chosen.id}: {first}")
+    return chosen.id, known, missing_words(chosen.id, missing)
+
+
+def _given(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    asked: Any,
+    profiles: Sequence[ImportanceProfile | None],
+) -> tuple[str, dict[str, ImportanceProfile]]:
+    """Name of the metric of given profiles, and these by run; refuse those of any other."""
+    if len(profiles) != len(names):
+        raise LisaError(
+            f"profiles are {len(profiles)} for {len(names)} runs: expected one of each, None "
+            "for a run without one."
+        )
+    known = {name: p for name, p in zip(names, profiles, strict=True) if p is not None}
+    found = list(dict.fromkeys(p.metric for p in known.values()))
+    if len(found) > 1:
+        raise LisaError(f"profiles are of {' and '.join(found)}: expected those of one metric.")
+    if asked is not None and found not in ([], [metric_name(asked)]):
+        raise LisaError(
+            f"profiles are of {found[0]}, and the metric is {metric_name(asked)}: expected the "
+            "same one; leave metric= or profiles= out."
+        )
+    return (found or [metric_name(default_metric(runs[0]) if asked is None else asked)])[0], known

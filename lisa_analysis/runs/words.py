@@ -1,6 +1,6 @@
 """What a comparison says, in sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -22,6 +22,7 @@ def comparison_words(
     means: pd.DataFrame,
     differences: pd.DataFrame,
     pairs: pd.DataFrame,
+    last: str = "",
 ) -> str:
     """Say what a person should take away; what makes a comparison void comes first."""
     parts = [_others(runs)]
@@ -33,8 +34,20 @@ def comparison_words(
     ]
     if comparable(runs):
         parts.append(_losses(table, means, differences))
-    parts.append(_rankings(pairs))
+    parts += [_rankings(pairs), last]
     return " ".join(filter(None, parts))
+
+
+def missing_words(metric: str, why: Mapping[str, Exception]) -> str:
+    """Say which runs gave no profile of a metric, and why; nothing where all did."""
+    if not why:
+        return ""
+    told = [f"{run} ({str(error).rstrip('.')})" for run, error in list(why.items())[:_MOST]]
+    rest = len(why) - len(told)
+    return (
+        f"Without a profile of {metric}, and in no agreement of rankings: {'; '.join(told)}"
+        f"{f'; and {rest} more' if rest else ''}."
+    )
 
 
 def headline(comparison: "Comparison") -> str:

@@ -17,7 +17,7 @@ from lisa_analysis.metrics.registry import find_metric
 from lisa_analysis.metrics.step_tables import StepTable, step_table
 from lisa_analysis.plans.sampling import SamplingProbabilities
 from lisa_analysis.profiles.across_seeds import check_seeds, over_seeds_of_runs
-from lisa_analysis.profiles.from_run import default_metric, importance
+from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.profiles.probe_changes import ProbeChange, probe_change, probed_steps
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.rundir.configurations import data_of, labels, model_of
@@ -287,9 +287,10 @@ class Analysis:
         """The runs side by side; None for a run alone."""
         if self.alone:
             return None
-        profiles = [one.profile for one in self.runs]
-        metric = self.metric or default_metric(self.runs[0].run)
-        return compare([one.run for one in self.runs], metric, profiles=profiles)
+        runs, profiles = [one.run for one in self.runs], [one.profile for one in self.runs]
+        if len({profile.metric for profile in profiles if profile is not None}) > 1:
+            return compare(runs)  # the defaults of runs differ: all are compared by the first's
+        return compare(runs, self.metric, profiles=profiles)
 
     @cached_property
     def arm_profiles(self) -> Mapping[str, ImportanceProfile]:

@@ -188,6 +188,60 @@ class TestAgreement:
         assert len(comparison.rank_agreement) == 0
 
 
+class TestMetric:
+    """What is asked for by name is given, or said to be missing."""
+
+    @staticmethod
+    def bare(make_run, **options):
+        return make_run(steps=20, edit=lambda f: f.drop(columns="descent"), **options)
+
+    def test_the_statement_says_which_runs_lack_the_metric_that_was_named(self, make_run):
+        runs = [make_run(steps=20), self.bare(make_run)]
+        with pytest.raises(LisaError) as why:
+            la.importance(runs[1], "descent")
+        found = la.compare(runs, "descent").statement
+        words = str(why.value).rstrip(".")
+        assert found.endswith(
+            f"Without a profile of descent, and in no agreement of rankings: run2 ({words})."
+        )
+        assert "Without a profile" not in la.compare(runs, "grad_rms").statement
+        # The default is nobody's wish: a log without layers has no profile of anything.
+        for run in runs:
+            assert "Without a profile" not in la.compare([run]).statement
+
+    def test_a_metric_that_no_run_gives_is_refused(self, make_run):
+        runs = [self.bare(make_run, seed=seed) for seed in (1, 2)]
+        with pytest.raises(LisaError, match=r"no run has a profile of descent: .*descent"):
+            la.compare(runs, "descent")
+        with pytest.raises(LisaError) as alone:
+            la.compare(runs[:1], "descent")
+        with pytest.raises(LisaError) as own:
+            la.importance(runs[0], "descent")
+        assert str(alone.value) == str(own.value)
+
+    def test_options_of_the_profiles_are_checked(self, make_run):
+        with pytest.raises(LisaError, match="confidence is 95"):
+            la.compare([make_run(steps=20)], confidence=95)
+
+    def test_given_profiles_name_the_metric(self, make_run):
+        runs = [make_run(steps=20, seed=seed) for seed in (1, 2)]
+        first, second = (la.importance(run, "update_norm") for run in runs)
+        assert la.compare(runs, profiles=[first, second]).metric == "update_norm"
+        assert la.compare(runs, profiles=[None, second]).metric == "update_norm"
+        assert la.compare(runs, "update_norm", profiles=[first, None]).metric == "update_norm"
+        assert la.compare(runs, profiles=[None, None]).metric == "grad_rms"
+
+    def test_profiles_of_other_metrics_are_refused(self, make_run):
+        runs = [make_run(steps=20, seed=seed) for seed in (1, 2)]
+        first, second = la.importance(runs[0], "update_norm"), la.importance(runs[1])
+        with pytest.raises(LisaError, match="of update_norm and grad_rms: expected those of one"):
+            la.compare(runs, profiles=[first, second])
+        with pytest.raises(LisaError, match=r"of update_norm, and the metric is grad_rms: .*leave"):
+            la.compare(runs, "grad_rms", profiles=[first, None])
+        with pytest.raises(LisaError, match="profiles are 1 for 2 runs"):
+            la.compare(runs, profiles=[first])
+
+
 class TestSeeds:
     def test_the_table_tells_the_seed_of_a_real_run(self):
         golden = Path(__file__).parents[2] / "data" / "golden-run"

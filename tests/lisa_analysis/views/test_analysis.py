@@ -1,5 +1,6 @@
 """One analysis for all views: everything is computed once, and is what the library says."""
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from helpers_runs import write_run
 import lisa_analysis as la
 from lisa_analysis.profiles.from_run import importance
 from lisa_analysis.runs.diagnostics import STATES as WORST_FIRST
-from lisa_analysis.views.analysis import Analysis
+from lisa_analysis.views.analysis import Analysis, RunAnalysis
 from lisa_analysis.views.cli import main
 from lisa_analysis.views.html_report import report_of
 from lisa_analysis.views.states import STATES
@@ -61,6 +62,15 @@ def test_a_comparison_uses_the_metric_that_was_asked_for(folder):
     found = json.loads(path.read_text(encoding="utf-8"))["comparison"]
     runs = [la.load(folder / name) for name in "ab"]
     assert found == json.loads(json.dumps(la.compare(runs, "update_norm").to_dict()))
+
+
+def test_runs_of_other_defaults_are_compared_by_that_of_the_first(folder):
+    """As of a run beside a probe: their profiles are of two metrics, and rank nothing together."""
+    runs = [la.load(folder / name) for name in "ab"]
+    one, other = (RunAnalysis(run, run.run_id) for run in runs)
+    analysis = Analysis((one, dataclasses.replace(other, metric="update_norm")))
+    assert analysis.comparison.metric == "grad_rms"
+    assert analysis.comparison.rank_agreement.equals(la.compare(runs).rank_agreement)
 
 
 def test_the_parts_are_those_of_the_library(folder):

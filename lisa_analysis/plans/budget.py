@@ -1,7 +1,8 @@
 """A budget shared out over layers: safe scores, weights, shares of an exact sum (numpy only)."""
 
 import math
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -287,3 +288,24 @@ def apply_control(
         result[order] = shares[order[::-1]]
         return result
     return shares
+
+
+def seed_of_control(control: Control | None, seed: Any, name: str = "seed") -> int:
+    """Seed of a control's permutation, 0 where none is given.
+
+    Raises
+    ------
+    ProbabilitiesError
+        For what is no seed, and for one beside the word ``none``, which is what `control` is where
+        it was left out: the real thing would be taken for its placebo.
+    """
+    if seed is None:
+        return 0
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise ProbabilitiesError(f"{name} is {seed!r}: expected a whole number from 0.")
+    if control == "none":
+        raise ProbabilitiesError(
+            f"{name} is {seed}, but there is no control whose seed it could be: needs "
+            + ("--control permuted." if name.startswith("--") else "control='permuted'.")
+        )
+    return int(seed)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.layers import stacks_of
 from lisa_analysis.plans.budget import CONTROLS as CONTROLS
-from lisa_analysis.plans.budget import Control
+from lisa_analysis.plans.budget import Control, seed_of_control
 from lisa_analysis.plans.budget import inclusion_probabilities as inclusion_probabilities
 from lisa_analysis.plans.budget import safe_scores as safe_scores
 from lisa_analysis.plans.evidence import Evidence, check_profile
@@ -44,7 +44,7 @@ def sampling_probabilities(
     cap: float = 4.0,
     use_intervals: bool = True,
     control: Control | None = "none",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> SamplingProbabilities:
     """Turn a profile into inclusion probabilities.
 
@@ -88,7 +88,8 @@ def sampling_probabilities(
         ``permuted`` at random, ``reversed`` in rank (the most important layer gets the smallest
         π), or ``uniform``; ``none`` or None is no control.
     seed
-        Of the permutation; written to the file.
+        Of the permutation, 0 where it is not given; written to the file. Refused where `control`
+        is left out; None said outright is for a loop over controls.
 
     Returns
     -------
@@ -102,6 +103,7 @@ def sampling_probabilities(
         of an undecided profile, or a profile not by layer.
     """
     evidence = _evidence(profile, use_intervals)
+    seed = seed_of_control(control, seed)
     settings = Strength.of(strength, mix=mix, floor=floor, cap=cap, gamma=gamma)
     control = None if control == "none" else control
     if settings.pool is not None:
@@ -131,7 +133,7 @@ def sampling_probabilities(
         verdict=profile.verdict,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         control=control,
-        seed=int(seed),
+        seed=seed,
         justified=justified,
         statement=statement,
         strength=Strength.read(strength) if gamma is None else settings.power,
@@ -141,6 +143,12 @@ def sampling_probabilities(
         spread=_finite(spread_of(raw[0], division)),
         stages=plain,
     )
+
+
+def own_activated_layers(run: Any) -> int | None:
+    """Layers in each draw of a run that LISA trained; None of any other run."""
+    k: int | None = (getattr(run, "manifest", {}).get("lisa") or {}).get("activated_layers")
+    return k
 
 
 def _check_pool(strength: float | str, evidence: Evidence) -> None:

@@ -132,8 +132,9 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
         help="give the same probabilities to other layers: a placebo to compare with",
     )  # fmt: skip
     group.add_argument(
-        "--control-seed", type=int, default=0, metavar="N",
-        help="seed of the permutation (default: 0); it is written to the file",
+        "--control-seed", type=int, metavar="N",
+        help="seed of the permutation of --control permuted (default: 0); it is written to the "
+        "file",
     )  # fmt: skip
     group.add_argument(
         "--ignore-intervals", action="store_true",

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError, suggest
+from lisa_analysis.plans.budget import seed_of_control
 from lisa_analysis.plans.sampling import (
     SamplingProbabilities,
+    own_activated_layers,
     sampling_probabilities,
     strengths,
 )
@@ -81,8 +83,11 @@ class NextRun:
     activated_layers: int | None = None
     use_intervals: bool = True
     strength: float | str | None = None
-    control: Any = None
-    control_seed: int = 0
+    control: Any = "none"
+    control_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        seed_of_control(self.control, self.control_seed, "--control-seed")
 
     def probabilities(
         self, profile: "ImportanceProfile | None", run: "Run"
@@ -90,11 +95,12 @@ class NextRun:
         """Probabilities that a profile gives, or why it gives none; nothing of no profile."""
         if profile is None:
             return None, None
-        own = (run.manifest.get("lisa") or {}).get("activated_layers")
         try:
             found = sampling_probabilities(
                 profile,
-                activated_layers=self.activated_layers or own or min(2, run.n_layers),
+                activated_layers=self.activated_layers
+                or own_activated_layers(run)
+                or min(2, run.n_layers),
                 use_intervals=self.use_intervals,
                 strength=1.0 if self.strength is None else self.strength,
                 control=self.control,

@@ -6,6 +6,7 @@ from typing import Any
 
 from lisa_analysis.contract.errors import LisaError, suggest
 from lisa_analysis.contract.layers import canonical_name, same_layers
+from lisa_analysis.plans.sampling import own_activated_layers
 from lisa_analysis.rundir.opening import opened
 
 
@@ -44,6 +45,8 @@ class ModelModules:
         Canonical names of all tensors of the base model, with the position of their layer, or None.
     fused
         Tensors of three dimensions within the layers: experts in one block.
+    activated_layers
+        k of LISA's own draws; None in any other run.
     """
 
     layer_names: tuple[str, ...]
@@ -51,6 +54,7 @@ class ModelModules:
     tensors: tuple[tuple[str, int | None], ...]
     kinds: tuple[str, ...]
     fused: tuple[str, ...]
+    activated_layers: int | None = None
 
     @classmethod
     def of(cls, run: Any, layer_names: Sequence[str]) -> "ModelModules":
@@ -95,8 +99,9 @@ class ModelModules:
             elif len(sizes) == 3:
                 fused.append(name)
         return cls(
-            tuple(run.layer_names), tuple(inside), tuple(tensors), tuple(kinds), tuple(fused)
-        )
+            tuple(run.layer_names), tuple(inside), tuple(tensors), tuple(kinds), tuple(fused),
+            own_activated_layers(run),
+        )  # fmt: skip
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError, ProbabilitiesError
-from lisa_analysis.plans.budget import Control
+from lisa_analysis.plans.budget import Control, seed_of_control
 from lisa_analysis.plans.evidence import Evidence
 from lisa_analysis.plans.exports.modules import ModelModules
 from lisa_analysis.plans.stages import Stages, multiples_from_scores
@@ -44,8 +44,8 @@ class Plan:
     evidence
         Its scores with bounds, or why it is undecided.
     strength, control, seed
-        See `lisa_analysis.sampling_probabilities`; None is the usual strength of what is made: 1
-        for shares, the layers above the mean for a choice.
+        See `lisa_analysis.sampling_probabilities`; a strength of None is the usual one of what is
+        made: 1 for shares, the layers above the mean for a choice.
     model
         Modules and shapes of the model, None where no run was given.
     """
@@ -64,8 +64,8 @@ class Plan:
         *,
         run: Any = None,
         strength: float | str | None = None,
-        control: Control | None = None,
-        seed: int = 0,
+        control: Control | None = "none",
+        seed: int | None = None,
         use_intervals: bool = True,
     ) -> "Plan":
         """Check everything that all exports share; see `lisa_analysis.export`."""
@@ -78,6 +78,7 @@ class Plan:
         if model is not None:  # of weights without a head the profile has shorter names
             named = profile.layers.assign(name=list(model.layer_names))
             profile = replace(profile, layers=named)
+        seed = seed_of_control(control, seed)
         return cls(profile, evidence, strength, None if control == "none" else control, seed, model)
 
     @cached_property

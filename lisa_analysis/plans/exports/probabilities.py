@@ -10,7 +10,7 @@ from lisa_analysis.plans.sampling import sampling_probabilities
 
 
 @exporter("probabilities", "inclusion probabilities for lisa-train --lisa.probabilities")
-def make_probabilities(plan: Plan, *, activated_layers: int = 2) -> Content:
+def make_probabilities(plan: Plan, *, activated_layers: int | None = None) -> Content:
     """Write what `SamplingProbabilities.save` writes.
 
     Parameters
@@ -18,8 +18,11 @@ def make_probabilities(plan: Plan, *, activated_layers: int = 2) -> Content:
     plan
         The profile.
     activated_layers
-        k, layers that train in each interval.
+        k, layers that train in each interval; None takes that of the run, where it has one, or 2.
     """
+    if activated_layers is None:
+        own = None if plan.model is None else plan.model.activated_layers
+        activated_layers = own or min(2, len(plan.profile.layers))
     made = sampling_probabilities(
         plan.profile, activated_layers, strength=1.0 if plan.strength is None else plan.strength,
         control=plan.control, seed=plan.seed, use_intervals=plan.evidence.low is not None,

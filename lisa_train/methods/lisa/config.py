@@ -89,7 +89,7 @@ class LisaConfig:
         The placebo: the same probabilities, of the file or as they are learned, given to other
         layers. ``permuted`` at random, once for the whole run; ``reversed`` in rank; ``uniform``.
     control_seed
-        Seed of the permutation; None takes that of the schedule.
+        Seed of the permutation; None takes that of the schedule. Refused without a `control`.
     by
         What takes turns: whole layers; their attention and MLP ``half``; or every ``module``, a
         single matrix with its bias (after MISA, arXiv 2511.00056). Norms go with what is nearest to
@@ -144,6 +144,11 @@ class LisaConfig:
             words = " of at least 0, or None for the seed of the schedule"
             value = whole("lisa.control_seed", self.control_seed, words, 0)
             object.__setattr__(self, "control_seed", value)
+            if self.control == "none":
+                raise ConfigError(
+                    f"lisa.control_seed is {value}, but there is no control whose seed it could "
+                    "be: set lisa.control to permuted, or leave lisa.control_seed out."
+                )
         if not isinstance(self.layers, str | None):
             raise ConfigError(
                 f"lisa.layers is {self.layers!r}, but must be the path of the list of layers, as "

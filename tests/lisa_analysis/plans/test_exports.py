@@ -176,6 +176,25 @@ class TestProbabilities:
         assert loaded.inclusion_probabilities == made.inclusion_probabilities
         assert loaded.statement == made.statement
 
+    def test_k_is_that_of_the_run(self, make_run):
+        names = [f"model.layers.{i}" for i in range(12)]
+        drawn = make_run(profile=np.exp(X), steps=20, k=4, method="lisa")
+        whole = make_run(profile=np.exp(X), steps=20, method="full")
+        profile = la.ImportanceProfile.from_scores(np.exp(X), names)
+        for run, k in ((drawn, 4), (drawn.path, 4), (whole, 2), (None, 2)):
+            assert la.export(profile, "probabilities", run=run).values["activated_layers"] == k
+        given = la.export(profile, "probabilities", run=drawn, activated_layers=3)
+        assert given.values["activated_layers"] == 3
+        one = la.ImportanceProfile.from_scores([1.0], names[:1])
+        assert la.export(one, "probabilities").values["activated_layers"] == 1
+
+    def test_a_seed_without_a_control_is_refused(self, known):
+        with pytest.raises(LisaError, match="seed is 7, but there is no control"):
+            la.export(known, "lr", seed=7)
+        made = la.export(known, "probabilities", control="permuted", seed=7)
+        expected = la.sampling_probabilities(known, 2, control="permuted", seed=7)
+        assert made.values["inclusion_probabilities"] == expected.inclusion_probabilities
+
 
 class TestMultipliersFile:
     def test_round_trip(self, known, tmp_path):

@@ -267,6 +267,17 @@ class TestPipeline:
         assert not permuted.justified
         assert permuted.control == "permuted"
 
+    def test_a_seed_of_no_control_is_refused(self, strong):
+        with pytest.raises(LisaError, match=r"seed is 7, but .* needs control='permuted'\."):
+            la.sampling_probabilities(strong, 3, seed=7)
+        with pytest.raises(LisaError, match="seed is 7"):
+            la.sampling_probabilities(strong, 3, control="none", seed=7)
+        for wrong in (1.5, -1, True, "1"):
+            with pytest.raises(LisaError, match=r"seed is .*: expected a whole number from 0"):
+                la.sampling_probabilities(strong, 3, control="permuted", seed=wrong)
+        # In a loop over controls one of them is None, said outright.
+        assert la.sampling_probabilities(strong, 3, control=None, seed=7).seed == 7
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

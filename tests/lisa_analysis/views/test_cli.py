@@ -178,6 +178,29 @@ def test_strength_and_control_reach_the_file_the_report_and_the_screen(
     assert "What each strength would give" not in report.read_text(encoding="utf-8")
 
 
+def test_a_seed_without_a_control_is_refused(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(golden), "--probabilities", str(tmp_path / "p.json"), "--control-seed", "0"]
+    assert main(words) == 2
+    assert "--control-seed is 0, but" in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("needs --control permuted.")
+    assert not (tmp_path / "p.json").exists()
+    assert not (golden / "report.html").exists()
+
+
+def test_probabilities_and_their_export_are_one_file(make_run, tmp_path: Path) -> None:
+    run = make_run(profile=np.exp(np.linspace(-1, 1, 12)), steps=40, k=4, method="lisa")
+    paths = [tmp_path / "p.json", tmp_path / "exported.json"]
+    words = [str(run.path), "-o", str(tmp_path / "r.html"), "--probabilities", str(paths[0]),
+             "--export", f"probabilities:{paths[1]}"]  # fmt: skip
+    for more, k in (([], 4), (["--activated-layers", "3"], 3)):
+        assert main([*words, *more]) == 0
+        made = [la.SamplingProbabilities.load(path) for path in paths]
+        assert made[0].activated_layers == k
+        assert made[0] == dataclasses.replace(made[1], created=made[0].created)
+
+
 def test_exports_are_written_and_said(
     make_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ from lisa_train.config import LisaConfig
         ({"head_probability": True, "always_active": ()}, ("head_probability is True",)),
         ({"seed": "x"}, ("seed is 'x'", "whole number", "None for the training seed")),
         ({"seed": 1.5}, ("seed is 1.5", "whole number")),
+        ({"control_seed": 0}, ("control_seed is 0", "set lisa.control to permuted")),
         ({"layers": 3}, ("layers is 3", "'model.layers'", "None")),
         ({"activated_layers": None}, ("activated_layers is None", "whole number")),
         ({"interval_steps": "5"}, ("interval_steps is '5'", "whole number")),

@@ -281,10 +281,23 @@ def _load(
             named, dataset_name=at_home(str(data)), eval_size=0, max_eval_samples=None,
             max_train_samples=None,
         )  # fmt: skip
-    found = task.load(named)
+    found = task.load(_with_a_split_that_is_there(named, task))
     if adapter:
         found.model = _with_adapter(found.model, folder, base)
     return named, task, found
+
+
+def _with_a_split_that_is_there(config: "TrainConfig", task: "Task") -> "TrainConfig":
+    """Take a missing held-out split for none: other data, and runs of before, may lack it."""
+    from lisa_train.command.tasks.data import read_splits
+    from lisa_train.command.tasks.splits import asks_for_test_split
+
+    if not asks_for_test_split(config):
+        return config
+    name, splits = config.dataset_test_split, getattr(task, "splits", read_splits)(config)
+    if name in splits and name != config.dataset_train_split:
+        return config
+    return dataclasses.replace(config, dataset_test_split=None)
 
 
 def _has_processor(folder: str | Path) -> bool:

@@ -57,7 +57,8 @@ class TrainConfig(_Sections):
     dataset_train_split
         Split to train on.
     dataset_test_split
-        Held-out split, when the dataset has one of that name.
+        Held-out split, when the dataset has one of that name; another name than ``test`` must be
+        there. None holds out a share of the training split.
     eval_size
         Without such a split: how much of the training split to hold out, as a fraction below 1
         or a number of examples; 0 holds out nothing.

@@ -213,7 +213,8 @@ def _prepare(
     trainer = task.build_trainer(loaded, arguments, peft_config, config)
     found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
-    _tell(trainer, [] if quiet else [*about(manifest["dataset"]), *said, *remarks])
+    notes = [*about(manifest["dataset"]), *loaded.data.said, *said, *remarks]
+    _tell(trainer, [] if quiet else notes)
     kept = agreed(lambda: to_yaml(keep_inputs(config, run_dir, resume=checkpoint is not None)))
     return PreparedRun(config, trainer, run_dir, manifest, kept, checkpoint, quiet)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
-from lisa_train.command.tasks.data import Part, place
 from lisa_train.command.tasks.plain_trainer import TaskWithHead
 from lisa_train.command.tasks.scores import class_scores
+from lisa_train.command.tasks.splits import Part, place
 from lisa_train.command.tasks.task import Loaded
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Find, check and split the text that a run trains on; every complaint in one sentence."""
+"""Find, check and arrange the text that a run trains on; every complaint in one sentence."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from lisa_train.command.tasks.rows import (
     instruction_as_pair,
     layout_of,
 )
+from lisa_train.command.tasks.splits import Part, limited, place, said_of, split_parts
 from lisa_train.command.together import first_goes_first
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class TrainingData:
         Words that name a row of `train` and `held_out`, by its position in it.
     labels
         Names of the classes, in a classification.
+    said
+        What a person should know of how the data were split, each without its full stop.
     """
 
     train: "Dataset"
@@ -56,6 +59,7 @@ class TrainingData:
     places: Callable[[int], str] = "row {}".format
     held_out_places: Callable[[int], str] = "held-out row {}".format
     labels: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -139,6 +143,7 @@ def load_data(config: TrainConfig, *, chat: bool = False) -> TrainingData:
         dropped=len(train.rows) - len(kept.rows),
         places=partial(place, config.dataset_name, kept),
         held_out_places=partial(place, config.dataset_name, judged or kept),
+        said=said_of(held_out),
     )
 
 
@@ -175,27 +180,6 @@ def _renamed(dataset: "Dataset", split: str, config: TrainConfig) -> "Dataset":
     taken = [w for w, g in config.columns.items() if w in columns and w != g]
     dataset = dataset.remove_columns([c for c in taken if c not in config.columns.values()])
     return dataset.rename_columns({g: w for w, g in config.columns.items() if g != w})
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a split, with their numbers in it, from 0."""
-
-    dataset: "Dataset"
-    split: str
-    rows: Sequence[int]
-
-
-def place(name: str, part: Part, position: int) -> str:
-    """Return words that name a row of a part of the data set `name`."""
-    return f"row {part.rows[position] + 1} of split {part.split!r} of {name}"
-
-
-def limited(part: Part, most: int | None) -> Part:
-    """Return the first rows of a part, at most so many."""
-    if most is None or most >= len(part.rows):
-        return part
-    return Part(part.dataset.select(range(most)), part.split, part.rows[:most])
 
 
 def check_parts(parts: Sequence[Part | None], layout: Layout, config: TrainConfig) -> None:
@@ -261,33 +245,6 @@ def _read(config: TrainConfig) -> "DatasetDict":
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
     return str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
-
-
-def split_parts(splits: "DatasetDict", config: TrainConfig) -> tuple[Part, Part | None]:
-    """Return what is trained on and what is held out: a split of its own, or a share."""
-    name, test = config.dataset_train_split, config.dataset_test_split
-    train = splits[name]
-    whole = Part(train, name, range(len(train)))
-    if test and test in splits and test != name:
-        return whole, Part(splits[test], test, range(len(splits[test])))
-    size: float | int = config.eval_size
-    if not size:
-        return whole, None
-    count = int(size) if size >= 1 else max(1, round(size * len(train)))
-    if count >= len(train):
-        raise ConfigError(
-            f"eval_size {config.eval_size:g} holds out {count} of {len(train)} examples of "
-            f"{config.dataset_name} and leaves nothing to train on; lower it, or set it to 0."
-        )
-    # The seed of the split is fixed: runs that differ in `seed` are judged on the same examples.
-    # It depends on nothing but the length, so that the numbers are parted as the rows are.
-    from datasets import Dataset
-
-    numbers = Dataset.from_dict({"row": range(len(train))})
-    chosen = numbers.train_test_split(test_size=count, seed=0)
-    parts = train.train_test_split(test_size=count, seed=0)
-    first, second = (Part(parts[p], name, chosen[p]["row"][:]) for p in ("train", "test"))
-    return first, second
 
 
 def _arrange(part: Part, layout: Layout, config: TrainConfig, chat: bool) -> Part:

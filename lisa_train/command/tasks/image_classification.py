@@ -11,8 +11,8 @@ from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import reason_of, refusals
 from lisa_train.command.tasks.classes import Classes, TaskWithClasses
-from lisa_train.command.tasks.data import Part, place
 from lisa_train.command.tasks.plain_trainer import cannot_be_loaded
+from lisa_train.command.tasks.splits import Part, place
 from lisa_train.command.tasks.task import Loaded
 
 if TYPE_CHECKING:

@@ -9,15 +9,9 @@ import numpy as np
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.data import (
-    Part,
-    TrainingData,
-    limited,
-    place,
-    read_splits,
-    split_parts,
-)
+from lisa_train.command.tasks.data import TrainingData, read_splits
 from lisa_train.command.tasks.scores import with_meaning
+from lisa_train.command.tasks.splits import Part, limited, place, said_of, split_parts
 from lisa_train.command.tasks.task import (
     Loaded,
     Task,
@@ -116,6 +110,7 @@ class TaskWithHead(Task):
             places=partial(place, config.dataset_name, train),
             held_out_places=partial(place, config.dataset_name, held_out or train),
             labels=labels,
+            said=said_of(held_out),
         )
 
     # ------------------------------------------------------------------ model

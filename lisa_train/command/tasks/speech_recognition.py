@@ -11,11 +11,12 @@ import numpy as np
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.data import Part, check_dataset_name, place
+from lisa_train.command.tasks.data import check_dataset_name
 from lisa_train.command.tasks.image_classification import folder_of
 from lisa_train.command.tasks.plain_trainer import TaskWithHead, cannot_be_loaded
 from lisa_train.command.tasks.scores import IGNORED, word_error_rate
 from lisa_train.command.tasks.sound import listed_folder, read_sound
+from lisa_train.command.tasks.splits import Part, place
 from lisa_train.command.tasks.task import Loaded, head_class
 from lisa_train.command.tasks.tokens import ended
 

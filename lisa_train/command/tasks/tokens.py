@@ -5,7 +5,7 @@ from typing import Any
 
 from lisa_train.command.config import TrainConfig
 from lisa_train.command.starting import refusals
-from lisa_train.command.tasks.data import Part
+from lisa_train.command.tasks.splits import Part
 
 
 def tokenized(

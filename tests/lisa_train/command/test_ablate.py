@@ -291,6 +291,20 @@ def test_a_data_set_and_the_shipped_text(run_of, tmp_path):
     assert found.summary.forgetting is not None
 
 
+def test_a_held_out_split_that_other_data_lack_is_not_asked_of_them(run_of, tmp_path):
+    """Nor of the run's own, of before such a name was refused: a share of them was held out."""
+    run = run_of("lora")
+    path = run / "config.yaml"
+    text = path.read_text()
+    assert "dataset_test_split: test\n" in text
+    path.write_text(text.replace("dataset_test_split: test\n", "dataset_test_split: validaton\n"))
+    data = write_jsonl(tmp_path / "other.jsonl", [{"text": sentence(n)} for n in range(300, 305)])
+    for given, examples in ((str(data), 5), (None, SETTINGS["eval_size"])):
+        found = lt.ablate(run, data=given, general=False, max_examples=None, progress=False)
+        assert found.summary.data["held_out"]["examples"] == examples
+        (run / ABLATION).unlink()
+
+
 def read_base(run: Path) -> str:
     """Where the adapter of a run says that its base is."""
     settings = json.loads((run / "adapter/adapter_config.json").read_text())

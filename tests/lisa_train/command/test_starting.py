@@ -238,6 +238,14 @@ def test_run_json_counts_what_is_left_after_cutting(
     assert f"note: 4 training examples of {data} are dropped" in capsys.readouterr().err
 
 
+def test_what_is_held_out_in_the_place_of_a_split_is_said(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tiny_model_dir, text_file, tmp_path / "run", eval_size=4))
+    said = capsys.readouterr().err
+    assert f"note: {text_file} has no split 'test': 4 examples of split 'train'" in said
+
+
 def test_conversations_without_an_answer_are_counted_as_dropped(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """`method: probe`: the gradients of batches of a run's data, at the weights as they are."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from lisa_train.command.training import PreparedRun
 
 Signal = Literal["auto", "exact", "sketch"]
+
+# Settings of training, which a probe does not use.
+_OF_TRAINING = (
+    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "optim", "step_in_backward",
+    "eight_bit_states", "lr_multipliers", "per_device_eval_batch_size", "eval_steps", "save_steps",
+    "save_total_limit", "resume_incomplete", "logging_steps", "report_to",
+)  # fmt: skip
+# Settings of `record` that a probe uses.
+_RECORDED = ("run_dir", "select", "layers")
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Probe(Method):
     name = "probe"
     help = "trains nothing and measures the gradients of --probe.batches batches"
     sections = ("probe", "lora")
+    makes_steps = False
     resumable = False
     refuses_float16 = (
         "small gradients vanish in fp16 where no loss scale holds them up; set dtype to float32 "
@@ -86,6 +97,17 @@ class Probe(Method):
         from lisa_train.methods.lora import lora_config
 
         return lora_config(config.lora, task_type) if config.lora else None
+
+    def remarks(self, model: "nn.Module", config: Any) -> list[str]:
+        """Say which of the settings that were given are those of training, and have no effect."""
+        given = [name for name in _changed(config) if name in _OF_TRAINING]
+        given += [f"record.{name}" for name in _changed(config.record) if name not in _RECORDED]
+        if not given:
+            return []
+        return [
+            f"a probe makes no steps and does not use {', '.join(given)}; how much it measures is "
+            f"probe.batches, {config.probe.batches}"
+        ]
 
     def run(self, prepared: "PreparedRun") -> None:
         """Measure the first batches of an epoch, in the order that the seed gives."""
@@ -120,6 +142,11 @@ class Probe(Method):
         """Say how much was measured."""
         tokens = f", {result['tokens']:,} tokens" if result.get("tokens") else ""
         return f"{result['batches']} batches measured{tokens}, mean loss {result['loss']:.4f}"
+
+
+def _changed(config: Any) -> list[str]:
+    """Names of the settings that are not as they come."""
+    return [f.name for f in fields(config) if getattr(config, f.name) != f.default]
 
 
 def _loss_of(trainer: "SFTTrainer") -> "Callable[[nn.Module, Any], torch.Tensor]":

@@ -26,6 +26,7 @@ from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import check_dataset_name
 from lisa_train.command.tasks.text import about, complete
 from lisa_train.command.together import LostProcessError, agreed, all_are_done, launched
+from lisa_train.command.without_effect import refuse_without_effect
 from lisa_train.methods import METHODS
 from lisa_train.model.source import check_model_name
 
@@ -67,6 +68,8 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     _check_inputs(config)
     if resume:
         method.check_resume(config)
+    else:
+        refuse_without_effect(config)
     if launched() > 1:
         from lisa_train.command.tasks.task import choose_task
 
@@ -229,6 +232,10 @@ def _check_inputs(config: TrainConfig) -> None:
         from lisa_analysis.plans.sampling import SamplingProbabilities
 
         SamplingProbabilities.load(config.lisa.probabilities)
+    if config.lr_multipliers is not None:
+        from lisa_analysis.contract.multipliers_file import read_multipliers
+
+        read_multipliers(config.lr_multipliers)
 
 
 def trainer_arguments(config: TrainConfig, run_dir: Path, arguments: Any = None) -> Any:

@@ -122,6 +122,21 @@ class RecordConfig:
         one_of("record.on_record_error", self.on_record_error, ("warn", "raise"))
         self._check_select()
 
+    def check_micro_batches(self, *, gradient_accumulation_steps: int, processes: int) -> None:
+        """`ConfigError` where a step has one micro-batch, which shows no noise.
+
+        Parameters
+        ----------
+        gradient_accumulation_steps, processes
+            Micro-batches of a step in each process, and the processes that train.
+        """
+        if self.grad_noise and gradient_accumulation_steps < 2 and processes < 2:
+            raise ConfigError(
+                "record.grad_noise is true, but a step has one micro-batch, and nothing to compare "
+                "it with; set gradient_accumulation_steps to 2 or more, or remove "
+                "record.grad_noise."
+            )
+
     def _check_select(self) -> None:
         if self.select is None:
             return

@@ -43,6 +43,9 @@ class Method:
     changes_model
         Whether adapters are put on, or tensors are frozen before training begins. An estimate
         of memory then builds a model for this method alone.
+    makes_steps
+        Whether it makes optimizer steps; otherwise settings of those have no effect, which
+        `remarks` says.
     resumable
         Whether a run that was interrupted goes on from a checkpoint.
     head_setting
@@ -59,6 +62,7 @@ class Method:
     sections: ClassVar[tuple[str, ...]] = ()
     recipe: ClassVar[Path | None] = None
     changes_model: ClassVar[bool] = True
+    makes_steps: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
     head_setting: ClassVar[str | None] = None
     refuses_float16: ClassVar[str | None] = (

@@ -127,13 +127,19 @@ def attach(
     Raises
     ------
     ConfigError
-        When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`.
+        When the model or the optimizer cannot be trained so, see `lisa_train.Lisa`; when
+        `record.grad_noise` asks for the noise of steps of one micro-batch.
     ProbabilitiesError
         When the probabilities are missing, infeasible or made for another model.
     RunDirectoryError
         From `trainer.train`: when a checkpoint cannot be continued as it was interrupted.
     """
     check("trainer", "trl head")
+    if record is not None:
+        record.check_micro_batches(
+            gradient_accumulation_steps=trainer.args.gradient_accumulation_steps,
+            processes=trainer.args.world_size,
+        )
     plan = None if lisa is None else _plan(trainer, lisa)
     continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
     trainer.add_callback(continuation)

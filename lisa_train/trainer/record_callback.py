@@ -316,7 +316,8 @@ class RecordCallback(Listener, TrainerCallback):
 
     def logging(self) -> Mapping[str, float]:
         """Give the trackers a few numbers of the newest step that is written."""
-        if self.recorder is None or not self._trainer.args.report_to:
+        asked = self._trainer.args.report_to or self.config.report_layers
+        if self.recorder is None or not asked:
             return {}
         found = self.recorder.aggregates
         newest = found.get("recorded_step", 0.0)

@@ -212,6 +212,7 @@ def test_two_processes_measure_the_batches_that_one_measures(
         (["--lisa.activated_layers", "3"], "lisa.activated_layers is set but method is 'probe'"),
         (["--method", "lora"], "probe.batches is set but method is 'lora'"),
         (["--estimate"], "the memory of a probe is not estimated"),
+        (["--lr_multipliers", "none.json"], "none.json"),
         (["--lora.rr", "3"], "lora.rr is not a field of PEFT's LoraConfig"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -229,6 +230,25 @@ def test_bad_words_are_one_sentence_and_exit_2(
     assert expected in message
     assert message.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_probe_does_not_use_is_said(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the studies give it: `record.every` goes on to be taken, and to have no effect."""
+    train(config(tiny_model_dir, text_file, tmp_path / "plain", eval_size=0))
+    assert "makes no steps" not in capsys.readouterr().err
+    record = lt.RecordConfig(every=1, grad_noise=True, select=(0, 1))
+    given = {"max_steps": 3, "gradient_accumulation_steps": 2, "warmup_steps": 2, "record": record,
+             "lr_scheduler_type": "constant"}  # fmt: skip
+    run = train(config(tiny_model_dir, text_file, tmp_path / "run", **given))
+    assert la.load(run).manifest["result"]["batches"] == 6
+    notes = [line for line in capsys.readouterr().err.splitlines() if "makes no steps" in line]
+    assert notes == [
+        "note: a probe makes no steps and does not use lr_scheduler_type, warmup_steps, max_steps, "
+        "gradient_accumulation_steps, record.every, record.grad_noise; how much it measures is "
+        "probe.batches, 6."
+    ]
 
 
 def test_a_probe_is_not_resumed(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -236,6 +236,11 @@ def test_the_trainer_is_left_as_it_was(tmp_path):
     assert not any(p._backward_hooks for p in trainer.model.parameters())
 
 
+def test_noise_of_a_lone_micro_batch_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a step has one micro-batch, and nothing to compare"):
+        make(tmp_path, max_steps=2, record={"grad_noise": True})
+
+
 def test_recording_changes_nothing_of_the_training(tmp_path):
     recorded, _ = make(
         tmp_path, max_steps=6, record={"probe_every": 2, "grad_noise": True},

@@ -46,6 +46,16 @@ def test_every_layer_goes_through_the_trainers_own_log(tmp_path):
         assert "grad_norm/layers_first" not in line
 
 
+def test_layers_that_are_asked_for_need_no_tracker(tmp_path):
+    """The Trainer's log has readers of its own: callbacks, and trainer_state.json."""
+    for asked in (True, False):
+        trainer = make(tmp_path / f"{asked}", max_steps=3, record={"report_layers": asked})
+        trainer.args.report_to = []
+        trainer.train()
+        logged = [line for line in trainer.state.log_history if "grad_norm/layer_1" in line]
+        assert bool(logged) == asked
+
+
 class TensorBoardCallback(TrainerCallback):
     """Stands in for transformers' of that name: tensorboard need not be installed."""
 

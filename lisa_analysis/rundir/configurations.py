@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_analysis.contract.schema import CONFIG
+from lisa_analysis.rundir.input_files import by_content
 from lisa_analysis.rundir.jsonl import read_bytes
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.sampled import Sampled, read_sampled
@@ -47,7 +48,8 @@ class Settings:
     Attributes
     ----------
     values
-        Everything but seeds, folders and probabilities, by key with its sections, as written.
+        Everything but seeds, folders and probabilities, by key with its sections, as written; of
+        a file what it holds.
     sampled
         Which layers were drawn how often.
     """
@@ -99,7 +101,7 @@ def settings(run: Run) -> Settings:
     control = next((text for text in asked if text is not None), "none")
     learns = any(key.startswith(f"{LEARNING}/") for key in values)
     sampled = read_sampled(run, given, control, learns=learns)
-    return Settings({"method": str(run.method)} | values, sampled)
+    return Settings({"method": str(run.method)} | by_content(run, values), sampled)
 
 
 def _written(path: Path) -> dict[str, str]:

@@ -10,10 +10,9 @@ import numpy as np
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.probabilities_file import read_record
 from lisa_analysis.rundir.events import draw_events
+from lisa_analysis.rundir.input_files import candidates
 from lisa_analysis.rundir.run import Run
 
-# A probabilities file of thousands of layers is far smaller.
-_LARGEST = 1 << 24
 _TOLERANCE = 1e-6
 # What of a probabilities file is no choice, or may differ between seeds of one arm.
 _CIRCUMSTANCES = (
@@ -150,16 +149,9 @@ def _floats(values: Any) -> tuple[float, ...] | None:
 
 def _record(folder: Path, given: str) -> dict[str, Any] | None:
     """Probabilities file of a run: the copy in its folder, or the one at the path; None if gone."""
-    text = " ".join(given.split())
-    try:
-        text = json.loads(text)
-    except ValueError:
-        text = text.strip("'\"")
-    name = Path(str(text))
-    for path in (folder / name.name, folder / name):
+    for path in candidates(folder, given):
         try:
-            if path.is_file() and path.stat().st_size <= _LARGEST:
-                return read_record(path)
+            return read_record(path)
         except (OSError, ValueError, ProbabilitiesError):
             continue
     return None

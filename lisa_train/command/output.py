@@ -5,7 +5,7 @@ import dataclasses
 import errno
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from lisa_train.command.tasks.literal_paths import at_home
 from lisa_train.command.together import is_first
 from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.learning.config import PRIORS
 from lisa_train.model.run_entries import as_lists
 
 INPUT_PROBABILITIES = "lisa_probabilities.json"
+INPUT_PRIOR = "learn_prior.json"
 INPUT_PROFILE = "select_profile.json"
+INPUT_MULTIPLIERS = "lr_multipliers.json"
+_INPUTS = (INPUT_PROBABILITIES, INPUT_PRIOR, INPUT_PROFILE, INPUT_MULTIPLIERS)
 _STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
@@ -47,13 +51,30 @@ def expand_home(config: TrainConfig) -> TrainConfig:
         for name in ("model_name_or_path", "dataset_name", "output_dir")
         if getattr(config, name) is not None
     }
-    if isinstance(config.lisa.probabilities, str):
-        path = at_home(config.lisa.probabilities)
-        changed["lisa"] = dataclasses.replace(config.lisa, probabilities=path)
+    return _with_files(dataclasses.replace(config, **changed), lambda path, _: at_home(path))
+
+
+def _with_files(config: TrainConfig, changed: Callable[[str, str], str]) -> TrainConfig:
+    """Return the configuration with another path of every file of numbers that it names.
+
+    `changed` is given the path, and the file's name in a run directory.
+    """
+    found: dict[str, Any] = {}
+    lisa, learn = config.lisa, config.lisa.learn
+    if isinstance(lisa.probabilities, str):
+        path = changed(lisa.probabilities, INPUT_PROBABILITIES)
+        lisa = dataclasses.replace(lisa, probabilities=path)
+    if learn is not None and isinstance(learn.prior, str) and learn.prior not in PRIORS:
+        learn = dataclasses.replace(learn, prior=changed(learn.prior, INPUT_PRIOR))
+        lisa = dataclasses.replace(lisa, learn=learn)
+    if lisa is not config.lisa:
+        found["lisa"] = lisa
     if config.select.profile is not None:
-        path = at_home(config.select.profile)
-        changed["select"] = dataclasses.replace(config.select, profile=path)
-    return dataclasses.replace(config, **changed)
+        path = changed(config.select.profile, INPUT_PROFILE)
+        found["select"] = dataclasses.replace(config.select, profile=path)
+    if config.lr_multipliers is not None:
+        found["lr_multipliers"] = changed(config.lr_multipliers, INPUT_MULTIPLIERS)
+    return dataclasses.replace(config, **found)
 
 
 def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
@@ -102,6 +123,8 @@ def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not (run_dir / schema.MANIFEST).exists():
+            for name in _INPUTS:
+                (run_dir / name).unlink(missing_ok=True)
             for path in (run_dir / schema.CHECKPOINTS_DIR, *new):
                 with contextlib.suppress(OSError):  # a folder that holds something stays
                     path.rmdir()
@@ -111,8 +134,8 @@ def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
 def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:
     """Return the configuration that repeats the run from anywhere; keep what it needs.
 
-    Local paths are made absolute; a file of probabilities or scores is copied into the run
-    directory.
+    Local paths are made absolute; a file of probabilities, scores or multipliers is copied into
+    the run directory.
     """
     config = dataclasses.replace(
         config,
@@ -120,15 +143,7 @@ def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainCon
         model_name_or_path=_absolute(config.model_name_or_path),
         dataset_name=_absolute(config.dataset_name),
     )
-    if isinstance(config.lisa.probabilities, str):
-        path = _keep(config.lisa.probabilities, run_dir / INPUT_PROBABILITIES, resume=resume)
-        lisa = dataclasses.replace(config.lisa, probabilities=path)
-        config = dataclasses.replace(config, lisa=lisa)
-    if config.select.profile is not None:
-        path = _keep(config.select.profile, run_dir / INPUT_PROFILE, resume=resume)
-        config = dataclasses.replace(
-            config, select=dataclasses.replace(config.select, profile=path)
-        )
+    config = _with_files(config, lambda path, name: _keep(path, run_dir / name, resume=resume))
     if resume:
         _check_same(config, run_dir / schema.CONFIG)
     return config
@@ -138,6 +153,14 @@ def _keep(source: str, kept: Path, *, resume: bool) -> str:
     """Copy a file that the settings name into the run directory; return where it is then."""
     if not resume:
         kept.write_bytes(Path(source).read_bytes())
+        return str(kept.resolve())
+    if not kept.exists():  # a run of before the file was kept
+        return source
+    if Path(source).read_bytes() != kept.read_bytes():
+        raise ConfigError(
+            f"{source} is not the file that the run to resume began with, which is {kept}; a "
+            f"continued run keeps its settings: use --config {kept.with_name(schema.CONFIG)}."
+        )
     return str(kept.resolve())
 
 

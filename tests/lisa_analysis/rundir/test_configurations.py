@@ -258,3 +258,95 @@ def test_a_run_of_before_towers_rested_is_another_arm(tmp_path):
     manifest["lisa"]["resting_towers"] = ["model.vision_tower"]
     (folders[1] / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     assert arms(folders) == [["1"], ["2"]]
+
+
+# ------------------------------------------------------------------ files that settings name
+
+
+def made(folder, method, *, lines, **manifest):
+    """A run directory of a method with these lines of settings."""
+    golden = Path(__file__).parents[2] / "data" / "golden-run"
+    folder.mkdir()
+    shutil.copy(golden / MANIFEST, folder / MANIFEST)
+    edit(folder / MANIFEST, method=method, run_id=folder.name, **manifest)
+    (folder / CONFIG).write_text(f"model_name_or_path: m\nmethod: {method}\n{lines}\n", "utf-8")
+    return folder
+
+
+@pytest.fixture
+def selected(tmp_path):
+    """Seeds that train the top layers of a profile, which each run keeps for itself."""
+
+    def make(seed, layers, profile="{}/select_profile.json"):
+        folder = tmp_path / f"select-{seed}"
+        lines = f"select:\n  top: 2\n  profile: {profile.format(folder)}\nseed: {seed}"
+        return made(folder, "select", lines=lines, select={"top": 2, "chosen_layers": layers})
+
+    return make
+
+
+def test_seeds_that_select_the_same_layers_are_one_arm(selected):
+    """The path to its copy is each run's own."""
+    folders = [selected(1, [0, 3]), selected(2, [0, 3]), selected(3, [1, 3])]
+    assert arms(folders) == [["select-1", "select-2"], ["select-3"]]
+    values = [settings(la.load(folder)).values["select/profile"] for folder in folders]
+    assert values == ["[0, 3]", "[0, 3]", "[1, 3]"]
+
+
+def test_where_a_run_does_not_say_what_it_selected_its_words_are_compared(selected):
+    """As of a run directory of which only names were kept."""
+    folders = [selected(seed, None, "select_profile.json") for seed in (1, 2)]
+    assert arms(folders) == [["select-1", "select-2"]]
+
+
+@pytest.fixture
+def multiplied(tmp_path):
+    """Runs under multipliers of the learning rate; `kept` is the copy in the run directory."""
+
+    def make(seed, rates, path, *, kept=True):
+        folder = tmp_path / f"lr-{seed}"
+        made(folder, "full", lines=f"lr_multipliers: {path or folder / FACTORS}\nseed: {seed}")
+        if kept:
+            multipliers = {str(layer): rate for layer, rate in enumerate(rates)}
+            content = {"schema": "lr-multipliers/1", "multipliers": multipliers, "made": seed}
+            (folder / FACTORS).write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+FACTORS = "lr_multipliers.json"
+
+
+@pytest.mark.parametrize("path", [None, FACTORS, f"/nowhere/{FACTORS}"])
+def test_multipliers_are_compared_by_content(multiplied, path):
+    """Of the copy in the run, wherever the run directory has been moved."""
+    folders = [multiplied(s, r, path) for s, r in ((1, [1, 2]), (2, [1, 2.0]), (3, [2, 1]))]
+    assert arms(folders) == [["lr-1", "lr-2"], ["lr-3"]]
+    assert differing([settings(la.load(folder)) for folder in folders]) == ["lr_multipliers"]
+
+
+def test_multipliers_of_before_they_were_kept_are_those_at_the_path(multiplied, tmp_path):
+    kept = multiplied(1, [1, 2], None)
+    old = multiplied(2, None, kept / FACTORS, kept=False)
+    gone = [multiplied(seed, None, tmp_path / "gone.json", kept=False) for seed in (3, 4)]
+    assert arms([kept, old, *gone]) == [["lr-1", "lr-2"], ["lr-3", "lr-4"]]
+
+
+def test_a_broken_file_is_as_good_as_gone(multiplied):
+    folder = multiplied(1, [1, 2], None)
+    (folder / FACTORS).write_text("{")
+    assert settings(la.load(folder)).values["lr_multipliers"] == str(folder / FACTORS)
+
+
+def test_a_prior_to_learn_from_is_compared_by_content(tmp_path, folders):
+    copies = []
+    for seed in range(4):
+        folder = tmp_path / f"prior-{seed}"
+        lines = f"lisa:\n  learn:\n    prior: {folder}/learn_prior.json\nseed: {seed}"
+        made(folder, "lisa", lines=lines, lisa={})
+        shutil.copy(folders[0] / FILE, folder / "learn_prior.json")
+        copies.append(folder)
+    assert arms(copies) == [[f"prior-{seed}" for seed in range(4)]]
+    shutil.copy(folders[8] / FILE, copies[0] / "learn_prior.json")
+    assert len(arms(copies)) == 2

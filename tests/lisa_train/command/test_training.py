@@ -15,7 +15,7 @@ from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.cli import main, parse
 from lisa_train.command.output import last_checkpoint
 from lisa_train.command.training import _command, summary, train, trainer_arguments
-from lisa_train.config import LisaConfig, RecordConfig, TrainConfig
+from lisa_train.config import LearnConfig, LisaConfig, RecordConfig, TrainConfig
 
 FAST: dict[str, Any] = {
     "max_steps": 6,
@@ -237,6 +237,61 @@ def test_probabilities_go_round_the_loop(
     path.unlink()  # the run keeps its own copy
     words = ["--config", str(run_dir / "config.yaml"), "--output_dir", str(tmp_path / "again")]
     assert main(words) == 0
+
+
+def write_multipliers(path: Path, *rates: float) -> Path:
+    multipliers = {str(layer): rate for layer, rate in enumerate(rates)}
+    path.write_text(json.dumps({"schema": "lr-multipliers/1", "multipliers": multipliers}))
+    return path
+
+
+def test_multipliers_are_kept_in_the_run(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What lies at the path by the time of a repetition, or of a continuation, is not believed."""
+    path = write_multipliers(tmp_path / "lr.json", 0.0, 1.0, 2.0, 1.0)
+    settings = config(tiny_model_dir, text_file, tmp_path / "a", method="full", save_steps=3,
+                      lr_multipliers=str(path))  # fmt: skip
+    run_dir = train(settings)
+    kept = run_dir / "lr_multipliers.json"
+    assert kept.read_bytes() == path.read_bytes()
+    assert parse(["--config", str(run_dir / "config.yaml")]).config.lr_multipliers == str(kept)
+    _rewind(run_dir, to_step=3)
+    write_multipliers(path, 1.0, 1.0, 1.0, 0.0)
+    with pytest.raises(ConfigError, match=r"lr\.json is not the file that the run to resume began"):
+        train(settings, resume=True)
+    path.unlink()
+    words = ["--config", str(run_dir / "config.yaml")]
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "b")]) == 0
+    losses = [list(la.load(tmp_path / name).scalars["loss"]) for name in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_multipliers_of_another_model_leave_no_trace(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    path = write_multipliers(tmp_path / "lr.json", 1.0, 2.0)
+    settings = config(tiny_model_dir, text_file, tmp_path / "run", method="full",
+                      lr_multipliers=str(path))  # fmt: skip
+    with pytest.raises(ConfigError, match="was made for 2 layers"):
+        train(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prior_to_learn_from_is_kept_in_the_run(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    pilot = train(config(tiny_model_dir, text_file, tmp_path / "pilot", method="lora"))
+    path = tmp_path / "probabilities.json"
+    la.sampling_probabilities(la.importance(la.load(pilot)), activated_layers=1).save(path)
+    lisa = dataclasses.replace(LISA, sampling="balanced", learn=LearnConfig(prior=str(path)))
+    run_dir = train(config(tiny_model_dir, text_file, tmp_path / "l", method="lisa", lisa=lisa))
+    kept = run_dir / "learn_prior.json"
+    assert kept.read_bytes() == path.read_bytes()
+    written = parse(["--config", str(run_dir / "config.yaml")]).config
+    assert written.lisa.learn is not None
+    assert written.lisa.learn.prior == str(kept)
 
 
 def test_probabilities_of_another_model_are_refused_before_anything_is_written(

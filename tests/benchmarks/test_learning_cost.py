@@ -32,7 +32,9 @@ class Arm:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batch = None
         config = lt.LisaConfig(ACTIVE, INTERVAL, "balanced", learn=learn)
-        self.engine = Lisa(self.model, self.optimizer, config, probe=self.backward)
+        passes = learn is not None and learn.metric == "probe"
+        probe = self.backward if passes else None
+        self.engine = Lisa(self.model, self.optimizer, config, probe=probe)
         self.seconds = []
 
     def backward(self):
@@ -50,7 +52,8 @@ class Arm:
 
 def timed(metric):
     """Return the share that learning adds to a step, measured inside the learned run."""
-    arm = Arm(lt.LearnConfig(metric=metric, probe_every=EVERY, start_after=0))
+    passes = {"probe_every": EVERY} if metric == "probe" else {}
+    arm = Arm(lt.LearnConfig(metric=metric, start_after=0, **passes))
     learning, spent = arm.engine._learning, [0.0]
     for name in ("before_step", "after_step", "finish", "start"):
         call = getattr(learning, name)

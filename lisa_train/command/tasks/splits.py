@@ -46,7 +46,7 @@ def split_parts(splits: "DatasetDict", config: TrainConfig) -> tuple[Part, Part 
     name, test = config.dataset_train_split, config.dataset_test_split
     train = splits[name]
     whole = Part(train, name, range(len(train)))
-    if has_test_split(splits, config):
+    if test and has_test_split(splits, config):
         rows = range(len(splits[test]))
         return whole, Part(splits[test], test, rows, _said_of_size(config))
     size: float | int = config.eval_size
@@ -79,9 +79,9 @@ def has_test_split(splits: "DatasetDict", config: TrainConfig) -> bool:
         need not be there.
     """
     name, test = config.dataset_train_split, config.dataset_test_split
-    if test is None or (test in splits and test != name):
-        return test is not None
-    if not asks_for_test_split(config):
+    if test and test in splits and test != name:
+        return True
+    if not test or not asks_for_test_split(config):
         return False
     if test == name:
         raise ConfigError(
@@ -97,7 +97,7 @@ def has_test_split(splits: "DatasetDict", config: TrainConfig) -> bool:
 
 def asks_for_test_split(config: TrainConfig) -> bool:
     """Whether a configuration names the split to hold out, and not as the default does."""
-    return config.dataset_test_split not in (None, _default("dataset_test_split"))
+    return config.dataset_test_split not in (None, "", _default("dataset_test_split"))
 
 
 def _default(setting: str) -> Any:

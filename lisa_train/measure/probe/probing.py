@@ -8,13 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
 from lisa_analysis.contract.errors import ConfigError, LisaError
+from lisa_train.checks import one_of
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import describe_run
 from lisa_train.measure.disk.writer import RunWriter
@@ -93,13 +94,14 @@ def probe(
     Raises
     ------
     ConfigError
-        For sharded weights, or a loss that is missing.
+        For another word as `signal`, sharded weights, or a loss that is missing.
     LisaError
         When no batch came, a batch has no loss, or a tensor's gradient comes in two parts.
     RunDirectoryError
         When the directory holds a run already or cannot be written.
     """
     config = config or RecordConfig()
+    one_of("signal", signal, get_args(SignalSource))
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # which would exchange gradients of its own
     layer_map = known_layers(model, config.layers)

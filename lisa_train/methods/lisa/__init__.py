@@ -21,11 +21,16 @@ class LisaMethod(Method):
     changes_model = False
 
     def check(self, config: Any) -> None:
-        """Refuse to spare recomputation where nothing is recomputed."""
+        """Refuse to spare recomputation, or to copy to fp32, where there is nothing of it."""
         if config.lisa.recompute == "frozen" and not config.gradient_checkpointing:
             raise ConfigError(
                 "lisa.recompute is 'frozen' but gradient_checkpointing is false: set it to true, "
                 "or lisa.recompute to 'all'."
+            )
+        if config.lisa.precision == "fp32_active" and config.dtype == "float32":
+            raise ConfigError(
+                "lisa.precision is 'fp32_active' but dtype is float32, in which every tensor is "
+                "held anyway; set dtype to bfloat16, or lisa.precision to 'model'."
             )
 
     def check_model(self, model: "nn.Module", config: Any) -> None:

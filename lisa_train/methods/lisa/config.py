@@ -97,8 +97,9 @@ class LisaConfig:
         of a number k: Σ π·size is the `budget` exactly, and a draw misses it by less than one unit.
         With ``uniform``, ``balanced`` or ``bernoulli`` sampling.
     budget
-        With ``by="half"`` or ``"module"``: share of the layers' parameters that trains in an
-        period, between 0 and 1; None takes k/L, what `activated_layers` layers would have.
+        With ``by="half"`` or ``"module"``: share of the layers' parameters that trains in a
+        period, between 0 and 1, in the place of `activated_layers`; None takes k/L, what so many
+        layers would have.
     stacks
         Where there are several stacks of layers (encoder and decoder): ``apart`` draws from each
         by itself, in every draw so many of its layers; `activated_layers` is the number of all of
@@ -228,6 +229,12 @@ class LisaConfig:
                     "activated_layers says how many; set lisa.by to 'module' or 'half', or leave "
                     "lisa.budget out."
                 )
+        elif self.budget is not None and self.activated_layers != LisaConfig.activated_layers:
+            raise ConfigError(
+                f"lisa.activated_layers is {self.activated_layers}, but lisa.budget is "
+                f"{self.budget:g} and alone says how much trains; set lisa.budget to null to go by "
+                "the number of layers, or leave lisa.activated_layers out."
+            )
         elif not self._keeps_budget():
             raise ConfigError(
                 f"lisa.sampling is {self.sampling!r} with lisa.by={self.by!r}: it draws a fixed "

@@ -142,6 +142,7 @@ def at_start(
         unclassified(model, units["other"], active="other" in config.always_active),
         every_layer(model, layer_map, config),
         layer_drop(model),
+        nothing_to_copy(config, units),
         drawn_apart(stacks, config),
         never(turns, excluded),
     ]
@@ -244,6 +245,19 @@ def every_layer(model: nn.Module, layer_map: LayerMap, config: LisaConfig) -> st
             "every layer trains in every period, as in full fine-tuning"
         )
     return f"the model has {layers}{shared}" if shared else None
+
+
+def nothing_to_copy(
+    config: LisaConfig, units: Mapping[int | str, Sequence[torch.Tensor]]
+) -> str | None:
+    """Say that fp32 copies were asked for, and that no tensor that trains has need of one."""
+    held = {p.dtype for tensors in units.values() for p in tensors}
+    if config.precision != "fp32_active" or torch.bfloat16 in held:
+        return None
+    return (
+        "lisa.precision is 'fp32_active' and has no effect: no tensor that trains is held in bf16; "
+        "load the model in bfloat16, or set lisa.precision to 'model'"
+    )
 
 
 def _called(turns: Units, which: Sequence[int]) -> str:

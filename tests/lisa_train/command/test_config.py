@@ -41,6 +41,7 @@ def test_configurations_are_frozen_values() -> None:
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "nothing would be trained"),
         ({"eval_steps": 5, "eval_size": 0, "dataset_test_split": None}, "nothing is held out"),
+        ({"lisa": LisaConfig(precision="fp32_active")}, "but dtype is float32, in which every"),
         ({"packing": True, "max_length": None}, "set the length to pack to"),
         ({"assistant_only_loss": True, "completion_only_loss": True}, "both true"),
         ({"trainer_args": {"learning_rate": 1.0}}, "write learning_rate at the top level"),

@@ -19,7 +19,8 @@ LAYERS, STEPS, INTERVAL = 4, 24, 2
 
 
 def lisa(metric="grad_rms", **changes):
-    learn = lt.LearnConfig(metric=metric, start_after=0, probe_every=2)
+    passes = {"probe_every": 2} if metric == "probe" else {}
+    learn = lt.LearnConfig(metric=metric, start_after=0, **passes)
     settings = {"activated_layers": 2, "interval_steps": INTERVAL, "sampling": "balanced"}
     return lt.LisaConfig(learn=learn, **(settings | changes))
 

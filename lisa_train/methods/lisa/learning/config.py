@@ -87,6 +87,11 @@ class LearnConfig:
             object.__setattr__(self, "start_after", value)
         value = whole("lisa.learn.probe_every", self.probe_every, " of draws of at least 1", 1)
         object.__setattr__(self, "probe_every", value)
+        if self.metric != "probe" and value != LearnConfig.probe_every:
+            raise ConfigError(
+                f"lisa.learn.probe_every is {value} with metric={self.metric!r}, which makes no "
+                "measuring passes; set lisa.learn.metric to 'probe', or leave probe_every out."
+            )
         self._check_prior()
 
     def _check_strength(self) -> None:

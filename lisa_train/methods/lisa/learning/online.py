@@ -105,6 +105,12 @@ class Learning(NoLearning):
                 f"{settings.metric!r}: give two, of the halves of a batch, for 'signal', one for "
                 "'probe', and none otherwise."
             )
+        if self._probe is not None and settings.metric != "probe":
+            raise ConfigError(
+                "the engine got one function as `probe`, a pass of the model, and "
+                f"lisa.learn.metric is {settings.metric!r}, which would never call it; set the "
+                "metric to 'probe', or leave `probe` out."
+            )
         if settings.metric == "probe":
             if probe is None:
                 raise ConfigError(
@@ -205,6 +211,11 @@ def learning_of(
 ) -> NoLearning:
     """Return what learns by `config.learn`, or what learns nothing, see `Learning`."""
     if config.learn is None:
+        if probe is not None:
+            raise ConfigError(
+                "the engine got `probe` and lisa.learn is None, so that nothing is learned from "
+                "it; set lisa.learn, or leave `probe` out."
+            )
         return NoLearning()
     loses_state = POLICIES[config.optimizer_state].place == "nowhere"
     return Learning(model, config.learn, schedule, units, loses_state=loses_state, probe=probe)

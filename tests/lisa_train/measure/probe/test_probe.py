@@ -203,6 +203,13 @@ def test_it_stops_at_the_wanted_precision(tmp_path):
     assert 30 < taken[0.01] < 200
 
 
+def test_another_word_for_the_signal_is_refused(tmp_path):
+    """Any other word than exact had meant sketch."""
+    with pytest.raises(ConfigError, match=r"signal is 'Exact', but must be one of auto, exact"):
+        lt.probe(llama(), batches(1), tmp_path / "run", signal="Exact")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_it_refuses(tmp_path):
     model = llama()
     with pytest.raises(LisaError, match="no batch"):

@@ -44,6 +44,16 @@ def adamw(model, lr=1e-3):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_that_nothing_needs_are_said(make_llama, dtype):
+    model, said = make_llama(layers=2).to(dtype), []
+    with Lisa(model, adamw(model), CONFIG, on_notice=said.append):
+        pass
+    assert any("'fp32_active' and has no effect" in text for text in said) == (
+        dtype == torch.float32
+    )
+
+
 def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_is_exact_on_average():
     values = torch.cat([torch.randn(500), 1e-3 * torch.randn(500), torch.tensor([3.0e38, 1e-38])])
     below = (values.view(torch.int32) & -65536).view(torch.float32)  # towards zero

@@ -650,13 +650,17 @@ def test_a_file_of_whole_layers_gives_parts_the_probability_of_their_layer(tmp_p
         np.testing.assert_allclose(
             engine.inclusion_probabilities, np.repeat([0.4, 0.3, 0.2, 0.1], 2)
         )
-    loop = Loop(model, settings("half", probabilities=str(path), budget=0.125 * 4))
+    loop = Loop(
+        model, settings("half", probabilities=str(path), budget=0.125 * 4, activated_layers=2)
+    )
     with loop.engine() as engine:
         np.testing.assert_allclose(
             engine.inclusion_probabilities, np.repeat([0.8, 0.6, 0.4, 0.2], 2)
         )
     with pytest.raises(ProbabilitiesError, match=r"scaled to the budget, draws layer 0"):
-        Loop(model, settings("half", probabilities=str(path), budget=0.75)).engine()
+        Loop(
+            model, settings("half", probabilities=str(path), budget=0.75, activated_layers=2)
+        ).engine()
 
 
 @pytest.mark.parametrize(
@@ -664,6 +668,7 @@ def test_a_file_of_whole_layers_gives_parts_the_probability_of_their_layer(tmp_p
     [
         ({"by": "matrix"}, "lisa.by is 'matrix', but must be one of layer, half, module"),
         ({"by": "layer", "budget": 0.1}, "whole layers are drawn, of which activated_layers says"),
+        ({"budget": 0.1}, "lisa.activated_layers is 1, but lisa.budget is 0.1 and alone says how"),
         ({"budget": 1.5}, "lisa.budget is 1.5, but must be a number between 0 and 1"),
         ({"sampling": "systematic"}, "choose one of uniform, bernoulli, balanced"),
     ],
@@ -676,7 +681,7 @@ def test_settings_that_make_no_sense(changes, said):
 def test_budgets_and_models_that_make_no_sense(make_llama):
     model = make_llama(layers=4)
     with pytest.raises(ConfigError, match=r"less than model\.layers\.0\.mlp\.gate_proj alone"):
-        Loop(model, settings(budget=0.01)).engine()
+        Loop(model, settings(budget=0.01, activated_layers=2)).engine()
     with pytest.raises(ConfigError, match="nothing would ever rest"):
         Loop(model, settings(activated_layers=4)).engine()
     with pytest.raises(

@@ -19,7 +19,8 @@ LAYERS, K, INTERVAL, RATE = 5, 2, 3, 1e-2
 
 
 def config(metric="grad_rms", *, learner="ema", control="none", **changes):
-    learn = lt.LearnConfig(metric=metric, learner=learner, start_after=1, probe_every=2)
+    passes = {"probe_every": 2} if metric == "probe" else {}
+    learn = lt.LearnConfig(metric=metric, learner=learner, start_after=1, **passes)
     settings = {
         "activated_layers": K,
         "interval_steps": INTERVAL,
@@ -52,10 +53,12 @@ class Loop:
         self.layers = find_layers(model)
 
     def engine(self):
+        learns = self.settings.learn
+        passes = learns is not None and learns.metric == "probe"
         engine = Lisa(
             self.model, self.optimizer, self.settings, layer_map=self.layers,
             on_draw=self.draws.append, on_notice=self.said.append,
-            probe=lambda: backward(self.model, self.step),
+            probe=(lambda: backward(self.model, self.step)) if passes else None,
         )  # fmt: skip
         learn = engine._schedule.learn
         engine._schedule.learn = lambda step, values: (
@@ -472,6 +475,7 @@ def test_a_file_has_its_control_too(make_llama, tmp_path):
         (lambda: lt.LearnConfig(cap=0.5), "a number of at least 1"),
         (lambda: lt.LearnConfig(start_after=-1), "of draws of at least 0"),
         (lambda: lt.LearnConfig(probe_every=0), "of draws of at least 1"),
+        (lambda: lt.LearnConfig(probe_every=8), "'grad_rms', which makes no measuring passes"),
         (lambda: lt.LearnConfig(prior=(1.0, -1.0)), r"prior\[1\] is -1"),
         (lambda: lt.LearnConfig(prior=3), "or one number per layer"),
     ],
@@ -488,6 +492,12 @@ def test_what_leaves_nothing_to_learn_or_no_data_is_refused(make_llama):
         Lisa(model, optimizer, config(activated_layers=5))
     with pytest.raises(ConfigError, match="measuring passes need data"):
         Lisa(model, optimizer, config("probe"))
+    for metric in ("grad_rms", "signal"):
+        with pytest.raises(ConfigError, match=f"is {metric!r}, which would never call it"):
+            Lisa(model, optimizer, config(metric), probe=lambda: None)
+    for probe in (lambda: None, (lambda: None, lambda: None)):
+        with pytest.raises(ConfigError, match=r"lisa\.learn is None, so that nothing is learned"):
+            Lisa(model, optimizer, lt.LisaConfig(2, 3), probe=probe)
     wrong = lt.LisaConfig(2, sampling="balanced", learn=lt.LearnConfig(prior=(1.0, 2.0)))
     with pytest.raises(ProbabilitiesError, match="has 2 numbers for a model of 5 layers"):
         Lisa(model, optimizer, wrong)

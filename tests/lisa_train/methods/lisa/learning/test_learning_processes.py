@@ -44,7 +44,8 @@ def batch(step, rank, micro):
 
 def config(metric):
     name = "signal" if metric == "halves" else metric  # of the halves of a batch
-    learn = lt.LearnConfig(metric=name, start_after=0, probe_every=1)
+    passes = {"probe_every": 1} if metric == "probe" else {}
+    learn = lt.LearnConfig(metric=name, start_after=0, **passes)
     return lt.LisaConfig(2, 2, "balanced", learn=learn, control="permuted")
 
 
@@ -68,9 +69,8 @@ def train(model, wrapped, ranks, metric, *, stop=STEPS, saved=None, state=None):
         (sum(losses) / len(losses)).backward()
 
     settings = config(metric)
-    if metric == "halves":
-        probe = (probe, partial(probe, 1))
-    with Lisa(wrapped, optimizer, settings, seed=3, on_draw=draws.append, probe=probe) as engine:
+    given = {"halves": (probe, partial(probe, 1)), "probe": probe}.get(metric)
+    with Lisa(wrapped, optimizer, settings, seed=3, on_draw=draws.append, probe=given) as engine:
         if saved is not None:
             engine.load_state_dict(saved)
         learn = engine._schedule.learn

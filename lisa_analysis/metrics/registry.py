@@ -243,8 +243,8 @@ def find_metric(metric: Any, reference: Any = None) -> Metric:
     Raises
     ------
     LisaError
-        For an unknown id, what is no metric, or one that compares two runs when `reference` is
-        missing.
+        For an unknown id, what is no metric, one that compares two runs when `reference` is
+        missing, or any other when it is given.
     """
     if isinstance(metric, str):
         found = METRICS[metric]
@@ -261,7 +261,13 @@ def find_metric(metric: Any, reference: Any = None) -> Metric:
             f"importance takes one metric, an id or a function, got {_what(metric)}: choose one "
             f"of {', '.join(METRICS)}."
         )
-    if found.compares and reference is not None:
+    if reference is not None:
+        if not found.compares:
+            names = [name for name, known in METRICS.items() if known.compares]
+            raise LisaError(
+                f"importance metric {found.id!r} compares no two runs: leave reference= out, or "
+                f"choose one of {', '.join(names)}."
+            )
         return dataclasses.replace(found, reference=reference)
     if found.compares and found.reference is None:
         raise LisaError(

@@ -77,7 +77,7 @@ def sampling_probabilities(
     mix
         Share ε of uniform mixed in, so that no layer depends on its score alone.
     floor, cap
-        Bounds of π in units of k/L; never above 1.
+        Bounds of π in units of k/L; never above 1. A pool has neither them nor a mix.
     use_intervals
         Pull every score towards the others as far as its interval allows (Stich, Raj & Jaggi
         2017), with intervals that hold for all layers at once where the profile has them. False

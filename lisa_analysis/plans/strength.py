@@ -8,6 +8,7 @@ from typing import Any
 from lisa_analysis.contract.errors import ProbabilitiesError
 
 MOST = 16.0
+MIX, FLOOR, CAP = 0.25, 0.25, 4.0
 _POOL = re.compile(r"pool(?:=(\d+))?")
 
 
@@ -39,9 +40,9 @@ class Strength:
         cls,
         strength: Any,
         *,
-        mix: float = 0.25,
-        floor: float = 0.25,
-        cap: float = 4.0,
+        mix: float = MIX,
+        floor: float = FLOOR,
+        cap: float = CAP,
         gamma: float | None = None,
     ) -> "Strength":
         """Read a strength: a power from 0 to 16, ``"pool"``, or ``"pool=6"``.
@@ -54,14 +55,14 @@ class Strength:
         strength
             The number or the words.
         mix, floor, cap
-            What they are at a strength of 1 or less.
+            What they are at a strength of 1 or less; a pool has none of them.
         gamma
             A power that leaves mix, floor and cap as they are; takes the place of `strength`.
 
         Raises
         ------
         ProbabilitiesError
-            For what is no strength, or a value out of range.
+            For what is no strength, a value out of range, or one that has no effect beside another.
         """
         pool = None
         if isinstance(strength, str):
@@ -85,13 +86,20 @@ class Strength:
                     f"{name} is {value!r}: expected a number from {least:g} to {most:g}{words}."
                 )
         if pool is not None:
-            if gamma is not None:
+            bounds = {"mix": (mix, MIX), "floor": (floor, FLOOR), "cap": (cap, CAP)}
+            given = [(name, value) for name, (value, usual) in bounds.items() if value != usual]
+            for name, value in [("gamma", gamma)] * (gamma is not None) + given:
                 raise ProbabilitiesError(
-                    f"strength is {strength!r} and gamma {gamma!r}: a pool has no power on its "
-                    "scores; leave gamma out."
+                    f"strength is {strength!r} and {name} {value!r}: a pool has no {name}, its "
+                    f"layers share equally; leave {name} out."
                 )
             return cls(0.0, 0.0, 0.0, math.inf, pool)
         if gamma is not None:
+            if power != 1:
+                raise ProbabilitiesError(
+                    f"strength is {strength!r} and gamma {gamma!r}: both are the power on the "
+                    "scores; give one."
+                )
             return cls(float(gamma), float(mix), float(floor), float(cap))
         above = max(1.0, float(power))
         return cls(float(power), mix / above, floor / above, cap * above)

@@ -71,7 +71,8 @@ def importance(
     confidence
         Coverage of the intervals.
     reference
-        The full fine-tuning run, for the two metrics that compare a LoRA run with one.
+        The full fine-tuning run, for the two metrics that compare a LoRA run with one; refused
+        for any other.
     seed
         Of the bootstrap; the same run gives the same profile.
     thresholds

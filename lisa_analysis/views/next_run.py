@@ -1,5 +1,6 @@
 """What is asked of the next run: one object for probabilities, strengths and other tools' files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class AskedExport:
         {'r': 8, 'target_modules': 'q_proj+v_proj'}
         """
         from lisa_analysis.plans.exports import EXPORTS
+        from lisa_analysis.plans.exports.registry import SHARED
 
         words, colon, path = text.partition(":")
         kind, *pairs = words.split(",")
@@ -47,12 +49,26 @@ class AskedExport:
             raise LisaError(
                 f"--export has the kind {kind!r}: expected one of {known}." + suggest(kind, EXPORTS)
             )
-        options = {}
+        options: dict[str, Any] = {}
         for pair in pairs:
             name, equals, value = pair.partition("=")
             if not equals:
                 raise LisaError(f"--export has {pair!r} after the kind: expected OPTION=VALUE.")
+            if name in options:
+                raise LisaError(f"--export has the option {name!r} twice: give one of them.")
+            if name in SHARED:
+                raise LisaError(
+                    f"--export has the option {name!r}, which is one of the whole command: see "
+                    "--strength, --control, --control-seed and --ignore-intervals."
+                )
             options[name] = _value(value)
+        # Only of the last part of a path: folders of sweeps are called 'lr=0.1,seed=2'.
+        late = re.search(r",(\w+)=[^/]*$", path)
+        if late and late[1] in (*EXPORTS[kind].options, *SHARED):
+            raise LisaError(
+                f"--export has the option {late[1]!r} after the file: options stand before the "
+                f"colon, as --export {kind}{late[0]}:{path[: late.start()]}."
+            )
         return cls(kind, Path(path), options)
 
 

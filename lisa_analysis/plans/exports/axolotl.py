@@ -30,4 +30,5 @@ def make_axolotl(plan: Plan, *, layers: int | None = None, groups: str = "") -> 
     expressions = [f"^{name}." for name in names]
     expressions += [f"^{name}$" for name in tensors_outside(plan, groups)]
     said = f"{len(names)} of {len(chosen)} layers train: {joined(names)}."
-    return Content({"unfrozen_parameters": expressions}, (said,), chosen.astype(int))
+    notes = (said, *plan.strength_words)
+    return Content({"unfrozen_parameters": expressions}, notes, chosen.astype(int))

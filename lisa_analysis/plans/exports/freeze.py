@@ -32,4 +32,4 @@ def make_freeze(plan: Plan, *, layers: int | None = None) -> Content:
                 layer is not None and bool(rows[layer]) for _, layer in plan.model.tensors
             )
     said = f"{chosen.sum()} of {len(chosen)} layers train: {joined(plan.names(chosen))}."
-    return Content(values, (said,), chosen.astype(int), facts)
+    return Content(values, (said, *plan.strength_words), chosen.astype(int), facts)

@@ -18,7 +18,7 @@ def make_llamafactory(
     *,
     layers: int | None = None,
     method: str = "auto",
-    lora_rank: int = 16,
+    lora_rank: int | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> Content:
     """Write freeze tuning where the chosen layers are the first or last ones, else LoRA targets.
@@ -33,12 +33,22 @@ def make_llamafactory(
     layers
         How many of the best train; None takes those that stand above the mean.
     method
-        ``freeze``, ``lora``, or ``auto``: freeze where it can say it.
+        ``freeze``, ``lora``, or ``auto``: LoRA where one of its options is given, else freeze
+        where it can say it.
     lora_rank, target_modules
-        Of LoRA; None takes every matrix of attention and feed-forward parts, and needs the run.
+        Of LoRA; None takes 16, and every matrix of attention and feed-forward parts, and needs the
+        run.
     """
     if method not in ("auto", "freeze", "lora"):
         raise LisaError(f"method is {method!r}: expected auto, freeze or lora.")
+    of_lora = {"lora_rank": lora_rank, "target_modules": target_modules}
+    given = [name for name, value in of_lora.items() if value is not None]
+    if given and method == "freeze":
+        raise LisaError(
+            f"{' and '.join(given)} of LoRA cannot be had with method=freeze: use method=lora."
+        )
+    if lora_rank is not None and not (type(lora_rank) is int and lora_rank >= 1):
+        raise LisaError(f"lora_rank is {lora_rank!r}: expected a whole number of at least 1.")
     chosen = plan.chosen(layers)
     number = _from_an_end(plan, chosen)
     names = joined(plan.names(chosen))
@@ -49,13 +59,13 @@ def make_llamafactory(
             f"the chosen ones are {names}: use method=lora, or the export 'axolotl'."
         )
     values: dict[str, Any]
-    if number is not None and method != "lora":
+    if number is not None and method != "lora" and not given:
         values = {
             "finetuning_type": "freeze",
             "freeze_trainable_layers": number,
             "freeze_trainable_modules": "all",
         }
-        return Content(values, (said,), chosen.astype(int))
+        return Content(values, (said, *plan.strength_words), chosen.astype(int))
     leaves = plan.modules_of(target_modules)
     if plan.model is None:
         raise LisaError(
@@ -67,8 +77,13 @@ def make_llamafactory(
         for module in plan.model.inside
         if chosen[module.layer] and module.leaf in leaves
     ]
-    values = {"finetuning_type": "lora", "lora_rank": lora_rank, "lora_target": ",".join(targets)}
-    return Content(values, (said, "LoRA on their modules, by name."), chosen.astype(int))
+    values = {
+        "finetuning_type": "lora",
+        "lora_rank": 16 if lora_rank is None else lora_rank,
+        "lora_target": ",".join(targets),
+    }
+    notes = (said, "LoRA on their modules, by name.", *plan.strength_words)
+    return Content(values, notes, chosen.astype(int))
 
 
 def _from_an_end(plan: Plan, chosen: NDArray[np.bool_]) -> int | None:

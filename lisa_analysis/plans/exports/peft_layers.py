@@ -45,6 +45,7 @@ def make_peft_layers(
     }
     facts = {}
     notes = [f"Adapters in {chosen.sum()} of {len(chosen)} layers: {joined(plan.names(chosen))}."]
+    notes += plan.strength_words
     if plan.model is not None:
         facts["trained_parameters"] = sum(r * m.per_rank for m in matched(plan.model, values))
         notes.append(f"{facts['trained_parameters']:,} trained parameters.")

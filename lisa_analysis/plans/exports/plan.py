@@ -134,7 +134,8 @@ class Plan:
         Raises
         ------
         ProbabilitiesError
-            When none does, or fewer layers are known than asked for.
+            When none does, fewer layers are known than asked for, or the strength says another
+            number: of a pool its own, of 0 all.
         """
         if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int)):
             raise ProbabilitiesError(f"layers is {layers!r}: expected a whole number.")
@@ -143,15 +144,26 @@ class Plan:
                 f"layers is {layers}: expected a number from 1 to {len(self.layers)}."
             )
         pool = self.strength if isinstance(self.strength, str) else None
-        if layers is not None and pool is not None:
-            raise ProbabilitiesError(
-                f"layers is {layers} and strength {pool!r}: both say how many; give one."
-            )
-        if self.undecided:
+        if layers is not None and (pool is not None or self.strength == 0):
+            said = "strength 0, which is all of them" if pool is None else f"strength {pool!r}"
+            raise ProbabilitiesError(f"layers is {layers} and {said}: both say how many; give one.")
+        if self.undecided or self.strength == 0:
             return np.ones(len(self.layers), dtype=bool)
-        # A power chooses no layers: which ones are the best does not depend on it.
+        # Any other power chooses no layers: which are the best does not depend on it.
         chosen = pool or ("pool" if layers is None else f"pool={layers}")
         return np.asarray(self._stages(chosen, 1.0, float("inf")).pi > 0)
+
+    @property
+    def strength_words(self) -> tuple[str, ...]:
+        """What a number as strength means for a choice of layers; empty for the usual one."""
+        if self.undecided or isinstance(self.strength, str) or self.strength in (None, 1):
+            return ()
+        if self.strength == 0:
+            return ("A strength of 0 is uniform: all layers.",)
+        return (
+            f"A strength of {self.strength:g} changes nothing here: which layers are the best does "
+            "not depend on it, and how many is said by layers or a pool.",
+        )
 
     def _stages(self, strength: float | str, mean: float, most: float) -> Stages:
         return multiples_from_scores(

@@ -78,7 +78,8 @@ EXPORTS: dict[str, Exporter] = {}
 """Exports by their kind."""
 
 _Make = TypeVar("_Make", bound=Callable[..., Content])
-_SHARED = ("run", "strength", "control", "seed", "use_intervals")
+SHARED = ("run", "strength", "control", "seed", "use_intervals")
+"""Options that all kinds take."""
 
 
 def exporter(
@@ -184,10 +185,10 @@ def export(profile: "ImportanceProfile", kind: str, **options: Any) -> Export:
             + suggest(str(kind), EXPORTS)
         )
     chosen = EXPORTS[kind]
-    shared = {name: options.pop(name) for name in _SHARED if name in options}
+    shared = {name: options.pop(name) for name in SHARED if name in options}
     for name in options:
         if name not in chosen.options:
-            known = (*chosen.options, *_SHARED)
+            known = (*chosen.options, *SHARED)
             raise LisaError(
                 f"export {kind!r} has no option {name!r}: expected {', '.join(known)}."
                 + suggest(name, known)

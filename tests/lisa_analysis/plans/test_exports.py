@@ -121,10 +121,45 @@ class TestChoice:
         assert by_layers.values == by_strength.values
         assert by_layers.values["train"]["layers"] == [9, 10, 11]
 
-    def test_a_power_chooses_no_layers(self, known):
-        for strength in (0, 2.0):
-            made = la.export(known, "freeze", layers=3, strength=strength)
-            assert made.values["train"]["layers"] == [9, 10, 11]
+    CHOOSING = ("freeze", "axolotl", "llamafactory", "peft-layers")
+
+    def options(self, kind, **more):
+        return more | ({"target_modules": "q_proj"} if kind == "peft-layers" else {})
+
+    @pytest.mark.parametrize("kind", CHOOSING)
+    def test_a_power_chooses_no_layers_and_the_file_says_so(self, known, kind):
+        for how in ({"layers": 3}, {}):
+            plain = la.export(known, kind, **self.options(kind, **how))
+            usual = la.export(known, kind, strength=1, **self.options(kind, **how))
+            made = la.export(known, kind, strength=2.0, **self.options(kind, **how))
+            assert made.values == usual.values == plain.values
+            assert usual.statement == plain.statement
+            assert "A strength of 2 changes nothing here" in made.statement
+            assert "changes nothing here" in made.provenance["statement"]
+
+    @pytest.mark.parametrize("kind", CHOOSING)
+    def test_a_strength_of_0_is_all_layers(self, known, kind):
+        made = la.export(known, kind, strength=0, **self.options(kind))
+        assert made.provenance["shares"] == [1] * 12
+        assert made.statement.endswith("A strength of 0 is uniform: all layers.")
+        with pytest.raises(LisaError, match="layers is 3 and strength 0, which is all of them"):
+            la.export(known, kind, strength="0", **self.options(kind, layers=3))
+
+    def test_llama_factory_takes_lora_where_its_options_are_given(self, make_run):
+        run = make_run(profile=np.exp(X), steps=200)
+        profile = la.importance(run)
+        assert la.export(profile, "llamafactory", layers=2).values["finetuning_type"] == "freeze"
+        for lora, rank, names in (
+            ({"lora_rank": 32}, 32, ("q_proj", "down_proj")),
+            ({"target_modules": "q_proj"}, 16, ("q_proj",)),
+        ):
+            values = la.export(profile, "llamafactory", layers=2, run=run, **lora).values
+            assert (values["finetuning_type"], values["lora_rank"]) == ("lora", rank)
+            targets = values["lora_target"].split(",")
+            assert {t.rsplit(".", 1)[-1] for t in targets} == set(names)
+            assert len(targets) == 2 * len(names)
+            with pytest.raises(LisaError, match=rf"{next(iter(lora))} of LoRA cannot be had"):
+                la.export(profile, "llamafactory", layers=2, method="freeze", **lora)
 
     def test_a_reversed_control_takes_the_worst(self, known):
         made = la.export(known, "freeze", layers=3, control="reversed")
@@ -154,6 +189,8 @@ class TestChoice:
             ("axolotl", {"groups": "embd"}, "Did you mean 'embed'"),
             ("axolotl", {"groups": "embed"}, "give run="),
             ("llamafactory", {"method": "full"}, "method is 'full'"),
+            ("llamafactory", {"lora_rank": 0}, "lora_rank is 0"),
+            ("llamafactory", {"lora_rank": "x"}, "lora_rank is 'x'"),
             ("lr", {"head": -1}, "head is -1"),
             ("mergekit", {"mean": 1.0}, "mean is 1.0"),
             ("mergekit", {"method": "linear"}, "method is 'linear'"),

@@ -188,6 +188,14 @@ class TestStrength:
         with pytest.raises(ProbabilitiesError, match="leave gamma out"):
             Strength.of("pool", gamma=2.0)
 
+    @pytest.mark.parametrize("name", ["mix", "floor", "cap"])
+    def test_what_has_no_effect_is_refused(self, name):
+        for strength in ("pool", "pool=6"):
+            with pytest.raises(ProbabilitiesError, match=f"a pool has no {name}, .*leave {name}"):
+                Strength.of(strength, **{name: 1.0})
+        with pytest.raises(ProbabilitiesError, match=r"strength is 4 and gamma 2\.0: both are"):
+            Strength.of(4, gamma=2.0)
+
 
 class TestPool:
     def test_the_layers_above_the_mean_share_k(self):

@@ -134,6 +134,14 @@ class TestDefinitions:
         dw = self.norm(full, "delta_norm")[-1]
         assert repaired == pytest.approx(ba / dw, rel=1e-5)
 
+    def test_a_reference_of_a_metric_that_compares_nothing_is_refused(self, make_run):
+        run, full = (make_run(steps=5, seed=seed) for seed in (1, 2))
+        for metric in ("grad_rms", None, lambda data: data.table["grad_norm"]):
+            with pytest.raises(LisaError, match=r"compares no two runs: .*lisa_ratio, lisa_delta"):
+                la.importance(run, metric, reference=full)
+        with pytest.raises(LisaError, match="'grad_rms' compares no two runs"):
+            la.importance([run, full], reference=full.path)
+
     def test_ratios_need_a_reference_of_the_same_model(self, make_run):
         lora = make_run(method="lora", steps=5)
         with pytest.raises(LisaError, match="reference="):

@@ -14,6 +14,7 @@ import pytest
 import lisa_analysis as la
 from lisa_analysis.rundir.opening import runs_at
 from lisa_analysis.views.cli import main
+from lisa_analysis.views.next_run import AskedExport
 from lisa_analysis.views.terminal import bar
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden-run"
@@ -178,6 +179,11 @@ def test_strength_and_control_reach_the_file_the_report_and_the_screen(
     assert "What each strength would give" not in report.read_text(encoding="utf-8")
 
 
+def test_commas_in_the_name_of_a_file_are_part_of_it() -> None:
+    for path in ("sweep/layers=3,layers=4/f.json", "a,b.json", "lr=0.1,seed-2.json"):
+        assert AskedExport.read(f"freeze,layers=3:{path}").path == Path(path)
+
+
 def test_a_seed_without_a_control_is_refused(
     golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +284,10 @@ def test_fail_on_sets_the_exit_code(level: str, code: int, golden: Path) -> None
         (["{run}", "--export", "peftrank:f"], "Did you mean 'peft-rank'"),
         (["{run}", "--export", "lr,head:f"], "expected OPTION=VALUE"),
         (["{run}", "--export", "lr,heads=1:f"], "Did you mean 'head'"),
+        (["{run}", "--export", "lr,head=1,head=2:f"], "the option 'head' twice"),
+        (["{run}", "--export", "lr,strength=2:f"], "is one of the whole command: see --strength"),
+        (["{run}", "--export", "freeze:f.json,layers=3"], "--export freeze,layers=3:f.json."),
+        (["{run}", "--export", "freeze:f.json,strength=3"], "'strength' after the file"),
         (["{run}", "--export", "freeze,layers=9:{tmp}/f"], "layers is 9"),
         (["{run}", "--export", "lr:{tmp}/no/such/f"], "no/such"),
         (["{run}", "--strength", "pool=1", "--ignore-intervals"], "activated_layers is 2"),

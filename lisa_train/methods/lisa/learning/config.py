@@ -6,12 +6,13 @@ from os import PathLike, fspath
 from typing import Any, Literal, get_args
 
 from lisa_analysis.contract.errors import ConfigError, ProbabilitiesError
-from lisa_analysis.plans.strength import Strength
+from lisa_analysis.plans.strength import CAP, FLOOR, MIX, Strength
 from lisa_train.checks import one_of, real, whole
 
 LearnMetric = Literal["grad_rms", "l1_descent", "descent", "signal", "probe"]
 LearnerName = Literal["ema", "kl"]
 PRIORS = ("uniform", "depth")
+_POOL_HAS_NO = {"mix": MIX, "floor": FLOOR, "cap": CAP}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class LearnConfig:
     memory
         Weight of a new visit in the running mean of its layer, above 0 and at most 1.
     mix
-        Share of uniform in π.
+        Share of uniform in π; not of a pool.
     floor, cap
-        Bounds of π in units of k/L; π never exceeds 1.
+        Bounds of π in units of k/L; π never exceeds 1. Not of a pool.
     prior
         Scores of layers that were not seen, and one visit's worth of evidence of the others:
         ``uniform``, ``depth`` (falls evenly from the first layer to half of it in the last), the
@@ -60,9 +61,9 @@ class LearnConfig:
     learner: LearnerName = "ema"
     strength: float | str = 1.0
     memory: float = 0.3
-    mix: float = 0.25
-    floor: float = 0.25
-    cap: float = 4.0
+    mix: float = MIX
+    floor: float = FLOOR
+    cap: float = CAP
     prior: str | tuple[float, ...] = "uniform"
     start_after: int | None = None
     probe_every: int = 4
@@ -116,6 +117,12 @@ class LearnConfig:
                 "drawn layers alone: a pool never draws the others again, so that nothing could "
                 "be learned of them; set the metric to 'probe', which measures all, or make a pool "
                 "from a finished run, with lisa-analyze."
+            )
+        elif given := [n for n, usual in _POOL_HAS_NO.items() if getattr(self, n) != usual]:
+            raise ConfigError(
+                f"lisa.learn.{given[0]} is {getattr(self, given[0])!r} with "
+                f"strength={self.strength!r}: a pool has no {given[0]}, its layers share equally; "
+                f"leave {given[0]} out."
             )
 
     def _check_learner(self) -> None:

@@ -42,7 +42,8 @@ another trainer (trainer_state.json, TensorBoard, trackio).
 
   -o FILE                  the report (report.html in RUN_DIR)
   --json FILE              everything machine-readable
-  --metric NAME            importance metric (grad_rms)
+  --metric NAME            importance metric (of a run grad_rms, of a probe
+                           grad_signal)
   --base DIR               the model before, for weights alone
   --probabilities FILE     how often LISA shall draw each layer next time
   --activated-layers K     ... for K layers at a time
@@ -85,7 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         "several; of weights NAME-report.html here)",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything machine-readable")
-    parser.add_argument("--metric", metavar="NAME", help="importance metric (default: grad_rms)")
+    parser.add_argument(
+        "--metric", metavar="NAME",
+        help="importance metric (default: of a run grad_rms, of a probe grad_signal; of weights "
+        "alone delta_rel, without their base delta_norm, of a model by itself base_norm)",
+    )  # fmt: skip
     parser.add_argument(
         "--fail-on", choices=("never", "warn", "fail"), default="never",
         help="exit with 1 when a finding is at least this bad (default: never)",

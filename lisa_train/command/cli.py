@@ -41,7 +41,8 @@ NO_DATA = ""
 _SWITCHES = {
     "--resume": "continue the run in --output_dir, or that of --config RUN_DIR/config.yaml",
     "--version": "print the version of this package",
-    "--estimate": "train nothing: print the memory of every method, from config.json alone",
+    "--estimate": "train nothing: print the memory as configured, and of full, LoRA and LISA "
+    "beside it, from config.json alone",
     "--quiet": "print the run directory and errors alone (-q)",
     "--verbose": "print what the libraries say, and the traceback of what is refused (-v)",
     "--schema": "print the JSON schema of a configuration file, for editors",

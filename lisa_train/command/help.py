@@ -75,12 +75,14 @@ Next: lisa-analyze RUN_DIR"""
 _ESTIMATE = """\
 usage: lisa-train estimate --model_name_or_path M [--memory 24GB,80GB] [...]
 
-Predict the memory of a step of every method, from config.json alone: no weights
-are read, nothing is trained, no data is needed. What it depends on:
+Predict the memory of a step as configured, and of full fine-tuning, LoRA and
+LISA beside it, from config.json alone: no weights are read, nothing is trained,
+no data is needed. What it depends on:
   --model_name_or_path M   folder of a saved model, or a hub id
   --config NAME, --method  what the row "as configured" is of
-  --per_device_train_batch_size N, --max_length N   sequences and their tokens
-  --dtype, --attn_implementation, --optim, --bf16   precision and optimizer
+  --per_device_train_batch_size N, --max_length N   sequences (8), tokens (1024)
+  --dtype (float32), --bf16, --attn_implementation, --optim
+                                                    precision and optimizer
   --gradient_checkpointing                          less kept, computed twice
   --memory SIZE[,SIZE]     cards to hold it against, as 24GB or 80GiB
 Every setting of a training is understood (--help memory, --help lisa).

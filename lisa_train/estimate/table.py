@@ -90,6 +90,8 @@ def _legend(rows: dict[str, MemoryEstimate]) -> str:
         f"{CONTEXT_BYTES / 1e9:g} GB for the CUDA context and workspaces + {FRAGMENTATION:.0%} of",
         "gradients and activations for fragmentation (assumed, not measured).",
     ]
+    if any("E+H" in name for name in rows):
+        lines.append("LISA: E+H embedding and head (and norm), always; 2L two layers at a time.")
     drawn = {name: e for name, e in rows.items() if e.mean != e.total}
     if drawn:
         means = ", ".join(f"{name} {e.mean / 1e9:.2f}" for name, e in drawn.items())

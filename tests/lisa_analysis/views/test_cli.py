@@ -344,6 +344,21 @@ def test_it_also_runs_as_a_module_and_says_what_it_takes() -> None:
         assert option in done.stdout
 
 
+def test_help_names_the_metric_that_each_kind_of_log_is_profiled_by(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    first = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help", "all"])
+    whole = capsys.readouterr().out
+    assert "grad_rms" in first
+    assert "grad_signal" in first
+    for metric in ("grad_rms", "grad_signal", "delta_rel", "delta_norm", "base_norm"):
+        assert metric in whole
+
+
 @pytest.mark.parametrize(
     ("share", "drawn"), [(0, ""), (1, "█" * 24), (0.5, "█" * 12), (1 / 192, "▏"), (-1, "")]
 )

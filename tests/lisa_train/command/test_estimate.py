@@ -41,6 +41,7 @@ def test_the_table_needs_a_configuration_only(folder, capsys):
     rows = out[3 : 3 + len(METHODS)]
     assert [row[: len(name)] for row, name in zip(rows, METHODS, strict=True)] == METHODS
     assert all(row.split()[-2:] == ["fits", "fits"] for row in rows[-1:])
+    assert any("E+H embedding and head" in line and "2L two layers" in line for line in out)
 
 
 def test_the_configured_row_is_what_the_command_line_says(folder, capsys):

@@ -112,6 +112,11 @@ def test_estimate_has_a_screen_of_its_own() -> None:
     assert max(map(len, screen.splitlines())) <= WIDTH
     known = {field.name for field in dataclasses.fields(TrainConfig)} | {"memory", "config", "help"}
     assert set(re.findall(r"--(\w+)", screen)) <= known
+    config = TrainConfig(model_name_or_path="m", dataset_name="d")
+    for default in (config.per_device_train_batch_size, config.max_length, config.dtype):
+        assert f"({default})" in screen
+    for text in (screen, shown(main, "--help", "all")):
+        assert "of every method, from" not in " ".join(text.split())  # IA³, select, … have no row
 
 
 def test_estimate_is_a_word(tmp_path: Path) -> None:

@@ -104,9 +104,7 @@ class Environment:
 def with_validation(name: str, folder: Path, work: Path, rows: int, *, mixed: bool = False) -> Path:
     """Return a copy of a data folder some of whose training rows are a `validation` split.
 
-    The folder has `train` and `test` as lines of JSON, as Parquet, or as folders of sounds. Beside
-    the copy stands another one that holds nothing but what rates are chosen on, under the names of
-    both splits, see `tuning_data`.
+    The folder has `train` and `test` as lines of JSON, as Parquet, or as folders of sounds.
 
     Parameters
     ----------
@@ -118,21 +116,18 @@ def with_validation(name: str, folder: Path, work: Path, rows: int, *, mixed: bo
         Draw them from all training rows, and put the test rows in an order of chance: WordNet goes
         by subject, so that its last rows, or its first ones, are of few. Without it the last rows.
     """
-    found, tuning = work / name, work / f"{name}-tuning"
+    found = work / name
     if (found / "whole").exists():
         return found
-    for made in (found, tuning):
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir(parents=True)
+    shutil.rmtree(found, ignore_errors=True)
+    found.mkdir(parents=True)
     if (folder / "train.jsonl").exists():
         _split_lines(folder, found, rows, mixed)
-        suffix = ".jsonl"
     elif (folder / "train.parquet").exists():
         table = pq.read_table(folder / "train.parquet")
         pq.write_table(table[:-rows], found / "train.parquet")
         pq.write_table(table[-rows:], found / "validation.parquet")
         shutil.copy(folder / "test.parquet", found)
-        suffix = ".parquet"
     else:
         head, *lines = (folder / "train/metadata.csv").read_text(encoding="utf-8").splitlines()
         for split, part in (("train", lines[:-rows]), ("validation", lines[-rows:])):
@@ -141,17 +136,8 @@ def with_validation(name: str, folder: Path, work: Path, rows: int, *, mixed: bo
             for line in part:
                 shutil.copy(folder / "train" / line.split(",")[0], found / split)
         shutil.copytree(folder / "test", found / "test")
-        suffix = ""
-    copy = shutil.copy if suffix else shutil.copytree
-    for split in ("train", "validation", "test"):
-        copy(found / f"validation{suffix}", tuning / f"{split}{suffix}")
     (found / "whole").touch()  # a copy that was cut short is made again
     return found
-
-
-def tuning_data(name: str, work: Path) -> Path:
-    """Return the folder of what rates are chosen on, which `with_validation` makes."""
-    return work / f"{name}-tuning"
 
 
 def _split_lines(folder: Path, found: Path, rows: int, mixed: bool) -> None:

@@ -107,8 +107,6 @@ class Arms:
 
     def source(self, kind: str, seed: int) -> str:
         """Return the name of the run that a profile of this kind is read from."""
-        if kind == "ablation":
-            return self.run_name("lora-everything", seed)
         return self.run_name(f"source-{kind}", seed)  # `pilot` is the name of an arm
 
     def run_name(self, arm: str, seed: int) -> str:

@@ -140,7 +140,7 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
             if name != "uniform" and not losses and name.endswith("-placebo"):
                 continue  # of an arm that is not the best: not in the design
             row = {"environment": plan.environment.name, "arm": name}
-            row |= _against(losses, uniform, "uniform") | _score(plan, name)
+            row |= _against(losses, uniform, "the other") | _score(plan, name)
             same = sum(losses[s] == uniform[s] for s in set(losses) & set(uniform))
             if same and name != "uniform":
                 row["arm"] = f"{name} ({same} of {len(losses)} seeds are uniform)"
@@ -148,7 +148,7 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
             placebo = f"{name}-placebo"
             if placebo in named and (given := losses_of(plan, named[placebo])):
                 row = {"environment": plan.environment.name, "arm": f"{name} less its placebo"}
-                row |= _against(losses, given, "uniform") | {"accuracy or WER": ""}
+                row |= _against(losses, given, "the other") | {"accuracy or WER": ""}
                 row["accuracy or WER, less uniform (95 %)"] = ""
                 rows.append({**row, "primary": False})
     return rows

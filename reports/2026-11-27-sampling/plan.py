@@ -7,7 +7,7 @@ from pathlib import Path
 import rates
 from arms import LEARNED, TUNING, Arm, Arms, held_out_loss
 from cells import Cell
-from environments import RATES, Environment, tuning_data
+from environments import RATES, Environment
 from seconds import FEW, TIMED, steps_left
 
 import lisa_analysis as la
@@ -17,6 +17,7 @@ PROBED = 16  # batches of a probe
 COURSE = 2  # evaluations of a run whose course is read
 LONGER = 4  # times the steps, for the primary contrasts of some environments
 LONGER_SEEDS = (1, 2, 3)
+ABLATED = ("--max_examples", "64", "--general", "none")
 IF_BEST = ("default-placebo", "pilot-placebo", "ablation-placebo")  # else not in the design
 SHORTER = ("strong",)  # run anew with the time that their source leaves, beside the best learned
 PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
@@ -211,10 +212,7 @@ class Plan:
             ]
 
         after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
-        ablated = None
-        if arm.name == "lora-everything" and rate is None and self.environment.whole:
-            ablated = self._ablated
-        return Cell(name, words, after, ablated)
+        return Cell(name, words, after)
 
     def timed(self, arm: Arm) -> Cell:
         """Return a short run of an arm for its seconds, to be made alone on an idle machine."""
@@ -229,13 +227,7 @@ class Plan:
 
         after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
         name = f"{self.environment.name}/timed/{arm.name}"
-        return Cell(name, words, after, self._ablated if arm.name == "lora-everything" else None)
-
-    @property
-    def _ablated(self) -> tuple[str, ...]:
-        """Words of `lisa-ablate`: on what rates are chosen on, for the outcome is of the others."""
-        data = tuning_data(self.environment.name, self._given.work / "data")
-        return ("--max_examples", "64", "--general", "none", "--data", str(data))
+        return Cell(name, words, after, ABLATED if arm.name == "lora-everything" else None)
 
     def timed_probe(self) -> Cell:
         """Return a probe made alone on an idle machine."""
@@ -248,10 +240,13 @@ class Plan:
         ``start`` is of no profile: it has the loss before the first step, which all arms of a seed
         share, in a run of its own, since evaluating draws from the generator of dropout.
         """
-        if kind == "ablation":
-            return self.cell(self.arms["lora-everything"], seed)
 
         def words() -> list[str]:
+            if kind == "ablation":  # of examples that are no arm's outcome
+                arm = self.arms["lora-everything"]
+                return [*self._common("validation", seed, steps=self.environment.steps),
+                        f"--learning_rate={self.rate(arm.family):.6g}",
+                        *arm.words(seed)]  # fmt: skip
             if kind == "start":
                 return [*self._common("test", seed, steps=1), "--method=full",
                         "--eval_on_start=true", "--learning_rate=1e-6"]  # fmt: skip
@@ -264,7 +259,8 @@ class Plan:
                 f"--learning_rate={self.rate('full'):.6g}",
             ]  # fmt: skip
 
-        return Cell(self._given.source(kind, seed), words)
+        ablated = ABLATED if kind == "ablation" else None
+        return Cell(self._given.source(kind, seed), words, ablated=ablated)
 
     def _common(
         self,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from plan import Plan
 
 TIMED = 48  # steps of a run that is timed; what the first half takes is not counted
-FEW = 16  # examples of its evaluations, which mark the halves
+FEW = 64  # examples of its evaluations, which mark the halves, and of an ablation
 
 
 def step_seconds(plan: "Plan", arm: Arm) -> float | None:

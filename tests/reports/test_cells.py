@@ -279,9 +279,12 @@ class TestSampling:
         plan, _ = plan
         monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
         source = plan.source("ablation", 2)
-        assert source.name == "pos/lora-everything/s2"
-        words = list(source.ablated)
-        assert Path(words[words.index("--data") + 1]).name == "pos-tuning"
+        assert source.name == "pos/source-ablation/s2"
+        assert source.ablated is not None
+        monkeypatch.setattr(plan, "_common", lambda split, *given, **settings: [split])
+        assert source.words()[0] == "validation"
+        assert plan.cell(plan.arms["lora-everything"], 2).words()[0] == "test"
+        assert plan.cell(plan.arms["lora-everything"], 2).ablated is None
 
 
 class TestData:
@@ -305,9 +308,6 @@ class TestData:
         assert chosen != read(folder, "train")[-10:]
         assert sorted(read(mixed, "test")) == sorted(read(folder, "test"))
         assert read(mixed, "test") != read(folder, "test")
-        tuning = environments.tuning_data("mixed", tmp_path)
-        for split in ("train", "validation", "test"):
-            assert read(tuning, split) == chosen
         # Whole once, whatever becomes of the source.
         (folder / "train.jsonl").unlink()
         assert environments.with_validation("mixed", folder, tmp_path, 10, mixed=True) == mixed

@@ -276,7 +276,7 @@ class Arms:
         arms = [
             Arm("uniform", "mild", lambda seed: lisa(), primary=True),
             Arm("iid", "mild", lambda seed: lisa(sampling="uniform")),
-            Arm("reset", "mild", lambda seed: [w.replace("=keep", "=reset") for w in lisa()]),
+            Arm("reset", "mild", lambda seed: lisa(state="reset")),
             Arm("online", "strong", self._online, primary=True),
             Arm("online-placebo", "strong", lambda s: [*self._online(s), placebo], primary=True),
             Arm("reversed", "strong", of("probe", SHARP, "reversed"), ("probe",)),
@@ -287,11 +287,11 @@ class Arms:
             arms.append(Arm(f"{name}-placebo", family, words, (kind,), primary))
         return arms
 
-    def _drawn(self, *words: str, sampling: str = "balanced") -> list[str]:
+    def _drawn(self, *words: str, sampling: str = "balanced", state: str = "keep") -> list[str]:
         return [
             "--method=lisa", f"--lisa.activated_layers={self.environment.drawn}",
             f"--lisa.interval_steps={self.environment.interval}",
-            f"--lisa.sampling={sampling}", "--lisa.optimizer_state=keep", *words,
+            f"--lisa.sampling={sampling}", f"--lisa.optimizer_state={state}", *words,
         ]  # fmt: skip
 
     def _learning(self) -> list[Arm]:

@@ -43,11 +43,23 @@ def named(only: str | None, known: Sequence[str]) -> list[str]:
 def run_plans(
     plans: Sequence[Planned], kept: Path, work: Path, jobs: int, minutes: float | None
 ) -> None:
-    """Run what is missing of each plan; a rate that is found makes new runs known."""
+    """Run what is missing of each plan; a rate that is found makes new runs known.
+
+    Raises
+    ------
+    LisaError
+        When runs of some plans fail; the other plans are gone through first.
+    """
     begun = time.monotonic()
+    failed = []
     for plan in plans:
-        while any(not (kept / cell.name).exists() for cell in plan.cells()):
-            left = None if minutes is None else 60 * minutes - (time.monotonic() - begun)
-            if left is not None and left <= 0:
-                return
-            run_cells(plan.cells(), kept, work, jobs=jobs, seconds=left)
+        try:
+            while any(not (kept / cell.name).exists() for cell in plan.cells()):
+                left = None if minutes is None else 60 * minutes - (time.monotonic() - begun)
+                if left is not None and left <= 0:
+                    break
+                run_cells(plan.cells(), kept, work, jobs=jobs, seconds=left)
+        except LisaError as error:
+            failed.append(str(error))
+    if failed:
+        raise LisaError("\n".join(failed))

@@ -143,6 +143,25 @@ def test_cells_run_once_after_their_sources_and_a_failed_one_ends_no_other(
     assert len(said) == 4  # nothing was run again
 
 
+def test_a_plan_that_fails_ends_no_other(cells, trained, tmp_path):
+    commands = module(REPORTS / "commands.py")
+    _, words = trained
+
+    class Of:
+        def __init__(self, name, *more):
+            self.cell = cells.Cell(f"{name}/first/s1", lambda: [*words, *more])
+
+        def cells(self):
+            return [self.cell]
+
+    kept = tmp_path / "study" / "runs"
+    plans = [Of("a", "--learning_rate=-1"), Of("b"), Of("c", "--max_steps=0.5")]
+    with pytest.raises(LisaError, match=r"first a/first/s1(.|\n)*first c/first/s1"):
+        commands.run_plans(plans, kept, tmp_path / "work", jobs=1, minutes=None)
+    assert [p.parent.name for p in kept.glob("*/first")] == ["b"]
+    del sys.modules["commands"]
+
+
 class TestSampling:
     @pytest.fixture
     def plan(self, sampling, trained, tmp_path):

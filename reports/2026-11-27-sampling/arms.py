@@ -75,6 +75,12 @@ def result(folder: Path) -> dict[str, float]:
     return {**scores, "loss": float(loss) if finite else math.inf}
 
 
+@functools.cache
+def profile_of(folder: Path, metric: str) -> la.ImportanceProfile:
+    """Return what a kept run says of a metric; such a run does not change any more."""
+    return la.importance(la.load(folder), metric)
+
+
 class Arms:
     """Every arm of one environment.
 
@@ -184,7 +190,7 @@ class Arms:
         if kind == "spectrum":
             return self._spectrum
         metric = {"probe": "grad_signal", "pilot": "grad_rms", "ablation": "ablation_keep"}[kind]
-        return la.importance(la.load(self.kept / self.source(kind, seed + 1)), metric)
+        return profile_of(self.kept / self.source(kind, seed + 1), metric)
 
     @functools.cached_property
     def _spectrum(self) -> la.ImportanceProfile:
@@ -231,8 +237,7 @@ class Arms:
 
     def _level(self, seed: int) -> list[str]:
         """Words of full training in which every layer moves by the same share of its weights."""
-        pilot = la.load(self.kept / self.source("pilot", seed + 1))
-        moved = la.importance(pilot, "delta_rel")
+        moved = profile_of(self.kept / self.source("pilot", seed + 1), "delta_rel")
         inverse = [1 / score for score in moved.scores]
         mean = sum(inverse) / len(inverse)
         file = self._file("level", seed)

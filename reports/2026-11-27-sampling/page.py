@@ -1,4 +1,4 @@
-"""Tables of the page, from the kept logs alone."""
+"""Tables and figures of the page, from the kept logs alone."""
 
 import sys
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from arms import LEARNED, TUNING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from differences import Losses, difference, holm, normalised
+from figures import draw_sampling, draw_selection
 from outcomes import losses_of, mean_of, of_length, scores_of, selected
-from pages import markdown
+from pages import markdown, write_tables
 from plan import LONGER, Plan
 from prediction import predicts, validity_and_gain
 from seconds import read_off, steps_left
@@ -19,6 +20,7 @@ from together import over_environments
 import lisa_analysis as la
 
 MISSING = "not yet"
+TOLD = 0.05  # p below which a figure fills a mark
 SHOWN = (
     "uniform", "iid", "reset",
     *(name for each in LEARNED for name in (each, f"{each}-placebo")), "reversed",
@@ -26,16 +28,19 @@ SHOWN = (
 ANCHORS = ("full", "level", "lora-everything", "head")  # no answer to question B: not corrected
 
 
-def tables(plans: Sequence[Plan]) -> dict[str, str]:
-    """Return every table of the page by its mark."""
+def write(plans: Sequence[Plan], folder: Path) -> None:
+    """Write tables and figures of the page."""
     settled = [plan for plan in plans if plan.settled()]
+    selection, sampling = _corrected(_selection(settled)), _corrected(_sampling(settled))
+    draw_selection(selection, folder / "selection.png")
+    draw_sampling(sampling, folder / "sampling.png")
     found = {
         "state": _state(plans),
         "rates": _rates(plans),
         "learners": _learners(plans),
         "choice": _choice(settled),
-        "selection": _corrected(_selection(settled)),
-        "sampling": _corrected(_sampling(settled)),
+        "selection": _shown(selection),
+        "sampling": _shown(sampling),
         "anchors": _anchors(settled),
         "seconds": _seconds(settled),
         "prediction": _prediction(settled),
@@ -43,7 +48,8 @@ def tables(plans: Sequence[Plan]) -> dict[str, str]:
         "together": over_environments(settled),
         "costs": _costs(plans),
     }
-    return {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
+    said = {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
+    write_tables(folder / "README.md", said)
 
 
 def _state(plans: Sequence[Plan]) -> list[dict[str, object]]:
@@ -139,7 +145,7 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
             losses = losses_of(plan, arm)
             if name != "uniform" and not losses and name.endswith("-placebo"):
                 continue  # of an arm that is not the best: not in the design
-            row = {"environment": plan.environment.name, "arm": name}
+            row = {"environment": plan.environment.name, "arm": name, "name": name}
             row |= _against(losses, uniform, "the other") | _score(plan, name)
             same = sum(losses[s] == uniform[s] for s in set(losses) & set(uniform))
             if same and name != "uniform":
@@ -184,15 +190,22 @@ def _score(plan: Plan, name: str) -> dict[str, object]:
 
 def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Put p of every contrast into its row; of the secondary ones, by Holm over the question."""
-    compared = [row for row in rows if row["apart"] is not None and not row["primary"]]
-    corrected = holm([row["apart"].p for row in compared])  # type: ignore[attr-defined]
-    for row, p in zip(compared, corrected, strict=True):
-        row["p, Holm"] = f"{p:.3f}"
+    compared = [row for row in rows if row["apart"] is not None]
+    secondary = [row for row in compared if not row["primary"]]
+    corrected = iter(holm([row["apart"].p for row in secondary]))  # type: ignore[attr-defined]
+    for row in compared:
+        p = row["apart"].p if row["primary"] else next(corrected)  # type: ignore[attr-defined]
+        row["p, Holm"] = f"{p:.3f} (primary)" if row["primary"] else f"{p:.3f}"
+        row["told"] = p < TOLD
     for row in rows:
-        apart = row.pop("apart")
-        alone = f"{apart.p:.3f} (primary)" if row.pop("primary") and apart is not None else ""
-        row.setdefault("p, Holm", alone)
+        row.setdefault("p, Holm", "")
     return rows
+
+
+def _shown(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Leave out what figures alone read."""
+    hidden = {"apart", "primary", "told", "name"}
+    return [{key: row[key] for key in row if key not in hidden} for row in rows]
 
 
 def _against(losses: Losses, other: Losses, name: str) -> dict[str, object]:

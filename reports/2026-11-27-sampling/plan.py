@@ -46,6 +46,7 @@ class Plan:
         self._given = Arms(environment, kept, work)
         self.arms, self.choices = self._given.every, self._given.choices
         self.learners = self._given.learners
+        self._rates: dict[str, float] = {}  # of families whose grid is complete
 
     def settled(self) -> bool:
         """Whether the rate of every family is known."""
@@ -315,10 +316,12 @@ class Plan:
         LisaError
             When the grid is not complete.
         """
-        losses = self.losses(family, self.tried(family))
-        if losses is None:
-            raise LisaError(f"{self.environment.name}: the rates of {family} are not complete.")
-        return min(losses, key=losses.__getitem__)
+        if family not in self._rates:
+            losses = self.losses(family, self.tried(family))
+            if losses is None:
+                raise LisaError(f"{self.environment.name}: the rates of {family} are not complete.")
+            self._rates[family] = min(losses, key=losses.__getitem__)
+        return self._rates[family]
 
     def loss(self, name: str) -> float | None:
         """Return the held-out loss of a run, see `held_out_loss`."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from arms import profile_of
 from outcomes import losses_of, mean_of, random_sets
 from plan import Plan
 from scipy import stats
@@ -106,7 +107,7 @@ def choices(plan: Plan, name: str, seed: int) -> list[int] | None:
     if not folder.exists():
         return None
     try:
-        scores = la.importance(la.load(folder), metric).scores
+        scores = profile_of(folder, metric).scores
     except LisaError:
         return None
     return plan.environment.top(list(scores)) if np.isfinite(scores).all() else None

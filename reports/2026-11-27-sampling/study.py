@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cells import run_cells
 from commands import named, parser, run_plans
 from environments import environments
-from page import tables
-from pages import write_tables
+from page import write
 from plan import Plan
 
 from lisa_analysis.contract.errors import LisaError
@@ -39,7 +38,7 @@ def main() -> int:
         plans = [
             Plan(e, RUNS, arguments.work) for e in environments(arguments.work, mixed=True).values()
         ]
-        write_tables(HERE / "README.md", tables(plans))
+        write(plans, HERE)
     except LisaError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2

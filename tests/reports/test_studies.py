@@ -12,7 +12,7 @@ STUDIES = {  # name -> what the script writes beside the page
     "2026-11-23-skew": ("report.html", "profiles.png"),
     "2026-11-24-learned-sampling": ("losses.png",),
     "2026-11-27-validity": ("metrics.png", "worth.png"),
-    "2026-11-27-sampling": (),
+    "2026-11-27-sampling": ("selection.png", "sampling.png"),
     "2026-11-27-methods": ("methods.png",),
 }
 # Of plans whose missing runs are not for a test.

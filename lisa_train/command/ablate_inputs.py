@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lisa_train.command.config import TrainConfig
+    from lisa_train.command.tasks.classes import TaskWithClasses
     from lisa_train.command.tasks.task import Loaded, Task
     from lisa_train.measure.ablation.change import LearnedChange
 
@@ -254,6 +255,7 @@ def _load(
     run: Run, config: "TrainConfig | None", folder: Path, base: str, data: Any
 ) -> "tuple[TrainConfig, Task, Loaded]":
     """Load model, processor and data as the run's task does; with the settings for that."""
+    from lisa_train.command.tasks.classes import TaskWithClasses
     from lisa_train.command.tasks.task import choose_task
 
     if config is None:
@@ -272,11 +274,8 @@ def _load(
     named = dataclasses.replace(config, model_name_or_path=source, model_revision=revision)
     task = choose_task(named)
     if isinstance(data, str | Path):
-        if adapter and task.name.endswith("classification"):
-            raise ConfigError(
-                f"--data cannot be read for {run.path}: only the run's own data say which class "
-                "has which number, an adapter does not; hand examples over in Python (data=[…])."
-            )
+        if isinstance(task, TaskWithClasses):
+            task.learned = _classes_of(run, task, named, adapter=adapter)
         named = dataclasses.replace(
             named, dataset_name=at_home(str(data)), eval_size=0, max_eval_samples=None,
             max_train_samples=None,
@@ -285,6 +284,22 @@ def _load(
     if adapter:
         found.model = _with_adapter(found.model, folder, base)
     return named, task, found
+
+
+def _classes_of(
+    run: Run, task: "TaskWithClasses", config: "TrainConfig", *, adapter: bool
+) -> tuple[str, ...]:
+    """Classes of the trained head, by their numbers; of an adapter the run's own data have them."""
+    if not adapter:
+        names = task.source(config).id2label
+        return tuple(str(names[number]) for number in sorted(names))
+    try:
+        return task.learned_classes(_with_a_split_that_is_there(config, task))
+    except ConfigError as error:
+        raise ConfigError(
+            f"which class of {run.path} has which number stands in its own data, which cannot be "
+            f"read: {error}"
+        ) from error
 
 
 def _with_a_split_that_is_there(config: "TrainConfig", task: "Task") -> "TrainConfig":

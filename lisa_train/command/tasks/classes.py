@@ -26,13 +26,27 @@ class TaskWithClasses(TaskWithHead):
         Column of the data that holds the class of a row.
     several_classes
         A row holds a list of classes, and not one.
+    learned
+        Names of the classes that a trained model tells apart, where it is measured on other data;
+        None finds them in the data.
     """
 
     class_column: ClassVar[str]
     several_classes: ClassVar[bool] = False
+    learned: tuple[str, ...] | None = None
+
+    def learned_classes(self, config: TrainConfig) -> tuple[str, ...]:
+        """Return the classes of a finished run by its own data, in the order of their numbers."""
+        train, held_out = self.parts(config)
+        return self.classes(train, held_out, config).names
 
     def classes(self, train: Part, held_out: Part | None, config: TrainConfig) -> "Classes":
         """Find the classes of the training part, and check the labels of both parts."""
+        if self.learned is not None:
+            return numbered(
+                train, self.class_column, self.learned, config,
+                place=partial(place, config.dataset_name), several=self.several_classes,
+            )  # fmt: skip
         source = self.source(config)
         return find_classes(
             train, held_out, self.class_column, source, config,
@@ -113,13 +127,8 @@ def find_classes(
         label that the training part does not have.
     """
     declared = _declared(train.dataset.features[column])
-    counts: Counter[Any] = Counter()
-    for row, labels in enumerate(_listed(train.dataset[column], several)):
-        for label in labels:
-            _check_label(label, column, declared, place(train, row))
-            counts[label] += 1
-    values = list(range(len(declared))) if declared else sorted(counts, key=_order)
-    names = list(declared) if declared else [str(value) for value in values]
+    counts = _counted(train, column, declared, place, several)
+    values, names = _called(counts, declared)
     if len(counts) < 2:
         [only] = [names[values.index(v)] for v in counts] or ["none"]
         raise ConfigError(
@@ -150,6 +159,73 @@ def find_classes(
             f"labelled {_listing(names)}: the head starts anew"
         )
     return Classes(tuple(names), {value: i for i, value in enumerate(values)}, tuple(said))
+
+
+def numbered(
+    part: Part,
+    column: str,
+    learned: Sequence[str],
+    config: TrainConfig,
+    *,
+    place: Callable[[Part, int], str],
+    several: bool = False,
+) -> Classes:
+    """Number the labels of other data as the head of a trained model does.
+
+    Parameters
+    ----------
+    part
+        The data; not every class need be there.
+    column
+        Column of the labels.
+    learned
+        The classes of the head, in the order of their numbers.
+    config
+        The run's settings.
+    place
+        Words for a row of a part.
+    several
+        A row holds a list of labels, and not one.
+
+    Raises
+    ------
+    ConfigError
+        For a label that is missing, is no class, or is none of the head's.
+    """
+    declared = _declared(part.dataset.features[column])
+    counts = _counted(part, column, declared, place, several)
+    there = [pair for pair in zip(*_called(counts, declared), strict=True) if pair[0] in counts]
+    values, names = [value for value, _ in there], [name for _, name in there]
+    number = _rows_of_head(learned, values, names, declared)
+    if number is None:
+        other = [name for name in names if name not in learned]
+        raise ConfigError(
+            f"{config.dataset_name} is labelled {_listing(other)} in column {column!r}, which the "
+            f"trained head does not know; its classes are {_listing(learned)}."
+        )
+    return Classes(tuple(learned), number)
+
+
+def _counted(
+    part: Part,
+    column: str,
+    declared: Sequence[str],
+    place: Callable[[Part, int], str],
+    several: bool,
+) -> Counter[Any]:
+    """How often each label occurs; every one is checked."""
+    counts: Counter[Any] = Counter()
+    for row, labels in enumerate(_listed(part.dataset[column], several)):
+        for label in labels:
+            _check_label(label, column, declared, place(part, row))
+            counts[label] += 1
+    return counts
+
+
+def _called(counts: Counter[Any], declared: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Labels in the order of their numbers, and their names."""
+    values = list(range(len(declared))) if declared else sorted(counts, key=_order)
+    return values, list(declared) if declared else [str(value) for value in values]
 
 
 def _rows_of_head(

@@ -1,6 +1,7 @@
 """An ablation of every task that is trained: its losses are those that the run evaluated."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers_ablating import by_hand, mixed
+from helpers_models import write_jsonl
 from helpers_tasks import (
     build_bert,
     build_t5,
@@ -107,13 +109,60 @@ def test_a_whole_speech_model_can_be_loaded_from_its_run(tmp_path):
         lt.ablate(run, progress=False)
 
 
-def test_classes_of_other_data_have_no_number_for_an_adapter(tmp_path):
-    data = write_texts(tmp_path / "data.jsonl")
-    run = train(
-        lt.TrainConfig(
-            str(build_bert(tmp_path / "model")), str(data), "lora", str(tmp_path / "run"),
-            task="text-classification", max_steps=2, eval_size=6, progress_bar=False,
-        )
-    )  # fmt: skip
-    with pytest.raises(LisaError, match="only the run's own data say which class has which"):
-        lt.ablate(run, data=str(data), progress=False)
+class TestOtherData:
+    """Labels of another file are numbered as the trained head does, whatever classes it has."""
+
+    @pytest.fixture(scope="class", params=["full", "lora"])
+    @classmethod
+    def run(cls, request, tmp_path_factory):
+        folder = tmp_path_factory.mktemp(request.param)
+        data = write_texts(folder / "data.jsonl")
+        return train(
+            lt.TrainConfig(
+                str(build_bert(folder / "model")), str(data), request.param, str(folder / "run"),
+                task="text-classification", max_steps=3, learning_rate=1e-2, eval_size=6,
+                progress_bar=False,
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def rows(run: Path) -> list[dict[str, Any]]:
+        lines = (run.parent / "data.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def test_one_class_of_several(self, run, tmp_path):
+        rows = self.rows(run)
+        names = sorted({row["label"] for row in rows})
+        assert len(names) > 1
+        rows = [row for row in rows if row["label"] == names[-1]][:5]
+        lt.ablate(run, data=str(write_jsonl(tmp_path / "other.jsonl", rows)), progress=False)
+        trained = load_trained(open_run(run))
+        expected = []
+        for row in rows:
+            inputs = trained.tokenizer(row["text"], return_tensors="pt")
+            with torch.no_grad():
+                logits = trained.model.eval()(**inputs).logits.double()
+            expected.append(-logits.log_softmax(-1)[0, len(names) - 1].item())
+        got = pd.read_parquet(run / ABLATION)
+        got = got[got["unit"].isna() & (got["mode"] == "trained")].sort_values("example")
+        np.testing.assert_allclose(got["loss"], expected, rtol=1e-4)
+
+    def test_a_class_that_the_head_does_not_know(self, run, tmp_path):
+        rows = [{**row, "label": "neither"} for row in self.rows(run)[:4]]
+        other = write_jsonl(tmp_path / "other.jsonl", rows)
+        with pytest.raises(LisaError, match=r"labelled 'neither' in column 'label', which the tra"):
+            lt.ablate(run, data=str(other), progress=False)
+
+    def test_an_adapter_whose_own_data_are_gone(self, run, tmp_path):
+        """Its classes cannot be known; a whole model has them in its config.json."""
+        other = shutil.copy(run.parent / "data.jsonl", tmp_path / "other.jsonl")
+        (run / ABLATION).unlink(missing_ok=True)
+        hidden = (run.parent / "data.jsonl").rename(tmp_path / "elsewhere.jsonl")
+        try:
+            if (run / "adapter").exists():
+                with pytest.raises(LisaError, match=r"in its own data, which cannot be read: "):
+                    lt.ablate(run, data=str(other), max_examples=2, progress=False)
+            else:
+                lt.ablate(run, data=str(other), max_examples=2, progress=False)
+        finally:
+            hidden.rename(run.parent / "data.jsonl")

@@ -114,7 +114,8 @@ def with_validation(name: str, folder: Path, work: Path, rows: int, *, mixed: bo
         Of the split.
     mixed
         Draw them from all training rows, and put the test rows in an order of chance: WordNet goes
-        by subject, so that its last rows, or its first ones, are of few. Without it the last rows.
+        by subject and conversations lie in pieces, so that the last rows, or the first ones, are of
+        few. Without it the last rows.
     """
     found = work / name
     if (found / "whole").exists():
@@ -156,8 +157,8 @@ def _split_lines(folder: Path, found: Path, rows: int, mixed: bool) -> None:
 def environments(work: Path, *, mixed: bool = False) -> dict[str, Environment]:
     """Return the environments that the studies can run here, by name.
 
-    `mixed` draws what rates are chosen on from all of WordNet, see `with_validation`; the study of
-    methods was made without it.
+    `mixed` draws what rates are chosen on, and the order of what is held out, from all of a text's
+    rows, see `with_validation`; the study of methods was made without it.
     """
     data = work / "data"
     return {each.name: each for each in (*_classes(data, mixed), *_language(data, mixed))}
@@ -235,7 +236,7 @@ def _language(data: Path, mixed: bool) -> list[Environment]:
         Environment(
             "chat",
             model=smollm2_folder,
-            data=lambda: with_validation("chat", chitchat_folder(), data, 1000),
+            data=lambda: with_validation("chat", chitchat_folder(), data, 1000, mixed=mixed),
             stacks=((r"model\.layers", 30),),
             linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
             words=text, centres=smol, head=False, longer=True,

@@ -9,10 +9,15 @@ def _trainer() -> list[PrivateName]:
             "exceptions", "transformers.trainer:Trainer", name,
             ("trainer/events",),
             "callbacks that were added by hand do not hear of every exception: LISA's flags and "
-            "the status of the run stay as they were then (attach hears of all)",
+            f"the status of the run stay as they were then (attach hears of all){more}",
             refused=False,
         )
-        for name in ("_run_epoch", "_evaluate", "_finalize_training")
+        for name, more in (
+            ("_run_epoch", ""),
+            ("_evaluate", ""),
+            ("_finalize_training", "; with load_best_model_at_end the last census of a run is "
+             "that of the best weights"),
+        )
     ]  # fmt: skip
     pass_of = [
         PrivateName(

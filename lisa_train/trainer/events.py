@@ -28,7 +28,7 @@ _TELLS = {
     "save_model": ("saving",),
     "_run_epoch": ("ended",),
     "_evaluate": ("ended",),
-    "_finalize_training": ("ended",),
+    "_finalize_training": ("finishing", "ended"),
 }
 _OF_ACCELERATOR = frozenset({"clip_grad_norm_"})
 # Where the events of a trainer are found.
@@ -81,6 +81,12 @@ class Listener:
     def evaluating(self, prefix: str) -> AbstractContextManager[object]:
         """Return what an evaluation runs inside, whose metrics begin with `prefix`."""
         return nullcontext()
+
+    def finishing(self) -> None:
+        """After the last step, its evaluation and its checkpoint; the last weights are in place.
+
+        Trainer puts the best ones there next (`load_best_model_at_end`), before `on_train_end`.
+        """
 
     def ended(self, error: BaseException) -> None:
         """An exception leaves the loop; of a quiet end `on_train_end` tells."""
@@ -161,6 +167,7 @@ class TrainerEvents:
             "evaluation_loop": self._evaluation_loop,
             "log": self._log,
             "save_model": self._save_model,
+            "_finalize_training": self._finalize,
         }
         for name, told in _TELLS.items():
             owner: Any = self.trainer.accelerator if name in _OF_ACCELERATOR else self.trainer
@@ -172,6 +179,12 @@ class TrainerEvents:
 
     def _watched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._watch():
+            return original(*args, **kwargs)
+
+    def _finalize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._watch():
+            for listener in self._hearing("finishing"):
+                listener.finishing()
             return original(*args, **kwargs)
 
     @contextmanager

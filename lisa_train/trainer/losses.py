@@ -64,18 +64,18 @@ class StepLoss:
         labels
             What `count_labels` counted in the micro-batch.
         num_items
-            Labels of the whole step, over all processes, if `loss` is already divided by it.
+            What the trainer counted as labels of the whole step, over all processes.
         """
         loss = loss.detach()
-        if num_items is not None:
-            self.labels = num_items
+        labels = None if labels is None else labels.to(loss.device)
+        if _adds_up(trainer, num_items):
+            self.labels = num_items if num_items is not None else _sum(self.labels, labels)
         elif labels is not None:
             # A mean over the micro-batch: an empty one weighs nothing, were its own mean NaN.
-            labels = labels.to(loss.device)
             whole = loss * trainer.current_gradient_accumulation_steps * labels
             loss = torch.where(labels > 0, whole, torch.zeros_like(whole))
             self._weighted = True
-            self.labels = labels if self.labels is None else self.labels + labels
+            self.labels = _sum(self.labels, labels)
         self._total = loss if self._total is None else self._total + loss
 
     @property
@@ -84,6 +84,23 @@ class StepLoss:
         if self._total is None or not self._weighted:
             return self._total
         return self._total / self.labels.clamp(min=1)
+
+
+def _adds_up(trainer: Trainer, num_items: Any) -> bool:
+    """Whether the losses of a step's micro-batches are shares of the step's loss.
+
+    Otherwise each is a mean, which Trainer has divided by their number. Trainer's own rule
+    (`Trainer.loss_is_scaled_for_ga`, which transformers before 5.19 did not have).
+    """
+    said = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if said is not None:
+        return bool(said)
+    by_model = trainer.model_accepts_loss_kwargs and num_items is not None
+    return bool(by_model or trainer.compute_loss_func is not None)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return other if one is None else one if other is None else one + other
 
 
 class HeldOutLoss:

@@ -47,6 +47,7 @@ class TrainerProbes:
         self._loss_scale = loss_scale
         self._loader: Any = None
         self._inputs: Any = None
+        self._drawn = -1  # the step of the newest probe of several batches
 
     @property
     def _several(self) -> bool:
@@ -88,12 +89,13 @@ class TrainerProbes:
         if not self._several and self._due(step):
             self._inputs = inputs
 
-    def begin(self, recorder: NormRecorder) -> None:
-        """Probe the untouched model, with several batches."""
-        if self._several:
+    def begin(self, recorder: NormRecorder, step: int) -> None:
+        """Probe the untouched model, with several batches; not one that training goes on with."""
+        self._drawn = step
+        if self._several and step == 0:
             self._draw(recorder, 0)
 
-    def step_end(self, recorder: NormRecorder, step: int, *, last: bool) -> None:
+    def step_end(self, recorder: NormRecorder, step: int) -> None:
         """Probe after a step, if its turn has come."""
         if self._inputs is not None:
             inputs, self._inputs = self._inputs, None
@@ -103,7 +105,12 @@ class TrainerProbes:
                 lambda: run_probe_pass(self._trainer, inputs, scale),
                 gradient_scale=1.0 if scale is None else scale,
             )
-        if self._several and (self._due(step) or last):
+        if self._several and self._due(step):
+            self._draw(recorder, step)
+
+    def finish(self, recorder: NormRecorder, step: int) -> None:
+        """Probe the trained model with several batches, unless that was done after this step."""
+        if self._several and self._drawn != step:
             self._draw(recorder, step)
 
     def _due(self, step: int) -> bool:
@@ -111,6 +118,7 @@ class TrainerProbes:
         return bool(every) and step % every == 0
 
     def _draw(self, recorder: NormRecorder, step: int) -> None:
+        self._drawn = step
         args, count = self._trainer.args, self._config.probe_batches
         batches, draw = self._batches()
         scale = self._scale()
@@ -160,9 +168,11 @@ class TrainerProbes:
 def own_loss_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> None:
     """Run one forward and backward pass of the mean loss of a batch, in training mode.
 
-    It asks nothing of other processes, unlike `run_probe_pass`, whose loss is a part of theirs.
+    The batch is a whole step's, as in `run_probe_pass`: a loss that divides itself by the number
+    of micro-batches (TRL's GRPO) is divided by 1. It asks nothing of other processes, unlike `run_probe_pass`, whose loss is a part of theirs.
     """
     with plain_state_kept(trainer), _training_mode(trainer.model):
+        trainer.current_gradient_accumulation_steps = 1  # not there yet before the first step
         _pass(trainer, inputs, scale)
 
 

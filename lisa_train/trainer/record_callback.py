@@ -166,8 +166,7 @@ class RecordCallback(Listener, TrainerCallback):
         self.recorder.on_finding.append(functools.partial(alert, self._trainer))
         self._shown = -1.0
         self._events.subscribe(self)
-        if state.global_step == 0:
-            self._probes.begin(self.recorder)
+        self._probes.begin(self.recorder, state.global_step)
         told = self._lisa.notices if self._lisa and earlier is None else []
         for text in (*self._run.notes(), *told):
             self.recorder.event("warning", state.global_step, message=text)
@@ -251,11 +250,19 @@ class RecordCallback(Listener, TrainerCallback):
         if self.recorder is None:
             return
         self.recorder.amend(epoch=state.epoch)
-        last = control.should_training_stop
-        self._probes.step_end(self.recorder, state.global_step, last=last)
-        if last:
-            # Trainer may put the best weights in the place of the last ones before it ends.
-            self.recorder.census(state.global_step)
+        self._probes.step_end(self.recorder, state.global_step)
+
+    @_recording
+    def finishing(self) -> None:
+        """Measure the last weights before Trainer may put the best ones in their place.
+
+        Whatever ended the training: its last step, or a callback after an evaluation.
+        """
+        if self.recorder is None:
+            return
+        step = self._trainer.state.global_step
+        self._probes.finish(self.recorder, step)
+        self.recorder.census(step)
 
     @_recording
     def batch_taken(self, inputs: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers_probe import check, expected, float64_gradients, rows
 from helpers_recording import Witness, arguments, examples, llama
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import lisa_analysis as la
 import lisa_train as lt
@@ -278,3 +278,53 @@ def test_settings_that_say_nothing_are_refused():
         lt.RecordConfig("x", probe_batches=4)
     with pytest.raises(ConfigError, match="whole number of at least 1"):
         lt.RecordConfig("x", probe_every=2, probe_batches=0)
+
+
+class OwnLoss(Trainer):
+    """Divides its loss by the micro-batches of the step, as TRL's GRPO trainer does."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_divides_itself_is_probed_whole_from_the_start(tmp_path):
+    norms = {}
+    for accumulation in (1, 4):
+        trainer = OwnLoss(
+            llama(),
+            arguments(
+                tmp_path / f"out{accumulation}", max_steps=1, learning_rate=0.0,
+                gradient_accumulation_steps=accumulation,
+            ),
+            train_dataset=examples(),
+        )  # fmt: skip
+        run = tmp_path / f"run{accumulation}"
+        record = lt.RecordConfig(str(run), every=1, probe_every=1, probe_batches=2)
+        lt.attach(trainer, record=record)
+        trainer.train()
+        assert trainer.current_gradient_accumulation_steps == accumulation
+        rows = pd.concat(pd.read_parquet(file) for file in sorted(run.glob("probes/*.parquet")))
+        assert set(rows["step"]) == {0, 1}
+        norms[accumulation] = rows["grad_norm"].to_numpy()
+    np.testing.assert_array_equal(norms[1], norms[4])
+
+
+def test_a_training_that_a_callback_ends_is_probed_at_its_end(tmp_path):
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = Trainer(
+        llama(),
+        arguments(tmp_path / "out", max_steps=9, eval_strategy="steps", eval_steps=1),
+        train_dataset=examples(), eval_dataset=examples(4), callbacks=[Stop()],
+    )  # fmt: skip
+    record = lt.RecordConfig(str(tmp_path / "run"), every=1, probe_every=2, probe_batches=2)
+    lt.attach(trainer, record=record)
+    trainer.train()
+    events = load(tmp_path / "run").events
+    assert events.loc[events["event"] == "probe", "step"].tolist() == [0, 2, 3]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_recording import Witness, arguments, compare, examples, llama
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
@@ -140,6 +140,41 @@ def test_losses_are_per_label_and_null_without_one(tmp_path, accepts, accumulati
     assert "labels" not in run.scalars
 
 
+class _OwnLoss(Trainer):
+    """A `compute_loss` of one's own, which says whether it knows of accumulation."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.loss_is_scaled_for_ga:  # a share of the step's mean over all labels
+            loss = loss * (inputs["labels"][:, 1:] != -100).sum() / self.labels_of_step
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        self.labels_of_step = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
+        return batches, items
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_loss_that_says_whether_it_is_scaled_is_taken_at_its_word(tmp_path, accepts, scaled):
+    rows = _masked(examples(8))
+    trainer = _OwnLoss(
+        llama(),
+        arguments(
+            tmp_path / "c", max_steps=2, per_device_train_batch_size=1, learning_rate=0.0,
+            gradient_accumulation_steps=4, train_sampling_strategy="sequential",
+        ),
+        train_dataset=rows,
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs, trainer.loss_is_scaled_for_ga = accepts, scaled
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    exact = [_loss_per_label(trainer.model, rows[4 * i : 4 * i + 4]) for i in range(2)]
+    assert load(tmp_path / "run").scalars["loss"].tolist() == pytest.approx(exact, rel=1e-5)
+
+
 def test_an_evaluation_without_a_label_has_no_loss(tmp_path):
     trainer = Trainer(
         llama(), arguments(tmp_path / "c", max_steps=1, eval_on_start=True),
@@ -152,20 +187,26 @@ def test_an_evaluation_without_a_label_has_no_loss(tmp_path):
     assert "first_held_out_loss" not in run.manifest["result"]
 
 
-def test_the_last_census_is_of_the_last_weights_not_of_the_best(tmp_path):
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_last_census_is_of_the_last_weights_not_of_the_best(tmp_path, stops):
+    """Whether the last step ended the training or a callback after an evaluation."""
     trainer, _ = make(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="best",
-        load_best_model_at_end=True, greater_is_better=False, save_total_limit=1,
-        metric_for_best_model="eval_loss", learning_rate=10.0, record={"every": 3},
+        tmp_path, max_steps=20 if stops else 4, eval_strategy="steps", eval_steps=1,
+        save_strategy="best", load_best_model_at_end=True, greater_is_better=False,
+        save_total_limit=1, metric_for_best_model="eval_loss", learning_rate=10.0,
+        record={"every": 3},
     )  # fmt: skip
+    if stops:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
     trainer.train()
-    assert trainer.state.best_global_step < 4
+    step = trainer.state.global_step
+    assert trainer.state.best_global_step < step <= 4
     run = load(tmp_path / "run")
     names = dict(zip(run.parameters["param_id"], run.parameters["name"], strict=True))
-    last = run.metrics(["weight_norm"], steps=[4])
+    last = run.metrics(["weight_norm"], steps=[step])
     assert len(last) == 30
     for row in last.itertuples():
-        exact = float(trainer.seen[4]["after"][names[row.param_id]].norm())
+        exact = float(trainer.seen[step]["after"][names[row.param_id]].norm())
         assert row.weight_norm == pytest.approx(exact, rel=1e-5)
 
 

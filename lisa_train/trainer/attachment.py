@@ -141,7 +141,9 @@ def attach(
             processes=trainer.args.world_size,
         )
     plan = None if lisa is None else _plan(trainer, lisa)
-    continuation = Continuation(trainer, lisa, incomplete=resume_incomplete)
+    continuation = Continuation(
+        trainer, lisa, lr_multipliers=lr_multipliers, incomplete=resume_incomplete
+    )
     trainer.add_callback(continuation)
     if lr_multipliers is not None:
         _multiply_rates(trainer, lr_multipliers, lisa.layers if lisa else None)

@@ -102,6 +102,12 @@ def _check_weights(trainer: Trainer, path: Path) -> None:
         return  # folders of torch's, FSDP's or DeepSpeed's own, which they check
     if hasattr(trainer.model, "peft_config"):
         folders = [path, *(folder for folder in path.iterdir() if folder.is_dir())]
+        if not hasattr(trainer.model, "get_base_model"):
+            raise RunDirectoryError(
+                f"{path} cannot be resumed from: the adapter was added by model.add_adapter, and "
+                "Trainer loads checkpoints of such a model without its adapter. Wrap the model "
+                "with peft.get_peft_model, or begin anew from the adapter (model.load_adapter)."
+            )
         names = ("adapter_model.safetensors", "adapter_model.bin")
         found = [f / n for f in folders for n in names if (f / n).exists()]
         wanted = "adapter_model.safetensors"

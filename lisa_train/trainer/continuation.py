@@ -6,14 +6,12 @@ continuation compares them with its own.
 """
 
 import dataclasses
-import hashlib
 import logging
+import os
 import warnings
-from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,9 +21,15 @@ from lisa_analysis.contract.errors import RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.run_entries import as_lists
-from lisa_train.model.sharding import is_sharded
 from lisa_train.trainer.checkpoint_files import Checkpoint, examine
 from lisa_train.trainer.renamed_weights import load_renamed
+from lisa_train.trainer.training_inputs import (
+    base_weights,
+    data_content,
+    model_inputs,
+    multipliers_content,
+    plain,
+)
 
 INPUTS_KEY = "lisa_toolkit_inputs"
 # What may differ with a word: sums over another number of parts, another place in the data.
@@ -38,12 +42,19 @@ _SETTINGS = (
     "bf16", "fp16", "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy",
     "average_tokens_across_devices", "max_length", "packing", "packing_strategy", "padding_free",
     "completion_only_loss", "assistant_only_loss", "loss_type", "beta", "shuffle_dataset",
+    "truncation_mode", "disable_dropout", "router_aux_loss_coef", "cast_lm_head_to_fp32",
+    "label_smoothing", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "use_weighting", "discopop_tau", "center_rewards_coefficient", "desirable_weight",
+    "undesirable_weight", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+    "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "num_iterations", "epsilon", "epsilon_high", "delta", "reward_weights",
+    "importance_sampling_level", "multi_objective_aggregation", "scale_rewards",
+    "mask_truncated_completions", "top_entropy_quantile", "entropy_coef", "normalize_advantages",
+    "reward_clip_range",
 )  # fmt: skip
 _FLAT = ("constant", "constant_with_warmup", "reduce_lr_on_plateau")
-# Rows whose content is taken note of: all of them, or so many evenly spaced ones.
-_ROWS = 4096
-# Numbers that are taken note of in every frozen tensor below an adapter.
-_NUMBERS = 64
+# With another one of these Trainer cannot load the optimizer's state, or takes its rates from it.
+_FIXED = ("trained tensors", "lr_multipliers")
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +68,8 @@ class Continuation(TrainerCallback):
         The trainer.
     lisa
         The settings of LISA, if it is attached.
+    lr_multipliers
+        The file of multipliers of the learning rate, if there is one.
     incomplete
         Go on all the same, with a warning and an event of what is lost.
 
@@ -70,13 +83,22 @@ class Continuation(TrainerCallback):
         Warnings that belong into the run's events.
     """
 
-    def __init__(self, trainer: Trainer, lisa: LisaConfig | None, *, incomplete: bool) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        lisa: LisaConfig | None,
+        *,
+        lr_multipliers: str | os.PathLike[str] | None = None,
+        incomplete: bool,
+    ) -> None:
         self.missing: list[str] = []
         self.changes: dict[str, list[Any]] = {}
         self.notes: list[str] = []
         self._trainer = trainer
         self._lisa = lisa
         self._incomplete = incomplete
+        self._multipliers = multipliers_content(lr_multipliers)
+        self._model: dict[str, Any] = {}
         self._checkpoint: Checkpoint | None = None
         self._own_schedule = trainer.lr_scheduler is not None
         args = trainer.args
@@ -98,6 +120,8 @@ class Continuation(TrainerCallback):
         self.missing, self.changes, self._checkpoint = [], {}, None
         del self.notes[self._lasting :]  # of an earlier resume
         args = self._trainer.args
+        # Now: what callbacks freeze when training begins is not what the optimizer is made for.
+        self._model = model_inputs(self._trainer.model) | {"lr_multipliers": self._multipliers}
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(args.output_dir)
         if not resume_from_checkpoint:
@@ -106,6 +130,7 @@ class Continuation(TrainerCallback):
         self.missing = _of_all_processes(list(self._checkpoint.missing))
         if self.missing and not self._incomplete:
             self._refuse(f"lacks {', '.join(self.missing)}")
+        self._compare_model()
 
     def on_train_begin(
         self,
@@ -136,17 +161,33 @@ class Continuation(TrainerCallback):
 
     def _inputs(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         settings = {
-            name: as_lists(_json(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
+            name: as_lists(plain(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
         }
         flat = settings["lr_scheduler_type"] in _FLAT or self._own_schedule
         lisa = None if self._lisa is None else as_lists(dataclasses.asdict(self._lisa))
         return {
             **self.parts(args),
             "settings": settings | ({} if flat else {"max_steps": state.max_steps}),
-            "data": _data(self._trainer.train_dataset),
-            "base weights": _base_weights(self._trainer.model),
+            "data": data_content(self._trainer.train_dataset),
+            "base weights": base_weights(self._trainer.model),
             "lisa": lisa,
+            **self._model,
         }
+
+    def _compare_model(self) -> None:
+        """Compare what loads the checkpoint, which Trainer is about to do or to fail at."""
+        assert self._checkpoint is not None
+        before = (self._checkpoint.state.get("stateful_callbacks") or {}).get(INPUTS_KEY)
+        changes = _changes(before, self._model) if isinstance(before, dict) else {}
+        fixed = {name: changes[name] for name in _FIXED if name in changes}
+        if fixed and not any("optimizer" in text for text in self.missing):
+            raise RunDirectoryError(
+                f"{self._checkpoint.path} was made with {_in_words(changes)}: Trainer cannot load "
+                "its optimizer's state for this training. Give what it was made with, or begin "
+                "anew from its weights (from_pretrained)."
+            )
+        if changes and not self._incomplete:
+            self._refuse(f"was made with {_in_words(changes)}")
 
     def _compare(self, now: dict[str, Any]) -> None:
         assert self._checkpoint is not None
@@ -217,13 +258,14 @@ def warn_of_losses(trainer: Trainer, state: TrainerState, lisa: LisaConfig | Non
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """What is known of both times and is not the same; settings by their own names."""
     old = {**before, **(before.get("settings") or {})}
-    new = {**now, **now["settings"]}
-    if isinstance(old.get("lisa"), dict) and isinstance(new["lisa"], dict):
-        for each in (old, new):
-            each.update({f"lisa.{k}": v for k, v in each.pop("lisa").items()})
-    old.pop("settings", None), new.pop("settings")
+    new = {**now, **(now.get("settings") or {})}
+    for name in ("lisa", "model", "adapters"):
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
+            for each in (old, new):
+                each.update({f"{name}.{k}": v for k, v in each.pop(name).items()})
+    old.pop("settings", None), new.pop("settings", None)
     may_be_unknown = ("data", "base weights", *PARTS)
-    unknown = {name for name in may_be_unknown if old.get(name) is None or new[name] is None}
+    unknown = {name for name in may_be_unknown if old.get(name) is None or new.get(name) is None}
     return {
         name: [old[name], new[name]]
         for name in new
@@ -242,6 +284,13 @@ def _in_words(changes: dict[str, list[Any]]) -> str:
             parts.append("other weights below the adapter")
         elif name == "lisa":
             parts.append("LISA, which is not attached now" if before else "no LISA")
+        elif name == "trained tensors":
+            one, other = (f"{x['tensors']} of {x['numbers']:,} numbers" for x in (before, now))
+            parts.append(f"other tensors that train ({one}, now {other})")
+        elif name == "lr_multipliers" and before and now:
+            parts.append("other lr_multipliers")
+        elif name == "lr_multipliers":
+            parts.append("lr_multipliers, which are not given now" if before else "no " + name)
         else:
             parts.append(f"{name} = {before} (now {now})")
     return ", ".join(parts)
@@ -264,11 +313,6 @@ def _place(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _json(value: Any) -> Any:
-    value = getattr(value, "value", value)
-    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
-
-
 def _of_all_processes(missing: list[str]) -> list[str]:
     """What any process misses: one that stops alone would let the others wait for ever."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -276,62 +320,3 @@ def _of_all_processes(missing: list[str]) -> list[str]:
     found: list[list[str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, missing)
     return list(dict.fromkeys(text for each in found for text in each or ()))
-
-
-def _data(dataset: Any) -> dict[str, Any] | None:
-    """Number of rows and a sum over their content, as far as it can be had without side effects."""
-    if not isinstance(dataset, Sized):
-        return None  # a stream: nobody knows its rows beforehand
-    rows = len(dataset)
-    stored: Any = getattr(dataset, "with_format", None)
-    if stored is not None and hasattr(dataset, "column_names"):
-        dataset = stored("arrow")  # of `datasets`: without transforms, undecoded
-    elif not isinstance(dataset, Sequence):
-        return {"rows": rows, "content": None}  # a row may be another one every time
-    total = hashlib.sha256()
-    for number in range(0, rows, max(1, -(-rows // _ROWS))):
-        _add(total, dataset[number].to_pydict() if stored else dataset[number])
-    return {"rows": rows, "content": total.hexdigest()[:16]}
-
-
-def _add(total: Any, value: Any) -> None:
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            total.update(repr(key).encode())
-            _add(total, value[key])
-    elif torch.is_tensor(value):
-        total.update(
-            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    elif hasattr(value, "tobytes"):
-        total.update(value.tobytes())
-    elif isinstance(value, list | tuple):
-        total.update(repr(len(value)).encode())
-        plain_items = all(isinstance(item, str | int | float | bool | None) for item in value)
-        if plain_items:
-            total.update(repr(list(value)).encode())
-        else:
-            for item in value:
-                _add(total, item)
-    elif isinstance(value, str | int | float | bool | bytes | None):
-        total.update(repr(value).encode())
-    else:
-        total.update(type(value).__name__.encode())
-
-
-@torch.no_grad()
-def _base_weights(model: nn.Module) -> str | None:
-    """A sum over the weights that the checkpoints of an adapter do not hold."""
-    if not hasattr(model, "peft_config"):
-        return None
-    total = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        if tensor.requires_grad:
-            continue
-        if is_sharded(tensor) or tensor.is_meta:
-            return None
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _NUMBERS)][:_NUMBERS].contiguous()
-        total.update(name.encode())
-        total.update(some.cpu().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]

@@ -169,7 +169,8 @@ def own_loss_pass(trainer: Trainer, inputs: Any, scale: torch.Tensor | None) -> 
     """Run one forward and backward pass of the mean loss of a batch, in training mode.
 
     The batch is a whole step's, as in `run_probe_pass`: a loss that divides itself by the number
-    of micro-batches (TRL's GRPO) is divided by 1. It asks nothing of other processes, unlike `run_probe_pass`, whose loss is a part of theirs.
+    of micro-batches (TRL's GRPO) is divided by 1. It asks nothing of other processes, unlike
+    `run_probe_pass`, whose loss is a part of theirs.
     """
     with plain_state_kept(trainer), _training_mode(trainer.model):
         trainer.current_gradient_accumulation_steps = 1  # not there yet before the first step

@@ -22,11 +22,15 @@ STEPS, HALF = 6, 3
 LISA = lt.LisaConfig(activated_layers=1, interval_steps=2)
 
 
-def made(folder, method="lisa", *, rows=None, model=None, lisa=LISA, incomplete=False, **changes):
+def made(
+    folder, method="lisa", *, rows=None, model=None, lisa=LISA, incomplete=False, adapter=(),
+    rates=None, **changes,
+):  # fmt: skip
     model = model or llama(initializer_range=0.2)
     if method == "lora":
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], **dict(adapter)}
+        model = get_peft_model(model, LoraConfig(**settings))
     settings = {
         "max_steps": STEPS, "save_strategy": "steps", "save_steps": HALF, "warmup_steps": 4,
         "lr_scheduler_type": "linear", **changes,
@@ -37,7 +41,7 @@ def made(folder, method="lisa", *, rows=None, model=None, lisa=LISA, incomplete=
     )  # fmt: skip
     lt.attach(
         trainer, lisa=lisa if method == "lisa" else None, resume_incomplete=incomplete,
-        record=lt.RecordConfig(str(folder / "run"), every=1),
+        record=lt.RecordConfig(str(folder / "run"), every=1), lr_multipliers=rates,
     )  # fmt: skip
     return trainer
 
@@ -180,6 +184,110 @@ def test_the_weights_below_an_adapter_are_those_it_was_trained_on(whole, tmp_pat
         other.model.layers[1].mlp.up_proj.weight.add_(0.1)
     with pytest.raises(RunDirectoryError, match="other weights below the adapter"):
         made(folder, "lora", model=other).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"lora_alpha": 3}, r"adapters\.default\.lora_alpha = 8 \(now 3\)"),
+        ({"use_rslora": True}, r"use_rslora = False \(now True\)"),
+        ({"lora_dropout": 0.5}, r"lora_dropout = 0\.0 \(now 0\.5\)"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_not_the_one_that_was_trained(
+    whole, tmp_path, adapter, words
+):
+    """PEFT reads no settings from a checkpoint: those of the new adapter would act, unsaid."""
+    folder, checkpoint, _ = copied(whole, "lora", tmp_path)
+    with pytest.raises(RunDirectoryError, match=words):
+        made(folder, "lora", adapter=adapter).train(resume_from_checkpoint=str(checkpoint))
+    trainer = made(folder, "lora", adapter=adapter, incomplete=True)
+    with pytest.warns(RuntimeWarning, match=words):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _with_frozen_layer():
+    model = llama(initializer_range=0.2)
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora", {"adapter": {"r": 4}}),
+        ("lora", {"adapter": {"target_modules": ["q_proj"]}}),
+        ("lora", {"adapter": {"use_dora": True}}),
+        ("lora", {"adapter": {"modules_to_save": ["lm_head"]}}),
+        ("full", {"model": _with_frozen_layer()}),
+        ("full", {"model": llama(layers=4)}),
+    ],
+)
+def test_other_tensors_that_train_are_refused_before_anything_is_loaded(
+    whole, tmp_path, method, changes
+):
+    folder, checkpoint, _ = copied(whole, method, tmp_path)
+    trainer = made(folder, method, incomplete=True, **changes)
+    with pytest.raises(RunDirectoryError, match=r"other tensors that train \(.* now .*cannot load"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.bfloat16}, r"model\.dtype = float32 \(now bfloat16\)"),
+        ({"attention_dropout": 0.5}, r"model\.attention_dropout = 0\.0 \(now 0\.5\)"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(whole, tmp_path, changes, words):
+    folder, checkpoint, _ = copied(whole, "full", tmp_path)
+    changes = dict(changes)
+    dtype = changes.pop("dtype", torch.float32)
+    model = llama(initializer_range=0.2, **changes).to(dtype)
+    with pytest.raises(RunDirectoryError, match=words):
+        made(folder, "full", model=model).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_rates_by_layer_are_those_of_the_checkpoint(whole, tmp_path):
+    """Trainer takes them from the optimizer's state: another file would do nothing, unsaid."""
+
+    def file(name, *layers):
+        text = {"schema": "lr-multipliers/1", "multipliers": dict(enumerate(layers))}
+        (tmp_path / name).write_text(json.dumps(text))
+        return tmp_path / name
+
+    one, other = file("one.json", 1.0, 2.0, 0.5), file("other.json", 1.0, 0.5, 2.0)
+    made(tmp_path, "full", rates=one).train()
+    checkpoint = tmp_path / "out" / f"checkpoint-{HALF}"
+    for rates, words in ((other, "other lr_multipliers"), (None, "which are not given now")):
+        with pytest.raises(RunDirectoryError, match=words):
+            made(tmp_path, "full", rates=rates).train(resume_from_checkpoint=str(checkpoint))
+    made(tmp_path, "full", rates=one).train(resume_from_checkpoint=str(checkpoint))
+    folder, checkpoint, _ = copied(whole, "full", tmp_path)
+    with pytest.raises(RunDirectoryError, match="no lr_multipliers"):
+        made(folder, "full", rates=one).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_settings_of_trls_losses_are_compared(tmp_path):
+    trainer = made(tmp_path, "full")
+    trainer.args.label_smoothing = 0.0
+    trainer.train()
+    again = made(tmp_path, "full")
+    again.args.label_smoothing = 0.1
+    with pytest.raises(RunDirectoryError, match=r"label_smoothing = 0\.0 \(now 0\.1\)"):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{HALF}"))
+
+
+def test_an_adapter_that_trainer_cannot_load_is_refused_in_words(tmp_path):
+    def model():
+        found = llama(initializer_range=0.2)
+        found.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+        return found
+
+    made(tmp_path, "full", model=model()).train()
+    again = made(tmp_path, "full", model=model())
+    with pytest.raises(RunDirectoryError, match=r"added by model\.add_adapter"):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{HALF}"))
 
 
 def test_the_engines_state_is_needed(whole, tmp_path):
@@ -351,14 +459,14 @@ def test_what_is_not_known_of_both_times_is_no_change():
 def test_the_noted_content_of_data_sees_every_row_of_small_data():
     from datasets import Dataset
 
-    from lisa_train.trainer.continuation import _data
+    from lisa_train.trainer.training_inputs import data_content
 
     rows = [{"text": f"row {i}", "tokens": [i, i + 1]} for i in range(200)]
-    noted = {_data(Dataset.from_list(rows))["content"]}
+    noted = {data_content(Dataset.from_list(rows))["content"]}
     for number, change in itertools.product((0, 77, 199), ({"text": "x"}, {"tokens": [1]})):
         other = [dict(row) for row in rows]
         other[number] |= change
-        noted.add(_data(Dataset.from_list(other))["content"])
+        noted.add(data_content(Dataset.from_list(other))["content"])
     assert len(noted) == 7
-    assert _data(Dataset.from_list(rows))["content"] in noted
-    assert _data(iter(rows)) is None  # a stream
+    assert data_content(Dataset.from_list(rows))["content"] in noted
+    assert data_content(iter(rows)) is None  # a stream

@@ -6,6 +6,7 @@ them with a failed assertion somewhere else, and a data set without a batch with
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,27 +39,34 @@ class Prepared:
         nothing predicts.
     labels
         Labels that count.
-    longest, largest_id
-        Tokens of the longest row; the largest token id.
+    longest
+        Tokens of the longest row.
+    ids, label_ids
+        The smallest and the largest token id, and those of the labels that are not ignored; None
+        without any.
     """
 
     rows: int
     empty: int
     labels: int
     longest: int
-    largest_id: int
+    ids: tuple[int, int] | None
+    label_ids: tuple[int, int] | None
 
 
 def survey(dataset: "Dataset") -> Prepared:
     """Look at every row once."""
     rows = empty = labels = longest = 0
-    largest = -1
+    ids_range: tuple[int, int] | None = None
+    label_range: tuple[int, int] | None = None
     columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         ids, wanted = (table[c].combine_chunks() for c in (columns[0], columns[-1]))
         lengths = np.diff(ids.offsets.to_numpy())
         ends = np.cumsum(lengths)
-        counts = wanted.flatten().to_numpy(zero_copy_only=False) != IGNORED
+        targets = wanted.flatten().to_numpy(zero_copy_only=False)
+        counts = targets != IGNORED
+        label_range = _widened(label_range, targets[counts])
         counts[(ends - lengths)[lengths > 0]] = False
         sums = np.concatenate([[0], np.cumsum(counts)])
         per_row = sums[ends] - sums[ends - lengths]
@@ -66,9 +74,15 @@ def survey(dataset: "Dataset") -> Prepared:
         empty += int((per_row == 0).sum())
         labels += int(per_row.sum())
         longest = max(longest, int(lengths.max(initial=0)))
-        tokens = ids.flatten().to_numpy(zero_copy_only=False)
-        largest = max(largest, int(tokens.max(initial=-1)))
-    return Prepared(rows, empty, labels, longest, largest)
+        ids_range = _widened(ids_range, ids.flatten().to_numpy(zero_copy_only=False))
+    return Prepared(rows, empty, labels, longest, ids_range, label_range)
+
+
+def _widened(found: tuple[int, int] | None, values: "np.ndarray") -> tuple[int, int] | None:
+    if not len(values):
+        return found
+    ends = (int(values.min()), int(values.max()))
+    return ends if found is None else (min(found[0], ends[0]), max(found[1], ends[1]))
 
 
 def check_tokenizer(
@@ -170,7 +184,7 @@ def check_prepared(trainer: "SFTTrainer", config: TrainConfig) -> tuple[dict[str
         parts.append(held_out)
         if not config.packing:
             found["held_out_examples"] = held_out.rows
-    _check_vocabulary(trainer, max(part.largest_id for part in parts), config)
+    _check_vocabulary(trainer, parts, config)
     said += _check_positions(trainer.model, max(part.longest for part in parts), config)
     if train.empty and not config.packing:
         said.append(
@@ -182,9 +196,11 @@ def check_prepared(trainer: "SFTTrainer", config: TrainConfig) -> tuple[dict[str
 
 def _without_labels(part: Prepared, config: TrainConfig, which: str, what: str) -> str:
     if config.max_length is not None and (not part.rows or part.longest >= config.max_length):
+        # TRL has left such rows out: nobody can tell any more which of the two it was.
+        masked = "" if part.rows else "every label is masked, or "
         advice = (
-            f"what the loss is taken of lies beyond max_length {config.max_length}; raise it, or "
-            "shorten the prompts"
+            f"{masked}what the loss is taken of lies beyond max_length {config.max_length}; raise "
+            "it, or shorten the prompts"
         )
     else:
         advice = "every token is masked, or the only one of its example"
@@ -206,17 +222,34 @@ def need_batches(
         )
 
 
-def _check_vocabulary(trainer: "SFTTrainer", largest: int, config: TrainConfig) -> None:
+def _check_vocabulary(
+    trainer: "SFTTrainer", parts: Sequence[Prepared], config: TrainConfig
+) -> None:
     embedding = trainer.model.get_input_embeddings()
     size = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     pad = trainer.processing_class.pad_token_id
-    for what, token in (("token", largest), ("padding token", pad)):
-        if token is not None and token >= size:
+    for what, token in (
+        *(("token", end) for part in parts for end in part.ids or ()),
+        ("padding token", pad),
+    ):
+        if token is not None and not 0 <= token < size:
+            advice = (
+                "the tokenizer is another model's, or tokens were added to it: use the model's own "
+                "tokenizer, or resize the model's embeddings and save it"
+                if token >= size
+                else "token ids count from 0: write the padding token's, or leave such rows out"
+            )
             raise ConfigError(
                 f"{what} id {token} of {config.dataset_name} is outside the vocabulary of "
-                f"{config.model_name_or_path}, whose embedding has {size} rows; the tokenizer is "
-                "another model's, or tokens were added to it: use the model's own tokenizer, or "
-                "resize the model's embeddings and save it."
+                f"{config.model_name_or_path}, whose embedding has {size} rows; {advice}."
+            )
+    # A label beyond the logits is no error on a CPU: its loss is that of a logit of 0.
+    for label in (end for part in parts for end in part.label_ids or ()):
+        if not 0 <= label < size:
+            raise ConfigError(
+                f"label {label} of {config.dataset_name} is no token of "
+                f"{config.model_name_or_path}, whose embedding has {size} rows; expected token "
+                f"ids in `labels`, or {IGNORED} where nothing is to be learned."
             )
 
 

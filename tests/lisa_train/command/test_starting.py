@@ -346,6 +346,32 @@ def test_a_token_beyond_the_vocabulary_is_refused(tiny_model_dir: Path, tmp_path
     assert "token id 10000 of" in refused(config(tiny_model_dir, data, tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"input_ids": [1, 5, -7, 8]}, "token id -7 of"),
+        ({"input_ids": [1, 5, 6], "labels": [-100, 5, 10_000]}, "label 10000 of"),
+        ({"input_ids": [1, 5, 6], "labels": [-1, -1, 6]}, "-100 where nothing is to be learned"),
+    ],
+)
+def test_token_ids_and_labels_that_are_no_tokens_are_refused(
+    row: dict[str, list[int]], says: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A label beyond the logits has a loss, which is that of a logit of 0, on a CPU."""
+    rows = [{"input_ids": [1, 5, 6]} | ({"labels": [-100, 5, 6]} if "labels" in row else {})] * 9
+    data = write_jsonl(tmp_path / "d.jsonl", [*rows, row])
+    assert says in refused(config(tiny_model_dir, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_whose_labels_are_all_masked_are_not_called_too_long(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    row = {"input_ids": [1, 5, 6], "labels": [-100, -100, -100]}
+    data = write_jsonl(tmp_path / "d.jsonl", [row] * 9)
+    assert "every label is masked" in refused(config(tiny_model_dir, data, tmp_path / "run"))
+
+
 def test_a_padding_token_beyond_the_vocabulary_is_refused(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,8 @@ MANIFEST_FIELDS: dict[str, str] = {
     "select": "what was asked for and what it came to in this model, when the method is select",
     "dataset": "name, columns read and not read, number of examples trained on, held out, dropped",
     "result": "figures of a finished run: steps, tokens, seconds, losses, peak memory; "
-    "last_held_out_scores by name, where the task has scores; with LISA "
+    "last_held_out_scores by name, where the task has scores; best_step, best_held_out_loss and "
+    "best_held_out_scores, where the weights of that step are kept and not the last; with LISA "
     "layer_visits (draws of every layer) and layers_never_drawn, or with lisa.by unit_visits and "
     "units_never_drawn",
     "error": "one sentence, when the status is failed",

@@ -17,6 +17,8 @@ _MEASURED = {
     "seconds": "seconds",
     "first_held_out_loss": "held-out loss before",
     "last_held_out_loss": "held-out loss after",
+    "best_step": "step that these weights are of",
+    "best_held_out_loss": "held-out loss of these weights",
     "peak_memory_bytes": "peak memory, bytes",
     "layers_never_drawn": "layers never drawn",
 }
@@ -131,8 +133,10 @@ def _draws(run: Run) -> str:
 def _measured(result: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: result.get(name) for name in _MEASURED}
     found = {_MEASURED[name]: value for name, value in given.items() if value is not None}
-    scores = result.get("last_held_out_scores") or {}
-    return found | {f"held-out {name.replace('_', ' ')}": value for name, value in scores.items()}
+    for which, whose in (("last", ""), ("best", " of these weights")):
+        for name, value in (result.get(f"{which}_held_out_scores") or {}).items():
+            found[f"held-out {name.replace('_', ' ')}{whose}"] = value
+    return found
 
 
 def _training(manifest: Mapping[str, Any], data: str) -> dict[str, Any]:

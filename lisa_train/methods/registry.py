@@ -121,12 +121,24 @@ class Method:
         """Say in a sentence what a run of this method did, from `result` of run.json."""
         first, last = result.get("first_held_out_loss"), result.get("last_held_out_loss")
         loss = f", held-out loss {first:.4f} → {last:.4f}" if None not in (first, last) else ""
-        scores = result.get("last_held_out_scores") or {}
-        judged = "".join(f", {name.replace('_', ' ')} {v:.4f}" for name, v in scores.items())
-        return f"{result.get('steps')} steps{loss}{judged}"
+        judged = _judged(result.get("last_held_out_scores"))
+        return f"{result.get('steps')} steps{loss}{judged}{_best(result)}"
 
     def __repr__(self) -> str:
         return f"<method {self.name}: {self.help}>"
+
+
+def _judged(scores: Mapping[str, float] | None) -> str:
+    return "".join(f", {name.replace('_', ' ')} {v:.4f}" for name, v in (scores or {}).items())
+
+
+def _best(result: Mapping[str, Any]) -> str:
+    """Say which step's model is kept where it is not the last one's."""
+    if (step := result.get("best_step")) is None:
+        return ""
+    loss = result.get("best_held_out_loss")
+    known = "" if loss is None else f", held-out loss {loss:.4f}"
+    return f"; kept is the model of step {step}{known}{_judged(result.get('best_held_out_scores'))}"
 
 
 METHODS: dict[str, Method] = {}

@@ -186,7 +186,7 @@ class RecordCallback(Listener, TrainerCallback):
             return
         status, sentence = status_of(error)
         if not self.recorder.writer.closed:
-            self.recorder.close(status, sentence, **(self._result() or {}))
+            self.recorder.close(status, sentence, **(self._result(ended=error is None) or {}))
         elif error is not None:
             self.recorder.session.restate(status, sentence)
 
@@ -198,7 +198,7 @@ class RecordCallback(Listener, TrainerCallback):
             self.close(error)
 
     @_recording
-    def _result(self) -> dict[str, Any]:
+    def _result(self, *, ended: bool) -> dict[str, Any]:
         assert self.recorder is not None
         line = self.recorder.latest_scalars(wait=True)
         devices = {p.device for p in self._trainer.model.parameters()}
@@ -208,9 +208,7 @@ class RecordCallback(Listener, TrainerCallback):
             "seconds": round(time.perf_counter() - self._tally.began, 3),
             "recorder_seconds": round(self.recorder.seconds, 3),
             "loss": line.get("loss"),
-            "first_held_out_loss": self._tally.held_out[0] if self._tally.held_out else None,
-            "last_held_out_loss": self._tally.held_out[-1] if self._tally.held_out else None,
-            "last_held_out_scores": self._tally.scores or None,
+            **self._tally.result(ended=ended),
             "peak_memory_bytes": peak_memory_bytes(*devices),
         }
         if self._lisa is not None and self._lisa.engine is not None:
@@ -302,7 +300,7 @@ class RecordCallback(Listener, TrainerCallback):
         """Write held-out metrics as an event."""
         if self.recorder is None:
             return
-        numbers = self._tally.evaluated(metrics)
+        numbers = self._tally.evaluated(state.global_step, metrics)
         self.recorder.event("evaluate", state.global_step, metrics=numbers)
 
     @_recording

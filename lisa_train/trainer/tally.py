@@ -1,8 +1,9 @@
 """What is counted of a training as it goes: tokens, labels, losses, the norm before clipping."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from transformers import Trainer
 from lisa_analysis.contract.schema import HELD_OUT_SCORES
 from lisa_train.measure.scalar_lines import count_tokens
 from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
+
+# The step of an evaluation, and its numbers by name.
+Evaluation = tuple[int, Mapping[str, float]]
 
 
 class Tally:
@@ -23,23 +27,22 @@ class Tally:
     tokens
         Tokens that earlier segments of the run counted.
     held_out
-        Held-out losses of earlier segments.
+        Evaluations of earlier segments: step and numbers.
 
     Attributes
     ----------
     held_out
-        Held-out losses, in their order.
-    scores
-        What the last evaluation was judged by beside its loss.
+        Evaluations in their order, each its step and its numbers by name.
     began
         When training began (`time.perf_counter`).
     """
 
-    def __init__(self, trainer: Trainer, tokens: int = 0, held_out: tuple[float, ...] = ()) -> None:
+    def __init__(
+        self, trainer: Trainer, tokens: int = 0, held_out: Sequence[Evaluation] = ()
+    ) -> None:
         self._trainer = trainer
         self._tokens: Any = tokens
         self.held_out = list(held_out)
-        self.scores: dict[str, float] = {}
         self._per_label: dict[str, float | None] = {}
         self._labels: Any = None
         self.began = time.perf_counter()
@@ -90,13 +93,51 @@ class Tally:
         if sums.known:
             self._per_label = {f"{prefix}_loss": sums.value(self._trainer)}
 
-    def evaluated(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    def evaluated(self, step: int, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """Return the numbers among the metrics of an evaluation, losses per label."""
         numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
         for name in self._per_label.keys() & numbers.keys():
             put_per_label(numbers, name, self._per_label[name])
         self._per_label = {}
-        if isinstance(loss := numbers.get("eval_loss"), float):
-            self.held_out.append(loss)
-        self.scores = {n: numbers[f"eval_{n}"] for n in HELD_OUT_SCORES if f"eval_{n}" in numbers}
+        self.held_out.append((step, numbers))
         return numbers
+
+    def result(self, *, ended: bool) -> dict[str, Any]:
+        """Return the held-out figures of the run; `ended`: training went to its end.
+
+        Those of the last step are of another model than the one that is kept where Trainer has put
+        the best weights in the place of the last ones.
+        """
+        losses = [found for _, m in self.held_out if (found := _loss(m)) is not None]
+        found: dict[str, Any] = {
+            "first_held_out_loss": losses[0] if losses else None,
+            "last_held_out_loss": losses[-1] if losses else None,
+            "last_held_out_scores": _scores(self.held_out[-1][1]) if self.held_out else None,
+        }
+        best = _best_step(self._trainer) if ended else None
+        if best is not None:
+            metrics = next((m for step, m in reversed(self.held_out) if step == best), {})
+            found |= {
+                "best_step": best,
+                "best_held_out_loss": _loss(metrics),
+                "best_held_out_scores": _scores(metrics),
+            }
+        return found
+
+
+def _best_step(trainer: Trainer) -> int | None:
+    """Step whose weights Trainer has loaded at the end; None where they are the last ones."""
+    folder = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or folder is None:
+        return None
+    step = Path(folder).name.rpartition("-")[2]
+    return int(step) if step.isdecimal() and int(step) != trainer.state.global_step else None
+
+
+def _loss(metrics: Mapping[str, float]) -> float | None:
+    loss = metrics.get("eval_loss")
+    return loss if isinstance(loss, float) else None
+
+
+def _scores(metrics: Mapping[str, float]) -> dict[str, float] | None:
+    return {n: metrics[f"eval_{n}"] for n in HELD_OUT_SCORES if f"eval_{n}" in metrics} or None

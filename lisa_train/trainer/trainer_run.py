@@ -22,6 +22,7 @@ from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.continuation import Continuation
+from lisa_train.trainer.tally import Evaluation
 
 NO_BATCH = (
     "the training data give no batch; give at least as many examples as a batch has, or set "
@@ -52,7 +53,7 @@ class TrainerRun:
     tokens
         Tokens up to here, as far as the earlier segments of the run counted them.
     held_out
-        Held-out losses of the earlier segments.
+        Evaluations of the earlier segments: step and numbers.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TrainerRun:
         if config.run_dir is None:
             raise ConfigError("record.run_dir is not set: name the folder to write.")
         self.tokens = 0
-        self.held_out: tuple[float, ...] = ()
+        self.held_out: list[Evaluation] = []
         self._trainer = trainer
         self._config = config
         self._run_dir = Path(config.run_dir)
@@ -107,7 +108,7 @@ class TrainerRun:
     def _open(
         self, step: int, layer_map: LayerMap, table: TensorTable, lisa: LisaConfig | None
     ) -> RunWriter:
-        self.tokens, self.held_out = 0, ()
+        self.tokens, self.held_out = 0, []
         resume = self._resume or (step > 0 and (self._run_dir / MANIFEST).exists())
         writer = RunWriter(
             self._run_dir,
@@ -172,9 +173,8 @@ class TrainerRun:
         self.tokens = int(tokens.iloc[-1]) if len(tokens) else 0
         events = run.events
         if "metrics" in events:
-            metrics = events.loc[events["event"] == "evaluate", "metrics"]
-            found = [m.get("eval_loss") for m in metrics if isinstance(m, dict)]
-            self.held_out = tuple(x for x in found if isinstance(x, float))
+            found = events.loc[events["event"] == "evaluate", ["step", "metrics"]]
+            self.held_out = [(int(s), m) for s, m in found.values if isinstance(m, dict)]
 
 
 def need_batches(dataloader: Any) -> None:

@@ -18,6 +18,7 @@ from lisa_analysis.rundir.opening import load
 from lisa_train.measure.disk.writer import RunWriter
 from lisa_train.measure.probe import measuring_pass
 from lisa_train.measure.step.step_measure import StepMeasure
+from lisa_train.methods import METHODS
 
 
 def make(folder, model=None, *, lisa=None, record=None, resume=False, manifest=None, **changes):
@@ -208,6 +209,41 @@ def test_the_last_census_is_of_the_last_weights_not_of_the_best(tmp_path, stops)
     for row in last.itertuples():
         exact = float(trainer.seen[step]["after"][names[row.param_id]].norm())
         assert row.weight_norm == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_result_says_which_step_s_weights_are_kept(tmp_path, resume):
+    """The last held-out loss is of another model than the one that Trainer has loaded."""
+    settings = {
+        "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": False,
+        "metric_for_best_model": "eval_loss", "learning_rate": 10.0,
+    }  # fmt: skip
+    trainer, _ = make(tmp_path, **settings)
+    trainer.train()
+    if resume:
+        trainer, _ = make(tmp_path, **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoints/checkpoint-2"))
+    best = trainer.state.best_global_step
+    assert best < 4
+    run = load(tmp_path / "run")
+    result = run.manifest["result"]
+    by_step = run.events.query("event == 'evaluate'").set_index("step")["metrics"]
+    assert result["best_step"] == best
+    assert result["best_held_out_loss"] == by_step[best]["eval_loss"] < result["last_held_out_loss"]
+    kept = trainer.evaluate()["eval_loss"]
+    assert kept == pytest.approx(result["best_held_out_loss"], rel=1e-6)
+    assert f"kept is the model of step {best}, held-out loss" in METHODS["full"].outcome(result)
+
+
+def test_the_best_weights_being_the_last_is_not_worth_a_word(tmp_path):
+    trainer, _ = make(
+        tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert "best_step" not in load(tmp_path / "run").manifest["result"]
 
 
 def test_due_steps_and_censuses(tmp_path):

@@ -18,7 +18,10 @@ TRAINING_PACKAGES = frozenset(
 )
 _OURS = frozenset({"lisa_train", "lisa_analysis"})
 # Functions of ours that stand between two of a library's own: what comes through is not theirs.
-_PASSING = frozenset({"wrapped", "evaluation_loop", "prediction_step", "patched_forward"})
+_PASSING = frozenset(
+    {"wrapped", "evaluation_loop", "prediction_step", "patched_forward",
+     "patched", "_watched", "_evaluation_loop"}
+)  # fmt: skip
 
 
 @contextmanager
@@ -57,6 +60,8 @@ def is_our_fault(error: BaseException) -> bool:
     ]
     if not frames:
         return False
+    if frames[-1][1] in _OURS:  # raised there, whatever stands around it
+        return True
     foreign = next((i for i, (_, package) in enumerate(frames) if package not in _OURS), None)
     return foreign is None or any(_is_ours(*frame) for frame in frames[foreign:])
 

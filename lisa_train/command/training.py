@@ -28,6 +28,7 @@ from lisa_train.command.tasks.text import about, complete
 from lisa_train.command.together import LostProcessError, agreed, all_are_done, launched
 from lisa_train.command.without_effect import refuse_without_effect
 from lisa_train.methods import METHODS
+from lisa_train.methods.adapter_names import check_adapter_names
 from lisa_train.model.source import check_model_name
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ def _prepare(
     manifest = _manifest(config, task.name, loaded)
     remarks = method.remarks(loaded.model, config)  # before adapters are put around the model
     trainer = task.build_trainer(loaded, arguments, peft_config, config)
+    if checkpoint is None:  # a run that was recorded so can be resumed
+        check_adapter_names("lora", config.lora, trainer.model)
+        check_adapter_names("peft", config.peft, trainer.model)
     found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
     notes = [*about(manifest["dataset"]), *loaded.data.said, *said, *remarks]

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.methods.adapter_names import check_task_type
 from lisa_train.methods.registry import Method, register
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ def lora_config(lora: Mapping[str, Any], task_type: str | None = "CAUSAL_LM") ->
             raise ConfigError(
                 f"lora.{name} is not a field of PEFT's LoraConfig.{suggest(name, known)}"
             )
+    if lora.get("inference_mode"):
+        raise ConfigError(
+            "lora.inference_mode is true, with which PEFT freezes the adapters; remove it (the "
+            "adapter_config.json of a saved adapter has it)."
+        )
+    if str(getattr(kind := lora.get("peft_type"), "value", kind)) not in ("None", "LORA"):
+        raise ConfigError(
+            f"lora.peft_type is {kind}: adapters of other types are method peft's; set method to "
+            "peft, and write their fields below peft."
+        )
+    check_task_type("lora", lora, task_type)
     settings = {**LORA_DEFAULTS, "task_type": task_type, **lora}
     if not isinstance(settings["r"], int) or settings["r"] < 1:
         raise ConfigError(f"lora.r is {settings['r']!r}; expected a rank of at least 1.")

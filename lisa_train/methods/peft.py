@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_train.methods.adapter_names import check_task_type
 from lisa_train.methods.registry import Method, register
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ _NEEDS_MORE = {
     "MULTITASK_PROMPT_TUNING": "the number of a task with every example",
     "POLY": "the number of a task with every example",
     "XLORA": "adapters that were trained before",
+}
+# Fields that PEFT leaves empty and does not check -> what they say.
+_NO_DEFAULT = {
+    "num_virtual_tokens": "the length of the prompt, as 20",
+    "adapter_len": "the length of the prompt, as 20",
+    "adapter_layers": "the number of layers, from the top, that get one",
 }
 _PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"})
 # peft_type -> why its checkpoints do not hold everything that the training goes on from.
@@ -143,11 +150,16 @@ def any_peft_config(
                 f"peft.{name} is not a field of PEFT's {config_class.__name__}."
                 + suggest(name, known)
             )
+    check_task_type("peft", given, task_type)
     values = {"task_type": task_type, **given}
     if "total_step" in known and max_steps is not None:
         values.setdefault("total_step", max_steps)
     try:
-        return config_class(**values)
+        built = config_class(**values)
     except (TypeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"PEFT refuses the settings of {kind}: {reason}.") from error
+    for name, what in _NO_DEFAULT.items():
+        if name in known and getattr(built, name) is None:
+            raise ConfigError(f"peft.peft_type {kind} needs peft.{name}: {what}.")
+    return built

@@ -1,6 +1,7 @@
 """What must hold before LISA starts: plain weights, complete optimizers, fitting numbers."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,12 +224,19 @@ def check_budget(config: LisaConfig, turns: Units) -> None:
         return
     largest = max(range(len(turns)), key=turns.sizes.__getitem__)
     if given * total < turns.sizes[largest]:
+        finer = ", or lisa.by to 'module'" if config.by == "half" else ""
         raise ConfigError(
             f"lisa.budget is {given:g} of {total:,} parameters in the layers, which is "
             f"{given * total:,.0f}, less than {turns.names[largest]} alone "
-            f"({turns.sizes[largest]:,}); set it to {turns.sizes[largest] / total:.2g} or more, or "
-            "lisa.by to 'module'."
+            f"({turns.sizes[largest]:,}); set it to {_at_least(turns.sizes[largest] / total)} or "
+            f"more{finer}."
         )
+
+
+def _at_least(share: float) -> str:
+    """Two digits of a share, rounded up: the number itself is not refused again."""
+    digits = 1 - math.floor(math.log10(share))
+    return f"{math.ceil(share * 10**digits) / 10**digits:g}"
 
 
 def given_probabilities(

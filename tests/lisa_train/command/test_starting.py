@@ -491,6 +491,20 @@ def test_who_raised_it_decides() -> None:
         data.map(_faulty)
 
 
+def test_what_a_library_raises_below_a_patch_of_ours_is_one_sentence(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation goes through the trainer's patched methods; nothing of ours failed."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        return math.no_such_name  # type: ignore[attr-defined]
+
+    theirs = types.FunctionType(fail.__code__, {"math": math, "__name__": "torch.planted"})
+    monkeypatch.setattr("trl.SFTTrainer.compute_loss", theirs)
+    with pytest.raises(ConfigError, match="Training cannot begin: AttributeError in torch"):
+        train(config(tiny_model_dir, text_file, tmp_path / "run", eval_size=2))
+
+
 class _Late(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("later")

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import helpers_architectures as known
 import numpy as np
@@ -682,6 +683,12 @@ def test_budgets_and_models_that_make_no_sense(make_llama):
     model = make_llama(layers=4)
     with pytest.raises(ConfigError, match=r"less than model\.layers\.0\.mlp\.gate_proj alone"):
         Loop(model, settings(budget=0.01, activated_layers=2)).engine()
+    for by, finer in (("module", False), ("half", True)):
+        with pytest.raises(ConfigError) as caught:
+            Loop(model, settings(by, budget=0.01, activated_layers=2)).engine()
+        assert ("lisa.by to 'module'" in str(caught.value)) == finer
+        least = float(re.search(r"set it to (\S+) or", str(caught.value))[1])
+        Loop(model, settings(by, budget=least, activated_layers=2)).engine()  # taken
     with pytest.raises(ConfigError, match="nothing would ever rest"):
         Loop(model, settings(activated_layers=4)).engine()
     with pytest.raises(

@@ -117,14 +117,16 @@ class StepTable:
         Shape (groups,): elements of the tensors that were ever trained.
     initial, initial_base
         Shape (groups,): ‖θ_0‖ of the tensors that were trained, and of the base weights that
-        they adapt (LoRA) or are (otherwise); NaN without a census at step 0.
+        they adapt (LoRA; biases beside them are not adapted) or are (otherwise); NaN without a
+        census at step 0.
     final
         Shape (groups,): ‖θ‖ of the trained tensors when they were last measured.
     final_delta
         Shape (groups,): ‖W − W_0‖ when it was last measured (LoRA: of the product).
-    final_merged
-        Shape (groups,): norm of the weights with their adapters (LoRA) in the last census after
-        step 0.
+    initial_merged, final_merged
+        Shape (groups,): norm of the base tensors that changed, weights with their adapters (LoRA)
+        and what trains beside them, at step 0 and in the last census after it; both of the same
+        tensors, NaN where no adapted weight was measured after step 0.
     last
         ``weight_norm``, ``delta_norm``, ``merged_norm`` -> shape (tensors,), the last measured
         value by param_id.
@@ -147,6 +149,7 @@ class StepTable:
     initial_base: NDArray[np.float64]
     final: NDArray[np.float64]
     final_delta: NDArray[np.float64]
+    initial_merged: NDArray[np.float64]
     final_merged: NDArray[np.float64]
     last: Mapping[str, NDArray[np.float64]]
     ever_trained: NDArray[np.bool_]
@@ -254,24 +257,35 @@ def _group_norms(run: "Run", groups: Grouping, sums: Accumulator) -> dict[str, N
         squares[np.bincount(group[where], minlength=width) == 0] = np.nan
         return np.sqrt(squares)
 
-    delta, merged = sums.last["delta_norm"], sums.last["merged_norm"]
-    start = _start_of_weights(frame, sums)
+    delta = sums.last["delta_norm"]
+    start, end = _start_of_weights(frame, sums), _end_of_weights(frame, sums, base & trained)
+    both = base & np.isfinite(start[ids]) & np.isfinite(end[ids])
     return {
         "numel": total(frame["numel"].to_numpy(dtype=np.float64), trained),
         "initial": norm(sums.census, trained),
         "initial_base": norm(start, base),
         "final": norm(sums.last["weight_norm"], trained),
         "final_delta": norm(delta, moved & ~np.isnan(delta[ids])),
-        "final_merged": norm(merged, moved & ~np.isnan(merged[ids])),
+        "initial_merged": norm(start, both),
+        "final_merged": norm(end, both),
     }
 
 
 def _adapted(frame: pd.DataFrame, trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Tensors of the modules that have an adapter that trains."""
+    """Tensors of the modules that have an adapter that trains, without biases: none adapts them."""
     base = (frame["role"] == "base").to_numpy()
-    modules = [module_of(name) for name in frame["name"].astype(str)]
+    names = frame["name"].astype(str).tolist()
+    modules = [module_of(name) for name in names]
     adapted = {module for module, t in zip(modules, trained & ~base, strict=True) if t}
-    return np.array([module in adapted for module in modules], dtype=bool)
+    return np.array(
+        [module in adapted and not _is_bias(name)
+         for module, name in zip(modules, names, strict=True)],
+        dtype=bool,
+    )  # fmt: skip
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith((".bias", "_bias"))
 
 
 def _start_of_weights(frame: pd.DataFrame, sums: Accumulator) -> NDArray[np.float64]:
@@ -292,3 +306,30 @@ def _start_of_weights(frame: pd.DataFrame, sums: Accumulator) -> NDArray[np.floa
         if role == "base" and str(name).endswith(".weight") and module_of(str(name)) in merged:
             start[param_id] = merged[module_of(str(name))]
     return start
+
+
+def _end_of_weights(
+    frame: pd.DataFrame, sums: Accumulator, trained: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """‖W_T‖ by param_id with what its adapter adds; NaN where that was not measured after step 0.
+
+    Of a base tensor that trains itself (a bias, a norm) it is the last norm.
+    """
+    end = np.full(len(sums.census), np.nan)
+    merged = sums.last["merged_norm"]
+    if not np.isfinite(merged).any():
+        return end
+    ids = frame["param_id"].to_numpy(dtype=np.int64)
+    end[ids[trained]] = sums.last["weight_norm"][ids[trained]]
+    weights: dict[str, list[int]] = {}
+    adapters: dict[str, list[int]] = {}
+    for param_id, name, role in zip(ids, frame["name"].astype(str), frame["role"], strict=True):
+        if role == "base" and not _is_bias(name):
+            weights.setdefault(module_of(name), []).append(param_id)
+        elif np.isfinite(merged[param_id]):
+            adapters.setdefault(module_of(name), []).append(param_id)
+    for module, rows in adapters.items():
+        # Of a module with several weights (fused experts) all or none are known.
+        if len(rows) == len(weights.get(module, ())):
+            end[weights[module]] = merged[rows]
+    return end

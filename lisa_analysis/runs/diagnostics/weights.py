@@ -98,7 +98,7 @@ class WeightDrift(Rule):
         adapters = has_adapters(evidence.run)
         if adapters:
             # Raw adapters start near zero: their weights' drift is that of the merged weight.
-            last, first = table.final_merged[:inside], table.initial_base[:inside]
+            last, first = table.final_merged[:inside], table.initial_merged[:inside]
         else:
             last, first = table.final[:inside], table.initial[:inside]
         with np.errstate(divide="ignore", invalid="ignore"):

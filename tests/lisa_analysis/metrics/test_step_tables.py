@@ -187,6 +187,25 @@ def test_norms_before_training_and_at_the_end(make_run):
     assert np.isnan(step_table(make_run(steps=5, census=False)).initial).all()
 
 
+def test_a_bias_beside_an_adapter_is_no_adapted_weight(make_run):
+    """Biases of Whisper and BERT are larger than their weights, and no product BA adds to them."""
+
+    def merged(frame):
+        return frame.assign(merged_norm=np.where(frame["delta_norm"].notna(), 2.0, np.nan))
+
+    run = make_run(steps=30, profile=3, method="lora", edit=merged)
+    frame = run.parameters.copy()
+    bias = frame["name"] == "model.layers.1.mlp.down_proj.base_layer.weight"
+    frame.loc[bias, "name"] = "model.layers.1.mlp.down_proj.base_layer.bias"
+    whole = step_table(make_run(steps=30, profile=3, method="lora", edit=merged))
+    run.parameters = frame
+    table = step_table(run)
+    assert whole.initial_base[:3] == pytest.approx(np.sqrt(2) * 2.0)
+    assert table.initial_base[:3] == pytest.approx([np.sqrt(8), 2.0, np.sqrt(8)])
+    # Drift compares the same tensors at both ends.
+    assert table.initial_merged[:3] == pytest.approx(table.final_merged[:3])
+
+
 def test_tied_names_have_no_group(make_run):
     run = make_run(steps=3, profile=2)
     frame = run.parameters.copy()

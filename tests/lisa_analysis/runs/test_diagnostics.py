@@ -336,6 +336,18 @@ class TestWeights:
         run = make_run(method="lora", steps=40, edit=merged)
         assert "+30" in fired(run, "weight_drift").evidence
 
+    def test_weight_drift_of_lora_counts_what_trains_beside_adapters_at_both_ends(self, make_run):
+        """What trains whole (modules_to_save) is in the weights at the start and at the end."""
+
+        def merged(frame):
+            made = frame.assign(merged_norm=np.where(frame["delta_norm"].notna(), 2.0, np.nan))
+            whole = made[made["param_id"] == 13].assign(param_id=12, weight_norm=2.0)
+            return pd.concat([made[~made["param_id"].isin([13, 14])], whole])
+
+        run = make_run(method="lora", steps=40, edit=merged)
+        finding = fired(run, "weight_drift")
+        assert (finding.state, "+0.00%" in finding.evidence) == ("ok", True), finding.evidence
+
     def test_weight_drift_of_lora_is_not_zero_when_only_the_start_is_known(self, make_run):
         def start(frame):
             ids = set(frame.loc[frame["delta_norm"].notna(), "param_id"])

@@ -12,8 +12,10 @@ from lisa_analysis.statistics.fit import Fit
 Array = NDArray[np.float64]
 
 
-def concentration(fit: Fit, confidence: float) -> Concentration:
+def concentration(fit: Fit, confidence: float, has_depth: bool = True) -> Concentration:
     """Inequality of the profile, with intervals that account for the noise of the scores.
+
+    `has_depth` says whether the rows are layers of one stack: others have no ends and no middle.
 
     Noise makes any profile look unequal. Each figure is compared with its distribution when all
     layers are equal (the bootstrap deviations alone): inside that distribution the interval
@@ -33,13 +35,11 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         noise = fit.scale(fit.effect[part].mean() + deviations)
 
     def interval(
-        measure: Callable[[Array], Array], equal: float | None, sign: int = 1, power: int = 1
+        measure: Callable[[Array], Array], equal: float, sign: int = 1, power: int = 1
     ) -> Interval:
         value = float(measure(scores))
         if samples is None or noise is None:
             return Interval(value)
-        if equal is None:
-            return _either_way(value, measure(samples), confidence)
         excess = [
             np.maximum(sign * (measure(part) - equal), 0.0) ** power
             for part in (scores, samples, noise)
@@ -55,7 +55,7 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         low, high = np.quantile(null, [(1 - confidence) / 2, (1 + confidence) / 2])
         floor = Interval(float(null.mean()), float(low), float(high))
     return Concentration(
-        ends_to_middle=interval(st.ends_to_middle, None),
+        ends_to_middle=_ends_to_middle(fit, confidence, has_depth),
         gini=interval(st.gini, 0.0, power=2),
         gini_floor=floor,
         top_share=interval(st.top_share, max(1, round(0.1 * n)) / n),
@@ -63,6 +63,17 @@ def concentration(fit: Fit, confidence: float) -> Concentration:
         cv=interval(st.coefficient_of_variation, 0.0, power=2),
         headroom=interval(st.headroom, 1.0),
     )
+
+
+def _ends_to_middle(fit: Fit, confidence: float, has_depth: bool) -> Interval:
+    """Ends over middle of all layers in their places, of which some may be unknown."""
+    if not has_depth:
+        return Interval(float("nan"))
+    value = float(st.ends_to_middle(np.where(fit.zero, 0.0, fit.score)))
+    if fit.samples is None or fit.noise is None or not np.isfinite(value):
+        return Interval(value)
+    samples = fit.scale(fit.effect + np.nan_to_num(fit.noise))
+    return _either_way(value, st.ends_to_middle(np.where(fit.zero, 0.0, samples)), confidence)
 
 
 def _either_way(value: float, samples: Array, confidence: float) -> Interval:

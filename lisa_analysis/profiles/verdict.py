@@ -61,10 +61,11 @@ def judge(
     stacks
         The stack that each layer is in, in order; empty where the rows are no layers.
     """
-    found = concentration(fit, confidence)
+    has_depth = len(set(stacks)) == 1
+    found = concentration(fit, confidence, has_depth)
     stable = reliability(fit, steps, period, rng, limits)
     apart = standing_of(fit, confidence, limits)
-    said = shape(fit, confidence, found, limits, len(set(stacks)) == 1, apart)
+    said = shape(fit, confidence, found, limits, has_depth, apart)
     each = _of_stacks(fit, confidence, limits, stacks)
     if stable.drift:
         # One word for all of a run that changed its profile would be the word for none of it.

@@ -17,7 +17,8 @@ class Concentration:
     Attributes
     ----------
     ends_to_middle
-        Mean of the first and last eighth of the layers over the median of the middle half.
+        Mean of the first and last eighth of the layers over the median of the middle half; NaN
+        where layers of the ends are unknown, and of rows or several stacks without a common depth.
     gini, gini_floor
         Gini coefficient, and what noise alone would give if all layers were equal.
     top_share
@@ -79,14 +80,22 @@ def headroom(scores: Array) -> Array:
 
 
 def ends_to_middle(scores: Array) -> Array:
-    """Mean of the first and last eighth of the layers over the median of the middle half."""
+    """Mean of the first and last eighth of the layers over the median of the middle half.
+
+    Layers are counted in their places, unknown ones (NaN) too. NaN where an end is not known
+    wholly, or of the middle less than half, and of fewer than four layers, which have no middle.
+    """
     scores = np.asarray(scores, dtype=np.float64)
     n = scores.shape[-1]
-    end = max(1, round(n / 8))
+    end, half = max(1, round(n / 8)), scores[..., n // 4 : n - n // 4]
+    known = np.isfinite(half)
+    enough = (2 * known.sum(axis=-1) >= half.shape[-1]) & (n >= 4)
     ends = np.concatenate([scores[..., :end], scores[..., n - end :]], axis=-1).mean(axis=-1)
-    middle = np.median(scores[..., n // 4 : n - n // 4], axis=-1)
+    # Where the middle is unknown throughout the median has nothing to take; `enough` says so.
+    some = known.any(axis=-1, keepdims=True)
+    middle = np.nanmedian(np.where(some, half, 0.0), axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(middle > 0, ends / middle, np.nan))
+        return np.asarray(np.where(enough & (middle > 0), ends / middle, np.nan))
 
 
 def _total(values: Array) -> Array:

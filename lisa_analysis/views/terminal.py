@@ -112,7 +112,7 @@ def layer_table(
             said.append("--ignore-intervals takes the scores as certain.")
         elif strengths is not None:
             said.append(strength_line(strengths))
-    lines += ["", *(textwrap.fill(text, min(100, width())) for text in said)]
+    lines += ["", *(textwrap.fill(text, min(100, width())) for text in said if text)]
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +151,9 @@ def _worth_cell(row: "pd.Series") -> str:
 
 
 def ends_to_middle(profile: "ImportanceProfile") -> str:
-    """Say how the bottom and top of the stack compare with its middle, with the number."""
+    """Say how the bottom and top of the stack compare with its middle; empty of several stacks."""
+    if profile.stacks:
+        return ""
     ratio = profile.concentration.ends_to_middle
     if not math.isfinite(ratio.value):
         return "Bottom and top against the middle: unknown, too few layers were seen."

@@ -67,6 +67,21 @@ class TestConcentration:
         # The trap of the reference: a monotone e^x gives 1.44.
         assert st.ends_to_middle(np.exp(np.linspace(-1, 1, 32))) == pytest.approx(1.44, abs=0.02)
 
+    def test_ends_and_middle_are_places_in_the_stack(self):
+        nan = np.nan
+        whole = np.array([4.0, 1, 2, 1, 1, 2, 1, 6])
+        assert st.ends_to_middle(whole) == pytest.approx(5 / 1.5)
+        # Unknown layers of the middle leave its others; unknown ends leave nothing.
+        assert st.ends_to_middle(np.array([4.0, 1, 2, nan, 1, 2, 1, 6])) == pytest.approx(5 / 2)
+        for unknown in ([0], [7], [2, 3, 4], range(5), range(8)):
+            part = whole.copy()
+            part[list(unknown)] = nan
+            assert np.isnan(st.ends_to_middle(part)), unknown
+        assert np.isnan(st.ends_to_middle(np.array([1.0, 2, 3])))
+        both = st.ends_to_middle(np.stack([whole, np.append(whole[:7], nan)]))
+        assert both[0] == pytest.approx(5 / 1.5)
+        assert np.isnan(both[1])
+
 
 class TestAutocorrelation:
     def test_block_length_follows_its_formula(self):

@@ -44,6 +44,21 @@ def test_one_run_is_printed_as_findings_layers_and_verdict(
     assert (golden / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_bottom_and_top_are_those_of_a_stack_that_is_known() -> None:
+    from lisa_analysis.views import terminal
+
+    def said(names: list[str], scores: list[float]) -> str:
+        return terminal.ends_to_middle(la.ImportanceProfile.from_scores(scores, names))
+
+    layers = [f"model.layers.{i}" for i in range(8)]
+    assert "×4.00 (no interval)" in said(layers, [4.0, 1, 1, 1, 1, 1, 1, 4])
+    # The last layers alone trained: their first is not the bottom of the stack.
+    assert "unknown" in said(layers, [float("nan")] * 4 + [4.0, 1, 1, 4])
+    # An encoder and a decoder have no common depth.
+    two = [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(4)]
+    assert said(two, [4.0, 1, 1, 1, 1, 1, 1, 4]) == ""
+
+
 def test_everything_is_written_where_it_was_asked_for(golden: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("r.html", "all.json", "p.json")}
     words = [str(golden), "-o", str(paths["r.html"]), "--json", str(paths["all.json"]),

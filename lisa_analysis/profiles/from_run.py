@@ -28,6 +28,7 @@ from lisa_analysis.rundir.parts import parts_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.rundir.weights.plain import PlainWeights
 from lisa_analysis.statistics.fit import Fit
+from lisa_analysis.statistics.persistence import MIN_ROWS
 
 Array = NDArray[np.float64]
 
@@ -131,7 +132,9 @@ def _of_run(
     scores = np.concatenate([fit.score, *(part.score for part in outside)])
     initial = initial_scores(chosen, data, values)
     # What is forgotten within a fifth of the run is noise of a step, what lasts longer a change.
-    batch = fit.within**2 * fit.passing
+    # Of a few records that cannot be told apart.
+    told = fit.observations.max(initial=0) >= MIN_ROWS
+    batch = fit.within**2 * fit.passing if told else float("nan")
     start = compare_with_start(chosen, data, scores, initial, thresholds, batch)
     judged = judge(
         fit, confidence, thresholds, steps=steps, period=period, rng=rng,

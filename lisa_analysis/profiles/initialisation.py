@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from lisa_analysis.metrics.log import Measurements
 from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.profiles.parts import Initialisation
+from lisa_analysis.profiles.standing import MIN_LAYERS
 from lisa_analysis.profiles.thresholds import Thresholds
 from lisa_analysis.rundir.trained import has_low_rank
 
@@ -33,7 +34,8 @@ def compare_with_start(
     """Compare a profile with the one at step 0; None when that is unknown.
 
     `noise` is the variance that one step's batch gives a log-score: no change, and so taken off the
-    difference from the first gradient (weights have none).
+    difference from the first gradient (weights have none). Where it is not known, nothing is said
+    of that: the first of a few records is a good part of their mean.
 
     The share is R² of the final log-profile given the initial one with slope 1, over layers and
     the groups outside the stack: 1 when training left the differences as they were. A profile is
@@ -49,14 +51,15 @@ def compare_with_start(
         # The embedding's gradient is of another size; it would make any profile look inherited.
         known[data.table.groups.inside :] = False
     # A LISA run's first step has gradients of the layers drawn first, which are no profile.
-    if known.sum() < max(2, 0.5 * np.isfinite(final).sum()):
+    if known.sum() < max(MIN_LAYERS if gradients else 2, 0.5 * np.isfinite(final).sum()):
+        return None
+    if gradients and not np.isfinite(noise):
         return None
     inside = data.table.groups.inside
     layers = known & (np.arange(len(known)) < inside)
     change = final[known] - start[known]
     level = float(min(np.exp(-abs(change.mean())), 1.0))
-    one_step = noise if gradients and np.isfinite(noise) else 0.0
-    share = _share(final[known], start[known], limits.material, one_step)
+    share = _share(final[known], start[known], limits.material, noise if gradients else 0.0)
     if gradients and np.isnan(share):
         return None
     raw_adapters = not gradients and has_low_rank(data.run)

@@ -172,3 +172,14 @@ def test_one_steps_noise_is_no_change(make_run):
         for seed in range(8)
     ]
     assert np.mean(shares) > 0.88
+
+
+def test_the_first_of_a_few_records_is_no_origin_of_their_mean(make_run):
+    """Of two records the noise of one is all of their difference: the share was 100 % always."""
+    rng = np.random.default_rng(0)
+    for every, said in ((200, False), (20, True)):
+        run = make_run(profile=np.exp(rng.standard_normal(12)), steps=200, every=every, noise=0.5)
+        profile = la.importance(run)
+        assert (profile.initialisation is not None) == said, every
+        assert ("first gradient" in profile.statement) == said
+        assert profile.layers["initial"].notna().all()  # which the report shows all the same

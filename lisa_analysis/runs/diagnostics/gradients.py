@@ -14,6 +14,8 @@ from lisa_analysis.runs.diagnostics.rule import (
     Rule,
     name_layers,
 )
+from lisa_analysis.statistics.effects import additive_effects
+from lisa_analysis.statistics.persistence import MIN_ROWS
 
 # Within one step a bad gradient comes before the update and the weights that it spoils.
 _CAUSES = ("probe_grad_norm", "grad_norm", "grad_norm_l1", "grad_noise", "descent", "update_norm",
@@ -49,7 +51,9 @@ class NormMismatch(Rule):
         square = np.where(np.isnan(norms), 0.0, norms.astype(np.float64)) ** 2
         total = np.sqrt(square.sum(axis=1))
         theirs = logged.reindex(evidence.table.steps).to_numpy(dtype=np.float64)
+        # A step at which no gradient was recorded at all has no total.
         usable = np.isfinite(total) & np.isfinite(theirs) & (theirs > 0)
+        usable &= ~np.isnan(norms).all(axis=1)
         if not usable.any():
             raise CouldNotRunError("no step has both gradient norms")
         off = np.abs(total[usable] / theirs[usable] - 1)
@@ -198,14 +202,21 @@ class DepthImbalance(Rule):
         return f"largest / smallest layer gradient > {self.ratio:g}"
 
     def check(self, evidence: Evidence) -> Outcome:
-        """Compare geometric means over time."""
+        """Compare geometric means over time, of layers as they stand beside each other at a step.
+
+        Gradients fall while training goes on: of LISA a layer that was drawn early would be large.
+        """
         norms = evidence.layers("grad_norm")
         usable = np.isfinite(norms) & (norms > 0)
         seen = usable.any(axis=0)
         if seen.sum() < 2:
             raise CouldNotRunError("fewer than two layers have gradients")
-        logs = np.where(usable, np.log(np.where(usable, norms, 1.0)), 0.0)
-        mean = logs.sum(axis=0)[seen] / usable.sum(axis=0)[seen]
+        effects = additive_effects(np.log(np.where(usable, norms, np.nan)))
+        if effects.adjusted != "steps" and usable.any(axis=1).sum() < MIN_ROWS:
+            raise CouldNotRunError(
+                f"layers were recorded at other steps than one another, {MIN_ROWS} records needed"
+            )
+        mean = effects.layer[seen]
         ratio = float(np.exp(mean.max() - mean.min()))
         layers = np.flatnonzero(seen)
         ends = (int(layers[mean.argmax()]), int(layers[mean.argmin()]))

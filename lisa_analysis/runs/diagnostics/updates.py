@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lisa_analysis.runs.diagnostics.rule import (
     CouldNotRunError,
@@ -133,6 +134,7 @@ class UpdateRatio(Rule):
 
     low: float = 1e-6
     high: float = 1e-2
+    rate: float = 0.1
     id: ClassVar[str] = "update_ratio"
     title: ClassVar[str] = "Update-to-weight ratio"
     meaning: ClassVar[str] = (
@@ -147,7 +149,8 @@ class UpdateRatio(Rule):
         """When the rule fires."""
         return (
             f"‖Δθ‖/‖θ‖ outside [{self.low:g}, {self.high:g}] in more than half of what was "
-            "recorded; a warning when ten times further out"
+            f"recorded while the learning rate was above {self.rate:.0%} of its largest; a warning "
+            "when ten times further out"
         )
 
     def check(self, evidence: Evidence) -> Outcome:
@@ -155,9 +158,14 @@ class UpdateRatio(Rule):
         update, weight = evidence.layers("update_norm"), evidence.layers("weight_norm")
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(weight > 0, update / weight, np.nan)
-        ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
-        if not len(ratio):
+        counts = np.isfinite(ratio) & (ratio > 0)
+        if not counts.any():
             raise CouldNotRunError("no step with a measured update")
+        ratio = ratio[counts & self._at_work(evidence)[:, None]]
+        if not len(ratio):
+            raise CouldNotRunError(
+                f"no step was recorded with more than {self.rate:.0%} of the largest learning rate"
+            )
         middle = float(np.median(ratio))
         outside = float(((ratio < self.low) | (ratio > self.high)).mean())
         if outside <= 0.5:
@@ -168,6 +176,15 @@ class UpdateRatio(Rule):
             f"{outside:.0%} of the recorded relative steps are outside the range; median "
             f"{middle:.2g}.",
         )
+
+    def _at_work(self, evidence: Evidence) -> NDArray[np.bool_]:
+        """Recorded steps whose learning rate says something of the run's: no warm-up, no end."""
+        with suppress(CouldNotRunError):
+            logged = evidence.scalar("learning_rate")["learning_rate"].to_numpy(dtype=np.float64)
+            largest = float(np.nanmax(logged))
+            if largest > 0:
+                return np.asarray(evidence.learning_rate() > self.rate * largest)
+        return np.ones(len(evidence.table.steps), dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,22 @@ class TestUpdates:
         run = make_run(steps=40, edit=scale("update_norm", factor))
         assert fired(run, "update_ratio").state == state
 
+    def test_steps_of_warm_up_and_end_are_not_the_learning_rate(self, make_run):
+        """The last step of a cosine has a millionth of the rate: it asks for no other one."""
+
+        def cosine(scalars):
+            share = scalars["step"] / len(scalars)
+            return scalars.assign(learning_rate=1e-3 * (1 + np.cos(np.pi * share)) / 2 + 1e-9)
+
+        small = scale("update_norm", 1e-4, steps=[100])
+        run = make_run(steps=100, every=100, edit=small, edit_scalars=cosine)
+        assert fired(run, "update_ratio").state == "ok"  # by step 1 alone
+        last = scale("update_norm", 0.0, steps=[1])
+        run = make_run(steps=100, every=100, edit=lambda f: last(small(f)), edit_scalars=cosine)
+        finding = fired(run, "update_ratio")
+        assert finding.state == "could not run"
+        assert "more than 10% of the largest learning rate" in finding.evidence
+
     def test_reactivation_spike(self, make_run):
         firsts = range(1, 400, 10)
         run = make_run(method="lisa", steps=400, edit=scale("update_norm", 9.0, steps=firsts))
@@ -133,6 +149,17 @@ class TestUpdates:
 
 
 class TestGradients:
+    def test_steps_without_recorded_gradients_have_no_total_to_disagree(self, make_run):
+        def resumed(frame):  # with other quantities
+            return frame.assign(grad_norm=frame["grad_norm"].where(frame["step"] < 20))
+
+        def logged(scalars):
+            return scalars.assign(grad_norm=scalars["grad_norm"].where(scalars["step"] < 20, 1.0))
+
+        run = make_run(steps=100, edit=resumed, edit_scalars=logged)
+        finding = fired(run, "norm_mismatch")
+        assert finding.state == "ok", finding.evidence
+
     def test_norm_mismatch(self, make_run):
         run = make_run(steps=40, edit_scalars=lambda s: s.assign(grad_norm=s["grad_norm"] * 1.05))
         finding = fired(run, "norm_mismatch")
@@ -178,6 +205,18 @@ class TestGradients:
         assert fired(make_run(edit_scalars=clip(0.6, 0.5)), "clip_pressure").state == "warn"
         assert fired(make_run(edit_scalars=clip(0.4, 0.5)), "clip_pressure").state == "ok"
         assert fired(make_run(edit_scalars=clip(1.0, 0.01)), "clip_pressure").state == "warn"
+
+    def test_layers_drawn_early_are_not_taken_for_larger(self, make_run):
+        """Gradients that fall a thousandfold are no imbalance of layers that LISA draws in turn."""
+        options = {"method": "lisa", "profile": 4, "steps": 40, "k": 1, "trend": -9.0, "noise": 0.1}
+        turns = [[0], [1], [2], [3]]
+        few = make_run(**options, every=10, draws=turns)
+        assert fired(few, "depth_imbalance").state == "could not run"
+        assert "recorded at other steps" in fired(few, "depth_imbalance").evidence
+        together = make_run(**options, draws=[[0, 1], [1, 2], [2, 3], [3, 0]])
+        finding = fired(together, "depth_imbalance")
+        assert finding.state == "ok", finding.evidence
+        assert float(finding.evidence.split(" has ")[1].split(" times")[0]) < 1.5
 
     def test_depth_imbalance(self, make_run):
         run = make_run(profile=np.geomspace(1, 150, 8), steps=40)

@@ -192,11 +192,20 @@ def _last_part(entry: Any) -> str:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Name every run by its directory, which its owner chose; by its id where that is no name."""
-    names = [Path(run.path).resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.run_id) for run in runs]
-    return distinct(names)
+    """Name every run by its directory, which its owner chose.
+
+    Where directories are of one name, as in ``lora/s1`` and ``full/s1``, by as much of the way to
+    them as tells them apart; a run that is given twice by its id.
+    """
+    paths = [Path(run.path).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        names = [path.name for path in paths]
+        return distinct(names if len(set(names)) == len(names) else [str(r.run_id) for r in runs])
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return []
 
 
 def distinct(names: list[str]) -> list[str]:

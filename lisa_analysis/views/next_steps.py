@@ -1,6 +1,8 @@
 """What to do next: one sentence and the command for it, from what was found."""
 
+import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ def _batches(run: Run) -> int:
 
 
 def _of_several(analysis: Analysis) -> NextStep:
-    names = " ".join(shlex.quote(_name(one.run)) for one in analysis.runs)
+    at = _ways([one.run for one in analysis.runs])
+    names = " ".join(map(shlex.quote, at.values()))
     if analysis.profile is not None:
         return NextStep(
             "Train the next run by the profile over seeds, and a uniform one beside it.",
@@ -106,15 +109,15 @@ def _of_several(analysis: Analysis) -> NextStep:
         return NextStep(
             f"Repeat every arm until it has {MIN_SEEDS} seeds: before that, seeds may explain "
             f"every difference. {row['run']} first:",
-            f"lisa-train --config {shlex.quote(_name(one.run))}/config.yaml --seed {seed} "
-            f"--output_dir {shlex.quote(f'{_name(one.run)}-seed-{seed}')}",
+            f"lisa-train --config {shlex.quote(at[one.run])}/config.yaml --seed {seed} "
+            f"--output_dir {shlex.quote(f'{at[one.run]}-seed-{seed}')}",
         )
     trained = [one.run for one in analysis.runs if one.run.has_course and one.run.has_layers]
     trained = [run for run in trained if not run.is_probe and run.ablation.empty]
     if trained:
         return NextStep(
             "See what the layers’ changes were worth, and whether the profile predicted it.",
-            f"lisa-ablate {shlex.quote(_name(trained[0]))}",
+            f"lisa-ablate {shlex.quote(at[trained[0]])}",
         )
     return NextStep("Nothing is left to do with these runs alone.")
 
@@ -144,6 +147,13 @@ def _of(short: str, placeholder: str, run: Run, key: str) -> str:
     if not name:
         return placeholder
     return shlex.quote(short if Path(str(name)).is_absolute() else str(name))
+
+
+def _ways(runs: Sequence[Run]) -> dict[Run, str]:
+    """Where every run is, seen from the folder that holds them all."""
+    paths = {run: run.path.resolve() for run in runs}
+    common = os.path.commonpath([path.parent for path in paths.values()])
+    return {run: path.relative_to(common).as_posix() for run, path in paths.items()}
 
 
 def _name(run: Run) -> str:

@@ -33,7 +33,7 @@ def overview(analysis: "Analysis", *, every_rule: bool = False) -> str:
     """
     parts, side_by_side = [], analysis.comparison
     for one in analysis.runs:
-        parts.append(findings(one.run, one.diagnostics, every_rule=every_rule))
+        parts.append(findings(one.run, one.diagnostics, every_rule=every_rule, name=one.name))
         if one.profile is None:
             parts.append(f"No profile: {one.why_not}\n")
         elif analysis.alone:
@@ -57,10 +57,15 @@ def _layers(analysis: "Analysis") -> str:
     return layer_table(analysis.profile, found, analysis.plan.strengths(analysis.profile, found))
 
 
-def findings(run: "Run", diagnostics: "Diagnostics", *, every_rule: bool = False) -> str:
-    """Header of a run and what is wrong with it, worst first; rules that passed are counted."""
+def findings(
+    run: "Run", diagnostics: "Diagnostics", *, every_rule: bool = False, name: str = ""
+) -> str:
+    """Header of a run and what is wrong with it, worst first; rules that passed are counted.
+
+    `name` is what the run is called beside others; by itself it goes by its folder.
+    """
     model = (run.manifest.get("model") or {}).get("name", "unknown model")
-    name = run.path.resolve().name
+    name = name or run.path.resolve().name
     lines = [f"{name}: {run.method} on {Path(str(model)).name}, {run.status}"]
     lines += [f"  {warning}" for warning in run.warnings]
     by_state = {state: [f for f in diagnostics.findings if f.state == state] for state in STATES}

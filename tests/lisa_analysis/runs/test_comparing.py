@@ -78,6 +78,14 @@ class TestTable:
         run = make_run(steps=10, run_id="same")
         assert la.compare([run, run]).to_frame()["run"].tolist() == ["same", "same (2)"]
 
+    def test_folders_of_one_name_are_told_apart_by_the_way_to_them(self, make_run, tmp_path):
+        for arm in ("lora", "full"):
+            (tmp_path / arm).mkdir()
+            make_run(steps=10).path.rename(tmp_path / arm / "s1")
+        runs = [la.load(tmp_path / arm / "s1") for arm in ("lora", "full")]
+        assert la.compare(runs).to_frame()["run"].tolist() == ["lora/s1", "full/s1"]
+        assert configurations.labels(runs[:1]) == ["s1"]
+
     def test_no_run_is_refused(self):
         with pytest.raises(LisaError, match="at least one run"):
             la.compare([])

@@ -15,6 +15,7 @@ from lisa_analysis.views.analysis import Analysis
 from lisa_analysis.views.html_report.content import gather
 from lisa_analysis.views.html_report.figure import Budget
 from lisa_analysis.views.next_steps import next_step
+from lisa_analysis.views.terminal import overview
 
 
 def test_a_fault_comes_first(tmp_path):
@@ -45,6 +46,21 @@ def test_single_runs_are_repeated_with_another_seed(tmp_path):
     assert "3 seeds" in step.sentence
     assert step.command.startswith("lisa-train --config full/config.yaml --seed ")
     assert "--output_dir full-seed-" in step.command
+
+
+def test_runs_in_folders_of_one_name_are_named_by_the_way_to_them(tmp_path):
+    runs = [
+        write_run(tmp_path / arm / "s1", steps=200, n_layers=8, method="full", seed=seed)
+        for seed, arm in enumerate(("a", "b"))
+    ]
+    analysis = Analysis.of(runs)
+    assert analysis.profile is not None
+    said = "lisa-analyze a/s1 b/s1 --probabilities probabilities.json"
+    assert next_step(analysis).command == said
+    printed = overview(analysis)
+    assert "a/s1: full on" in printed
+    assert "b/s1: full on" in printed
+    assert analysis.comparison.table["run"].tolist() == ["a/s1", "b/s1"]
 
 
 def comparison(*rows, statement="One. Two. Three."):

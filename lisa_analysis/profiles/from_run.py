@@ -221,7 +221,7 @@ def _said(
         )
         return said, None
     if chosen.rows == "weights" or isinstance(run, PlainWeights):
-        return of_weights.statement(run, chosen.id, by, groups.names, fit, judged), None
+        return of_weights.statement(run, chosen, by, groups.names, fit, judged), None
     # A measuring pass sees what never trained as well.
     trained = np.asarray(data.table.trained[:, : groups.inside].any(axis=0))
     if chosen.rows != "steps":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lisa_analysis.metrics.registry import Metric
 from lisa_analysis.metrics.weights import run_weights
 from lisa_analysis.profiles.sentences import name_rows, shape_words
 from lisa_analysis.profiles.verdict import Judgement
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def statement(
-    run: "Run", metric: str, by: str, names: Sequence[str], fit: Fit, judged: Judgement
+    run: "Run", chosen: Metric, by: str, names: Sequence[str], fit: Fit, judged: Judgement
 ) -> str:
     """What a person should take away, in sentences."""
     said = []
+    metric = chosen.id
+    of_change = any("weights.change" in need for need in chosen.needs)
+    before = not of_change and chosen.rows == "weights" and "weights.adapter" not in chosen.needs
     unknown = ~(fit.seen | fit.zero)
     if metric in ("delta_norm", "delta_rel") and _did_nothing(run):
         said.append(
@@ -26,7 +30,7 @@ def statement(
             if run.method == "adapter"
             else "Nothing changed: both sides hold the same numbers."
         )
-    elif fit.zero.any():
+    elif fit.zero.any() and of_change:
         rows = name_rows(by, names, fit.zero)
         said.append(f"{rows[0].upper()}{rows[1:]}: exactly as before.")
     if unknown.all():
@@ -36,8 +40,11 @@ def statement(
         said.append(f"{why}: {name_rows(by, names, unknown)}.")
     if fit.seen.any():
         said.append(
-            "One set of weights is one observation: no interval, and nothing says how sure the "
-            "order is; importance([a, b, c]) over seeds of the same training would."
+            "This was so before any training, and is so for every seed: there is no interval, and "
+            "whether layers of high scores matter is not in the number."
+            if before
+            else "One set of weights is one observation: no interval, and nothing says how sure "
+            "the order is; importance([a, b, c]) over seeds of the same training would."
         )
         said.append(shape_words(judged, by))
     return " ".join(said)

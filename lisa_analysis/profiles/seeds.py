@@ -128,10 +128,13 @@ def _said(seeds: Seeds) -> Seeds:
                 text += ": it cannot know that other seeds take the same slow course"
         words.append(text + ".")
     if np.isfinite(seeds.kendall):
-        reach = f" ({seeds.kendall_low:.2f} … {seeds.kendall_high:.2f})"
+        # No interval, which is written with dots everywhere: the pairs themselves.
+        pairs = len(seeds.runs) * (len(seeds.runs) - 1) // 2
+        reach = (
+            f" on average ({seeds.kendall_low:.2f} to {seeds.kendall_high:.2f} over {pairs} pairs)"
+        )
         words.append(
-            f"Rankings of two seeds agree with τ = {seeds.kendall:.2f}"
-            f"{reach if len(seeds.runs) > 2 else ''}."
+            f"Rankings of two seeds agree with τ = {seeds.kendall:.2f}{reach if pairs > 1 else ''}."
         )
     return replace(seeds, statement=" ".join(words))
 

@@ -176,14 +176,17 @@ def _rankings(pairs: pd.DataFrame) -> str:
         )
     if not len(known):
         return ""
-    text = (
-        f"As measured, rankings of the layers agree with τ from {known['kendall'].min():.2f} to "
-        f"{known['kendall'].max():.2f}"
-    )
+    text = f"As measured, rankings of the layers agree with {_span(known['kendall'])}"
     if not len(true):
         return text + "."
     of = "" if len(true) == len(known) else f" in {len(true)} of {len(known)} pairs"
     return (
-        f"{text}; with the noise within the runs taken off, from {true['agreement'].min():.2f} to "
-        f"{true['agreement'].max():.2f}{of}."
+        f"{text}; with the noise within the runs taken off, with {_span(true['agreement'])}{of}, "
+        f"where the intervals of pairs reach down to {true['agreement_low'].min():.2f}."
     )
+
+
+def _span(values: "pd.Series[float]") -> str:
+    """From the least to the largest τ of pairs, or the one that all of them print as."""
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return f"τ = {low}" if low == high else f"τ from {low} to {high}"

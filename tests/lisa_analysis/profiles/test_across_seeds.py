@@ -96,6 +96,9 @@ class TestRuns:
         found = la.importance(runs).seeds
         assert found.kendall == pytest.approx(np.mean(taus))
         assert (found.kendall_low, found.kendall_high) == pytest.approx((min(taus), max(taus)))
+        # Least and largest of the pairs, not bounds: those are written with dots.
+        pairs = f"({min(taus):.2f} to {max(taus):.2f} over 3 pairs)."
+        assert found.statement.endswith(f"τ = {np.mean(taus):.2f} on average {pairs}")
 
     def test_it_gives_probabilities_that_name_all_runs(self, arm, tmp_path):
         runs = arm()

@@ -326,6 +326,19 @@ class TestObject:
         assert comparison.table["peak_memory_bytes"].isna().all()
         assert "NaN" in comparison._repr_html_()
 
+    def test_agreement_of_many_pairs_is_told_with_how_little_is_known_of_it(self, make_run):
+        """τ of 0.5 as measured, "from 1.00 to 1.00" without noise: no interval said how surely."""
+        truth = np.exp(np.linspace(0, 0.4, 12))
+        runs = [make_run(profile=truth, steps=100, noise=0.5, seed=seed) for seed in range(3)]
+        comparison = la.compare(runs)
+        known = comparison.rank_agreement.dropna(subset=["agreement"])
+        assert len(known)
+        assert (
+            f"the intervals of pairs reach down to {known['agreement_low'].min():.2f}."
+            in comparison.statement
+        )
+        assert "from 1.00 to 1.00" not in comparison.statement
+
     def test_statement_warns_of_single_seeds(self, make_run):
         text = la.compare([make_run(steps=30), make_run(steps=30, method="lisa")]).statement
         assert "three seeds" in text

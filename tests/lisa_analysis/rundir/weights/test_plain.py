@@ -318,3 +318,13 @@ def test_bad_input_is_a_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(LisaError, match=r"holds no run\.json"):
         la.load(tmp_path / "empty")
+
+
+def test_what_was_so_before_training_is_not_said_to_be_a_change(tmp_path):
+    """Layer 0 is at the place 0, and was "exactly as before"; seeds would say "how sure" that is."""
+    llama(4).save_pretrained(tmp_path / "base")
+    for metric in ("depth", "base_norm"):
+        said = la.importance(la.load(tmp_path / "base"), metric).statement
+        assert "exactly as before" not in said
+        assert "over seeds of the same training" not in said
+        assert said.startswith("This was so before any training, and is so for every seed")

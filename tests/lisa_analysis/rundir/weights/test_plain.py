@@ -321,7 +321,7 @@ def test_bad_input_is_a_sentence(tmp_path, capsys):
 
 
 def test_what_was_so_before_training_is_not_said_to_be_a_change(tmp_path):
-    """Layer 0 is at the place 0, and was "exactly as before"; seeds would say "how sure" that is."""
+    """Layer 0 is at the place 0, and was "exactly as before"; seeds would tell how sure."""
     llama(4).save_pretrained(tmp_path / "base")
     for metric in ("depth", "base_norm"):
         said = la.importance(la.load(tmp_path / "base"), metric).statement

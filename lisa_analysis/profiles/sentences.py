@@ -264,5 +264,5 @@ def _course(shape: Shape, sufficient: bool) -> str:
         else "Nothing can be said of its shape",
     }[shape.verdict]
     if shape.rests_on is not None and shape.verdict in ("apart", "undecided"):
-        words += f"; one layer stands out, and no shape holds without layer {shape.rests_on}"
+        words += f"; the shape that there seems to be does not hold without layer {shape.rests_on}"
     return words

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-6
 _CIRCUMSTANCES = (
     "schema_version", "model", "layer_names", "activated_layers", "inclusion_probabilities",
     "scores", "n_eff", "source_runs", "verdict", "created", "control", "seed", "justified",
-    "statement", "stages",
+    "statement", "stages", "gain", "spread", "unknown", "undecided",
 )  # fmt: skip
 
 

@@ -48,6 +48,10 @@ def overview(analysis: "Analysis", *, every_rule: bool = False) -> str:
         parts.append(run_table(side_by_side))
         if analysis.profile is not None:
             parts.append(_layers(analysis))
+        elif len({(one.run.method, one.model) for one in analysis.runs}) == 1:
+            # Runs that look like seeds.
+            why = f"No profile over all runs: {analysis.why_not}"
+            parts.append(textwrap.fill(why, min(100, width())) + "\n")
     return "\n".join(parts)
 
 

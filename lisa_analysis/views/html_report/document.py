@@ -106,11 +106,12 @@ def _facts(analysis: Analysis, contents: Sequence[RunContent]) -> list[tuple[str
     if analysis.alone or analysis.comparison is None:
         return contents[0].facts
     runs = [content.run for content in contents]
+    arms = len(analysis.comparison.arms)
     rows = [
         ("model", _some(one.model for one in analysis.runs)),
         ("data", _some(one.data for one in analysis.runs)),
         ("methods", _some(METHODS.get(run.method, str(run.method)) for run in runs)),
-        ("runs", f"{len(runs)} in {len(analysis.comparison.arms)} arms"),
+        ("runs", f"{len(runs)} in {arms} arm{'s' * (arms > 1)}"),
         ("layers", _some(str(run.n_layers) for run in runs)),
     ]
     return [(name, value) for name, value in rows if value]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import lisa_analysis as la
+from lisa_analysis.profiles.sentences import _course
 from lisa_analysis.profiles.thresholds import THRESHOLDS
 from lisa_analysis.profiles.verdict import judge
+from lisa_analysis.statistics import Interval, Shape
 from lisa_analysis.statistics.estimate import fit_series
 from lisa_analysis.views.headlines import headline
 from lisa_analysis.views.terminal import layer_table
@@ -183,3 +185,11 @@ def test_the_first_of_a_few_records_is_no_origin_of_their_mean(make_run):
         assert (profile.initialisation is not None) == said, every
         assert ("first gradient" in profile.statement) == said
         assert profile.layers["initial"].notna().all()  # which the report shows all the same
+
+
+def test_no_single_layer_stands_out_where_others_do_too():
+    """The profile over seeds of LoRA names ten layers, and said that "one layer stands out"."""
+    shape = Shape(*[Interval(0.0)] * 4, "apart", rests_on=29)
+    words = _course(shape, sufficient=True)
+    assert words.endswith("the shape that there seems to be does not hold without layer 29")
+    assert "stands out" not in words

@@ -1,6 +1,7 @@
 """Arms: what they are called, their means over seeds, and paired differences by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ class TestTheStudyOfLearnedSampling:
         text = f"{row['mean']:+.4f} ({row['low']:+.4f} … {row['high']:+.4f})"
         assert text in page.read_text("utf-8")
         assert "learned − uniform: " + text[:-1] in comparison.statement
+
+    def test_what_a_file_says_it_gains_is_no_choice_that_parts_arms(self, tmp_path):
+        """Newer files hold figures beside the probabilities: they named arms, to 17 digits."""
+        runs = [shutil.copytree(run, tmp_path / run.name) for run in study("learned")[:2]]
+        path = runs[0] / "lisa_probabilities.json"
+        record = json.loads(path.read_text("utf-8")) | {"gain": 1.0108132118426447, "spread": 1.5}
+        path.write_text(json.dumps(record), "utf-8")
+        assert la.compare(runs).arms["runs"].tolist() == [2]
 
     def test_named_arms_say_the_same(self):
         named = la.compare({arm: study(arm) for arm in ("learned", "uniform")})

@@ -61,6 +61,15 @@ def test_runs_in_folders_of_one_name_are_named_by_the_way_to_them(tmp_path):
     assert "a/s1: full on" in printed
     assert "b/s1: full on" in printed
     assert analysis.comparison.table["run"].tolist() == ["a/s1", "b/s1"]
+    assert "No profile over all runs" not in printed
+
+
+def test_runs_that_look_like_seeds_and_are_none_are_told_why(tmp_path):
+    runs = [write_run(tmp_path / f"s{n}", steps=30, n_layers=4, method="full") for n in (1, 2)]
+    printed = " ".join(overview(Analysis.of(runs)).split())
+    assert "No profile over all runs: s1 and s2 have the same seed" in printed
+    other = write_run(tmp_path / "lora", steps=30, n_layers=4, method="lora", seed=2)
+    assert "No profile over all" not in overview(Analysis.of([runs[0], other]))
 
 
 def comparison(*rows, statement="One. Two. Three."):

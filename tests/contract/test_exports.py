@@ -216,6 +216,30 @@ def names_of(model):
     return [name for name, _ in model.named_parameters()]
 
 
+class TestClassifiers:
+    @pytest.mark.parametrize("kind", ["peft-rank", "peft-layers"])
+    def test_the_new_head_trains(self, kind):
+        """Without a task type PEFT adapts the layers and leaves the random head as it is."""
+        model = hf.BertForSequenceClassification(
+            hf.BertConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_labels=3,
+                          num_hidden_layers=3, num_attention_heads=2)
+        )  # fmt: skip
+        run = run_of(model)
+        run.manifest = {"task": "text-classification"}
+        profile = la.ImportanceProfile.from_scores([1.0, 2.0, 3.0], run.layer_names)
+        made = la.export(profile, kind, run=run, r=4)
+        assert "classifier trains whole beside them." in made.statement
+        peft = get_peft_model(model, LoraConfig(**made.values))
+        trains = {canonical_name(n) for n, p in peft.named_parameters() if p.requires_grad}
+        assert {"classifier.weight", "classifier.bias"} <= trains
+        run.manifest = {"task": "causal-lm"}
+        assert "modules_to_save" not in la.export(profile, kind, run=run, r=4).values
+        # Of a run of adapters what they trained whole stays so.
+        adapted = run_of(peft, "bert.encoder.layer")
+        found = la.export(profile, kind, run=adapted, r=4).values["modules_to_save"]
+        assert found == ["classifier"]
+
+
 class TestFreeze:
     def test_every_tensor_of_a_layer_is_named_once(self, case):
         made = la.export(case.profile, "freeze", layers=2, run=case.run)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.plans.exports.modules import ModelModules, Module
-from lisa_analysis.plans.exports.plan import Plan
+from lisa_analysis.plans.exports.plan import Plan, joined
 
 
 def targets(plan: Plan, leaves: Sequence[str], chosen: NDArray[np.bool_]) -> dict[str, Any]:
@@ -42,6 +42,19 @@ def targets(plan: Plan, leaves: Sequence[str], chosen: NDArray[np.bool_]) -> dic
         f"the modules {', '.join(leaves)} of the chosen layers cannot be named apart from others: "
         "give other target_modules."
     )
+
+
+def beside(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """Settings of `LoraConfig` for what trains whole beside the adapters, and words for it.
+
+    PEFT does so itself for a classifier only where it is told a `task_type`; without one the new
+    head would stay as random as it began.
+    """
+    whole = list(plan.model.whole) if plan.model is not None else []
+    if not whole:
+        return {}, []
+    verb = "trains" if len(whole) == 1 else "train"
+    return {"modules_to_save": whole}, [f"{joined(whole)} {verb} whole beside them."]
 
 
 def taken(paths: Sequence[str], settings: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,11 @@ from lisa_analysis.contract.layers import canonical_name, same_layers
 from lisa_analysis.plans.sampling import own_activated_layers
 from lisa_analysis.rundir.opening import opened
 
+# What PEFT puts between the path of a module and the copy of it that trains whole.
+COPY = ".modules_to_save."
+# Heads of classifiers, which start at random, as PEFT knows them by its task types.
+NEW_HEADS = ("classifier", "score")
+
 
 @dataclass(frozen=True)
 class Module:
@@ -47,6 +52,9 @@ class ModelModules:
         Tensors of three dimensions within the layers: experts in one block.
     activated_layers
         k of LISA's own draws; None in any other run.
+    whole
+        Modules outside the layers that have to train whole beside adapters: those that the run's
+        own adapter did, and the new head of a classifier.
     """
 
     layer_names: tuple[str, ...]
@@ -55,6 +63,7 @@ class ModelModules:
     kinds: tuple[str, ...]
     fused: tuple[str, ...]
     activated_layers: int | None = None
+    whole: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run: Any, layer_names: Sequence[str]) -> "ModelModules":
@@ -100,7 +109,7 @@ class ModelModules:
                 fused.append(name)
         return cls(
             tuple(run.layer_names), tuple(inside), tuple(tensors), tuple(kinds), tuple(fused),
-            own_activated_layers(run),
+            own_activated_layers(run), _whole(run),
         )  # fmt: skip
 
     @property
@@ -140,3 +149,14 @@ class ModelModules:
             for (name, layer), kind in zip(self.tensors, self.kinds, strict=True)
             if layer is None and kind == group
         )
+
+
+def _whole(run: Any) -> tuple[str, ...]:
+    """Paths of modules that train whole beside adapters, in order."""
+    names = [str(name) for name in run.parameters["name"]]
+    found = [canonical_name(name.partition(COPY)[0]) for name in names if COPY in name]
+    task = str((getattr(run, "manifest", None) or {}).get("task") or "")
+    if task.endswith("classification"):
+        firsts = [canonical_name(name).split(".", 1)[0] for name in names]
+        found += [name for name in firsts if name in NEW_HEADS]
+    return tuple(dict.fromkeys(found))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.plans.exports.adapters import matched, targets
+from lisa_analysis.plans.exports.adapters import beside, matched, targets
 from lisa_analysis.plans.exports.plan import Plan, joined
 from lisa_analysis.plans.exports.registry import Content, exporter
 
@@ -43,10 +43,12 @@ def make_peft_layers(
         "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
         **targets(plan, leaves, chosen),
     }
+    whole, words = beside(plan)
     facts = {}
     notes = [f"Adapters in {chosen.sum()} of {len(chosen)} layers: {joined(plan.names(chosen))}."]
     notes += plan.strength_words
     if plan.model is not None:
         facts["trained_parameters"] = sum(r * m.per_rank for m in matched(plan.model, values))
         notes.append(f"{facts['trained_parameters']:,} trained parameters.")
-    return Content(values, tuple(notes), chosen.astype(int), facts)
+    notes += words
+    return Content(values | whole, tuple(notes), chosen.astype(int), facts)

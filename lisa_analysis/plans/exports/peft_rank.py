@@ -8,7 +8,7 @@ import numpy as np
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.plans.budget import whole_shares
-from lisa_analysis.plans.exports.adapters import matched, targets
+from lisa_analysis.plans.exports.adapters import beside, matched, targets
 from lisa_analysis.plans.exports.plan import Plan
 from lisa_analysis.plans.exports.registry import Content, exporter
 
@@ -80,7 +80,8 @@ def make_peft_rank(
                 "Experts in one block are no modules and get no adapter (PEFT's target_parameters "
                 "reaches them)."
             )
-    return Content(values, tuple(notes), multiples, facts)
+    whole, words = beside(plan)
+    return Content(values | whole, (*notes, *words), multiples, facts)
 
 
 def _costs(plan: Plan, leaves: Sequence[str]) -> tuple[np.ndarray, float]:

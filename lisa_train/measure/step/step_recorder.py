@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lisa_analysis.contract.errors import RunDirectoryError
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.measure.buffers import MetricBuffer
 from lisa_train.measure.cadence import Cadence
 from lisa_train.measure.config import RecordConfig
@@ -98,6 +98,8 @@ class StepRecorder:
         self.session = session
         self.writer = session.writer
         self._inside = False
+        self._began = step
+        self._before: int | None = None  # the step that `before_step` was called for
         self._time = time
         self._processes = processes
         self._cadence = Cadence(config.every, step)
@@ -160,7 +162,6 @@ class StepRecorder:
         if self.due(step):
             self._measure.micro_batch()
 
-    @measured
     def before_step(
         self, step: int, *, gradient_scale: float | torch.Tensor = 1.0, undo: bool = False
     ) -> None:
@@ -176,7 +177,35 @@ class StepRecorder:
         undo
             `after_step` will be told the clip coefficient, so that gradients in fp32 need not
             be copied for `descent`.
+
+        Raises
+        ------
+        ConfigError
+            When the first step is not a later one than that of the start, whatever
+            `on_record_error` is. (A later one that does not go up ends the recording.)
         """
+        if self._goes_up("before_step", step):
+            self._before_step(step, gradient_scale, undo)
+
+    def _goes_up(self, call: str, step: int) -> bool:
+        """Whether a step's number is that of a new step; what else was recorded would be lost."""
+        begun = self._before if call == "after_step" else None  # a step begun may be given up
+        if self.stopped or (step > self._step and step == (begun or step)):
+            return True
+        after = f"before_step({begun})" if begun else f"step {self._step}"
+        error = ConfigError(
+            f"{call}({step}) after {after}: a step has one number, which counts the optimizer "
+            "steps of the whole run, from 1; pass the completed steps + 1 to both calls, and no "
+            "number that begins anew with an epoch."
+        )
+        if self._step == self._began:  # of the first step: nothing is lost yet
+            raise error
+        self._troubles.failed(error)
+        return False
+
+    @measured
+    def _before_step(self, step: int, gradient_scale: float | torch.Tensor, undo: bool) -> None:
+        self._before = step
         self._time.begin_step()
         self._flush_if_old()
         self.session.state_method()
@@ -233,10 +262,13 @@ class StepRecorder:
         Raises
         ------
         ConfigError
-            When a scalar has a name that the table does not know, whatever `on_record_error` is.
+            When a scalar has a name that the table does not know, whatever `on_record_error` is;
+            for the step's number see `before_step`.
         """
         called = time.perf_counter()
         check_names(scalars)
+        if not self._goes_up("after_step", step):
+            return
         scalars = {"clip_coef": clip_coef, "labels": labels, **scalars}
         self._after_step(step, skipped, scalars, called)
 
@@ -244,7 +276,7 @@ class StepRecorder:
     def _after_step(
         self, step: int, skipped: bool | torch.Tensor, scalars: dict[str, Any], called: float
     ) -> None:
-        self._cadence.completed = step
+        self._cadence.completed, self._before = step, None
         due = self.due(step)
         line = self._lines.begin(step, scalars, skipped)
         if due:

@@ -153,8 +153,8 @@ def check_units(
         if not units[i]:
             raise ConfigError(
                 f"layer {layer_map.names[i]} has no parameter that requires gradients, so drawing "
-                "it would train nothing; unfreeze the model (requires_grad_(True)) before LISA "
-                "starts."
+                "it would train nothing; unfreeze it (requires_grad_(True)) before LISA starts, or "
+                "give it probability 0 in lisa.probabilities, so that it rests."
             )
     if config.head_probability is not None and not layer_map.groups["head"]:
         raise ConfigError(

@@ -181,7 +181,8 @@ class Lisa:
     def begin_step(self, step: int) -> None:
         """Prepare the optimizer step after `step` completed ones; draws at 0, K, 2K and so on.
 
-        Call it once per optimizer step, before the first forward pass of its micro-batches.
+        Call it once per optimizer step, before the first forward pass of its micro-batches. The
+        number counts the steps of the whole training, over all epochs.
         """
         if self._closed:
             raise ConfigError("this LISA engine is closed; make a new one to train on.")

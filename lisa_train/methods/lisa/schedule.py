@@ -165,9 +165,20 @@ class Schedule:
         """Go to the optimizer step after `step` completed ones; the draw that this makes, if any.
 
         A schedule that starts in the middle of a period makes the draw of that period.
+
+        Raises
+        ------
+        ConfigError
+            For a step below 0, or below the last one.
         """
         if step < 0:
             raise ConfigError(f"step counts completed optimizer steps from 0, got {step}.")
+        if self.index is not None and step < self.step:
+            raise ConfigError(
+                f"begin_step({step}) after begin_step({self.step}): the step counts the optimizer "
+                "steps of the whole training; were it to begin anew with an epoch, so would the "
+                "draws. To go on from an earlier state, load it first (load_state_dict)."
+            )
         self.step = step
         index = self.draw_of(step)
         if index == self.index:

@@ -362,6 +362,54 @@ def test_a_loop_goes_on_without_a_directory(tmp_path, reason):
         lock.release()
 
 
+def _loop(folder, numbers, *, before=None, **record):
+    """A loop that gives its steps these numbers (`before`: those of `before_step`)."""
+    model = llama(layers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = lt.RecordConfig(str(folder), every=1, **record)
+    with lt.NormRecorder(model, optimizer, config) as recorder:
+        pairs = zip(numbers, before or numbers, batches(len(numbers)), strict=True)
+        for step, at_first, batch in pairs:
+            loss = model(**batch).loss
+            loss.backward()
+            recorder.before_step(at_first)
+            optimizer.step()
+            recorder.after_step(step, loss=loss)
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("before", [None, [1]])
+def test_a_step_numbered_from_zero_is_refused_before_anything_is_lost(tmp_path, before):
+    with pytest.raises(ConfigError, match=r"_step\(0\) after .*from 1; pass the completed steps"):
+        _loop(tmp_path / "run", [0], before=before)
+
+
+def test_numbers_that_begin_anew_end_the_recording_and_keep_what_there_was(tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"training goes on: before_step\(1\) after step 3"):
+        _loop(tmp_path / "run", [1, 2, 3, 1, 2, 3])
+    run = load(tmp_path / "run")
+    assert run.status == "failed"
+    assert run.scalars["step"].tolist() == [1, 2, 3]
+    assert sorted(run.metrics(["grad_norm"]).dropna()["step"].unique()) == [1, 2, 3]
+    with pytest.raises(ConfigError, match="begins anew with an epoch"):
+        _loop(tmp_path / "raised", [1, 2, 1], on_record_error="raise")
+
+
+def test_a_step_that_was_begun_may_be_given_up(tmp_path):
+    """A loop that skips a batch whose loss is not finite, after it has called `before_step`."""
+    model = llama(layers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lt.NormRecorder(model, optimizer, lt.RecordConfig(str(tmp_path), every=1)) as recorder:
+        for step, batch in enumerate(batches(4), 1):
+            model(**batch).loss.backward()
+            recorder.before_step(step)
+            if step != 2:
+                optimizer.step()
+                recorder.after_step(step)
+            optimizer.zero_grad()
+    assert load(tmp_path).scalars["step"].tolist() == [1, 3, 4]
+
+
 def test_a_misspelt_scalar_is_refused_at_once(tmp_path):
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -674,6 +674,23 @@ def test_a_loop_that_forgets_begin_step_is_told(make_llama):
         train(model, optimizer, None, [0])
 
 
+def test_steps_that_begin_anew_with_an_epoch_are_refused(make_llama):
+    """The draws of the first epoch would be made again, and the other layers never train."""
+    model = make_llama(layers=6)
+    optimizer = adamw(model.parameters())
+    with Lisa(model, optimizer, lt.LisaConfig(1, interval_steps=3)) as engine:
+        for step in range(4):
+            engine.begin_step(step)
+        state = engine.state_dict()
+        for step in (4, 5, 6):
+            engine.begin_step(step)
+        with pytest.raises(ConfigError, match=r"begin_step\(0\) after begin_step\(6\)"):
+            engine.begin_step(0)
+        engine.load_state_dict(state)  # back to an earlier state, on purpose
+        engine.begin_step(3)
+        assert engine.active_layers
+
+
 # ---------------------------------------------------------------------- seeds and coverage
 
 

@@ -19,6 +19,7 @@ from lisa_train.command.words import (
     asks_for_estimate,
     check_file,
     check_flags,
+    check_resume,
     config_files,
     expand_estimate,
     expand_recipes,
@@ -136,6 +137,7 @@ def parse(argv: Sequence[str]) -> Command:
     _print_for_tools(argv)
     argv = expand_sections(expand_recipes(argv))
     check_flags(argv)
+    check_resume(argv)
     for path in config_files(argv):
         check_file(path)
     parser = build_parser(reads_data=not asks_for_estimate(argv))

@@ -315,6 +315,11 @@ def _check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:  # `not >=` also catches NaN
             raise ConfigError(f"{name} is {value}; expected {words}.")
+    if config.eval_size >= 1 and config.eval_size != int(config.eval_size):
+        raise ConfigError(
+            f"eval_size is {config.eval_size}; expected a fraction below 1 or a whole number of "
+            "examples."
+        )
     if config.max_steps != -1 and config.max_steps < 1:
         raise ConfigError(
             f"max_steps is {config.max_steps}; expected at least 1, or -1 to let "

@@ -26,7 +26,7 @@ from lisa_train.command.starting import refusals
 from lisa_train.command.tasks.data import check_dataset_name
 from lisa_train.command.tasks.text import about, complete
 from lisa_train.command.together import LostProcessError, agreed, all_are_done, launched
-from lisa_train.command.without_effect import refuse_without_effect
+from lisa_train.command.without_effect import refuse_without_effect, said_of_optim_args
 from lisa_train.methods import METHODS
 from lisa_train.methods.adapter_names import check_adapter_names
 from lisa_train.model.source import check_model_name
@@ -221,6 +221,7 @@ def _prepare(
     found, said = task.survey(trainer, loaded, config)
     complete(manifest["dataset"], found)
     notes = [*about(manifest["dataset"]), *loaded.data.said, *said, *remarks]
+    notes += said_of_optim_args(trainer.args) if method.makes_steps else []
     _tell(trainer, [] if quiet else notes)
     kept = agreed(lambda: to_yaml(keep_inputs(config, run_dir, resume=checkpoint is not None)))
     return PreparedRun(config, trainer, run_dir, manifest, kept, checkpoint, quiet)

@@ -23,6 +23,7 @@ def at_volume(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
         The libraries speak as they like.
     """
     levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    shown = warnings.formatwarning
     try:
         if quiet:
             warnings.simplefilter("ignore")
@@ -35,10 +36,23 @@ def at_volume(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if not verbose:
             _quiet_libraries()
+            warnings.formatwarning = _in_a_line
         yield
     finally:  # in a notebook or a test the process goes on
+        warnings.formatwarning = shown
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def _in_a_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Write a warning without the line of code that it comes from, which is in some library."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lisa_analysis.contract.errors import ConfigError, suggest
+from lisa_analysis.contract.schema import CONFIG
 from lisa_train.command.config import TrainConfig
 from lisa_train.methods import METHODS
 
@@ -66,6 +67,11 @@ def expand_recipes(argv: Sequence[str]) -> list[str]:
         if Path(value).is_file():
             continue
         found = recipes()
+        if value not in found and (Path(value) / CONFIG).is_file():
+            raise ConfigError(
+                f"--config {value} is a folder; that of a run is repeated or continued with "
+                f"--config {Path(value) / CONFIG}."
+            )
         if value not in found:
             raise ConfigError(
                 f"--config {value} is neither a file nor a recipe; the recipes are "
@@ -121,6 +127,17 @@ def keep_words(settings: Any, argv: Sequence[str]) -> None:
         for _, _, word in option_values(argv, option):
             if word[:1] in "#&!" and word and settings.get(option[2:], "") is None:
                 settings[option[2:]] = word
+
+
+def check_resume(argv: Sequence[str]) -> None:
+    """Refuse `--resume` without the settings of the run; say where they are."""
+    if "--resume" not in argv or any(True for _ in option_values(argv, "--config")):
+        return
+    for _, _, folder in option_values(argv, "--output_dir"):
+        if (path := Path(folder) / CONFIG).is_file() and not any(
+            True for _ in option_values(argv, "--model_name_or_path")
+        ):
+            raise ConfigError(f"--resume needs the settings of the run: add --config {path}.")
 
 
 def check_flags(argv: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from lisa_train.command.tasks.rows import (
     check_rows,
     instruction_as_pair,
     layout_of,
+    said_of_text_field,
 )
 from lisa_train.command.tasks.splits import Part, limited, place, said_of, split_parts
 from lisa_train.command.together import first_goes_first
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _READERS = {
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
+# pandas takes words such as NA, None and null for nothing; in a table of text they are words.
+_AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def check_dataset_name(name: str) -> None:
             )
         return
     if path.is_file():
-        if path.suffix not in _READERS:
+        if path.suffix.lower() not in _READERS:
             raise ConfigError(
                 f"dataset_name {name} ends in {path.suffix or 'nothing'!r}; expected a file that "
                 f"ends in {', '.join(_READERS)}, or a folder."
@@ -105,7 +108,7 @@ def check_dataset_name(name: str) -> None:
         if path.stat().st_size == 0:
             raise ConfigError(f"dataset_name {name} is an empty file; expected one example a line.")
         return
-    if path.suffix in _READERS or path.is_absolute() or name.startswith((".", "~")):
+    if path.suffix.lower() in _READERS or path.is_absolute() or name.startswith((".", "~")):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(
             f"dataset_name {name} does not exist; expected a data file, a folder or a hub id."
@@ -143,7 +146,7 @@ def load_data(config: TrainConfig, *, chat: bool = False) -> TrainingData:
         dropped=len(train.rows) - len(kept.rows),
         places=partial(place, config.dataset_name, kept),
         held_out_places=partial(place, config.dataset_name, judged or kept),
-        said=said_of(held_out),
+        said=(*said_of(held_out), *said_of_text_field(layout, config)),
     )
 
 
@@ -219,14 +222,21 @@ def _read(config: TrainConfig) -> "DatasetDict":
             if not isinstance(loaded, DatasetDict):
                 loaded = DatasetDict({config.dataset_train_split: loaded})
         elif path.is_file():
+            suffix = path.suffix.lower()
             loaded = load_dataset(
-                _READERS[path.suffix],
+                _READERS[suffix],
                 data_files={config.dataset_train_split: str(path)},
                 cache_dir=cache,
-                **({"sep": "\t"} if path.suffix == ".tsv" else {}),
+                **(_AS_WRITTEN if _READERS[suffix] == "csv" else {}),
+                **({"sep": "\t"} if suffix == ".tsv" else {}),
             )
         else:
-            loaded = load_dataset(str(path), config.dataset_config, cache_dir=cache)
+            loaded = load_dataset(
+                str(path),
+                config.dataset_config,
+                cache_dir=cache,
+                **(_AS_WRITTEN if _holds_tables_alone(path) else {}),
+            )
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ConfigError(
             f"dataset_name {name!r} is neither a file or folder here nor a dataset that the hub "
@@ -235,11 +245,23 @@ def _read(config: TrainConfig) -> "DatasetDict":
     except Exception as error:  # the readers raise errors of many libraries for a bad file
         if is_our_fault(error):
             raise
-        raise ConfigError(
-            f"dataset_name {name} cannot be read ({_first_line(error)}); expected JSON lines, "
-            "CSV, Parquet or a saved dataset."
-        ) from error
+        raise ConfigError(f"dataset_name {name} {_unreadable(error)}") from error
     return loaded
+
+
+def _holds_tables_alone(folder: Path) -> bool:
+    """Whether a folder has nothing but CSV and TSV files, and no card that says how to read it."""
+    kinds = {file.suffix.lower() for file in folder.rglob("*") if file.is_file()}
+    return bool(kinds) and kinds <= {suffix for suffix in _READERS if _READERS[suffix] == "csv"}
+
+
+def _unreadable(error: Exception) -> str:
+    reason = _first_line(error)
+    if "corresponds to no data" in reason:
+        return "has no example; expected at least one."
+    if isinstance(error.__cause__ or error, UnicodeDecodeError):
+        return f"is not written in UTF-8 ({reason}); save it in that encoding."
+    return f"cannot be read ({reason}); expected JSON lines, CSV, Parquet or a saved dataset."
 
 
 def _first_line(error: BaseException) -> str:

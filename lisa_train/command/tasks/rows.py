@@ -159,9 +159,7 @@ INSTRUCTION = Layout(
 TOKENS = Layout(
     "tokens", ("input_ids",), ("labels", "completion_mask", "assistant_masks"), _check_tokens
 )
-_LAYOUTS = (
-    "`text`; `prompt` and `completion`; `instruction` and `output`; `messages`; or `input_ids`"
-)
+_LAYOUTS = "`prompt` and `completion`; `instruction` and `output`; `messages`; or `input_ids`"
 
 
 def layout_of(dataset: "Dataset", config: TrainConfig) -> Layout:
@@ -184,12 +182,42 @@ def layout_of(dataset: "Dataset", config: TrainConfig) -> Layout:
                 "`prompt` and `completion`, or `messages`."
             )
         return text_layout(field)
-    hint = next(
-        (s for c in columns if (s := suggest(c, [field, "prompt", "completion", "messages"]))), ""
-    )
     raise ConfigError(
         f"{config.dataset_name} has the columns {', '.join(map(repr, columns))}; expected "
-        f"{_LAYOUTS}. Say with columns which is which, as columns: {{text: {columns[0]}}}." + hint
+        f"`{field}`; {_LAYOUTS}. {_advice(dataset, field)}"
+    )
+
+
+def _advice(dataset: "Dataset", field: str) -> str:
+    """Say how columns of other names are given, by what the first row holds."""
+    columns = dataset.column_names
+    for column, value in dataset[0].items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            said = f"Say with columns which is which, as columns: {{messages: {column}}}."
+            if not {"role", "content"} <= set(value[0]):
+                said += (
+                    " Each message is an object of role and content; those of "
+                    f"{column!r} have {', '.join(map(repr, value[0]))}: write them so."
+                )
+            return said
+    if field not in ("text", *columns) and "text" in columns:
+        return "Remove dataset_text_field, which says `text` by itself."
+    wanted = [field, "prompt", "completion", "messages"]
+    hint = next((s for c in columns if (s := suggest(c, wanted))), "")
+    return f"Say with columns which is which, as columns: {{text: {columns[0]}}}.{hint}"
+
+
+def said_of_text_field(layout: Layout, config: TrainConfig) -> tuple[str, ...]:
+    """Say that a column of plain text was named and another kind of data is read."""
+    field = config.dataset_text_field
+    if (
+        layout.name == "text"
+        or field == TrainConfig.__dataclass_fields__["dataset_text_field"].default
+    ):
+        return ()
+    return (
+        f"dataset_text_field is {field!r}, but {config.dataset_name} is read as {layout.name}; "
+        f"columns {{text: {field}}} reads that column alone",
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main, parse, recipes
+from lisa_train.command.volume import at_volume
 from lisa_train.command.words import MEANT
 from lisa_train.config import LisaConfig, TrainConfig
 
@@ -213,3 +215,35 @@ def test_resume_takes_the_run_from_its_configuration(tmp_path: Path) -> None:
     assert command.config == TrainConfig("m", "d", output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="--resume needs the run to continue"):
         parse([*NEEDED, "--resume"])
+
+
+def test_resume_without_settings_is_told_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("method: full\n")
+    assert main(["--resume", "--output_dir", str(tmp_path)]) == 2
+    said = f"--resume needs the settings of the run: add --config {tmp_path / 'config.yaml'}."
+    assert said in capsys.readouterr().err
+    assert main(["--resume", "--config", str(tmp_path)]) == 2
+    assert f"is a folder; that of a run is repeated or continued with --config {tmp_path}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_warnings_are_shown_without_the_code_of_a_library(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = warnings.formatwarning
+    with at_volume():
+        assert warnings.formatwarning(UserWarning("a\nb"), UserWarning, "x.py", 1, "code") == (
+            "warning: a b\n"
+        )
+    assert warnings.formatwarning is before
+    with at_volume(verbose=True):
+        assert warnings.formatwarning is before
+
+
+def test_a_number_of_examples_is_whole() -> None:
+    with pytest.raises(ConfigError, match=r"eval_size is 1\.5; expected a fraction below 1"):
+        TrainConfig("m", "d", eval_size=1.5)
+    TrainConfig("m", "d", eval_size=2.0)

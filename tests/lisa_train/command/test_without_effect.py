@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 import lisa_train as lt
 from lisa_analysis.contract.errors import ConfigError
 from lisa_train.command.cli import main
-from lisa_train.command.without_effect import refuse_without_effect
+from lisa_train.command.without_effect import refuse_without_effect, said_of_optim_args
 
 
 def check(method: str = "full", **settings: Any) -> None:
@@ -29,6 +29,42 @@ def test_what_would_be_ignored_is_refused(settings: dict[str, Any], words: str) 
     with pytest.raises(ConfigError, match=words):
         check(**settings)
     check("probe", **settings)  # which says it in a note, with all else that it does not use
+
+
+@pytest.mark.parametrize("method", ["full", "probe"])
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"model_revision": "main"}, "model_revision is main but model_name_or_path .* is a folder"),
+    ({"dataset_config": "en"}, "dataset_config is en but dataset_name .* is a file"),
+    ({"trainer_args": {"resume_from_checkpoint": "x"}}, "has no effect here: .*--resume"),
+    ({"trainer_args": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "dtype, .* of their own"),
+    ({"trainer_args": {"do_train": False}}, "trainer_args.do_train has no effect"),
+    ({"trainer_args": {"do_eval": True}}, "evaluations follow eval_steps"),
+])  # fmt: skip
+def test_what_says_something_of_other_inputs_is_refused(
+    settings: dict[str, Any], words: str, method: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=words):
+        refuse_without_effect(lt.TrainConfig(str(tmp_path), str(data), method, **settings))
+    if "trainer_args" not in settings:  # a hub id has both
+        check(method, **settings)
+
+
+@pytest.mark.parametrize(("optim", "given", "unread"), [
+    ("adamw_torch_fused", "beta1=0.5, beta2=0.9", ["beta1=0.5", "beta2=0.9"]),
+    ("rmsprop", "alpha=0.5,beta1=0.3", ["beta1=0.3"]),
+    ("adamw_torch", None, []),
+    ("rmsprop", "alpha", []),
+])  # fmt: skip
+def test_arguments_that_an_optimizer_does_not_read_are_said(
+    optim: str, given: str | None, unread: list[str], tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(str(tmp_path), optim=optim, optim_args=given, use_cpu=True)
+    assert said_of_optim_args(arguments) == [
+        f"optim_args {pair} changes nothing of optim {optim}" for pair in unread
+    ]
+    assert arguments.optim_args == given
 
 
 @pytest.mark.parametrize("settings", [

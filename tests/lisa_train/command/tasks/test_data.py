@@ -184,3 +184,65 @@ def test_instructions_without_an_answer_are_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*INSTRUCTIONS, {"instruction": "a", "output": None}])
     with pytest.raises(ConfigError, match=r"row 21 .*column 'output' holds nothing"):
         load_data(TrainConfig("m", str(path), eval_size=0))
+
+
+@pytest.mark.parametrize("kind", ["a.csv", "b.tsv", "C.CSV", "folder"])
+def test_words_that_pandas_takes_for_nothing_are_words(kind: str, tmp_path: Path) -> None:
+    separator = "\t" if kind == "b.tsv" else ","
+    words = ["NA", "null", "None", "nan", "n/a"]
+    lines = [separator.join(("text", "note")), *(f"{w}{separator}" for w in words)]
+    path = tmp_path / kind / "train.csv" if kind == "folder" else tmp_path / kind
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    data = load(tmp_path / kind, eval_size=0)
+    assert list(data.train["text"]) == words
+
+
+def test_an_empty_cell_is_still_nothing(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("instruction,input,output\na,,b\nc,none,d\n")
+    data = load(tmp_path / "d.csv", eval_size=0)
+    assert list(data.train["prompt"]) == ["a\n\n", "c\n\nnone\n\n"]
+    (tmp_path / "e.csv").write_text("text,note\na,1\n,2\n")
+    with pytest.raises(ConfigError, match=r"row 2 .* column 'text' holds nothing"):
+        load(tmp_path / "e.csv", eval_size=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"text,label\n", "has no example; expected at least one"),
+        ("text\ncaf\u00e9\n".encode("latin-1"), "is not written in UTF-8 .* save it in that"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        load(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "says"),
+    [
+        ({"chat": [{"role": "user", "content": "a"}]}, {}, r"columns: \{messages: chat\}\.$"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]}, {},
+            "an object of role and content; those of 'conversations' have 'from', 'value'",
+        ),
+        ({"text": "a"}, {"dataset_text_field": "body"}, "expected `body`;.* Remove dataset_text"),
+        ({"txt": "a"}, {"dataset_text_field": "body"}, r"expected `body`;.*columns: \{text: txt\}"),
+    ],
+)  # fmt: skip
+def test_columns_of_other_names_are_told_what_they_may_be(
+    row: dict[str, object], settings: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(write_jsonl(tmp_path / "d.jsonl", [row] * 3), **settings)
+
+
+def test_a_field_of_text_that_is_not_read_is_said(completion_file: Path, tmp_path: Path) -> None:
+    data = load(completion_file, dataset_text_field="prompt")
+    assert any("dataset_text_field is 'prompt', but" in said for said in data.said)
+    assert not any("dataset_text_field" in said for said in load(completion_file).said)
+    body = write_jsonl(tmp_path / "b.jsonl", [{"body": "a"}] * 3)
+    said = load(body, dataset_text_field="body", eval_size=0).said
+    assert not any("dataset_text_field" in text for text in said)

@@ -29,6 +29,8 @@ _INPUTS = (INPUT_PROBABILITIES, INPUT_PRIOR, INPUT_PROFILE, INPUT_MULTIPLIERS)
 _STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
+# What torch.save says of a disk that is full: within a tensor, and as it ends the file.
+_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 # What may differ between a run and its continuation without making it another computation.
 _MAY_CHANGE = frozenset(
@@ -246,5 +248,5 @@ def is_storage_error(error: Exception) -> bool:
     return (
         (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS)
         or type(error).__name__ == "SafetensorError"
-        or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+        or (isinstance(error, RuntimeError) and any(said in str(error) for said in _OF_TORCH))
     )

@@ -108,7 +108,7 @@ class Tally:
         Those of the last step are of another model than the one that is kept where Trainer has put
         the best weights in the place of the last ones.
         """
-        losses = [found for _, m in self.held_out if (found := _loss(m)) is not None]
+        losses = [loss for _, m in self.held_out if (loss := _loss(m)) is not None]
         found: dict[str, Any] = {
             "first_held_out_loss": losses[0] if losses else None,
             "last_held_out_loss": losses[-1] if losses else None,

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import lisa_analysis as la
 from lisa_train.command.cli import main
 from lisa_train.command.interruption import Interrupted, stop_on_signals
+from lisa_train.command.output import is_storage_error
 
 
 def command(model: Path, data: Path, out: Path, *words: str) -> list[str]:
@@ -142,3 +144,12 @@ def test_a_full_disk_ends_in_one_sentence_and_a_readable_run(
     run = la.load(out)
     assert run.status == "failed"
     assert set(run.scalars["step"]) >= {1, 2}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("elements", [3, 1_000_000])
+def test_what_torch_says_of_a_full_disk_is_known(elements: int) -> None:
+    """A small file fails as it is ended, a large one within a tensor, in other words."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"a": torch.ones(elements)}, "/dev/full")
+    assert is_storage_error(caught.value), caught.value

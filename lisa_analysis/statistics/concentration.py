@@ -18,7 +18,7 @@ class Concentration:
     ----------
     ends_to_middle
         Mean of the first and last eighth of the layers over the median of the middle half; NaN
-        where layers of the ends are unknown, and of rows or several stacks without a common depth.
+        where half of an end is unknown, and of rows or several stacks without a common depth.
     gini, gini_floor
         Gini coefficient, and what noise alone would give if all layers were equal.
     top_share
@@ -82,20 +82,25 @@ def headroom(scores: Array) -> Array:
 def ends_to_middle(scores: Array) -> Array:
     """Mean of the first and last eighth of the layers over the median of the middle half.
 
-    Layers are counted in their places, unknown ones (NaN) too. NaN where an end is not known
-    wholly, or of the middle less than half, and of fewer than four layers, which have no middle.
+    Layers are counted in their places, unknown ones (NaN) too, as those that LISA did not draw.
+    NaN where of the first eighth, of the last or of the middle less than half is known, and of
+    fewer than four layers, which have no middle.
     """
     scores = np.asarray(scores, dtype=np.float64)
     n = scores.shape[-1]
-    end, half = max(1, round(n / 8)), scores[..., n // 4 : n - n // 4]
-    known = np.isfinite(half)
-    enough = (2 * known.sum(axis=-1) >= half.shape[-1]) & (n >= 4)
-    ends = np.concatenate([scores[..., :end], scores[..., n - end :]], axis=-1).mean(axis=-1)
-    # Where the middle is unknown throughout the median has nothing to take; `enough` says so.
-    some = known.any(axis=-1, keepdims=True)
-    middle = np.nanmedian(np.where(some, half, 0.0), axis=-1)
+    end = max(1, round(n / 8))
+    parts = (scores[..., :end], scores[..., n - end :], scores[..., n // 4 : n - n // 4])
+    enough = np.logical_and.reduce([_half_known(part) for part in parts]) & (n >= 4)
+    # Where nothing is known there is nothing to take a mean or a median of; `enough` says so.
+    first, last, half = (np.where(enough[..., None], part, 1.0) for part in parts)
+    ends = np.nanmean(np.concatenate([first, last], axis=-1), axis=-1)
+    middle = np.nanmedian(half, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(enough & (middle > 0), ends / middle, np.nan))
+
+
+def _half_known(scores: Array) -> NDArray[np.bool_]:
+    return np.asarray(2 * np.isfinite(scores).sum(axis=-1) >= scores.shape[-1])
 
 
 def _total(values: Array) -> Array:

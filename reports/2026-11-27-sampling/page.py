@@ -19,6 +19,7 @@ from together import over_environments
 
 import lisa_analysis as la
 
+Row = dict[str, object]
 MISSING = "not yet"
 TOLD = 0.05  # p below which a figure fills a mark
 SHOWN = (
@@ -30,10 +31,23 @@ ANCHORS = ("full", "level", "lora-everything", "head")  # no answer to question 
 
 def write(plans: Sequence[Plan], folder: Path) -> None:
     """Write tables and figures of the page."""
-    settled = [plan for plan in plans if plan.settled()]
-    selection, sampling = _corrected(_selection(settled)), _corrected(_sampling(settled))
+    selection, sampling = contrasts(plans)
     draw_selection(selection, folder / "selection.png")
     draw_sampling(sampling, folder / "sampling.png")
+    write_tables(folder / "README.md", tables(plans, selection, sampling))
+
+
+def contrasts(plans: Sequence[Plan]) -> tuple[list[Row], list[Row]]:
+    """Return what tables and figures of questions A and B show, a row an arm."""
+    settled = [plan for plan in plans if plan.settled()]
+    return _corrected(_selection(settled)), _corrected(_sampling(settled))
+
+
+def tables(
+    plans: Sequence[Plan], selection: Sequence[Row], sampling: Sequence[Row]
+) -> dict[str, str]:
+    """Return every table of the page by its mark."""
+    settled = [plan for plan in plans if plan.settled()]
     found = {
         "state": _state(plans),
         "rates": _rates(plans),
@@ -48,11 +62,10 @@ def write(plans: Sequence[Plan], folder: Path) -> None:
         "together": over_environments(settled),
         "costs": _costs(plans),
     }
-    said = {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
-    write_tables(folder / "README.md", said)
+    return {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
 
 
-def _state(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _state(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         cells = plan.cells()
@@ -65,7 +78,7 @@ def _state(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _rates(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _rates(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         for family in plan.families:
@@ -84,7 +97,7 @@ def _rates(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _learners(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _learners(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         row: dict[str, object] = {"environment": plan.environment.name}
@@ -97,7 +110,7 @@ def _learners(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _choice(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _choice(plans: Sequence[Plan]) -> list[Row]:
     """What the best learned arm is chosen by, and uniform draws beside it."""
     rows = []
     for plan in plans:
@@ -114,7 +127,7 @@ def _choice(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _selection(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _selection(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         for kind, everything in (("lora", "lora-everything"), ("weights", "weights-everything")):
@@ -135,7 +148,7 @@ def _selection(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _sampling(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         uniform = losses_of(plan, plan.arms["uniform"])
@@ -160,7 +173,7 @@ def _sampling(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _anchors(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _anchors(plans: Sequence[Plan]) -> list[Row]:
     """What LISA is compared with, and `level` beside full training, which it is a kind of."""
     rows = []
     for plan in plans:
@@ -188,7 +201,7 @@ def _score(plan: Plan, name: str) -> dict[str, object]:
     }
 
 
-def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def _corrected(rows: list[Row]) -> list[Row]:
     """Put p of every contrast into its row; of the secondary ones, by Holm over the question."""
     compared = [row for row in rows if row["apart"] is not None]
     secondary = [row for row in compared if not row["primary"]]
@@ -202,7 +215,7 @@ def _corrected(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return rows
 
 
-def _shown(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def _shown(rows: Sequence[Row]) -> list[Row]:
     """Leave out what figures alone read."""
     hidden = {"apart", "primary", "told", "name"}
     return [{key: row[key] for key in row if key not in hidden} for row in rows]
@@ -223,13 +236,14 @@ def _against(losses: Losses, other: Losses, name: str) -> dict[str, object]:
     }
 
 
-def _seconds(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _seconds(plans: Sequence[Plan]) -> list[Row]:
     """Question B after the time that uniform draws take; sources are paid from it."""
     rows = []
     for plan in plans:
         uniform = losses_of(plan, plan.arms["uniform"])
         anew = [arm.name for arm in plan.shorter_arms()]
-        for name in (n for n in (*SHOWN, *ANCHORS) if n in plan.arms and n != "uniform"):
+        timed = [arm.name for arm in plan.timed_arms() if arm.name != "uniform"]
+        for name in sorted(timed, key=(*SHOWN, *ANCHORS).index):
             arm = plan.arms[name]
             steps, found = steps_left(plan, arm), read_off(plan, arm)
             if name in anew:
@@ -246,7 +260,7 @@ def _seconds(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _longer(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _longer(plans: Sequence[Plan]) -> list[Row]:
     """The primary contrasts at the steps of the plan and at four times as many, the same seeds."""
     rows = []
     for plan in (plan for plan in plans if plan.environment.longer):
@@ -266,9 +280,9 @@ def _longer(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _prediction(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _prediction(plans: Sequence[Plan]) -> list[Row]:
     """Question C: a metric's validity beside what its choice of layers gained over random ones."""
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     pairs = []
     for plan in plans:
         found = validity_and_gain(plan)
@@ -293,7 +307,7 @@ def _prediction(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def _costs(plans: Sequence[Plan]) -> list[dict[str, object]]:
+def _costs(plans: Sequence[Plan]) -> list[Row]:
     """What runs took on one core, from their own logs."""
     rows = []
     for plan in plans:

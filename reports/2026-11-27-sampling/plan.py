@@ -67,15 +67,9 @@ class Plan:
         if not self.settled():
             return [*probes, *tuning]
         learners = [self.cell(arm, seed) for arm in self.learners.values() for seed in TUNING]
-        found, best = self.preferred, self.best_learned()
-        arms = [
-            arm for arm in self.arms.values()
-            if (found or "online" not in arm.name)
-            and (arm.name not in IF_BEST or arm.name == f"{best}-placebo")
-        ]  # fmt: skip
-        chosen = [
-            self.tuned(arm, seed) for arm in arms if arm.name in LEARNED for seed in TUNING
-        ]  # fmt: skip
+        arms = [arm for arm in self._asked() if self.preferred or "online" not in arm.name]
+        learned = [arm for arm in arms if arm.name in LEARNED]
+        chosen = [self.tuned(arm, seed) for arm in learned for seed in TUNING]
         final = [  # seed by seed: where a run of the plan stops, every arm has as many
             self.cell(arm, seed) for seed in self.seeds for arm in arms if seed <= self._seeds(arm)
         ]
@@ -135,6 +129,18 @@ class Plan:
         best = self.best_learned()
         names = dict.fromkeys([*SHORTER, *([best] if best else [])])
         return [self.arms[name] for name in names]
+
+    def _asked(self) -> list[Arm]:
+        """Arms of the design, which of some placebos has that of the best learned arm alone."""
+        best = self.best_learned()
+        every = self.arms.values()
+        return [arm for arm in every if arm.name not in IF_BEST or arm.name == f"{best}-placebo"]
+
+    def timed_arms(self) -> list[Arm]:
+        """Return the arms whose seconds are asked for: question B's and anchors."""
+        few = ("lora-", "weights-")
+        named = [arm for arm in self._asked() if not arm.name.startswith(few)]
+        return [*named, self.arms["lora-everything"]]
 
     def shorter(self, arm: Arm, seed: int) -> Cell | None:
         """Return the run of an arm for the time of `uniform`; None without time for a step."""

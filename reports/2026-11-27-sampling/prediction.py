@@ -86,7 +86,8 @@ def validities(plan: Plan) -> dict[str, float]:
         if not all(folder.exists() for folder in (ablated, *kinds.values())):
             continue
         runs = {kind: la.load(folder) for kind, folder in kinds.items()}
-        names = {"a profile": "weights"} | {run.run_id: kind for kind, run in runs.items()}
+        ways = {"/".join(folder.parts[-2:]): kind for kind, folder in kinds.items()}
+        names = {"a profile": "weights"} | ways  # as `la.validity` tells folders of one name apart
         others = [*runs.values(), plan.profile("spectrum", seed)]
         table = la.validity([la.load(ablated), *others]).to_frame()
         table = table[(table["level"] == "layer") & (table["target"] == "ablation_keep")]

@@ -52,7 +52,7 @@ def time_alone(plans: list[Plan], work: Path, minutes: float | None) -> None:
     """
     left = None if minutes is None else 60 * minutes
     for plan in plans:
-        cells = [plan.timed_probe(), *(plan.timed(arm) for arm in plan.arms.values())]
+        cells = [plan.timed_probe(), *(plan.timed(arm) for arm in plan.timed_arms())]
         run_cells(cells, RUNS, work, jobs=1, threads=os.cpu_count() or 1, seconds=left)
 
 

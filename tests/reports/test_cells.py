@@ -70,8 +70,10 @@ def together(prediction):
 
 @pytest.fixture(scope="module")
 def page(together):
-    yield module(REPORTS / "2026-11-27-sampling" / "page.py")
-    del sys.modules["page"]
+    names = ("figures", "page")
+    yield [module(REPORTS / "2026-11-27-sampling" / f"{name}.py") for name in names][-1]
+    for name in names:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +481,7 @@ class TestPage:
         def mean(words):
             return float(words.split()[0])
 
-        tables = page.tables([planted])
+        tables = page.tables([planted], *page.contrasts([planted]))
         assert mean(row(tables["selection"], "lora", "probe")[6]) == pytest.approx(-0.5, abs=0.01)
         assert "(primary)" in " ".join(row(tables["selection"], "lora", "probe"))
         assert "weights" not in tables["selection"]

@@ -78,6 +78,11 @@ class TestConcentration:
             part[list(unknown)] = nan
             assert np.isnan(st.ends_to_middle(part)), unknown
         assert np.isnan(st.ends_to_middle(np.array([1.0, 2, 3])))
+        # Of longer ends half is enough: LISA may leave a layer of them out.
+        deep = np.array([3.0, nan, 5, *np.ones(18), nan, 4, 9])
+        assert st.ends_to_middle(deep) == pytest.approx((3 + 5 + 4 + 9) / 4)
+        deep[[0, -1]] = nan
+        assert np.isnan(st.ends_to_middle(deep))
         both = st.ends_to_middle(np.stack([whole, np.append(whole[:7], nan)]))
         assert both[0] == pytest.approx(5 / 1.5)
         assert np.isnan(both[1])

@@ -85,9 +85,7 @@ def said_of_optim_args(arguments: Any) -> list[str]:
     try:
         whole = settings(given)
         unread = [p for p in given if settings([q for q in given if q != p]) == whole]
-    except (
-        Exception
-    ):  # an optimizer that is not installed, a pair without `=`: said when it is made
-        return []
+    except Exception:
+        return []  # an optimizer that is not installed, a pair without `=`: said when it is made
     optim = getattr(arguments.optim, "value", arguments.optim)
     return [f"optim_args {pair} changes nothing of optim {optim}" for pair in unread]

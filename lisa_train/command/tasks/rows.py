@@ -210,10 +210,7 @@ def _advice(dataset: "Dataset", field: str) -> str:
 def said_of_text_field(layout: Layout, config: TrainConfig) -> tuple[str, ...]:
     """Say that a column of plain text was named and another kind of data is read."""
     field = config.dataset_text_field
-    if (
-        layout.name == "text"
-        or field == TrainConfig.__dataclass_fields__["dataset_text_field"].default
-    ):
+    if layout.name == "text" or field == TrainConfig.dataset_text_field:
         return ()
     return (
         f"dataset_text_field is {field!r}, but {config.dataset_name} is read as {layout.name}; "

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from arms import RANDOM, Arm, result
+from arms import RANDOM, Arm
 from differences import Losses
 from plan import LONGER_SEEDS, Plan
+from sources import result
 
 SCORES = ("accuracy", "wer")  # what tasks are judged by, beside the loss
 
@@ -66,7 +67,9 @@ def selected(plan: Plan, kind: str) -> dict[str, dict[int, float]]:
     random = random_sets(plan, kind)
     if not random:
         return {}
-    ways = [name.removeprefix("lora-") for name in plan.choices if name.startswith("lora-")]
+    ways = [
+        name.removeprefix("lora-") for name in plan.selection.choices if name.startswith("lora-")
+    ]
     ways = [way for way in ways if not way.startswith("random")]
     if plan.environment.every_layer:
         found = {way: _looked_up(plan, random, way) for way in ways}
@@ -78,5 +81,5 @@ def selected(plan: Plan, kind: str) -> dict[str, dict[int, float]]:
 
 def _looked_up(plan: Plan, alone: Sequence[Losses], way: str) -> dict[int, float]:
     """Losses of the layer that a way names, by seed."""
-    chosen = {seed: plan.chosen(way, seed) for seed in mean_of(alone)}
+    chosen = {seed: plan.selection.chosen(way, seed) for seed in mean_of(alone)}
     return {seed: alone[layers[0]][seed] for seed, layers in chosen.items() if layers is not None}

@@ -101,8 +101,10 @@ def _learners(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         row: dict[str, object] = {"environment": plan.environment.name}
-        for name in plan.learners:
-            losses = [plan.loss(plan.cell(plan.learners[name], seed).name) for seed in TUNING]
+        for name in plan.sampling.learners:
+            losses = [
+                plan.loss(plan.cell(plan.sampling.learners[name], seed).name) for seed in TUNING
+            ]
             finished = [loss for loss in losses if loss is not None]
             known = finished and len(finished) == len(losses)
             row[name] = f"{np.mean(finished):.4f}" if known else MISSING

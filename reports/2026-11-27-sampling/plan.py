@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rates
-from arms import LEARNED, TUNING, Arm, Arms, held_out_loss
+from arms import CARRYING, LEARNED, TUNING, Arm
 from cells import Cell
 from environments import RATES, Environment
+from sampling import Sampling
 from seconds import FEW, TIMED, steps_left
+from selection import Selection
+from settings import ABLATED, COURSE, PROBED, common
+from sources import Sources, held_out_loss
 
-import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
 
-PROBED = 16  # batches of a probe
-COURSE = 2  # evaluations of a run whose course is read
 LONGER = 4  # times the steps, for the primary contrasts of some environments
 LONGER_SEEDS = (1, 2, 3)
-ABLATED = ("--max_examples", "64", "--general", "none")
 IF_BEST = ("default-placebo", "pilot-placebo", "ablation-placebo")  # else not in the design
 SHORTER = ("strong",)  # run anew with the time that their source leaves, beside the best learned
 PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
@@ -43,9 +43,11 @@ class Plan:
 
     def __init__(self, environment: Environment, kept: Path, work: Path) -> None:
         self.environment, self.kept = environment, kept
-        self._given = Arms(environment, kept, work)
-        self.arms, self.choices = self._given.every, self._given.choices
-        self.learners = self._given.learners
+        self.sources = Sources(environment, kept, work)
+        self.selection, self.sampling = Selection(self.sources), Sampling(self.sources)
+        every = {arm.name: arm for arm in (*self.selection.arms, *self.sampling.arms)}
+        whole = environment.whole
+        self.arms = {name: arm for name, arm in every.items() if whole or name in CARRYING}
         self._rates: dict[str, float] = {}  # of families whose grid is complete
 
     def settled(self) -> bool:
@@ -66,7 +68,9 @@ class Plan:
         probes = [self.source("probe", seed + 1) for seed in (*self.seeds, *TUNING)]
         if not self.settled():
             return [*probes, *tuning]
-        learners = [self.cell(arm, seed) for arm in self.learners.values() for seed in TUNING]
+        learners = [
+            self.cell(arm, seed) for arm in self.sampling.learners.values() for seed in TUNING
+        ]
         arms = [arm for arm in self._asked() if self.preferred or "online" not in arm.name]
         learned = [arm for arm in arms if arm.name in LEARNED]
         chosen = [self.tuned(arm, seed) for arm in learned for seed in TUNING]
@@ -81,7 +85,7 @@ class Plan:
         kinds = ("pilot", "ablation")
         needed = {name for cell in every for name in cell.after} - named
         if self.environment.every_layer:  # there what a source names is a look-up
-            needed |= {self._given.source(kind, s + 1) for kind in kinds for s in self.seeds}
+            needed |= {self.sources.name(kind, s + 1) for kind in kinds for s in self.seeds}
             needed -= named
         sources = [
             cell
@@ -94,7 +98,7 @@ class Plan:
     @property
     def preferred(self) -> str | None:
         """The learner that the pilot stage prefers; None as yet."""
-        return self._given.preferred()
+        return self.sampling.preferred()
 
     def best_learned(self) -> str | None:
         """Return the learned arm with the lowest mean loss on the tuning split; None as yet."""
@@ -197,7 +201,7 @@ class Plan:
     ) -> Cell:
         """Return one run of an arm; at a rate of the grid or at the family's, and so long."""
         tuned = seed in TUNING
-        name = self._given.run_name(arm.name, seed)
+        name = self.sources.run(arm.name, seed)
         if rate is not None:
             name = f"{self.environment.name}/rates/{arm.name}-{rate:.3g}-s{seed}"
         elif times > 1:
@@ -208,7 +212,8 @@ class Plan:
 
         def words() -> list[str]:
             return [
-                *self._common(
+                *common(
+                    self.environment,
                     "validation" if tuned else "test",
                     seed,
                     steps=made,
@@ -218,7 +223,7 @@ class Plan:
                 *arm.words(seed),
             ]
 
-        after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
+        after = tuple(self.sources.name(kind, seed + 1) for kind in arm.sources)
         return Cell(name, words, after)
 
     def timed(self, arm: Arm) -> Cell:
@@ -227,12 +232,12 @@ class Plan:
 
         def words() -> list[str]:
             return [
-                *self._common("validation", seed, steps=TIMED, evaluations=2), *arm.words(seed),
-                f"--max_eval_samples={FEW}",
+                *common(self.environment, "validation", seed, steps=TIMED, evaluations=2),
+                *arm.words(seed), f"--max_eval_samples={FEW}",
                 f"--learning_rate={self.environment.centres[arm.family]:.6g}",
             ]  # fmt: skip
 
-        after = tuple(self._given.source(kind, seed + 1) for kind in arm.sources)
+        after = tuple(self.sources.name(kind, seed + 1) for kind in arm.sources)
         name = f"{self.environment.name}/timed/{arm.name}"
         return Cell(name, words, after, ABLATED if arm.name == "lora-everything" else None)
 
@@ -251,50 +256,23 @@ class Plan:
         def words() -> list[str]:
             if kind == "ablation":  # of examples that are no arm's outcome
                 arm = self.arms["lora-everything"]
-                return [*self._common("validation", seed, steps=self.environment.steps),
+                return [*common(self.environment, "validation", seed, steps=self.environment.steps),
                         f"--learning_rate={self.rate(arm.family):.6g}",
                         *arm.words(seed)]  # fmt: skip
             if kind == "start":
-                return [*self._common("test", seed, steps=1), "--method=full",
+                return [*common(self.environment, "test", seed, steps=1), "--method=full",
                         "--eval_on_start=true", "--learning_rate=1e-6"]  # fmt: skip
             if kind == "probe":
-                return [*self._common("test", seed, trains=False), "--method=probe",
+                return [*common(self.environment, "test", seed, trains=False), "--method=probe",
                         f"--probe.batches={PROBED}", "--record.every=1"]  # fmt: skip
             return [
-                *self._common("test", seed, steps=self.pilot_steps, every=1), "--method=full",
-                "--record.base_delta=true",  # what `level` reads
+                *common(self.environment, "test", seed, steps=self.pilot_steps, every=1),
+                "--method=full", "--record.base_delta=true",  # what `level` reads
                 f"--learning_rate={self.rate('full'):.6g}",
             ]  # fmt: skip
 
         ablated = ABLATED if kind == "ablation" else None
-        return Cell(self._given.source(kind, seed), words, ablated=ablated)
-
-    def _common(
-        self,
-        split: str,
-        seed: int,
-        *,
-        steps: int | None = None,
-        every: int | None = None,
-        trains: bool = True,
-        evaluations: int = 1,
-    ) -> list[str]:
-        environment = self.environment
-        steps = environment.steps if steps is None else steps
-        words = [
-            f"--model_name_or_path={environment.model()}",
-            f"--dataset_name={environment.data()}", f"--seed={seed}",
-            f"--per_device_train_batch_size={environment.batch}", *environment.words,
-        ]  # fmt: skip
-        if trains:
-            words += [
-                f"--dataset_test_split={split}", f"--max_steps={steps}",
-                "--lr_scheduler_type=cosine", "--warmup_steps=0.05",
-                f"--eval_steps={math.ceil(steps / evaluations)}",
-                f"--max_eval_samples={environment.evaluated}", "--logging_steps=10",
-                f"--record.every={every or steps}", "--record.flush_seconds=3600",
-            ]  # fmt: skip
-        return words
+        return Cell(self.sources.name(kind, seed), words, ablated=ablated)
 
     # --- rates -----------------------------------------------------------------------------------
 
@@ -339,17 +317,10 @@ class Plan:
         if pair is None:
             only = next(arm for arm in self.arms.values() if arm.family == family)
             return [self.cell(only, seed, rate) for seed in TUNING]
-        both = [self.choices[name] if name in self.choices else self.arms[name] for name in pair]
+        both = [
+            self.selection.choices[name] if name in self.selection.choices else self.arms[name]
+            for name in pair
+        ]
         if self.environment.both_tuned:
             return [self.cell(arm, seed, rate) for arm in both for seed in TUNING]
         return [self.cell(arm, seed, rate) for arm, seed in zip(both, TUNING, strict=True)]
-
-    # --- question A ------------------------------------------------------------------------------
-
-    def profile(self, kind: str, seed: int) -> la.ImportanceProfile:
-        """Return the profile that an arm of a seed reads: probe, pilot, ablation or spectrum."""
-        return self._given.profile(kind, seed)
-
-    def chosen(self, way: str, seed: int) -> list[int] | None:
-        """Return the layers that a way of question A names; None where its source is missing."""
-        return self._given.chosen(way, seed)

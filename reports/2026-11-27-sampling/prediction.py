@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from arms import profile_of
 from outcomes import losses_of, mean_of, random_sets
 from plan import Plan
 from scipy import stats
+from sources import profile_of
 
 import lisa_analysis as la
 from lisa_analysis.contract.errors import LisaError
@@ -63,7 +63,7 @@ def _of_choice(plan: Plan, metric: str, seeds: Sequence[int]) -> tuple[dict[int,
         if metric not in CHOICES:
             return {}, ""
         way = CHOICES[metric]
-        chosen = {seed: plan.chosen(way, seed) for seed in seeds}
+        chosen = {seed: plan.selection.chosen(way, seed) for seed in seeds}
         losses = losses_of(plan, plan.arms[f"lora-{way}"])
     else:
         alone = random_sets(plan, "lora")
@@ -88,7 +88,7 @@ def validities(plan: Plan) -> dict[str, float]:
         runs = {kind: la.load(folder) for kind, folder in kinds.items()}
         ways = {"/".join(folder.parts[-2:]): kind for kind, folder in kinds.items()}
         names = {"a profile": "weights"} | ways  # as `la.validity` tells folders of one name apart
-        others = [*runs.values(), plan.profile("spectrum", seed)]
+        others = [*runs.values(), plan.sources.profile("spectrum", seed)]
         table = la.validity([la.load(ablated), *others]).to_frame()
         table = table[(table["level"] == "layer") & (table["target"] == "ablation_keep")]
         for source, metric, value in zip(
@@ -103,7 +103,7 @@ def choices(plan: Plan, name: str, seed: int) -> list[int] | None:
     """Return the layers that a metric of `validities` chooses for a seed; None without scores."""
     kind, metric = name.split(": ")
     if kind == "weights":
-        return plan.chosen("spectrum", seed)
+        return plan.selection.chosen("spectrum", seed)
     folder = plan.kept / plan.source(kind, seed + 1).name
     if not folder.exists():
         return None

@@ -37,7 +37,7 @@ def cells():
 def sampling(cells):
     """Environments, arms, seconds and plan of the study of sampling."""
     folder = REPORTS / "2026-11-27-sampling"
-    names = ("arms", "seconds", "plan")
+    names = ("arms", "sources", "selection", "sampling", "settings", "seconds", "plan")
     shared = module(REPORTS / "environments.py")
     yield [shared, *(module(folder / f"{name}.py") for name in names)]
     for name in ("environments", *names):
@@ -222,7 +222,7 @@ class TestSampling:
         plan, _ = plan
         monkeypatch.setattr(plan, "settled", lambda: True)
         monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
-        monkeypatch.setattr(plan, "_common", lambda *given, **settings: [])  # fetches the model
+        monkeypatch.setattr("plan.common", lambda *given, **settings: [])  # fetches the model
         cells = {}
         for cell in plan.cells():
             assert cell.name not in cells
@@ -238,13 +238,13 @@ class TestSampling:
         plan, finish = plan
         monkeypatch.setattr(plan, "settled", lambda: True)
         monkeypatch.setattr(plan, "rate", lambda family: 1e-3)
-        monkeypatch.setattr(plan, "_common", lambda *given, **settings: [])
+        monkeypatch.setattr("plan.common", lambda *given, **settings: [])
         names = [cell.name for cell in plan.cells()]
         assert "pos/learner-kl/s102" in names
         assert not any("/online" in name for name in names)
         with pytest.raises(LisaError, match="pos: the learners are not compared yet"):
             plan.arms["online"].words(1)
-        for place, arm in enumerate(plan.learners.values()):
+        for place, arm in enumerate(plan.sampling.learners.values()):
             for seed in (101, 102):
                 finish(plan.cell(arm, seed), [0.4, 0.3, 0.1, 0.2][place])
         assert plan.preferred == "learner-kl"
@@ -302,7 +302,7 @@ class TestSampling:
         source = plan.source("ablation", 2)
         assert source.name == "pos/source-ablation/s2"
         assert source.ablated is not None
-        monkeypatch.setattr(plan, "_common", lambda split, *given, **settings: [split])
+        monkeypatch.setattr("plan.common", lambda _, split, *given, **settings: [split])
         assert source.words()[0] == "validation"
         assert plan.cell(plan.arms["lora-everything"], 2).words()[0] == "test"
         assert plan.cell(plan.arms["lora-everything"], 2).ablated is None
@@ -369,7 +369,7 @@ class TestDifferences:
 
 class TestContrasts:
     def test_a_source_is_paid_in_steps(self, sampling, tmp_path, monkeypatch):
-        environments, _, seconds, plans = sampling
+        environments, *_, seconds, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path / "runs", tmp_path)
         plan.environment = replace(plan.environment, steps=150)
         default, uniform, full = (plan.arms[name] for name in ("default", "uniform", "full"))
@@ -401,7 +401,7 @@ class TestContrasts:
 
         import pandas as pd
 
-        environments, _, seconds, plans = sampling
+        environments, *_, seconds, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path, tmp_path)
         arm = plan.arms["uniform"]
         assert seconds.step_seconds(plan, arm) is None

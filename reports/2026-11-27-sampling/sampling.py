@@ -1,0 +1,113 @@
+"""Question B: LISA, by what the layers are drawn."""
+
+from collections.abc import Callable
+
+from arms import TUNING, Arm
+from sources import Sources, held_out_loss
+
+import lisa_analysis as la
+from lisa_analysis.contract.errors import LisaError
+
+SHARP = 3.0  # strength of `strong` and of what is compared with it
+LEARNERS = {  # of which the pilot stage chooses one for `online`; all at the strength of `strong`
+    "grad_rms": ("--lisa.learn.metric=grad_rms",),
+    "l1_descent": ("--lisa.learn.metric=l1_descent",),
+    "kl": ("--lisa.learn.metric=grad_rms", "--lisa.learn.learner=kl"),
+    "probe": ("--lisa.learn.metric=probe",),
+}
+
+
+class Sampling:
+    """Arms of LISA.
+
+    Parameters
+    ----------
+    sources
+        What they draw by.
+
+    Attributes
+    ----------
+    arms : list of Arm
+        Question B's.
+    learners : dict of str to Arm
+        The learners of the pilot stage, by name.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self.environment, self.sources = sources.environment, sources
+        self.arms = self._lisa()
+        self.learners = {arm.name: arm for arm in self._learning()}
+
+    def preferred(self) -> str | None:
+        """Return the learner with the lowest mean loss on the tuning split; None as yet."""
+        found, kept = {}, self.sources.kept
+        for name in self.learners:
+            losses = [held_out_loss(kept / self.sources.run(name, seed)) for seed in TUNING]
+            finished = [loss for loss in losses if loss is not None]
+            if len(finished) < len(losses):
+                return None
+            found[name] = sum(finished) / len(finished)
+        return min(found, key=found.__getitem__)
+
+    def _lisa(self) -> list[Arm]:
+        drawn, lisa = self.environment.drawn, self._drawn
+
+        def of(kind: str, strength: float | str, control: str = "none") -> Callable[..., list[str]]:
+            def words(seed: int) -> list[str]:
+                # Of few layers a probe may name none: then the default is uniform, as a user gets
+                # it, and the stronger arms take the scores as they are.
+                probabilities = la.sampling_probabilities(
+                    self.sources.profile(kind, seed),
+                    drawn,
+                    strength=strength,
+                    use_intervals=strength == 1.0,
+                )
+                file = self.sources.file(f"{kind}-{strength}", seed)
+                probabilities.save(file)
+                return lisa(f"--lisa.probabilities={file}", f"--lisa.control={control}")
+
+            return words
+
+        pool = f"pool={max(self.environment.few * len(self.environment.stacks), 2 * drawn)}"
+        placebo = "--lisa.control=permuted"
+        static = (  # name, family, what it is read from, strength, primary
+            ("default", "mild", "probe", 1.0, True),
+            ("strong", "strong", "probe", SHARP, True),
+            ("pool", "strong", "probe", pool, True),
+            ("pilot", "strong", "pilot", SHARP, False),
+            ("ablation", "strong", "ablation", SHARP, False),
+        )
+        arms = [
+            Arm("uniform", "mild", lambda seed: lisa(), primary=True),
+            Arm("iid", "mild", lambda seed: lisa(sampling="uniform")),
+            Arm("reset", "mild", lambda seed: lisa(state="reset")),
+            Arm("online", "strong", self._online, primary=True),
+            Arm("online-placebo", "strong", lambda s: [*self._online(s), placebo], primary=True),
+            Arm("reversed", "strong", of("probe", SHARP, "reversed"), ("probe",)),
+        ]
+        for name, family, kind, strength, primary in static:
+            arms.append(Arm(name, family, of(kind, strength), (kind,), primary))
+            words = of(kind, strength, "permuted")
+            arms.append(Arm(f"{name}-placebo", family, words, (kind,), primary))
+        return arms
+
+    def _drawn(self, *words: str, sampling: str = "balanced", state: str = "keep") -> list[str]:
+        return [
+            "--method=lisa", f"--lisa.activated_layers={self.environment.drawn}",
+            f"--lisa.interval_steps={self.environment.interval}",
+            f"--lisa.sampling={sampling}", f"--lisa.optimizer_state={state}", *words,
+        ]  # fmt: skip
+
+    def _learning(self) -> list[Arm]:
+        """Learners that the pilot stage compares."""
+        strength = f"--lisa.learn.strength={SHARP:g}"
+        return [
+            Arm(f"learner-{name}", "strong", lambda seed, w=words: self._drawn(*w, strength))
+            for name, words in LEARNERS.items()
+        ]
+
+    def _online(self, seed: int) -> list[str]:
+        name = self.preferred()
+        if name is None:
+            raise LisaError(f"{self.environment.name}: the learners are not compared yet.")
+        return self.learners[name].words(seed)

@@ -188,6 +188,7 @@ def _classes(data: Path, mixed: bool) -> list[Environment]:
             centres={
                 "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "weights-few": 5e-4,
                 "weights-all": 2e-4, "full": 2e-4, "mild": 5e-4, "strong": 5e-4, "head": 1e-2,
+                "parts": 5e-4,
             },
             seeds=10, whole=True, every_layer=True, both_tuned=True,
         ),
@@ -202,6 +203,7 @@ def _classes(data: Path, mixed: bool) -> list[Environment]:
             centres={
                 "lora-few": 1e-3, "lora-low": 1e-3, "lora-all": 1e-3, "weights-few": 2e-4,
                 "weights-all": 1e-4, "full": 1e-4, "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
+                "parts": 1e-4,
             },
             seeds=10, whole=True, both_tuned=True,
         ),

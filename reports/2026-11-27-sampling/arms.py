@@ -29,6 +29,8 @@ class Arm:
         Kinds of earlier runs that it reads, of the next seed: probe, pilot, ablation.
     primary
         Whether it is in a primary contrast.
+    head_apart
+        Whether a new head has the rate of the family `head`, whatever the rate of all else.
     """
 
     name: str
@@ -36,3 +38,4 @@ class Arm:
     words: Callable[[int], list[str]]
     sources: tuple[str, ...] = ()
     primary: bool = False
+    head_apart: bool = False

@@ -56,6 +56,7 @@ def tables(
         "selection": _shown(selection),
         "sampling": _shown(sampling),
         "anchors": _anchors(settled),
+        "parts": _by_part(settled),
         "seconds": _seconds(settled),
         "prediction": _prediction(settled),
         "longer": _longer(settled),
@@ -81,7 +82,8 @@ def _state(plans: Sequence[Plan]) -> list[Row]:
 def _rates(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
-        for family in plan.families:
+        explored = [arm.family for arm in plan.sampling.by_part.values()]
+        for family in dict.fromkeys((*plan.families, *explored)):
             tried = plan.tried(family)
             losses = plan.losses(family, tried)
             if losses is None:
@@ -188,6 +190,24 @@ def _anchors(plans: Sequence[Plan]) -> list[Row]:
             row |= _score(plan, name)
             apart = difference(losses, full)
             row["less full (95 %)"] = "" if name == "full" else apart or MISSING
+            rows.append(row)
+    return rows
+
+
+def _by_part(plans: Sequence[Plan]) -> list[Row]:
+    """What was explored: LISA whose head has a rate of its own, or whose embedding rests."""
+    rows = []
+    for plan in plans:
+        explored = plan.sampling.by_part
+        for name, arm in explored.items():
+            losses = losses_of(plan, arm)
+            row = {"environment": plan.environment.name, "arm": name}
+            row |= _against(losses, losses_of(plan, plan.arms["uniform"]), "uniform")
+            del row["apart"]
+            beside = {"full": plan.arms["full"], "uniform-parts": explored["uniform-parts"]}
+            for against, other in beside.items():
+                apart = difference(losses, losses_of(plan, other))
+                row[f"less {against} (95 %)"] = "" if arm == other else apart or MISSING
             rows.append(row)
     return rows
 

@@ -25,6 +25,7 @@ PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
     "weights-few": ("weights-probe", "weights-random-1"),
     "mild": ("default", "uniform"),
     "strong": ("strong", "strong-placebo"),
+    "parts": ("pool-parts", "uniform-parts"),
 }
 
 
@@ -52,19 +53,14 @@ class Plan:
 
     def settled(self) -> bool:
         """Whether the rate of every family is known."""
-        return all((self.kept / cell.name).exists() for cell in self._grids())
+        return all((self.kept / c.name).exists() for f in self.families for c in self._grid(f))
 
-    def _grids(self) -> list[Cell]:
-        return [
-            cell
-            for family in self.families
-            for rate in self.tried(family)
-            for cell in self._tuning(family, rate)
-        ]
+    def _grid(self, family: str) -> list[Cell]:
+        return [cell for rate in self.tried(family) for cell in self._tuning(family, rate)]
 
     def cells(self) -> list[Cell]:
         """Return what is to be run as far as the logs at hand tell it."""
-        tuning = self._grids()
+        tuning = [cell for family in self.families for cell in self._grid(family)]
         probes = [self.source("probe", seed + 1) for seed in (*self.seeds, *TUNING)]
         if not self.settled():
             return [*probes, *tuning]
@@ -79,7 +75,7 @@ class Plan:
         ]
         starts = [self.source("start", seed) for seed in self.seeds]
         every = [*probes, *tuning, *learners, *chosen, *final, *self._longer(), *self._shorter(),
-                 *starts]  # fmt: skip
+                 *starts, *self._by_part()]  # fmt: skip
         every = list({cell.name: cell for cell in every}.values())
         named = {cell.name for cell in every}
         kinds = ("pilot", "ablation")
@@ -127,6 +123,17 @@ class Plan:
             for seed in LONGER_SEEDS
             for arm in self.longer_arms()
         ]
+
+    def _by_part(self) -> list[Cell]:
+        """What is explored where the head is new: rates that know of the head's, then the arms."""
+        arms = self.sampling.by_part.values()
+        if not arms:
+            return []
+        grid = self._grid("parts")
+        if self.losses("parts", self.tried("parts")) is None:
+            return grid
+        seeds = range(1, self.environment.secondary + 1)
+        return [*grid, *(self.cell(arm, seed) for seed in seeds for arm in arms)]
 
     def shorter_arms(self) -> list[Arm]:
         """Return the arms that run anew for the time of `uniform`, as far as they are known."""
@@ -211,6 +218,7 @@ class Plan:
         made = times * self.environment.steps if steps is None else steps
 
         def words() -> list[str]:
+            own = self.rate(arm.family) if rate is None else rate
             return [
                 *common(
                     self.environment,
@@ -219,12 +227,19 @@ class Plan:
                     steps=made,
                     evaluations=1 if tuned else COURSE,
                 ),
-                f"--learning_rate={self.rate(arm.family) if rate is None else rate:.6g}",
+                f"--learning_rate={own:.6g}",
                 *arm.words(seed),
+                *([self._of_head(own, seed)] if arm.head_apart else []),
             ]
 
         after = tuple(self.sources.name(kind, seed + 1) for kind in arm.sources)
         return Cell(name, words, after)
+
+    def _of_head(self, rate: float, seed: int) -> str:
+        """Return the word that gives a new head the rate of `head` where all else has another."""
+        factor = self.rate("head") / rate
+        alike = [1.0] * self.environment.layers
+        return self.sources.multipliers(f"head-{factor:.4g}", seed, alike, {"head": factor})
 
     def timed(self, arm: Arm) -> Cell:
         """Return a short run of an arm for its seconds, to be made alone on an idle machine."""
@@ -317,10 +332,8 @@ class Plan:
         if pair is None:
             only = next(arm for arm in self.arms.values() if arm.family == family)
             return [self.cell(only, seed, rate) for seed in TUNING]
-        both = [
-            self.selection.choices[name] if name in self.selection.choices else self.arms[name]
-            for name in pair
-        ]
+        every = self.arms | self.selection.choices | self.sampling.by_part
+        both = [every[name] for name in pair]
         if self.environment.both_tuned:
             return [self.cell(arm, seed, rate) for arm in both for seed in TUNING]
         return [self.cell(arm, seed, rate) for arm, seed in zip(both, TUNING, strict=True)]

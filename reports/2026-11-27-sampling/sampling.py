@@ -1,5 +1,6 @@
 """Question B: LISA, by what the layers are drawn."""
 
+import functools
 from collections.abc import Callable
 
 from arms import TUNING, Arm
@@ -29,6 +30,9 @@ class Sampling:
     ----------
     arms : list of Arm
         Question B's.
+    by_part : dict of str to Arm
+        What was explored after the results, where the head is new: LISA whose head has a rate of
+        its own, whose embedding rests, or both.
     learners : dict of str to Arm
         The learners of the pilot stage, by name.
     """
@@ -36,6 +40,7 @@ class Sampling:
     def __init__(self, sources: Sources) -> None:
         self.environment, self.sources = sources.environment, sources
         self.arms = self._lisa()
+        self.by_part = {arm.name: arm for arm in self._by_part()} if self.environment.head else {}
         self.learners = {arm.name: arm for arm in self._learning()}
 
     def preferred(self) -> str | None:
@@ -50,30 +55,12 @@ class Sampling:
         return min(found, key=found.__getitem__)
 
     def _lisa(self) -> list[Arm]:
-        drawn, lisa = self.environment.drawn, self._drawn
-
-        def of(kind: str, strength: float | str, control: str = "none") -> Callable[..., list[str]]:
-            def words(seed: int) -> list[str]:
-                # Of few layers a probe may name none: then the default is uniform, as a user gets
-                # it, and the stronger arms take the scores as they are.
-                probabilities = la.sampling_probabilities(
-                    self.sources.profile(kind, seed),
-                    drawn,
-                    strength=strength,
-                    use_intervals=strength == 1.0,
-                )
-                file = self.sources.file(f"{kind}-{strength}", seed)
-                probabilities.save(file)
-                return lisa(f"--lisa.probabilities={file}", f"--lisa.control={control}")
-
-            return words
-
-        pool = f"pool={max(self.environment.few * len(self.environment.stacks), 2 * drawn)}"
+        lisa, of = self._drawn, self._by_profile
         placebo = "--lisa.control=permuted"
         static = (  # name, family, what it is read from, strength, primary
             ("default", "mild", "probe", 1.0, True),
             ("strong", "strong", "probe", SHARP, True),
-            ("pool", "strong", "probe", pool, True),
+            ("pool", "strong", "probe", self._pool, True),
             ("pilot", "strong", "pilot", SHARP, False),
             ("ablation", "strong", "ablation", SHARP, False),
         )
@@ -90,6 +77,47 @@ class Sampling:
             words = of(kind, strength, "permuted")
             arms.append(Arm(f"{name}-placebo", family, words, (kind,), primary))
         return arms
+
+    def _by_part(self) -> list[Arm]:
+        rests = "--lisa.always_active=[head,norm,other]"
+        apart = functools.partial(Arm, family="parts", head_apart=True)
+
+        def pool(name: str, control: str) -> Arm:
+            words = self._by_profile("probe", self._pool, control, rests)
+            return apart(name, words=words, sources=("probe",))
+
+        return [
+            Arm("uniform-rests", "mild", lambda seed: self._drawn(rests)),
+            apart("uniform-head", words=lambda seed: self._drawn()),
+            apart("uniform-parts", words=lambda seed: self._drawn(rests)),
+            pool("pool-parts", "none"),
+            pool("pool-parts-placebo", "permuted"),
+        ]
+
+    @property
+    def _pool(self) -> str:
+        """Twice the drawn layers, and a fifth at least."""
+        environment = self.environment
+        return f"pool={max(environment.few * len(environment.stacks), 2 * environment.drawn)}"
+
+    def _by_profile(
+        self, kind: str, strength: float | str, control: str = "none", *words: str
+    ) -> Callable[[int], list[str]]:
+        def given(seed: int) -> list[str]:
+            # Of few layers a probe may name none: then the default is uniform, as a user gets
+            # it, and the stronger arms take the scores as they are.
+            probabilities = la.sampling_probabilities(
+                self.sources.profile(kind, seed),
+                self.environment.drawn,
+                strength=strength,
+                use_intervals=strength == 1.0,
+            )
+            file = self.sources.file(f"{kind}-{strength}", seed)
+            probabilities.save(file)
+            drawn = (f"--lisa.probabilities={file}", f"--lisa.control={control}")
+            return self._drawn(*drawn, *words)
+
+        return given
 
     def _drawn(self, *words: str, sampling: str = "balanced", state: str = "keep") -> list[str]:
         return [

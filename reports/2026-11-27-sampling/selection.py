@@ -1,13 +1,10 @@
 """Question A: the layers that train throughout; and full training, which arms are held against."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 
 from arms import RANDOM, Arm
 from sources import Sources
-
-from lisa_analysis.contract.multipliers_file import SCHEMA
 
 RANK = 16
 
@@ -128,10 +125,5 @@ class Selection:
         moved = self.sources.metric("pilot", seed, "delta_rel")
         inverse = [1 / score for score in moved.scores]
         mean = sum(inverse) / len(inverse)
-        file = self.sources.file("level", seed)
-        record = {
-            "schema": SCHEMA, "layer_names": [row.name for row in moved],
-            "multipliers": {str(i): value / mean for i, value in enumerate(inverse)},
-        }  # fmt: skip
-        file.write_text(json.dumps(record), encoding="utf-8")
-        return ["--method=full", f"--lr_multipliers={file}"]
+        word = self.sources.multipliers("level", seed, [each / mean for each in inverse])
+        return ["--method=full", word]

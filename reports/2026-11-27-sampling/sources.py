@@ -1,13 +1,16 @@
 """What arms read: losses and profiles of earlier runs."""
 
 import functools
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from environments import Environment
 
 import lisa_analysis as la
+from lisa_analysis.contract.multipliers_file import SCHEMA
 
 
 def held_out_loss(folder: Path) -> float | None:
@@ -86,6 +89,15 @@ class Sources:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace(found, model=Path(found.model).name).save(file)  # no folder of this machine
         return la.ImportanceProfile.load(file)
+
+    def multipliers(
+        self, name: str, seed: int, layers: Sequence[float], groups: Mapping[str, float] = {}
+    ) -> str:
+        """Return the word for learning rates by layer, and by group, whose file it writes."""
+        file = self.file(name, seed)
+        factors = {str(i): factor for i, factor in enumerate(layers)} | dict(groups)
+        file.write_text(json.dumps({"schema": SCHEMA, "multipliers": factors}), encoding="utf-8")
+        return f"--lr_multipliers={file}"
 
     def file(self, name: str, seed: int) -> Path:
         """Return the file of what an arm of a seed is given."""

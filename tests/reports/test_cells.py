@@ -296,6 +296,28 @@ class TestSampling:
         assert plan.tuned(plan.arms["strong"], 101).name == "pos/rates/strong-0.001-s101"
         assert plan.tuned(plan.arms["pilot"], 101).name == "pos/pilot/s101"
 
+    def test_a_head_apart_keeps_its_rate_whatever_the_rate_of_the_rest(self, plan, monkeypatch):
+        plan, finish = plan
+        monkeypatch.setattr(plan, "settled", lambda: True)
+        monkeypatch.setattr(plan, "rate", lambda family: 1e-2 if family == "head" else 1e-3)
+        monkeypatch.setattr("plan.common", lambda *given, **settings: [])
+        grid = [c for c in plan.cells() if "uniform-parts" in c.name or "pool-parts" in c.name]
+        rates = [rate for rate in plan.tried("parts") for _ in range(4)]
+        assert [cell.name for cell in grid] == [c.name for c in plan._grid("parts")]
+        for cell, rate in zip(grid, rates, strict=True):
+            if "pool" not in cell.name:  # whose probe is not there
+                assert f"--learning_rate={rate:.6g}" in cell.words()
+                file = cell.words()[-1].removeprefix("--lr_multipliers=")
+                factors = json.loads(Path(file).read_text())["multipliers"]
+                assert factors["head"] * rate == pytest.approx(1e-2)
+                assert {factors[str(layer)] for layer in range(6)} == {1.0}
+            finish(cell, 0.3 if rate == rates[9] else 0.5)
+        explored = [cell.name for cell in plan.cells() if "s5" in cell.name][-5:]
+        assert explored == [f"pos/{name}/s5" for name in plan.sampling.by_part]
+        assert "--lisa.always_active=[head,norm,other]" in (
+            plan.cell(plan.sampling.by_part["uniform-rests"], 1).words()
+        )
+
     def test_no_profile_is_of_the_examples_that_the_outcome_is_of(self, plan, monkeypatch):
         plan, _ = plan
         monkeypatch.setattr(plan, "rate", lambda family: 1e-3)

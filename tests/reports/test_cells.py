@@ -70,7 +70,7 @@ def together(prediction):
 
 @pytest.fixture(scope="module")
 def page(together):
-    names = ("figures", "page")
+    names = ("contrasts", "figures", "page")
     yield [module(REPORTS / "2026-11-27-sampling" / f"{name}.py") for name in names][-1]
     for name in names:
         del sys.modules[name]

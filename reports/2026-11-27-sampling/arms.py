@@ -7,9 +7,9 @@ TUNING = (101, 102)
 RANDOM = 3
 LEARNED = ("default", "strong", "pool", "pilot", "ablation", "online")
 CARRYING = (  # the arms of environments that do not get the whole matrix
-    "lora-probe", *(f"lora-random-{n}" for n in range(1, RANDOM + 1)), "lora-last", "lora-all",
-    "lora-everything", "full", "uniform", "reset", "default", "default-placebo", "strong",
-    "strong-placebo", "pool", "pool-placebo", "online", "online-placebo",
+    "lora-probe", *(f"lora-random-{n}" for n in range(1, RANDOM + 1)), "lora-last", "lora-even",
+    "lora-all", "lora-everything", "full", "uniform", "reset", "default", "default-placebo",
+    "strong", "strong-placebo", "pool", "pool-placebo", "online", "online-placebo",
 )  # fmt: skip
 
 

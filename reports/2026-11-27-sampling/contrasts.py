@@ -28,27 +28,39 @@ def _selection(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         for kind, everything in (("lora", "lora-everything"), ("weights", "weights-everything")):
-            arms = selected(plan, kind)
+            arms, scores = selected(plan, kind), selected(plan, kind, scores_of)
             if not arms:
                 continue  # the weights half is asked of the whole matrix alone
-            whole = losses_of(plan, plan.arms[everything])
-            others = {"all": whole}
+            others = {"all": plan.arms[everything]}
             if kind == "lora":
-                others = {"all, lower rank": losses_of(plan, plan.arms["lora-all"]), **others}
-            for way, losses in {**arms, **others}.items():
+                others = {"all, lower rank": plan.arms["lora-all"], **others}
+            arms |= {way: losses_of(plan, arm) for way, arm in others.items()}
+            scores |= {way: scores_of(plan, arm) for way, arm in others.items()}
+            for way, losses in arms.items():
                 row = {"environment": plan.environment.name, "trained": kind, "layers": way}
                 row |= _against(losses, arms["random"], "random")
-                gain = normalised(losses, arms["random"], whole)
-                row["of all layers' gain"] = f"{np.mean(gain):.0%}" if len(gain) else ""
+                row |= _score(scores[way], scores["random"], "random")
+                shared = set(losses) & set(arms["random"]) & set(arms["all"])
+                gain = normalised(losses, arms["random"], arms["all"])
+                row["of all layers' gain (seeds)"] = (
+                    f"{np.mean(gain):.0%} ({len(shared)})" if len(gain) else ""
+                )
                 row["primary"] = way == "probe" and kind == "lora"
+                row["same"] = next((w for w in arms if _same(losses, arms[w])), way)
                 rows.append(row)
     return rows
+
+
+def _same(losses: Losses, other: Losses) -> bool:
+    """Whether two arms are the same runs in every seed that both have."""
+    shared = set(losses) & set(other)
+    return bool(shared) and all(losses[seed] == other[seed] for seed in shared)
 
 
 def _sampling(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
-        uniform = losses_of(plan, plan.arms["uniform"])
+        uniform, scores = (read(plan, plan.arms["uniform"]) for read in (losses_of, scores_of))
         best = plan.best_learned()
         named = {n: plan.arms[n] for n in SHOWN if n in plan.arms}
         for name, arm in named.items():
@@ -56,7 +68,8 @@ def _sampling(plans: Sequence[Plan]) -> list[Row]:
             if name != "uniform" and not losses and name.endswith("-placebo"):
                 continue  # of an arm that is not the best: not in the design
             row = {"environment": plan.environment.name, "arm": name, "name": name}
-            row |= _against(losses, uniform, "the other") | _score(plan, name)
+            row |= _against(losses, uniform, "the other")
+            row |= _score(scores_of(plan, arm), scores, "the other")
             same = sum(losses[s] == uniform[s] for s in set(losses) & set(uniform))
             if same and name != "uniform":
                 row["arm"] = f"{name} ({same} of {len(losses)} seeds are uniform)"
@@ -64,8 +77,9 @@ def _sampling(plans: Sequence[Plan]) -> list[Row]:
             placebo = f"{name}-placebo"
             if placebo in named and (given := losses_of(plan, named[placebo])):
                 row = {"environment": plan.environment.name, "arm": f"{name} less its placebo"}
-                row |= _against(losses, given, "the other") | {"accuracy or WER": ""}
-                row["accuracy or WER, less uniform (95 %)"] = ""
+                row |= _against(losses, given, "the other")
+                own, beside = (scores_of(plan, each) for each in (arm, named[placebo]))
+                row |= _score(own, beside, "the other")
                 rows.append({**row, "primary": False})
     return rows
 
@@ -75,15 +89,25 @@ def anchors(plans: Sequence[Plan]) -> list[Row]:
     rows = []
     for plan in plans:
         uniform, full = (losses_of(plan, plan.arms[name]) for name in ("uniform", "full"))
+        scores = scores_of(plan, plan.arms["uniform"])
         for name in (n for n in ANCHORS if n in plan.arms):
-            losses = losses_of(plan, plan.arms[name])
+            arm = plan.arms[name]
+            losses = losses_of(plan, arm)
             row = {"environment": plan.environment.name, "arm": name}
             row |= _against(losses, uniform, "uniform")
             del row["apart"]
-            row |= _score(plan, name)
+            row |= _score(scores_of(plan, arm), scores, "uniform")
             apart = difference(losses, full)
             row["less full (95 %)"] = "" if name == "full" else apart or MISSING
             rows.append(row)
+        cells = {seed: plan.source("start", seed) for seed in plan.seeds}
+        found = {seed: plan.loss(cell.name) for seed, cell in cells.items()}
+        start = [loss for loss in found.values() if loss is not None]
+        rows.append({
+            **dict.fromkeys(rows[-1], ""), "environment": plan.environment.name,
+            "arm": "before the first step", "seeds": len(start),
+            "loss": f"{np.mean(start):.4f}" if start else MISSING,
+        })  # fmt: skip
     return rows
 
 
@@ -105,20 +129,24 @@ def by_part(plans: Sequence[Plan]) -> list[Row]:
     return rows
 
 
-def _score(plan: Plan, name: str) -> dict[str, object]:
-    """The task's own score, and the difference from uniform draws."""
-    _, own = scores_of(plan, plan.arms[name])
-    _, uniform = scores_of(plan, plan.arms["uniform"])
-    apart = None if name == "uniform" else difference(own, uniform)
+def _score(scores: Losses, other: Losses, name: str) -> dict[str, object]:
+    """The task's own score, and the difference from another arm's; empty where it has none."""
+    apart = None if scores == other else difference(scores, other)
     return {
-        "accuracy or WER": f"{np.mean(list(own.values())):.3f}" if own else "",
-        "accuracy or WER, less uniform (95 %)": "" if apart is None else f"{apart}",
+        "accuracy or WER": f"{np.mean(list(scores.values())):.3f}" if scores else "",
+        f"accuracy or WER, less {name} (95 %)": "" if apart is None else f"{apart}",
     }
 
 
 def _corrected(rows: list[Row]) -> list[Row]:
-    """Put p of every contrast into its row; of the secondary ones, by Holm over the question."""
-    compared = [row for row in rows if row["apart"] is not None]
+    """Put p of every contrast into its row; of the secondary ones, by Holm over the question.
+
+    Arms that are the same runs are one contrast, the first one's.
+    """
+    for row in rows:
+        if (same := row.get("same", row.get("layers"))) != row.get("layers"):
+            row |= {"p, Holm": f"the runs of `{same}`", "told": False, "again": True}
+    compared = [row for row in rows if row["apart"] is not None and "again" not in row]
     secondary = [row for row in compared if not row["primary"]]
     corrected = iter(holm([row["apart"].p for row in secondary]))  # type: ignore[attr-defined]
     for row in compared:
@@ -132,7 +160,7 @@ def _corrected(rows: list[Row]) -> list[Row]:
 
 def shown(rows: Sequence[Row]) -> list[Row]:
     """Leave out what figures alone read."""
-    hidden = {"apart", "primary", "told", "name"}
+    hidden = {"apart", "primary", "told", "name", "same", "again"}
     return [{key: row[key] for key in row if key not in hidden} for row in rows]
 
 

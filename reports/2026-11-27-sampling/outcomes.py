@@ -1,6 +1,6 @@
 """Held-out losses of the arms by seed, from the kept logs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from arms import RANDOM, Arm
@@ -21,14 +21,14 @@ def losses_of(plan: Plan, arm: Arm) -> dict[int, float]:
     return found
 
 
-def scores_of(plan: Plan, arm: Arm) -> tuple[str, dict[int, float]]:
-    """Return the name of the task's own score, and an arm's by seed; empty where it has none."""
+def scores_of(plan: Plan, arm: Arm) -> dict[int, float]:
+    """Return the task's own score of an arm by seed; empty where it has none."""
     folders = {s: plan.kept / plan.cell(arm, s).name for s in losses_of(plan, arm)}
     found = {seed: result(folder) for seed, folder in folders.items() if folder.exists()}
-    names = [name for name in SCORES if any(name in each for each in found.values())]
-    if not names:
-        return "", {}
-    return names[0], {s: each[names[0]] for s, each in found.items() if names[0] in each}
+    return {s: each[name] for s, each in found.items() for name in SCORES if name in each}
+
+
+Read = Callable[[Plan, Arm], dict[int, float]]  # of an arm, by seed
 
 
 def of_length(plan: Plan, arm: Arm, times: int) -> dict[int, float]:
@@ -47,8 +47,8 @@ def mean_of(arms: Sequence[Losses]) -> dict[int, float]:
     return {seed: float(np.mean([losses[seed] for losses in arms])) for seed in sorted(seeds)}
 
 
-def random_sets(plan: Plan, kind: str) -> list[dict[int, float]]:
-    """Return losses by seed of every set of question A's placebo.
+def random_sets(plan: Plan, kind: str, read: Read = losses_of) -> list[dict[int, float]]:
+    """Return losses by seed, or scores, of every set of question A's placebo.
 
     Where every layer was trained alone, all sets of one stand in for random ones.
     """
@@ -56,15 +56,15 @@ def random_sets(plan: Plan, kind: str) -> list[dict[int, float]]:
         names = [f"{kind}-layer-{layer}" for layer in range(plan.environment.layers)]
     else:
         names = [f"{kind}-random-{number}" for number in range(1, RANDOM + 1)]
-    return [losses_of(plan, plan.arms[name]) for name in names if name in plan.arms]
+    return [read(plan, plan.arms[name]) for name in names if name in plan.arms]
 
 
-def selected(plan: Plan, kind: str) -> dict[str, dict[int, float]]:
-    """Return losses by seed of question A's arms, `random` as the mean of its sets.
+def selected(plan: Plan, kind: str, read: Read = losses_of) -> dict[str, dict[int, float]]:
+    """Return losses by seed, or scores, of question A's arms, `random` as the mean of its sets.
 
     Looked up where every layer was trained alone; nothing where the kind is not asked.
     """
-    random = random_sets(plan, kind)
+    random = random_sets(plan, kind, read)
     if not random:
         return {}
     ways = [
@@ -75,7 +75,7 @@ def selected(plan: Plan, kind: str) -> dict[str, dict[int, float]]:
         found = {way: _looked_up(plan, random, way) for way in ways}
     else:
         arms = {way: plan.arms.get(f"{kind}-{way}") for way in ways}
-        found = {way: losses_of(plan, arm) for way, arm in arms.items() if arm is not None}
+        found = {way: read(plan, arm) for way, arm in arms.items() if arm is not None}
     return {**found, "random": mean_of(random)}
 
 

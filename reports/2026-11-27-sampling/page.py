@@ -13,9 +13,10 @@ from differences import difference
 from figures import draw_sampling, draw_selection
 from outcomes import losses_of, mean_of, of_length
 from pages import markdown, write_tables
-from plan import LONGER, Plan
+from plan import LONGER, PAIRS, Plan
 from prediction import predicts, validity_and_gain
-from seconds import read_off, steps_left
+from seconds import steps_left
+from sources import profile_of
 from together import over_environments
 
 import lisa_analysis as la
@@ -42,7 +43,9 @@ def tables(
         "selection": shown(selection),
         "sampling": shown(sampling),
         "anchors": anchors(settled),
+        "movement": _movement(settled),
         "parts": by_part(settled),
+        "by-rate": _by_rate(settled),
         "seconds": _seconds(settled),
         "prediction": _prediction(settled),
         "longer": _longer(settled),
@@ -117,6 +120,28 @@ def _choice(plans: Sequence[Plan]) -> list[Row]:
     return rows
 
 
+def _by_rate(plans: Sequence[Plan]) -> list[Row]:
+    """What a profile is worth at every rate tried, on the tuning split, and each side's best."""
+    rows: list[Row] = []
+    for plan in (plan for plan in plans if plan.environment.both_tuned):
+        for family in (f for f in PAIRS if plan.losses(f, plan.tried(f)) is not None):
+            sides: list[dict[float, float]] = [{}, {}]
+            for rate in plan.tried(family):
+                losses = [plan.loss(cell.name) for cell in plan.pair(family, rate)]
+                for side, both in zip(sides, (losses[:2], losses[2:]), strict=True):
+                    side[rate] = float(np.mean([loss for loss in both if loss is not None]))
+            best = [min(side, key=side.__getitem__) for side in sides]
+            apart = ", ".join(f"{r:.3g}: {loss - sides[1][r]:+.3f}" for r, loss in sides[0].items())
+            rows.append({
+                "environment": plan.environment.name,
+                "pair": f"{PAIRS[family][0]} less {PAIRS[family][1]}",
+                "at the rates tried, two seeds": apart, "chosen": f"{plan.rate(family):.3g}",
+                "at each one's own best": f"{sides[0][best[0]] - sides[1][best[1]]:+.3f} "
+                f"({best[0]:.3g}, {best[1]:.3g})",
+            })  # fmt: skip
+    return rows
+
+
 def _seconds(plans: Sequence[Plan]) -> list[Row]:
     """Question B after the time that uniform draws take; sources are paid from it."""
     rows = []
@@ -126,18 +151,40 @@ def _seconds(plans: Sequence[Plan]) -> list[Row]:
         timed = [arm.name for arm in plan.timed_arms() if arm.name != "uniform"]
         for name in sorted(timed, key=(*SHOWN, *ANCHORS).index):
             arm = plan.arms[name]
-            steps, found = steps_left(plan, arm), read_off(plan, arm)
+            steps, losses = steps_left(plan, arm), {}
             if name in anew:
                 cells = {s: plan.shorter(arm, s) for s in plan.seeds}
-                losses = {s: plan.loss(c.name) for s, c in cells.items() if c is not None}
-                found = {s: loss for s, loss in losses.items() if loss is not None}
-            apart = difference(found, uniform)
+                found = {s: plan.loss(c.name) for s, c in cells.items() if c is not None}
+                losses = {s: loss for s, loss in found.items() if loss is not None}
+            apart = difference(losses, uniform)
             rows.append({
                 "environment": plan.environment.name, "arm": name,
                 "steps left": MISSING if steps is None else f"{steps} of {plan.environment.steps}",
-                "less uniform (95 %)": MISSING if apart is None else str(apart),
-                "how": "run anew" if name in anew else "at most, read off its course",
+                "seeds": len(losses) if name in anew else "",
+                "run anew: less uniform (95 %)": apart or MISSING if name in anew else "",
             })  # fmt: skip
+    return rows
+
+
+def _movement(plans: Sequence[Plan]) -> list[Row]:
+    """How evenly layers moved, largest over smallest: under `level`, and in what it was made of."""
+    rows = []
+    for plan in (plan for plan in plans if "level" in plan.arms):
+        level = plan.arms["level"]
+        folders = {
+            "full, a quarter of the steps": lambda s, p=plan: p.source("pilot", s + 1),
+            "level": lambda s, p=plan, arm=level: p.cell(arm, s),
+        }
+        row: Row = {"environment": plan.environment.name}
+        for name, cell in folders.items():
+            spread = []
+            for seed in range(1, plan.environment.secondary + 1):
+                folder = plan.kept / cell(seed).name
+                if folder.exists():
+                    scores = profile_of(folder, "delta_rel").scores
+                    spread.append(max(scores) / min(scores))
+            row[name] = f"{np.median(spread):.2f}" if spread else MISSING
+        rows.append(row)
     return rows
 
 
@@ -182,8 +229,8 @@ def _prediction(plans: Sequence[Plan]) -> list[Row]:
         rows.append({
             **dict.fromkeys(rows[0], ""),
             "metric": f"ρ of validity and gain, {sum(map(len, pairs))} metrics",
-            "agreement with ablation, ρ": f"{told[0]:+.2f}",
-            "less random, nats": f"p = {told[1]:.3f}, metrics as if independent",
+            "agreement with ablation, ρ": f"{told.rho:+.2f} ({told.low:+.2f} … {told.high:+.2f})",
+            "less random, nats": f"p = {told.p:.3f}, metrics as if independent",
         })  # fmt: skip
     return rows
 

@@ -19,7 +19,7 @@ from lisa_analysis.contract.errors import LisaError
 LONGER = 4  # times the steps, for the primary contrasts of some environments
 LONGER_SEEDS = (1, 2, 3)
 IF_BEST = ("default-placebo", "pilot-placebo", "ablation-placebo")  # else not in the design
-SHORTER = ("strong",)  # run anew with the time that their source leaves, beside the best learned
+SHORTER = ("strong", "full")  # run for the time of `uniform`, beside the best learned arm
 PAIRS = {  # family -> profile arm and placebo by which its rate is chosen
     "lora-few": ("lora-probe", "lora-random-1"),
     "weights-few": ("weights-probe", "weights-random-1"),
@@ -56,7 +56,7 @@ class Plan:
         return all((self.kept / c.name).exists() for f in self.families for c in self._grid(f))
 
     def _grid(self, family: str) -> list[Cell]:
-        return [cell for rate in self.tried(family) for cell in self._tuning(family, rate)]
+        return [cell for rate in self.tried(family) for cell in self.pair(family, rate)]
 
     def cells(self) -> list[Cell]:
         """Return what is to be run as far as the logs at hand tell it."""
@@ -194,7 +194,7 @@ class Plan:
         Where the grid has it already, that one.
         """
         rate = self.rate(arm.family)
-        inside = {cell.name for cell in self._tuning(arm.family, rate)}
+        inside = {cell.name for cell in self.pair(arm.family, rate)}
         cell = self.cell(arm, seed, rate)
         return cell if cell.name in inside else self.cell(arm, seed)
 
@@ -214,7 +214,7 @@ class Plan:
         elif times > 1:
             name = f"{self.environment.name}/longer/{arm.name}-s{seed}"
         elif steps is not None:
-            name = f"{self.environment.name}/shorter/{arm.name}-s{seed}"
+            name = f"{self.environment.name}/shorter/{arm.name}-{steps}-s{seed}"
         made = times * self.environment.steps if steps is None else steps
 
         def words() -> list[str]:
@@ -300,7 +300,7 @@ class Plan:
         """Return the mean tuning loss at every rate; None where one is not finished yet."""
         found = {}
         for rate in grid:
-            values = [self.loss(cell.name) for cell in self._tuning(family, rate)]
+            values = [self.loss(cell.name) for cell in self.pair(family, rate)]
             finished = [value for value in values if value is not None]
             if len(finished) < len(values):
                 return None
@@ -326,8 +326,8 @@ class Plan:
         """Return the held-out loss of a run, see `held_out_loss`."""
         return held_out_loss(self.kept / name)
 
-    def _tuning(self, family: str, rate: float) -> list[Cell]:
-        """Cells of one rate: a profile arm and its placebo, or the family's first arm."""
+    def pair(self, family: str, rate: float) -> list[Cell]:
+        """Return the cells of a rate: profile arm, then its placebo; or the family's first arm."""
         pair = PAIRS.get(family)
         if pair is None:
             only = next(arm for arm in self.arms.values() if arm.family == family)

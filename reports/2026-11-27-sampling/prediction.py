@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from outcomes import losses_of, mean_of, random_sets
@@ -28,7 +29,8 @@ class Predicted:
     validity
         Spearman's ρ with `ablation_keep` over layers, a mean over seeds.
     gain
-        Held-out loss of random sets less that of the layers chosen by it, nats, a mean over seeds.
+        Held-out loss of random sets less that of the layers chosen by it, nats, a mean over the
+        seeds that every metric of the environment has.
     layers
         Chosen, of every seed.
     """
@@ -37,6 +39,15 @@ class Predicted:
     validity: float
     gain: float
     layers: str
+
+
+class Correlation(NamedTuple):
+    """Spearman's ρ with its interval (Fisher's z, 95 %) and p, metrics as if independent."""
+
+    rho: float
+    low: float
+    high: float
+    p: float
 
 
 def validity_and_gain(plan: Plan) -> list[Predicted]:
@@ -48,12 +59,15 @@ def validity_and_gain(plan: Plan) -> list[Predicted]:
     if not plan.environment.whole:
         return []
     random = mean_of(random_sets(plan, "lora"))
-    found = []
-    for metric, validity in validities(plan).items():
-        losses, layers = _of_choice(plan, metric, list(random))
-        gains = [random[seed] - loss for seed, loss in losses.items() if seed in random]
-        if gains:
-            found.append(Predicted(metric, validity, float(np.mean(gains)), layers))
+    valid = validities(plan)
+    chosen = {metric: _of_choice(plan, metric, list(random)) for metric in valid}
+    chosen = {metric: found for metric, found in chosen.items() if found[0]}
+    seeds = set(random).intersection(*(losses for losses, _ in chosen.values()))
+    found = [
+        Predicted(m, valid[m], float(np.mean([random[s] - losses[s] for s in seeds])), layers)
+        for m, (losses, layers) in chosen.items()
+        if seeds
+    ]
     return sorted(found, key=lambda each: -each.validity)
 
 
@@ -114,8 +128,8 @@ def choices(plan: Plan, name: str, seed: int) -> list[int] | None:
     return plan.environment.top(list(scores)) if np.isfinite(scores).all() else None
 
 
-def predicts(groups: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
-    """Return Spearman's ρ of validity and gain over metrics, and its p; None below four metrics.
+def predicts(groups: Sequence[Sequence[tuple[float, float]]]) -> Correlation | None:
+    """Return Spearman's ρ of validity and gain over metrics; None below four metrics.
 
     Ranks are taken within environments and pooled: losses of two tasks are no common scale.
     """
@@ -127,4 +141,5 @@ def predicts(groups: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, fl
     if len(sides[0]) < 4 or any(np.ptp(side) == 0 for side in sides):
         return None
     found = stats.pearsonr(*sides)
-    return float(found.statistic), float(found.pvalue)
+    interval = found.confidence_interval(0.95)
+    return Correlation(*map(float, (found.statistic, interval.low, interval.high, found.pvalue)))

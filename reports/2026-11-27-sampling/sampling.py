@@ -54,6 +54,15 @@ class Sampling:
             found[name] = sum(finished) / len(finished)
         return min(found, key=found.__getitem__)
 
+    def alike(self) -> list[str]:
+        """Return the arms whose steps are the same work: draws by a file, and by what is measured.
+
+        A learner that measures with passes of its own makes more, and so does resetting state.
+        """
+        drawn = [arm.name for arm in self.arms if arm.name != "reset"]
+        passes = self.preferred() in (None, "learner-probe")
+        return [name for name in drawn if not (passes and name.startswith("online"))]
+
     def _lisa(self) -> list[Arm]:
         lisa, of = self._drawn, self._by_profile
         placebo = "--lisa.control=permuted"

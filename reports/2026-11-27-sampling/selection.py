@@ -126,4 +126,4 @@ class Selection:
         inverse = [1 / score for score in moved.scores]
         mean = sum(inverse) / len(inverse)
         word = self.sources.multipliers("level", seed, [each / mean for each in inverse])
-        return ["--method=full", word]
+        return ["--method=full", "--record.base_delta=true", word]

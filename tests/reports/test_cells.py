@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -194,11 +195,11 @@ class TestSampling:
         centre = plan.environment.centres["head"]
         assert plan.tried("head") == pytest.approx([centre * f for f in (0.1, 0.316, 1, 3.16, 10)])
         for rate in plan.tried("head"):
-            for cell in plan._tuning("head", rate):
+            for cell in plan.pair("head", rate):
                 finish(cell, 1 / rate)  # the largest is the best
         assert len(plan.tried("head")) == 6
         assert plan.tried("head")[-1] == pytest.approx(31.6 * centre)
-        for cell in plan._tuning("head", plan.tried("head")[-1]):
+        for cell in plan.pair("head", plan.tried("head")[-1]):
             finish(cell, 1e9)
         assert len(plan.tried("head")) == 6
         assert plan.rate("head") == pytest.approx(10 * centre)
@@ -207,7 +208,7 @@ class TestSampling:
 
     def test_profile_arm_and_placebo_choose_the_rate_together(self, plan):
         plan, _ = plan
-        names = [cell.name for cell in plan._tuning("mild", 1e-3)]
+        names = [cell.name for cell in plan.pair("mild", 1e-3)]
         assert names == [
             f"pos/rates/{arm}-0.001-s{s}" for arm in ("default", "uniform") for s in (101, 102)
         ]
@@ -396,25 +397,32 @@ class TestContrasts:
         plan.environment = replace(plan.environment, steps=150)
         default, uniform, full = (plan.arms[name] for name in ("default", "uniform", "full"))
         takes = {"default": 2.0, "uniform": 1.0, "full": 0.5}
-        monkeypatch.setattr(seconds, "step_seconds", lambda plan, arm: takes[arm.name])
+        monkeypatch.setattr(seconds, "step_cost", lambda plan, arm: takes[arm.name])
         monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: 50.0)
-        monkeypatch.setattr(
-            seconds, "course", lambda plan, arm, seed: {0: 2.0, 75: 1.0, 150: 0.4 + arm.primary}
-        )
         # 150 s are given, 50 go to the probe, a step takes 2: 50 steps.
         assert seconds.steps_left(plan, default) == 50
-        assert seconds.read_off(plan, default)[1] == pytest.approx(2 - 50 / 75)
-        assert plan.shorter(default, 1).name == "pos/shorter/default-s1"
-        # Cheaper steps are more of them; a course is not read beyond its end.
-        assert seconds.steps_left(plan, full) == 300
-        assert seconds.read_off(plan, full)[1] == pytest.approx(1.4)
+        assert plan.shorter(default, 1).name == "pos/shorter/default-50-s1"
+        assert seconds.steps_left(plan, full) == 300  # cheaper steps are more of them
         assert seconds.steps_left(plan, uniform) == 150
         monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: 151.0)
         assert seconds.steps_left(plan, default) == 0
         assert plan.shorter(default, 1) is None
         monkeypatch.setattr(seconds, "source_seconds", lambda plan, kind: None)  # not timed yet
         assert seconds.steps_left(plan, default) is None
-        assert seconds.read_off(plan, default) == {}
+
+    def test_a_step_costs_what_the_same_work_costs_in_the_median(
+        self, sampling, tmp_path, monkeypatch
+    ):
+        environments, *_, seconds, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path, tmp_path)
+        monkeypatch.setattr(plan, "best_learned", lambda: None)
+        takes = {"iid": 1.2, "full": 3.0, "reset": 2.0, "online": 1.9}
+        monkeypatch.setattr(seconds, "step_seconds", lambda plan, arm: takes.get(arm.name, 1.0))
+        for learner, online in (("learner-kl", 1.0), ("learner-probe", 1.9)):
+            monkeypatch.setattr(plan.sampling, "preferred", lambda learner=learner: learner)
+            found = {name: seconds.step_cost(plan, plan.arms[name]) for name in takes}
+            # A learner that measures with passes of its own makes other steps.
+            assert found == {"iid": 1.0, "full": 3.0, "reset": 2.0, "online": online}
 
     def test_seconds_of_a_step_are_all_that_passes_between_evaluations(
         self, sampling, tmp_path, monkeypatch
@@ -443,13 +451,17 @@ class TestContrasts:
         import scipy.stats
 
         one = [(0.1, 0.0), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, -2)]
-        rho, p = prediction.predicts([one])
-        assert rho == pytest.approx(1)
-        assert p < 0.05
+        found = prediction.predicts([one])
+        assert found.rho == pytest.approx(1)
+        assert found.p < 0.05
         mixed = [(0.1, 0.3), (0.2, 0.1), (0.5, 0.2), (0.9, 5.0), (-1, 2.0)]
         reference = scipy.stats.spearmanr(*zip(*mixed, strict=True))
-        assert prediction.predicts([mixed]) == pytest.approx(
-            (reference.statistic, reference.pvalue)
+        found = prediction.predicts([mixed])
+        assert (found.rho, found.p) == pytest.approx((reference.statistic, reference.pvalue))
+        half = 1.959964 / math.sqrt(len(mixed) - 3)  # Fisher's z
+        middle = math.atanh(found.rho)
+        assert (found.low, found.high) == pytest.approx(
+            (math.tanh(middle - half), math.tanh(middle + half)), abs=1e-5
         )
         # Losses of another task may be on any scale: ranks are taken within each.
         large = [(validity, 1000 * gain) for validity, gain in one]
@@ -463,9 +475,18 @@ class TestContrasts:
         import scipy.stats
 
         rng = np.random.default_rng(0)
-        values = rng.normal(size=11)
-        middle = np.sort(values)[2:-2]  # a quarter of eleven is two
-        assert together.interquartile_mean(values) == pytest.approx(middle.mean())
+        values = rng.normal(size=12)
+        assert together.interquartile_mean([values]) == pytest.approx(
+            scipy.stats.trim_mean(values, 0.25)
+        )
+        groups = [values[:4], values[4:8], values[8:]]  # of one size: it is of all runs
+        assert together.interquartile_mean(groups) == pytest.approx(
+            scipy.stats.trim_mean(values, 0.25)
+        )
+        # An environment with twice the seeds weighs no more for it.
+        assert together.interquartile_mean([values[:6].repeat(2), values[6:]]) == pytest.approx(
+            together.interquartile_mean([values[:6], values[6:]])
+        )
         losses, other = rng.normal(size=7), rng.normal(0.5, size=5)
         other[0] = losses[0]
         u = scipy.stats.mannwhitneyu(-losses, -other).statistic
@@ -524,5 +545,5 @@ class TestPage:
         assert mean(found[-1]) == pytest.approx(-0.05, abs=0.01)
         found = row(tables["together"], "A: probe less random, LoRA")
         assert mean(found[1]) == pytest.approx(0.5 / 0.6, abs=0.01)
-        assert (found[2], found[3], found[4]) == ("1", "1.00 (1.00 … 1.00)", "1")
+        assert found[2:] == ["define 0.83", "1.00 (1.00 … 1.00)", "define 1.00"]
         assert "not yet" in tables["seconds"]  # nothing was timed

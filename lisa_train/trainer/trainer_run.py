@@ -22,6 +22,7 @@ from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.run_entries import joined, lisa_entries
 from lisa_train.model.tensor_table import TensorTable
 from lisa_train.trainer.continuation import Continuation
+from lisa_train.trainer.losses import added_means
 from lisa_train.trainer.tally import Evaluation
 
 NO_BATCH = (
@@ -131,7 +132,9 @@ class TrainerRun:
 
     def notes(self) -> list[str]:
         """Warnings about how training goes on."""
-        return list(self._continuation.notes) if self._continuation else []
+        found = list(self._continuation.notes) if self._continuation else []
+        means = added_means(self._trainer)
+        return [*found, means] if means else found
 
     def checkpoint_path(self, step: int) -> str:
         """Path of a checkpoint as the run directory sees it."""

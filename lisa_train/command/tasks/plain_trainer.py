@@ -211,7 +211,7 @@ class TaskWithHead(Task):
         """Put the adapters on and build the trainer."""
         from transformers.trainer_callback import PrinterCallback
 
-        from lisa_train.trainer.losses import evaluate_per_label
+        from lisa_train.trainer.losses import evaluate_per_label, take_means
 
         arguments.label_names = ["labels"]
         arguments.remove_unused_columns = False
@@ -233,6 +233,7 @@ class TaskWithHead(Task):
             )
         trainer.remove_callback(PrinterCallback)
         evaluate_per_label(trainer)
+        take_means(trainer)
         return trainer
 
     def _judge(self, loaded: Loaded, output: Any) -> dict[str, float]:

@@ -133,7 +133,7 @@ def build_trainer(
     from trl import SFTTrainer
 
     from lisa_train.command.tasks.prepared import check_tokenizer, refused_row
-    from lisa_train.trainer.losses import evaluate_per_label
+    from lisa_train.trainer.losses import evaluate_per_label, take_means
 
     if data.held_out is None:
         arguments.eval_on_start = False
@@ -154,6 +154,7 @@ def build_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     evaluate_per_label(trainer)
+    take_means(trainer)
     return trainer
 
 

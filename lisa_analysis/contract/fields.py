@@ -50,7 +50,8 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
         "host, what came has none yet",
     },
     "evaluate": {
-        "metrics": "held-out metrics by name; eval_loss is a mean over labels, absent without any"
+        "metrics": "held-out metrics by name; eval_loss is a mean over labels, absent where none "
+        "counts; of batches without labels, as of preferences, the trainer's own"
     },
     "checkpoint": {"path": "folder below the run directory"},
     "probe": {

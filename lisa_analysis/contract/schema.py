@@ -234,12 +234,18 @@ SCALARS_TABLE = Table(
             "loss",
             "float64",
             True,
-            "training loss of the step, mean over the labels that count (none: null)",
+            "training loss of the step, mean over the labels that count (none: null); of a batch "
+            "without labels, as of preferences, the trainer's own",
         ),
         Column("learning_rate", "float64", True, "learning rate used by the step"),
         Column("grad_norm", "float64", True, "global gradient norm before clipping"),
         Column("clip_coef", "float64", True, "factor applied by clipping; 1 = not clipped"),
-        Column("tokens", "int64", True, "tokens seen since the start of the run"),
+        Column(
+            "tokens",
+            "int64",
+            True,
+            "tokens seen since the start of the run, those that a decoder writes too",
+        ),
         Column(
             "step_seconds",
             "float64",

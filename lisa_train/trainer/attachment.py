@@ -209,6 +209,11 @@ def _plan(trainer: Trainer, config: LisaConfig) -> Plan | None:
     check_lisa_processes(trainer, config)
     if config.learn is not None:
         check_learning(trainer, config.learn)
+    if config.recompute == "frozen" and getattr(trainer, "ref_model", None) is not None:
+        raise ConfigError(
+            f"lisa.recompute is 'frozen', but {type(trainer).__name__} turns checkpointing on for "
+            "all layers again after every pass of its reference: set lisa.recompute to 'all'."
+        )
     if trainer.model is None:
         return None  # with `model_init`, which builds it when training begins
     plan = Plan.make(trainer.model, config, seed=trainer.args.seed)

@@ -79,6 +79,8 @@ def examine(trainer: Trainer, path: Path, lisa: LisaConfig | None) -> Checkpoint
             missing.append(f"LISA's schedule ({STATE_KEY} in {STATE})")
         if lisa.precision == "fp32_active" and not _whole(path / TENSORS_FILE):
             missing.append(f"LISA's weights and optimizer state in fp32 ({TENSORS_FILE})")
+    if getattr(trainer.args, "sync_ref_model", False):
+        missing.append("the reference model as it was synchronised (sync_ref_model is set)")
     if trainer.args.ignore_data_skip:
         missing.append("the place in the data (ignore_data_skip is set)")
     whole = isinstance(unwrap(trainer.model), PreTrainedModel) and not _sharded(trainer)

@@ -29,6 +29,7 @@ from lisa_train.trainer.training_inputs import (
     model_inputs,
     multipliers_content,
     plain,
+    reference_weights,
 )
 
 INPUTS_KEY = "lisa_toolkit_inputs"
@@ -170,6 +171,7 @@ class Continuation(TrainerCallback):
             "settings": settings | ({} if flat else {"max_steps": state.max_steps}),
             "data": data_content(self._trainer.train_dataset),
             "base weights": base_weights(self._trainer.model),
+            "reference model": reference_weights(self._trainer),
             "lisa": lisa,
             **self._model,
         }
@@ -264,7 +266,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]
             for each in (old, new):
                 each.update({f"{name}.{k}": v for k, v in each.pop(name).items()})
     old.pop("settings", None), new.pop("settings", None)
-    may_be_unknown = ("data", "base weights", *PARTS)
+    may_be_unknown = ("data", "base weights", "reference model", *PARTS)
     unknown = {name for name in may_be_unknown if old.get(name) is None or new.get(name) is None}
     return {
         name: [old[name], new[name]]
@@ -282,6 +284,8 @@ def _in_words(changes: dict[str, list[Any]]) -> str:
             parts.append(f"other training data ({before['rows']} rows, now {now['rows']})")
         elif name == "base weights":
             parts.append("other weights below the adapter")
+        elif name == "reference model":
+            parts.append("another reference model (ref_model)")
         elif name == "lisa":
             parts.append("LISA, which is not attached now" if before else "no LISA")
         elif name == "trained tensors":

@@ -26,6 +26,14 @@ def check_learning(trainer: Trainer, learn: LearnConfig) -> None:
             f"{args.gradient_accumulation_steps} and the batch size 1: set either to 2 or more, "
             "or choose 'grad_rms'."
         )
+    pairs = {"DPOTrainer", "RewardTrainer"} & {kind.__name__ for kind in type(trainer).__mro__}
+    if args.gradient_accumulation_steps < 2 and pairs:
+        raise ConfigError(
+            "lisa.learn.metric is 'signal', which compares the micro-batches of a step, or the "
+            f"halves of its batch, but the halves of a batch of {pairs.pop()} are all chosen and "
+            "all rejected texts: set gradient_accumulation_steps to 2 or more, or choose "
+            "'grad_rms'."
+        )
     if args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:
         raise ConfigError(
             "lisa.learn.metric is 'signal' with fp16, whose loss scale is in the gradients as they "

@@ -43,11 +43,26 @@ def count_labels(trainer: Trainer, inputs: Any) -> torch.Tensor | None:
 
 def _shifts_labels(model: Any) -> bool:
     """Whether the model's loss compares every position with the label of the next one."""
+    kind = getattr(_base(model), "loss_type", None)
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss and not _writes_from_another_text(model)
+
+
+def count_target(trainer: Trainer, inputs: Any, labels: torch.Tensor | None) -> Any:
+    """Return the tokens of a batch that a decoder writes, beside those that its encoder reads."""
+    text = (
+        labels is not None and torch.is_tensor(inputs.get("labels")) and inputs["labels"].ndim > 1
+    )
+    return labels if text and _writes_from_another_text(trainer.model) else 0
+
+
+def _writes_from_another_text(model: Any) -> bool:
+    return bool(getattr(getattr(_base(model), "config", None), "is_encoder_decoder", False))
+
+
+def _base(model: Any) -> Any:
+    """The model below wrappers and adapters."""
     bare: Any = unwrap(model)
-    base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    kind = getattr(base, "loss_type", None)
-    return LOSS_MAPPING.get(kind) is ForCausalLMLoss and not encoder_decoder
+    return bare.get_base_model() if hasattr(bare, "get_base_model") else bare
 
 
 class StepLoss:
@@ -128,8 +143,7 @@ def is_plain_mean(trainer: Trainer) -> bool:
     own = type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl")
     if own or trainer.compute_loss_func is not None or getattr(trainer, "label_smoother", None):
         return False
-    bare: Any = unwrap(trainer.model)
-    base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    base = _base(trainer.model)
     several = ("regression", "multi_label_classification")
     if getattr(getattr(base, "config", None), "problem_type", None) in several:
         return True

@@ -11,7 +11,13 @@ from transformers import Trainer
 
 from lisa_analysis.contract.schema import HELD_OUT_SCORES
 from lisa_train.measure.scalar_lines import count_tokens
-from lisa_train.trainer.losses import StepLoss, count_labels, held_out_loss, put_per_label
+from lisa_train.trainer.losses import (
+    StepLoss,
+    count_labels,
+    count_target,
+    held_out_loss,
+    put_per_label,
+)
 
 # The step of an evaluation, and its numbers by name.
 Evaluation = tuple[int, Mapping[str, float]]
@@ -57,9 +63,12 @@ class Tally:
 
     def batch_taken(self, inputs: Any) -> None:
         """Count a micro-batch before the forward pass, which may change it."""
-        count = count_tokens(inputs)
-        self._tokens = None if count is None or self._tokens is None else self._tokens + count
         self._labels = count_labels(self._trainer, inputs)
+        count = count_tokens(inputs)
+        if count is None or self._tokens is None:
+            self._tokens = None
+        else:
+            self._tokens = self._tokens + count + count_target(self._trainer, inputs, self._labels)
 
     def micro_batch(self, loss: torch.Tensor, items: Any) -> None:
         """Add the loss of the micro-batch that was taken last."""

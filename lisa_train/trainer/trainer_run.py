@@ -133,6 +133,13 @@ class TrainerRun:
     def notes(self) -> list[str]:
         """Warnings about how training goes on."""
         found = list(self._continuation.notes) if self._continuation else []
+        parts = self._trainer.eval_dataset
+        if isinstance(parts, dict):
+            losses = " and ".join(f"eval_{name}_loss" for name in parts)
+            found.append(
+                f"eval_dataset has parts, whose losses stand in the events as {losses}: this run "
+                "has no held-out loss to be compared by; give one dataset to have it."
+            )
         means = added_means(self._trainer)
         return [*found, means] if means else found
 

@@ -22,7 +22,7 @@ from lisa_train.model.sharding import is_sharded
 
 # Rows whose content is taken note of: all of them, or so many evenly spaced ones.
 _ROWS = 4096
-# Numbers that are taken note of in every frozen tensor below an adapter.
+# Numbers that are taken note of in every tensor that a checkpoint does not hold.
 _NUMBERS = 64
 # Fields of an adapter's configuration that say where it came from, or how it began, and nothing
 # of what it computes.
@@ -146,15 +146,28 @@ def _add(total: Any, value: Any) -> None:
         total.update(type(value).__name__.encode())
 
 
-@torch.no_grad()
 def base_weights(model: nn.Module) -> str | None:
     """A sum over the weights that the checkpoints of an adapter do not hold."""
     if not hasattr(model, "peft_config"):
         return None
+    return _sum_over({n: p for n, p in model.named_parameters() if not p.requires_grad})
+
+
+def reference_weights(trainer: Any) -> str | None:
+    """A sum over the model that a trainer of preferences compares with, which no checkpoint holds.
+
+    None without one, and where it follows the model that trains (`sync_ref_model`).
+    """
+    reference = getattr(trainer, "ref_model", None)
+    if reference is None or getattr(trainer.args, "sync_ref_model", False):
+        return None
+    return _sum_over(dict(unwrap(reference).named_parameters()))
+
+
+@torch.no_grad()
+def _sum_over(tensors: Mapping[str, torch.Tensor]) -> str | None:
     total = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        if tensor.requires_grad:
-            continue
+    for name, tensor in tensors.items():
         if is_sharded(tensor) or tensor.is_meta:
             return None
         flat = tensor.detach().reshape(-1)

@@ -102,5 +102,5 @@ def differences(differences: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(rows))[::-1], names)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.margins(x=0.08)
-    ax.set_xlabel("difference in held-out loss at equal steps (nats per token)")
+    ax.set_xlabel("difference in held-out loss at equal steps")
     return style.finish(ax, grid="x")

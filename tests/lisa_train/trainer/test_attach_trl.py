@@ -51,13 +51,14 @@ def sft(folder, out):
     )
 
 
-def dpo(folder, out):
+def dpo(folder, out, reference=None, **changes):
     from trl import DPOConfig, DPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     return DPOTrainer(
         model,
-        args=DPOConfig(str(out), **ARGUMENTS),
+        reference,
+        args=DPOConfig(str(out), **{**ARGUMENTS, **changes}),
         train_dataset=preference(),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
@@ -126,3 +127,39 @@ def test_lisa_and_an_adapter_are_refused(tiny_model_dir, tmp_path):
     )
     with pytest.raises(lt.LisaError, match=r"PEFT adapters.*merge"):
         lt.attach(trainer, lisa=lt.LisaConfig(1, 2))
+
+
+def test_the_reference_of_preferences_is_that_of_the_checkpoint(tiny_model_dir, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+
+    def trained(reference=None, resume=None, **changes):
+        trainer = dpo(tiny_model_dir, tmp_path / "out", reference, **saves, **changes)
+        lt.attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict()
+
+    whole = trained()
+    again = trained(resume=checkpoint)
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    with pytest.raises(lt.LisaError, match="another reference model"):
+        trained(other, resume=checkpoint)
+    with pytest.raises(lt.LisaError, match="the reference model as it was synchronised"):
+        trained(resume=checkpoint, sync_ref_model=True)
+
+
+@pytest.mark.parametrize("build", [dpo, reward])
+def test_halves_of_a_batch_of_pairs_are_no_halves(tiny_model_dir, tmp_path, build):
+    learn = lt.LearnConfig(metric="signal")
+    lisa = lt.LisaConfig(1, 2, sampling="balanced", learn=learn)
+    with pytest.raises(lt.LisaError, match="all chosen and all rejected texts: set gradient_acc"):
+        lt.attach(build(tiny_model_dir, tmp_path), lisa=lisa)
+
+
+def test_passes_of_a_reference_turn_checkpointing_on_again(tiny_model_dir, tmp_path):
+    lisa = lt.LisaConfig(1, 2, recompute="frozen")
+    with pytest.raises(lt.LisaError, match="DPOTrainer turns checkpointing on for all layers"):
+        lt.attach(dpo(tiny_model_dir, tmp_path), lisa=lisa)

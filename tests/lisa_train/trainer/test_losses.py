@@ -230,3 +230,29 @@ def test_held_out_losses_of_two_processes_are_per_label_and_no_row_counts_twice(
     assert load(tmp_path / "run").manifest["result"]["last_held_out_loss"] == exact
     if mine:
         assert found["said"] == exact
+
+
+def test_what_a_decoder_writes_counts_among_the_tokens(tmp_path):
+    rows = _texts(4)
+    trainer = Trainer(
+        _t5(), arguments(tmp_path / "c", max_steps=1, per_device_train_batch_size=4),
+        train_dataset=rows,
+    )  # fmt: skip
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    assert load(tmp_path / "run").scalars["tokens"].item() == 4 * 12 + 2 + 2 + 12 + 12
+
+
+def test_parts_of_a_held_out_set_leave_no_one_loss_and_are_said_to(tmp_path):
+    trainer = Trainer(
+        llama(), arguments(tmp_path / "c", max_steps=1, eval_on_start=True),
+        train_dataset=_texts(4), eval_dataset={"a": _texts(2), "b": _texts(4)},
+    )  # fmt: skip
+    lt.attach(trainer, record=lt.RecordConfig(str(tmp_path / "run"), every=1))
+    trainer.train()
+    run = load(tmp_path / "run")
+    said = run.events.loc[run.events["event"] == "warning", "message"].tolist()
+    assert len(said) == 1
+    assert "eval_a_loss and eval_b_loss" in said[0]
+    names = {name for metrics in run.events["metrics"].dropna() for name in metrics}
+    assert names >= {"eval_a_loss", "eval_b_loss"}

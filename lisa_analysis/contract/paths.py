@@ -1,6 +1,8 @@
 """A path that somebody gave, or one sentence (stdlib only)."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,26 @@ def to_write(value: Any, asked_by: str) -> Path:
     if not path.parent.is_dir():
         raise LisaError(f"cannot write {path}, there is no folder {path.parent}: make it.")
     return path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path with the same ending, and put the file in the place of `path` after.
+
+    What stood there stays whole until then: a full disk or a stop leaves no half of a file.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        yield path
+        return
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def cache_dir() -> Path:

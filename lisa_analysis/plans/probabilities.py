@@ -12,7 +12,7 @@ import numpy as np
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import ProbabilitiesError
 from lisa_analysis.contract.layers import stacks_of
-from lisa_analysis.contract.paths import as_path, to_write
+from lisa_analysis.contract.paths import as_path, to_write, whole_file
 from lisa_analysis.contract.probabilities_file import check_vector, read_record
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 from lisa_analysis.statistics.shares import even_shares
@@ -105,7 +105,8 @@ class SamplingProbabilities:
         if math.isinf(self.cap):
             record["cap"] = None  # JSON has no infinity
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        with whole_file(path) as file:
+            file.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import whole_file
 from lisa_analysis.profiles.parts import NUMBERS, Initialisation, Reliability, StackShape
 from lisa_analysis.profiles.profile import ImportanceProfile
 from lisa_analysis.profiles.seeds import Seeds
@@ -33,7 +34,8 @@ def write_profile(profile: ImportanceProfile, path: Path) -> Path:
         raise LisaError(
             f"cannot save a profile as {path.name!r}: use {', '.join([*writers][:-1])} or .svg."
         )
-    writers[path.suffix](profile, path)
+    with whole_file(path) as file:
+        writers[path.suffix](profile, file)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.contract.paths import as_path, to_write
+from lisa_analysis.contract.paths import as_path, to_write, whole_file
 from lisa_analysis.profiles.plain_values import to_plain
 
 # Columns of the table of runs that a notebook shows, and what it calls them.
@@ -125,9 +125,11 @@ class Comparison:
                 "columns": {n: list(getattr(self, attribute)) for n, attribute in _FRAMES.items()},
             }
             text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            self.table.to_csv(path, index=False, encoding="utf-8")
+            with whole_file(path) as file:
+                self.table.to_csv(file, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save a comparison as {path.name!r}: use .csv or .json.")
         return path

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lisa_analysis.contract.command_line import Parser
 from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.paths import whole_file
 
 if TYPE_CHECKING:
     from lisa_analysis.plans.exports import Export
@@ -149,7 +150,7 @@ def _add_plans(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lisa-analyze`; return 0, 1 (see `--fail-on`) or 2 for bad input."""
+    """Run `lisa-analyze`; return 0, 1 (see `--fail-on`), 2 for bad input, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character shows its code; a name must not end the analysis.
         if isinstance(stream, io.TextIOWrapper):
@@ -161,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LisaError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; what was not written yet is as it was.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `… | head`: nobody reads on
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the exit
         return 0
@@ -227,7 +231,7 @@ def _write_files(
         from lisa_analysis.views.json_output import to_json
 
         text = to_json(analysis)
-        _write(Path(arguments.json), lambda path: path.write_text(text, encoding="utf-8"))
+        _write(Path(arguments.json), lambda path: _write_text(path, text))
         written.append(("json", Path(arguments.json)))
     output = Path(arguments.output) if arguments.output else _default_output(analysis)
     report = report_of(analysis, probabilities=analysis.probabilities, title=arguments.title)
@@ -253,6 +257,11 @@ def _write(path: Path, save: Callable[[Path], object]) -> None:
         raise
     except OSError as error:
         raise LisaError(f"cannot write {path}: {error.strerror or error}.") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def _default_output(analysis: "Analysis") -> Path:

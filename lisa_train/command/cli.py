@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_to_say("interrupted", consequence=True):
-            print(f"{PROG}: interrupted; what was recorded is kept.", file=sys.stderr)
+            print(f"{PROG}: {'; '.join(('interrupted', *stop.args))}.", file=sys.stderr)
         return 130
     if _speaks():
         print(run_dir if command.quiet else summary(run_dir))

@@ -12,6 +12,8 @@ class Interrupted(KeyboardInterrupt):
     passes through `exec` or `eval` of a string, as of every dataclass that a late import defines:
     however it is caught, ``python -m`` then ends by SIGINT instead of the exit code it was given.
     (`run_eval_code_obj` of CPython's pythonrun.c compares the exact type.)
+
+    Its argument, where it has one, says what is left of what was done.
     """
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from typing import Any
 from lisa_analysis.contract import schema
 from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.command.config import TrainConfig
+from lisa_train.command.interruption import Interrupted
 from lisa_train.command.tasks import AUTO
 from lisa_train.command.tasks.literal_paths import at_home
 from lisa_train.command.together import is_first
+from lisa_train.measure.disk.storage import RunLock
 from lisa_train.methods import METHODS, sections
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.learning.config import PRIORS
@@ -26,6 +29,8 @@ INPUT_PRIOR = "learn_prior.json"
 INPUT_PROFILE = "select_profile.json"
 INPUT_MULTIPLIERS = "lr_multipliers.json"
 _INPUTS = (INPUT_PROBABILITIES, INPUT_PRIOR, INPUT_PROFILE, INPUT_MULTIPLIERS)
+CLAIM = ".claim"  # held while a command makes a run of a folder
+_OPENED = (schema.PARAMETERS, schema.CONFIG, schema.SCALARS, schema.EVENTS, schema.LOCK)
 _STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 )
@@ -82,8 +87,9 @@ def _with_files(config: TrainConfig, changed: Callable[[str, str], str]) -> Trai
 def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
     """Return the run directory; it does not exist yet, is empty, or holds the run to resume."""
     if config.output_dir is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{config.method}-{stamp}"
+        named = Path("runs") / f"{config.method}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+        others = (named.with_name(f"{named.name}-{number}") for number in itertools.count(2))
+        return next(path for path in itertools.chain([named], others) if not path.exists())
     run_dir = Path(config.output_dir)
     holds_run = (run_dir / schema.MANIFEST).exists()
     if resume and not holds_run:
@@ -95,7 +101,7 @@ def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise RunDirectoryError(f"output_dir {run_dir} is a file; choose a folder.")
-    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
+    if run_dir.is_dir() and not resume and any(p.name != CLAIM for p in run_dir.iterdir()):
         raise RunDirectoryError(
             f"output_dir {run_dir} is not empty and holds no run; choose a new or empty folder."
         )
@@ -106,7 +112,7 @@ def find_run_dir(config: TrainConfig, *, resume: bool) -> Path:
 def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
     """Make the run directory, and take it away again when the run is refused before it starts.
 
-    Of several processes the first one does.
+    Of several processes the first one does. Meanwhile nobody else may begin a run there.
     """
     if not is_first():
         yield
@@ -116,21 +122,41 @@ def no_trace_of_a_refused_run(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
+        claim = RunLock(run_dir / CLAIM)
     except OSError as error:
         raise RunDirectoryError(
             f"output_dir {run_dir} cannot be written ({error.strerror or error}); choose a folder "
             "that this user can write to, on a disk with room."
         ) from error
+    began = True
     try:
         yield
-    except BaseException:
-        if not (run_dir / schema.MANIFEST).exists():
-            for name in _INPUTS:
-                (run_dir / name).unlink(missing_ok=True)
-            for path in (run_dir / schema.CHECKPOINTS_DIR, *new):
-                with contextlib.suppress(OSError):  # a folder that holds something stays
-                    path.rmdir()
+    except BaseException as error:
+        began = (run_dir / schema.MANIFEST).exists()
+        if not began:
+            _clear(run_dir)
+        if isinstance(error, KeyboardInterrupt):
+            left = "what was recorded is kept" if began else "nothing was recorded"
+            raise Interrupted(left) from error
         raise
+    finally:
+        claim.release()
+        (run_dir / CLAIM).unlink(missing_ok=True)
+        for path in () if began else (run_dir / schema.CHECKPOINTS_DIR, *new):
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                path.rmdir()
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a run writes before there is a run.json; the folder was empty when it began."""
+    for name in (*_INPUTS, *_OPENED):
+        for path in (run_dir / name, run_dir / f"{name}.tmp"):
+            path.unlink(missing_ok=True)
+    for name in (schema.METRICS_DIR, schema.PROBES_DIR):
+        for path in (run_dir / name).glob("*.tmp"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (run_dir / name).rmdir()
 
 
 def keep_inputs(config: TrainConfig, run_dir: Path, *, resume: bool) -> TrainConfig:

@@ -266,10 +266,12 @@ class NormRecorder(StepRecorder):
             )
 
     def _last_census(self, status: str) -> None:
-        if status == "finished" or self._processes.count == 1:
+        if status != "finished" and (self._inside or self._before is not None):
+            pass  # stopped within a step: some tensors are of the next one already
+        elif status == "finished" or self._processes.count == 1:
             self.census(self._step)
             return
-        self._lines.merged(known=False)  # the others may be gone
+        self._lines.merged(known=self._processes.count == 1)  # the others may be gone
 
     def __enter__(self) -> Self:
         return self

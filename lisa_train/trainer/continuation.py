@@ -5,7 +5,6 @@ what is computed, the size and the content of the data, the weights that an adap
 continuation compares them with its own.
 """
 
-import dataclasses
 import logging
 import os
 import warnings
@@ -26,6 +25,7 @@ from lisa_train.trainer.renamed_weights import load_renamed
 from lisa_train.trainer.training_inputs import (
     base_weights,
     data_content,
+    lisa_content,
     model_inputs,
     multipliers_content,
     plain,
@@ -165,7 +165,7 @@ class Continuation(TrainerCallback):
             name: as_lists(plain(getattr(args, name))) for name in _SETTINGS if hasattr(args, name)
         }
         flat = settings["lr_scheduler_type"] in _FLAT or self._own_schedule
-        lisa = None if self._lisa is None else as_lists(dataclasses.asdict(self._lisa))
+        lisa = None if self._lisa is None else lisa_content(self._lisa)
         return {
             **self.parts(args),
             "settings": settings | ({} if flat else {"max_steps": state.max_steps}),
@@ -266,6 +266,13 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]
             for each in (old, new):
                 each.update({f"{name}.{k}": v for k, v in each.pop(name).items()})
     old.pop("settings", None), new.pop("settings", None)
+    # A file that a checkpoint of earlier versions knows by its path alone.
+    for name, value in list(new.items()):
+        if isinstance(value, dict) and "content" in value and isinstance(old.get(name), str):
+            del old[name]
+    was, now_is = old.get("lisa.learn"), new.get("lisa.learn")
+    if isinstance(was, dict) and isinstance(now_is, dict) and isinstance(was["prior"], str):
+        new["lisa.learn"] = {**now_is, "prior": was["prior"]}
     may_be_unknown = ("data", "base weights", "reference model", *PARTS)
     unknown = {name for name in may_be_unknown if old.get(name) is None or new.get(name) is None}
     return {

@@ -4,6 +4,7 @@ Small enough for the `trainer_state.json` of every checkpoint, and enough to tel
 continuation has another one.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,10 @@ from torch import nn
 
 from lisa_analysis.contract.layers import canonical_name
 from lisa_analysis.contract.multipliers_file import read_multipliers
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.learning.config import PRIORS
 from lisa_train.model.module_tree import unwrap
+from lisa_train.model.run_entries import as_lists
 from lisa_train.model.sharding import is_sharded
 
 # Rows whose content is taken note of: all of them, or so many evenly spaced ones.
@@ -103,6 +107,24 @@ def multipliers_content(path: str | os.PathLike[str] | None) -> str | None:
     rates = read_multipliers(Path(path))
     content = json.dumps([rates.layers, sorted(rates.groups.items())])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def lisa_content(config: LisaConfig) -> dict[str, Any]:
+    """Return the settings of LISA, with a sum over each file that they name in place of its path.
+
+    A run's own config.yaml names the copies that the run keeps.
+    """
+    found: dict[str, Any] = as_lists(dataclasses.asdict(config))
+    if isinstance(config.probabilities, str):
+        found["probabilities"] = _file_content(config.probabilities)
+    learn = config.learn
+    if learn is not None and isinstance(learn.prior, str) and learn.prior not in PRIORS:
+        found["learn"]["prior"] = _file_content(learn.prior)
+    return found
+
+
+def _file_content(path: str) -> dict[str, str]:
+    return {"content": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
 
 
 def data_content(dataset: Any) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from lisa_analysis.contract.errors import LisaError, suggest
-from lisa_analysis.contract.paths import to_write
+from lisa_analysis.contract.paths import to_write, whole_file
 from lisa_analysis.contract.schema import SCHEMA_VERSION
 from lisa_analysis.plans.exports.plan import Plan
 from lisa_analysis.plans.exports.yaml_text import to_yaml
@@ -143,10 +143,12 @@ class Export:
     def save(self, path: str | Path) -> Path:
         """Write the file, and its provenance beside it where the file cannot hold it."""
         path = to_write(path, "save")
-        path.write_text(self.text, encoding="utf-8")
-        if self.beside:
-            about = json.dumps(self.provenance, indent=2, ensure_ascii=False, allow_nan=False)
-            path.with_name(f"{path.stem}.about.json").write_text(about + "\n", encoding="utf-8")
+        with whole_file(path) as file:
+            file.write_text(self.text, encoding="utf-8")
+            if self.beside:  # in its place before the file that it is about
+                about = json.dumps(self.provenance, indent=2, ensure_ascii=False, allow_nan=False)
+                with whole_file(path.with_name(f"{path.stem}.about.json")) as beside:
+                    beside.write_text(about + "\n", encoding="utf-8")
         return path
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lisa_analysis.contract import reprs as notebook
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.contract.paths import as_path, to_write
+from lisa_analysis.contract.paths import as_path, to_write, whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,9 +87,11 @@ class Diagnostics:
             records = [asdict(finding) for finding in self.findings]
             content = {"run_id": self.run_id, "findings": records}
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write_text(text + "\n", encoding="utf-8")
         elif path.suffix == ".csv":
-            self.to_frame().to_csv(path, index=False, encoding="utf-8")
+            with whole_file(path) as file:
+                self.to_frame().to_csv(file, index=False, encoding="utf-8")
         else:
             raise LisaError(f"cannot save findings as {path.name!r}: use .csv or .json.")
         return path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.contract.paths import to_write
+from lisa_analysis.contract.paths import to_write, whole_file
 from lisa_analysis.views.analysis import Analysis, RunLike
 from lisa_analysis.views.html_report.document import assemble
 from lisa_analysis.views.html_report.page import render
@@ -31,7 +31,8 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Write the document as UTF-8 and return its path; the same runs give the same bytes."""
         path = to_write(path, "save")
-        path.write_bytes(self.html.encode("utf-8", "replace"))
+        with whole_file(path) as file:
+            file.write_bytes(self.html.encode("utf-8", "replace"))
         return path
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.ablation.units import Part, kinds_by_layer
 from lisa_train.measure.step.base_weights import StoredWeights
 from lisa_train.measure.step.checkpoint_conversions import Conversion
+from lisa_train.measure.undisturbed import undisturbed
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.module_tree import below
 from lisa_train.model.sharding import is_sharded
@@ -72,6 +73,7 @@ class LearnedChange:
         table = number_tensors(model, self.layer_map, None)
         self.kinds = kinds_by_layer(table.rows, len(self.layer_map))
         self.state: State = "trained"
+        self._whole = True  # whether all parts are in that state
         self._base = _Values(model, base)
         self._trained = None if trained is None else _Values(model, trained)
         self._held: dict[int, torch.Tensor] = {}
@@ -136,21 +138,23 @@ class LearnedChange:
             self._set(chosen, state)
             yield
         finally:
-            with torch.no_grad():
+            with undisturbed(), torch.no_grad():
                 for tensor, values in kept:
                     tensor.copy_(values)
-            self._switch(chosen, self.state)
+                self._switch(chosen, self.state)
 
     def become(self, state: State) -> None:
         """Let everything be as it is in `state`."""
-        if state == self.state:
+        if state == self.state and self._whole:
             return
         if state == "base":
             for part in self.parts:
                 if part.tensor is not None and self._trained is None:
                     self._held.setdefault(part.number, _copy(part.tensor))
-        self.state = state  # first: what fails in the middle is put back as a whole
+        # First: what is stopped in the middle is put back as a whole.
+        self.state, self._whole = state, False
         self._set(self.parts, state)
+        self._whole = True
 
     def base_values(self, numbers: Collection[int]) -> dict[int, torch.Tensor]:
         """Return the base's values of some tensors, by their numbers."""
@@ -165,11 +169,12 @@ class LearnedChange:
             self.model.eval()
             yield
         finally:
-            self.become("trained")
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
+            with undisturbed():
+                self.become("trained")
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                for module, mode in modes:
+                    module.training = mode
 
     def _set(self, parts: Iterable[Part], state: State) -> None:
         chosen = list(parts)

@@ -35,6 +35,7 @@ from lisa_train.measure.disk.storage import (
     describe_os_error,
     replace_file,
 )
+from lisa_train.measure.undisturbed import undisturbed
 
 # Rows that wait for a disk that refuses them; beyond it the oldest are given up.
 MAX_WAITING_ROWS = 1_000_000
@@ -206,7 +207,8 @@ class RunWriter:
         line = {"event": name, "step": int(step), "time": round(time.time(), 3), **fields}
         self._event_lines.append(self._line(line))
         if self.closed:
-            self._flush_lines()
+            with undisturbed():
+                self._flush_lines()
 
     def _line(self, fields: Mapping[str, Any]) -> str:
         line = {key: as_json(value) for key, value in fields.items() if value is not None}
@@ -228,13 +230,15 @@ class RunWriter:
             When the disk refuses. What was flushed before is untouched; what was collected
             stays and is tried again by the next flush.
         """
-        try:
-            if self._rows:
-                self._write_shard()
-            self._flush_lines()
-        except OSError as error:
-            self._give_up_oldest()
-            raise describe_os_error(self.path, error) from error
+        # Between the disk's "done" and the note of it a signal would have rows written twice.
+        with undisturbed():
+            try:
+                if self._rows:
+                    self._write_shard()
+                self._flush_lines()
+            except OSError as error:
+                self._give_up_oldest()
+                raise describe_os_error(self.path, error) from error
 
     def _write_shard(self) -> None:
         table = fact_table(self._rows)

@@ -100,6 +100,7 @@ class StepRecorder:
         self._inside = False
         self._began = step
         self._before: int | None = None  # the step that `before_step` was called for
+        self._inside = False  # whether tensors have stepped, in backward, of a step not yet made
         self._time = time
         self._processes = processes
         self._cadence = Cadence(config.every, step)
@@ -221,6 +222,7 @@ class StepRecorder:
     def before_tensor(self, parameter: torch.Tensor) -> None:
         """Measure a gradient inside backward (`TensorWatcher`)."""
         self._time.begin_step()
+        self._inside = True
         if self._cadence.due_now:
             self._measure.before_tensor(self._step + 1, parameter)
 
@@ -276,7 +278,7 @@ class StepRecorder:
     def _after_step(
         self, step: int, skipped: bool | torch.Tensor, scalars: dict[str, Any], called: float
     ) -> None:
-        self._cadence.completed, self._before = step, None
+        self._cadence.completed, self._before, self._inside = step, None, False
         due = self.due(step)
         line = self._lines.begin(step, scalars, skipped)
         if due:

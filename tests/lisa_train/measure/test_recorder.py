@@ -513,3 +513,31 @@ def test_a_recorded_step_touches_no_weight_that_rests(tmp_path):
         assert resting <= touched.storages
     rows = load(tmp_path).metrics(["delta_norm"], steps=[1, 2])
     assert rows["delta_norm"].notna().groupby(rows["step"]).sum().tolist() == [21, 21]
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["in the step", "between steps"])
+def test_weights_of_a_step_that_was_stopped_half_way_are_no_census(tmp_path, between):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def stopped():
+        config = lt.RecordConfig(str(tmp_path), every=9)
+        with lt.NormRecorder(model, optimizer, config) as recorder:
+            for step, batch in enumerate(batches(3), 1):
+                model(**batch).loss.backward()
+                recorder.before_step(step)
+                if step == 3 and not between:
+                    next(iter(model.parameters())).data.add_(1.0)
+                    raise KeyboardInterrupt
+                optimizer.step()
+                recorder.after_step(step)
+                if step == 2 and between:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    run = load(tmp_path)
+    assert run.status == "interrupted"
+    weights = run.metrics(columns=["weight_norm"]).dropna()
+    assert (2 in set(weights["step"])) is between
+    assert run.scalars["step"].tolist() == [1, 2]

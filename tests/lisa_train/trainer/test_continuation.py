@@ -456,6 +456,33 @@ def test_what_is_not_known_of_both_times_is_no_change():
     assert _changes(before, now) == {"seed": [2, 1], "lisa": [{"activated_layers": 1}, None]}
 
 
+def test_a_file_of_settings_is_known_by_its_content_wherever_it_lies(tmp_path):
+    from lisa_train.trainer.continuation import _changes
+    from lisa_train.trainer.training_inputs import lisa_content
+
+    for name in ("typed.json", "kept.json"):
+        (tmp_path / name).write_text("[0.5, 0.5]")
+    (tmp_path / "other.json").write_text("[0.75, 0.25]")
+
+    def noted(name, prior):
+        learn = lt.LearnConfig(prior=str(tmp_path / prior))
+        probabilities = str(tmp_path / name)
+        config = lt.LisaConfig(1, 2, sampling="balanced", probabilities=probabilities)
+        found = lisa_content(config)
+        with_prior = lt.LisaConfig(1, 2, sampling="balanced", learn=learn)
+        found["learn"] = lisa_content(with_prior)["learn"]
+        return {"lisa": found}
+
+    typed = noted("typed.json", "typed.json")
+    assert _changes(typed, noted("kept.json", "kept.json")) == {}
+    assert list(_changes(typed, noted("other.json", "kept.json"))) == ["lisa.probabilities"]
+    assert list(_changes(typed, noted("kept.json", "other.json"))) == ["lisa.learn"]
+    # Earlier checkpoints have the paths: what stood there is not known.
+    earlier = {"lisa": {**typed["lisa"], "probabilities": "a.json"}}
+    earlier["lisa"]["learn"] = {**typed["lisa"]["learn"], "prior": "a.json"}
+    assert _changes(earlier, noted("kept.json", "kept.json")) == {}
+
+
 def test_the_noted_content_of_data_sees_every_row_of_small_data():
     from datasets import Dataset
 

@@ -201,3 +201,31 @@ def test_another_base_is_refused(tmp_path):
     small.save_pretrained(tmp_path / "small" / "base")
     with pytest.raises(LisaError, match=r"has the shape 32×16 in the base and 64×16"):
         change_of(trained, tmp_path / "small")
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7])
+def test_a_stop_while_weights_are_put_back_leaves_the_trained_ones(tmp_path, monkeypatch, after):
+    _, trained = base_and_trained("llama", tmp_path)
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    change = change_of(trained, tmp_path)
+    values, left = change._values, [after]
+
+    def struck(numbers, state):
+        for each in values(numbers, state):
+            if state == "trained":
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+            yield each
+
+    monkeypatch.setattr(change, "_values", struck)
+
+    def stopped():
+        with change.as_found():
+            change.become("base")
+            assert not torch.equal(trained.lm_head.weight, before["lm_head.weight"])
+            change.become("trained")
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())

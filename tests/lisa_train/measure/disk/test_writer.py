@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -402,3 +403,46 @@ def test_pandas_reads_the_files(three_steps):
     assert found.loc[1, 3] == pytest.approx(3 * 2**0.5)
     scalars = pd.read_json(f"{three_steps}/scalars.jsonl", lines=True)
     assert scalars["step"].tolist() == [1, 2, 3]
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stop(number, frame):
+    raise _StopError
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_stop_inside_a_flush_loses_no_line_and_doubles_none(tmp_path, monkeypatch, at):
+    """A signal that came during `fsync` is raised as it returns: what it wrote is on the disk."""
+    writer = open_run(tmp_path / "run")
+    writer.write_metrics(rows(1))
+    writer.scalars({"step": 1, "loss": 2.0})
+    writer.event("checkpoint", 1, path="c")
+    calls, fsync = [], os.fsync
+
+    def struck(descriptor):
+        fsync(descriptor)
+        calls.append(descriptor)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "fsync", struck)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        if at <= 4:
+            with pytest.raises(_StopError):
+                writer.flush()
+        else:
+            writer.flush()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert (len(calls) >= at) == (at <= 4)
+    writer.close("interrupted")
+    run = load(tmp_path / "run")
+    assert run.status == "interrupted"
+    assert run.scalars["step"].tolist() == [1]
+    assert run.events["event"].tolist() == ["checkpoint"]
+    assert run.metrics(columns=["grad_norm"])["step"].tolist() == [1] * 4

@@ -1,6 +1,7 @@
 """`restore(run_dir, layers, out)`: the trained model or adapter with some layers put back."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from lisa_analysis.contract.schema import ABLATION, LOCK
 from lisa_train.command.ablate_inputs import ADAPTER_CONFIG, TrainedRun, load_trained, open_run
 from lisa_train.command.ablate_run import MAX_EXAMPLES, check_max_examples, prepare_examples
 from lisa_train.command.model_card import tell_put_back
+from lisa_train.command.output import is_storage_error
 from lisa_train.command.tasks.literal_paths import at_home
 
 if TYPE_CHECKING:
@@ -117,8 +119,7 @@ def restore(
         found = _measure(trained, losses, examples, parts, units, folder)
         for line in _said(found):
             say(line)
-        _write(trained, parts, folder)
-        _tell_where_from(found, trained)
+        _write(trained, parts, found)
     finally:
         lock.release()
     say(f"Written to {folder}")
@@ -245,10 +246,10 @@ def _settings(trained: TrainedRun) -> Any:
     return next(iter(trained.model.peft_config.values()))
 
 
-def _write(trained: TrainedRun, parts: "Sequence[Part]", folder: Path) -> None:
-    """Write the files; a folder that could not be written whole is taken away."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+def _write(trained: TrainedRun, parts: "Sequence[Part]", found: Restored) -> None:
+    """Write the files, whole under their name or not at all."""
+    folder = found.path
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}.tmp")
     try:
         partial.mkdir(parents=True)
         if trained.is_adapter:
@@ -259,15 +260,17 @@ def _write(trained: TrainedRun, parts: "Sequence[Part]", folder: Path) -> None:
                 trained.model.save_pretrained(partial)
             if trained.tokenizer is not None:
                 trained.tokenizer.save_pretrained(partial)
+        _tell_where_from(found, trained, partial)
         if folder.is_dir():
             folder.rmdir()
         partial.replace(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunDirectoryError(
-            f"--output {folder} cannot be written ({error.strerror or error}); nothing was left "
-            "there."
-        ) from error
+        if not (isinstance(error, Exception) and is_storage_error(error)):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        text = f"--output {folder} cannot be written ({reason}); nothing was left there."
+        raise RunDirectoryError(text) from error
 
 
 def _write_adapter(trained: TrainedRun, parts: "Sequence[Part]", folder: Path) -> None:
@@ -281,7 +284,7 @@ def _write_adapter(trained: TrainedRun, parts: "Sequence[Part]", folder: Path) -
         if file.is_file() and file.name not in (_ADAPTER, ADAPTER_CONFIG):
             shutil.copyfile(file, folder / file.name)
     settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    copies = {p.name: p.module for p in parts if _is_copy(p.module)}
+    copies = {p.name: p.module for p in parts if hasattr(p.module, "modules_to_save")}
     factors = {p.name: p.module for p in parts if p.module is not None and p.name not in copies}
     wrapped = {n: m for n, m in factors.items() if hasattr(m, "parameter_name")}
     left_out = sorted(set(factors) - set(wrapped))
@@ -329,11 +332,7 @@ def _forget_patterns(settings: dict[str, Any], modules: set[str]) -> None:
         }
 
 
-def _is_copy(module: Any) -> bool:
-    return module is not None and hasattr(module, "modules_to_save")
-
-
-def _tell_where_from(found: Restored, trained: TrainedRun) -> None:
+def _tell_where_from(found: Restored, trained: TrainedRun, folder: Path) -> None:
     """Write beside the weights what they are."""
     about = {
         "run_id": trained.run.run_id,
@@ -345,6 +344,6 @@ def _tell_where_from(found: Restored, trained: TrainedRun) -> None:
         },
     }
     text = json.dumps(about, indent=2, ensure_ascii=False)
-    (found.path / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+    (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
     if trained.folder is not None:
-        tell_put_back(trained.folder, found.path, _said(found))
+        tell_put_back(trained.folder, folder, _said(found))

@@ -265,7 +265,7 @@ def check_unfinished(checkpoint: Path) -> None:
     if state["global_step"] >= state["max_steps"]:
         raise RunDirectoryError(
             f"{checkpoint} is the end of a run that has made all its {state['max_steps']} steps; "
-            "there is nothing to resume."
+            "there is nothing to resume: its weights stand in that folder."
         )
 
 
@@ -275,4 +275,5 @@ def is_storage_error(error: Exception) -> bool:
         (isinstance(error, OSError) and error.errno in _STORAGE_ERRORS)
         or type(error).__name__ == "SafetensorError"
         or (isinstance(error, RuntimeError) and any(said in str(error) for said in _OF_TORCH))
+        or "(os error 28)" in str(error)  # of the library of tokenizers, whose error is of no kind
     )

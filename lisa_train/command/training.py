@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +174,14 @@ class PreparedRun:
                 plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
                 if plugin is not None:  # which would leave the pieces where the checkpoints are
                     plugin.set_state_dict_type("FULL_STATE_DICT")
-                trainer.save_model(str(folder))
-                if recorded and trainer.is_world_process_zero():
-                    write_card(self.run_dir, folder, adapter=bool(adapters))
+                partial = folder.with_name(f"{folder.name}.tmp")
+                if trainer.is_world_process_zero():
+                    shutil.rmtree(partial, ignore_errors=True)  # of a kill
+                trainer.save_model(str(partial))
+                if trainer.is_world_process_zero():
+                    if recorded:
+                        write_card(self.run_dir, partial, adapter=bool(adapters))
+                    partial.replace(folder)
 
     def _attach(self) -> "Attachment":
         from lisa_train.trainer import attach

@@ -1,5 +1,7 @@
 """Adapters with layers put back: what is written acts as the adapter with those layers off."""
 
+import contextlib
+import errno
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +9,8 @@ import torch
 from helpers_ablating import ADAPTERS, change_of, rows_of, trained_adapter
 from peft import PeftModel
 
-from lisa_analysis.contract.errors import ConfigError
-from lisa_train.command.ablate_restore import _write_adapter, check_adapter
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
+from lisa_train.command.ablate_restore import _write, _write_adapter, check_adapter
 from lisa_train.measure.ablation.units import choose_units
 
 
@@ -35,3 +37,30 @@ def test_what_is_written_is_what_was_measured(tmp_path, name, units):
         again = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
         assert torch.equal(again(**batch).logits, measured)
         assert not torch.equal(loaded(**batch).logits, measured)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), RunDirectoryError),
+        (type("SafetensorError", (Exception,), {})("No space left"), RunDirectoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["full", "full, in safetensors", "stopped"],
+)
+def test_what_is_not_written_whole_leaves_nothing_and_touches_nobody_elses(tmp_path, error, seen):
+    def save(folder):
+        (folder / "half").touch()
+        raise error
+
+    change = SimpleNamespace(
+        as_found=contextlib.nullcontext, put=lambda *given: contextlib.nullcontext()
+    )
+    trained = SimpleNamespace(
+        is_adapter=False, model=SimpleNamespace(save_pretrained=save), change=change
+    )
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "notes.txt").write_text("mine")
+    with pytest.raises(seen):
+        _write(trained, [], SimpleNamespace(path=tmp_path / "out"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.tmp", "notes.txt"]

@@ -1,5 +1,6 @@
 """What a run leaves behind when it is stopped from outside, or cannot write."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -153,3 +154,36 @@ def test_what_torch_says_of_a_full_disk_is_known(elements: int) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.save({"a": torch.ones(elements)}, "/dev/full")
     assert is_storage_error(caught.value), caught.value
+
+
+def test_a_model_that_is_not_saved_whole_does_not_stand_under_its_name(
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import Trainer
+
+    def save(self: Trainer, folder: str) -> None:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "save_model", save)
+    out = tmp_path / "run"
+    assert main(command(tiny_model_dir, text_file, out, "--max_steps", "1")) == 2
+    assert "cannot be written any more" in capsys.readouterr().err
+    assert not (out / "checkpoints" / "final").exists()
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    assert main(command(tiny_model_dir, text_file, other, "--max_steps", "1")) == 0
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["final"]
+    assert {"model.safetensors", "README.md"} <= {
+        path.name for path in (other / "checkpoints" / "final").iterdir()
+    }
+
+
+def test_a_full_disk_is_known_by_the_words_of_tokenizers() -> None:
+    assert is_storage_error(Exception("No space left on device (os error 28)"))
+    assert not is_storage_error(Exception("no such token"))

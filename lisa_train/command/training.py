@@ -175,12 +175,11 @@ class PreparedRun:
                 if plugin is not None:  # which would leave the pieces where the checkpoints are
                     plugin.set_state_dict_type("FULL_STATE_DICT")
                 partial = folder.with_name(f"{folder.name}.tmp")
-                if trainer.is_world_process_zero():
-                    shutil.rmtree(partial, ignore_errors=True)  # of a kill
                 trainer.save_model(str(partial))
                 if trainer.is_world_process_zero():
                     if recorded:
                         write_card(self.run_dir, partial, adapter=bool(adapters))
+                    shutil.rmtree(folder, ignore_errors=True)  # of training that went on
                     partial.replace(folder)
 
     def _attach(self) -> "Attachment":

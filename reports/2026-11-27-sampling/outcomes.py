@@ -8,7 +8,7 @@ from differences import Losses
 from plan import LONGER_SEEDS, Plan
 from sources import result
 
-SCORES = ("accuracy", "wer")  # what tasks are judged by, beside the loss
+SCORES = ("accuracy", "word_error_rate")  # what tasks are judged by, beside the loss
 
 
 def losses_of(plan: Plan, arm: Arm) -> dict[int, float]:

@@ -12,7 +12,7 @@ from lisa_analysis.contract.layers import canonical_name, role_of
 from lisa_train.measure.ablation.units import Part, kinds_by_layer
 from lisa_train.measure.step.base_weights import StoredWeights
 from lisa_train.measure.step.checkpoint_conversions import Conversion
-from lisa_train.measure.undisturbed import undisturbed
+from lisa_train.measure.stops import undisturbed
 from lisa_train.model.layer_map import LayerMap, find_layers
 from lisa_train.model.module_tree import below
 from lisa_train.model.sharding import is_sharded

@@ -35,7 +35,7 @@ from lisa_train.measure.disk.storage import (
     describe_os_error,
     replace_file,
 )
-from lisa_train.measure.undisturbed import undisturbed
+from lisa_train.measure.stops import undisturbed
 
 # Rows that wait for a disk that refuses them; beyond it the oldest are given up.
 MAX_WAITING_ROWS = 1_000_000

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lisa_train.measure.undisturbed import undisturbed
+from lisa_train.measure.stops import undisturbed
 
 
 class StopError(Exception):

@@ -205,7 +205,7 @@ def _classes(data: Path, mixed: bool) -> list[Environment]:
                 "weights-all": 1e-4, "full": 1e-4, "mild": 3e-4, "strong": 3e-4, "head": 1e-2,
                 "parts": 1e-4,
             },
-            seeds=10, whole=True, both_tuned=True,
+            seeds=10, whole=True, both_tuned=True, longer=True,
         ),
     ]  # fmt: skip
 
@@ -241,7 +241,7 @@ def _language(data: Path, mixed: bool) -> list[Environment]:
             data=lambda: with_validation("chat", chitchat_folder(), data, 1000, mixed=mixed),
             stacks=((r"model\.layers", 30),),
             linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
-            words=text, centres=smol, head=False, longer=True,
+            words=text, centres=smol, head=False,
         ),
         Environment(
             "voice",

@@ -53,9 +53,9 @@ def _draw(marks: Mapping[str, Sequence[Row]], label: str, unit: str, file: Path)
             ax.plot([], [], marker, color=color, ms=5, label=kind)
         ax.axvline(0, color=style.MUTED, linewidth=0.9, zorder=0)
         ax.set_title(environment, fontsize=10)
-        ax.set_xlabel(unit, fontsize=9)
-        ax.locator_params(axis="x", nbins=4)
+        ax.locator_params(axis="x", nbins=3)
         style.finish(ax, grid="x")
+    figure.supxlabel(unit, fontsize=9)
     axes[0].set_yticks(range(len(names)), names)
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=len(marks),

@@ -1,4 +1,4 @@
-"""The primary contrasts over all environments (Agarwal et al. 2021, as rliable defines them)."""
+"""Contrasts over all environments (Agarwal et al. 2021, as rliable defines them)."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,30 +13,65 @@ from lisa_analysis.statistics.repetitions import MIN_SEEDS
 SAMPLES = 10_000  # of the bootstrap over seeds
 
 Values = NDArray[np.float64]
+Arms = tuple[Losses, Losses, Losses, Values]  # the one, the other, the whole; the other's runs
+Pair = Callable[[Plan], Arms | None]
 
 
 def over_environments(plans: Sequence[Plan]) -> list[dict[str, object]]:
-    """Return a row per primary contrast: interquartile mean, probability of improvement.
+    """Return a row per contrast: interquartile mean, probability of improvement.
 
-    An environment in which all layers gain nothing that can be told from 0 has no share of a gain:
-    it is in the probability, not in the mean. Environments weigh alike, however many their runs.
+    The primary contrasts, then what the design's table of advice asks beside them. An environment
+    in which all layers gain nothing that can be told from 0 has no share of a gain: it is in the
+    probability, not in the mean. Environments weigh alike, however many their runs.
     """
-    selection, sampling = "A: probe less random, LoRA", "B: best learned less uniform"
-    gains: dict[str, dict[str, tuple[Values, ...]]] = {selection: {}, sampling: {}}
-    runs: dict[str, dict[str, tuple[Values, ...]]] = {selection: {}, sampling: {}}
-    for plan in plans:
-        name, arms = plan.environment.name, selected(plan, "lora")
-        whole = losses_of(plan, plan.arms["lora-everything"])
-        gains[selection] |= _way(name, arms["probe"], arms["random"], whole)
+    rows = []
+    for name, pair in CONTRASTS.items():
+        gains: dict[str, tuple[Values, ...]] = {}
+        runs: dict[str, tuple[Values, ...]] = {}
+        for plan in plans:
+            if (arms := pair(plan)) is not None:
+                losses, other, whole, every = arms
+                gains |= _way(plan.environment.name, losses, other, whole)
+                runs |= _enough(plan.environment.name, _values(losses), every)
+        rows.append({"contrast": name, **_mean(gains), **_probability(runs)})
+    return rows
+
+
+def _chosen(way: str) -> Pair:
+    """Layers chosen in some way against random ones, whose sets each count in the probability."""
+
+    def arms(plan: Plan) -> Arms:
+        few = selected(plan, "lora")
         sets = np.concatenate([_values(losses) for losses in random_sets(plan, "lora")])
-        runs[selection] |= _enough(name, _values(arms["probe"]), sets)
+        return few[way], few["random"], losses_of(plan, plan.arms["lora-everything"]), sets
+
+    return arms
+
+
+def _sampled(one: str, other: str) -> Pair:
+    """One way of drawing against another; `best` is the best learned arm's name."""
+
+    def arms(plan: Plan) -> Arms | None:
         best = plan.best_learned()
         if best is None:
-            continue
-        learned, uniform = (losses_of(plan, plan.arms[arm]) for arm in (best, "uniform"))
-        gains[sampling] |= _way(name, learned, uniform, losses_of(plan, plan.arms["full"]))
-        runs[sampling] |= _enough(name, _values(learned), _values(uniform))
-    return [{"contrast": name, **_mean(gains[name]), **_probability(runs[name])} for name in gains]
+            return None
+        named = (name.replace("best", best) for name in (one, other, "full"))
+        losses, beside, full = (losses_of(plan, plan.arms[name]) for name in named)
+        return losses, beside, full, _values(beside)
+
+    return arms
+
+
+CONTRASTS = {
+    "A: probe less random, LoRA": _chosen("probe"),
+    "B: best learned less uniform": _sampled("best", "uniform"),
+    "A, beside it: evenly spread less random": _chosen("even"),
+    "A, beside it: last less random": _chosen("last"),
+    "B, beside it: its placebo less uniform": _sampled("best-placebo", "uniform"),
+    "B, beside it: best learned less its placebo": _sampled("best", "best-placebo"),
+    "B, beside it: default less uniform": _sampled("default", "uniform"),
+    "B, beside it: strong less uniform": _sampled("strong", "uniform"),
+}
 
 
 def _way(name: str, losses: Losses, other: Losses, whole: Losses) -> dict[str, tuple[Values, ...]]:

@@ -546,4 +546,10 @@ class TestPage:
         found = row(tables["together"], "A: probe less random, LoRA")
         assert mean(found[1]) == pytest.approx(0.5 / 0.6, abs=0.01)
         assert found[2:] == ["define 0.83", "1.00 (1.00 … 1.00)", "define 1.00"]
+        found = row(tables["together"], "B, beside it: best learned less its placebo")
+        assert mean(found[1]) == pytest.approx(0.05 / 0.7, abs=0.01)
+        found = row(tables["together"], "B, beside it: its placebo less uniform")
+        assert mean(found[1]) == pytest.approx(0.0, abs=0.01)
+        found = row(tables["together"], "A, beside it: last less random")
+        assert found[-1].startswith("define 0.")
         assert "not yet" in tables["seconds"]  # nothing was timed

@@ -52,6 +52,9 @@ class Environment:
     both_tuned
         Whether a family's rate is looked for by profile arm and placebo on two seeds each, or by
         one on one seed and the other on the other.
+    evaluations
+        Of a final run of the study of sampling, of which the last counts. They draw from the
+        generator of dropout, so that an environment keeps the number it began with.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Environment:
     longer: bool = False
     every_layer: bool = False
     both_tuned: bool = False
+    evaluations: int = 2
 
     @property
     def layers(self) -> int:
@@ -241,7 +245,7 @@ def _language(data: Path, mixed: bool) -> list[Environment]:
             data=lambda: with_validation("chat", chitchat_folder(), data, 1000, mixed=mixed),
             stacks=((r"model\.layers", 30),),
             linear=llama, few=6, drawn=2, interval=1, steps=75, batch=4, evaluated=256,
-            words=text, centres=smol, head=False,
+            words=text, centres=smol, head=False, evaluations=1,
         ),
         Environment(
             "voice",

@@ -11,7 +11,7 @@ from environments import RATES, Environment
 from sampling import Sampling
 from seconds import FEW, TIMED, steps_left
 from selection import Selection
-from settings import ABLATED, COURSE, PROBED, common
+from settings import ABLATED, PROBED, common
 from sources import Sources, held_out_loss
 
 from lisa_analysis.contract.errors import LisaError
@@ -225,7 +225,7 @@ class Plan:
                     "validation" if tuned else "test",
                     seed,
                     steps=made,
-                    evaluations=1 if tuned else COURSE,
+                    evaluations=1 if tuned else self.environment.evaluations,
                 ),
                 f"--learning_rate={own:.6g}",
                 *arm.words(seed),

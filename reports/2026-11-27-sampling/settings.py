@@ -5,7 +5,6 @@ import math
 from environments import Environment
 
 PROBED = 16  # batches of a probe
-COURSE = 2  # evaluations of a run whose course is read
 ABLATED = ("--max_examples", "64", "--general", "none")
 
 

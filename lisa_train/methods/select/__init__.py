@@ -23,9 +23,9 @@ class Select(Method):
         """Refuse settings that name nothing."""
         if not config.select.names_something:
             raise ConfigError(
-                "method is select but nothing is named; set select.layers ('0-3,11'), select.last, "
-                "select.top with select.profile, select.spectrum (0.25), select.tensors ('.*bias') "
-                "or select.groups (head)."
+                "method is select but nothing is named; set select.layers ('0-3,11'), select.even, "
+                "select.last, select.top with select.profile, select.spectrum (0.25), "
+                "select.tensors ('.*bias') or select.groups (head)."
             )
 
     def check_model(self, model: "nn.Module", config: Any) -> None:

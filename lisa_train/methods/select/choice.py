@@ -88,7 +88,9 @@ def _layers(layer_map: LayerMap, config: SelectConfig) -> tuple[int, ...]:
             )
         chosen.update(indices)
     if config.last:
-        chosen.update(_last(layer_map, config.last))
+        chosen.update(_of_each_stack(layer_map, "last", config.last))
+    if config.even:
+        chosen.update(_of_each_stack(layer_map, "even", config.even))
     if config.top:
         assert config.profile is not None
         scores = read_scores(config.profile, layer_map)
@@ -96,16 +98,20 @@ def _layers(layer_map: LayerMap, config: SelectConfig) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _last(layer_map: LayerMap, number: int) -> list[int]:
-    """The last layers of every stack."""
+def _of_each_stack(layer_map: LayerMap, setting: str, number: int) -> list[int]:
+    """The last layers of every stack, or the middle ones of so many equal parts of its depth."""
     chosen: list[int] = []
     for stack in dict.fromkeys(layer_map.stacks):
         inside = [i for i, home in enumerate(layer_map.stacks) if home == stack]
-        if number > len(inside):
+        size = len(inside)
+        if number > size:
             raise ConfigError(
-                f"select.last is {number}, but {stack} has {len(inside)} layers; give at most that."
+                f"select.{setting} is {number}, but {stack} has {size} layers; give at most that."
             )
-        chosen += inside[-number:]
+        if setting == "last":
+            chosen += inside[-number:]
+        else:
+            chosen += [inside[(2 * part + 1) * size // (2 * number)] for part in range(number)]
     return chosen
 
 

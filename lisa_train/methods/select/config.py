@@ -23,6 +23,9 @@ class SelectConfig:
         Layers by index, from 0: ``0-3,11``, one number, or a list of numbers.
     last
         The last so many layers; in an encoder-decoder, of each stack.
+    even
+        So many layers spread evenly over the depth, of each stack: the middle one of so many equal
+        parts (6 of 30 are 2, 7, 12, 17, 22 and 27).
     top
         So many layers with the highest scores in the file `profile`.
     profile
@@ -43,6 +46,7 @@ class SelectConfig:
 
     layers: str | int | list[int] | None = None
     last: int = 0
+    even: int = 0
     top: int = 0
     profile: str | None = None
     spectrum: float = 0.0
@@ -53,7 +57,7 @@ class SelectConfig:
     def __post_init__(self) -> None:
         if self.layers is not None:
             object.__setattr__(self, "layers", _as_ranges(layer_indices(self.layers)))
-        for name in ("last", "top"):
+        for name in ("last", "even", "top"):
             whole(f"select.{name}", getattr(self, name), " of at least 0", 0)
         share = real("select.spectrum", self.spectrum, "a share from 0 to 1, as 0.25")
         if not 0 <= share <= 1:
@@ -82,7 +86,7 @@ class SelectConfig:
     @property
     def names_something(self) -> bool:
         """Whether anything is to train at all."""
-        named = (self.last, self.top, self.spectrum, self.tensors, self.groups)
+        named = (self.last, self.even, self.top, self.spectrum, self.tensors, self.groups)
         return self.layers is not None or any(named)
 
 

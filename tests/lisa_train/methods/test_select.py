@@ -54,6 +54,7 @@ def profile_file(folder: Path, scores: list[float | None], **more: Any) -> str:
 CHOICES = {
     "ranges": ({"layers": "0-1,3"}, r"model\.layers\.(0|1|3)\..*"),
     "list": ({"layers": [2]}, r"model\.layers\.2\..*"),
+    "even": ({"even": 2}, r"model\.layers\.(1|3)\..*"),
     "last": ({"last": 2}, r"model\.layers\.(2|3)\..*"),
     "top": ({"top": 2}, r"model\.layers\.(0|2)\..*"),
     "bitfit": ({"tensors": (".*bias",)}, r".*\.bias"),
@@ -220,6 +221,24 @@ def test_the_last_layers_of_an_encoder_decoder_are_those_of_both_stacks() -> Non
     chosen = choose(build("t5"), SelectConfig(last=1))
     assert chosen.layers == (2, 4)  # encoder of 3, decoder of 2
     assert all(re.match(r"(en|de)coder\.block\.(2|1)\.", n) for n in chosen.tensors)
+    assert choose(build("t5"), SelectConfig(even=1)).layers == (1, 4)
+
+
+@pytest.mark.parametrize(("depth", "number"), [(30, 6), (12, 2), (7, 3), (5, 5), (9, 1)])
+def test_even_layers_are_as_far_from_each_other_as_they_can_be(depth: int, number: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **sizes))
+    chosen = choose(model, SelectConfig(even=number)).layers
+    assert len(chosen) == number
+    steps = np.diff(chosen)
+    assert np.ptp(steps) <= 1 if number > 1 else True
+    before, behind = chosen[0], depth - 1 - chosen[-1]
+    assert -1 <= before - behind <= 1
+    assert max(before, behind) <= depth / (2 * number)
+    if (depth, number) == (30, 6):
+        assert chosen == (2, 7, 12, 17, 22, 27)
 
 
 def test_a_tied_head_is_said_to_be_the_embeddings(
@@ -260,6 +279,7 @@ def test_its_memory_is_that_of_what_is_named(model_dir: Path) -> None:
     [
         ({"layers": "0-9"}, r"select.layers holds 9, but the model has layers 0 to 3"),
         ({"last": 5}, r"select.last is 5, but model.layers has 4 layers"),
+        ({"even": 5}, r"select.even is 5, but model.layers has 4 layers"),
         ({"groups": ("other",)}, r"no such tensors; beside its layers it has embed, head, norm"),
         ({"tensors": ("bias",)}, r"matches no whole name of a tensor.*'model.layers.0"),
         (
@@ -295,6 +315,7 @@ def test_names_that_the_model_does_not_have(
         ({"spectrum": 1.5}, r"select.spectrum is 1.5, but must be a share from 0 to 1"),
         ({"spectrum": "half"}, r"select.spectrum is 'half', but must be a share from 0 to 1"),
         ({"last": 1.5}, r"select.last is 1.5"),
+        ({"even": -1}, r"select.even is -1"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """`restore(run_dir, layers, out)`: the trained model or adapter with some layers put back."""
 
+import contextlib
 import json
 import os
 import re
@@ -108,8 +109,9 @@ def restore(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {folder} holds something already; name a new folder.")
     run = open_run(run_dir)
-    lock = RunLock(run.path / LOCK)
-    try:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing trains
+            held.callback(RunLock(run.path / LOCK).release)
         trained = load_trained(run, model, base, data)
         words = proposed(trained) if layers == "auto" else layers
         units, parts = choose_units(words, trained.change.parts, len(trained.change))
@@ -120,8 +122,6 @@ def restore(
         for line in _said(found):
             say(line)
         _write(trained, parts, found)
-    finally:
-        lock.release()
     say(f"Written to {folder}")
     return found
 

@@ -161,11 +161,18 @@ def ablate(
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Let one ablation at a time measure a run, and no training beside it."""
-    from lisa_train.measure.disk.storage import RunLock
+    from lisa_train.measure.disk.storage import RunLock, describe_os_error
 
     held: list[RunLock] = []
+
+    def lock() -> None:
+        try:
+            held.append(RunLock(path / LOCK))
+        except OSError as error:
+            raise describe_os_error(path, error) from error
+
     all_are_here()  # to whom the run would be in use, once it is locked
-    agreed(lambda: held.append(RunLock(path / LOCK)))
+    agreed(lock)
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 """`lisa-ablate` on whole runs: what is written and printed, what is refused, layers put back."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -432,6 +434,30 @@ def test_a_run_that_is_being_trained(run_of, capsys):
     finally:
         lock.release()
     assert {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_directory_that_cannot_be_written(run_of, capsys, monkeypatch):
+    """Nothing is measured there, in one sentence; layers are put back: that goes elsewhere."""
+    from lisa_train.measure.disk import storage
+
+    run, opened = run_of("lora"), os.open
+
+    def refuse(path, flags, *args, **more):
+        if str(path).startswith(str(run)) and flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, flags, *args, **more)
+
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    out = run.parent / "put-back"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "open", refuse)  # the tests may run as root, who may write
+        assert main([str(run)]) == 2
+        said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("lisa-ablate: ")]
+        assert len(said) == 1
+        assert f"{run} cannot be written (Read-only file system)" in said[0]
+        assert main([str(run), "--restore", "1", "--output", str(out), "--general", "none"]) == 0
+    assert (out / "adapter_model.safetensors").exists()
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_another_base_of_the_same_shape_is_told_by_its_losses(run_of, tmp_path, tiny_model_dir):

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contrasts import ANCHORS, MISSING, SHOWN, Row, anchors, by_part, contrasts, shown
 from differences import difference
 from figures import draw_sampling, draw_selection
-from outcomes import losses_of, mean_of, of_length
+from outcomes import losses_of, mean_of, of_length, selected
 from pages import markdown, write_tables
 from plan import LONGER, PAIRS, Plan
 from prediction import predicts, validity_and_gain
@@ -36,7 +36,7 @@ def tables(
     """Return every table of the page by its mark."""
     settled = [plan for plan in plans if plan.settled()]
     found = {
-        "state": _state(plans),
+        "short": _short(settled),
         "rates": _rates(plans),
         "learners": _learners(plans),
         "choice": _choice(settled),
@@ -55,16 +55,32 @@ def tables(
     return {name: markdown(rows) if rows else f"{MISSING}." for name, rows in found.items()}
 
 
-def _state(plans: Sequence[Plan]) -> list[Row]:
+def _short(plans: Sequence[Plan]) -> list[Row]:
+    """What is asked of every environment in a row, in nats; bold where 0 is outside."""
     rows = []
     for plan in plans:
-        cells = plan.cells()
-        finished = sum((plan.kept / cell.name).exists() for cell in cells)
-        step = "rates" if not plan.settled() else "arms"
-        rows.append(
-            {"environment": plan.environment.name, "now at": step,
-             "runs finished": f"{finished} of {len(cells)} known so far"}
-        )  # fmt: skip
+        few, best = selected(plan, "lora"), plan.best_learned()
+        named = ("uniform", "full", "lora-all", *([best, f"{best}-placebo"] if best else []))
+        arms = {name: losses_of(plan, plan.arms[name]) for name in named}
+        learned, placebo = arms.get(best or "", {}), arms.get(f"{best}-placebo", {})
+        asked = {
+            "probe": (few["probe"], few["random"]),
+            "even": (few["even"], few["random"]),
+            "last": (few["last"], few["random"]),
+            "all, lower rank": (arms["lora-all"], few["random"]),
+            "best learned": (learned, arms["uniform"]),
+            "its placebo": (placebo, arms["uniform"]),
+            "full": (arms["full"], arms["uniform"]),
+        }
+        row: Row = {"environment": plan.environment.name}
+        for way, (losses, other) in asked.items():
+            apart = difference(losses, other)
+            less = "random" if other is few["random"] else "uniform"
+            said = f"{apart.mean:+.2f} ({apart.low:+.2f} … {apart.high:+.2f})" if apart else MISSING
+            told = apart is not None and apart.low * apart.high > 0
+            name = f" ({best})" if way == "best learned" and best else ""
+            row[f"{way} − {less}"] = (f"**{said}**" if told else said) + name
+        rows.append(row)
     return rows
 
 

@@ -537,6 +537,12 @@ class TestPage:
         assert (float(chosen[1]) - float(chosen[4]), chosen[-1]) == (
             pytest.approx(0.05, abs=0.01), "pool",
         )  # fmt: skip
+        short = row(tables["short"], "define")
+        assert [mean(cell.strip("*")) for cell in short[1:]] == pytest.approx(
+            [-0.5, 0.0, 0.0, 0.0, -0.05, 0.0, -0.7], abs=0.011
+        )
+        assert short[5].endswith("(pool)")
+        assert short[1].startswith("**")
         found = row(tables["longer"], "A: lora-probe − random", "75")
         assert mean(found[-1]) == pytest.approx(-0.5, abs=0.01)
         found = row(tables["longer"], "A: lora-probe − random", "300")
@@ -553,3 +559,25 @@ class TestPage:
         found = row(tables["together"], "A, beside it: last less random")
         assert found[-1].startswith("define 0.")
         assert "not yet" in tables["seconds"]  # nothing was timed
+
+    def test_a_profile_at_every_rate_and_at_each_ones_best(
+        self, sampling, page, tmp_path, monkeypatch
+    ):
+        environments, *_, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path, tmp_path)
+
+        def loss(name):
+            arm, rate = name.rsplit("/", 1)[1].rsplit("-s10", 1)[0].rsplit("-", 1)
+            best = {"lora-probe": 1.0, "lora-random-1": 1.6}.get(arm)
+            centre = 1e-3 if "probe" in arm else 3.16e-3
+            return None if best is None else best + abs(math.log10(float(rate) / centre))
+
+        monkeypatch.setattr(plan, "loss", loss)
+        found = {row["pair"]: row for row in page._by_rate([plan])}
+        assert list(found) == ["lora-probe less lora-random-1"]
+        assert found["lora-probe less lora-random-1"] == {
+            "environment": "pos", "pair": "lora-probe less lora-random-1",
+            "at the rates tried, two seeds":
+                "0.0001: -1.100, 0.000316: -1.100, 0.001: -1.100, 0.00316: -0.100, 0.01: -0.100",
+            "chosen": "0.001", "at each one's own best": "-0.600 (0.001, 0.00316)",
+        }  # fmt: skip

@@ -51,7 +51,9 @@ EVENT_FIELDS: dict[str, dict[str, str]] = {
     },
     "evaluate": {
         "metrics": "held-out metrics by name; eval_loss is a mean over labels, absent where none "
-        "counts; of batches without labels, as of preferences, the trainer's own"
+        "counts; of batches without labels, as of preferences, the trainer's own",
+        "after_training": "true of one that was made after the end: of other data perhaps, or of "
+        "the best weights, with the trainer's own loss; no figure of the run counts it",
     },
     "checkpoint": {"path": "folder below the run directory"},
     "probe": {

@@ -57,19 +57,31 @@ def ruling_draws(run: "Run", steps: Ids) -> Ids:
     return np.asarray(np.searchsorted(starts, steps, side="left") - 1, dtype=np.int64)
 
 
+def evaluations(run: "Run") -> list[tuple[int, dict[str, Any]]]:
+    """Step and metrics of the evaluations of a training, in order, without those after its end."""
+    events = run.events
+    if not len(events) or "metrics" not in events:
+        return []
+    counts = events["event"] == "evaluate"
+    if "after_training" in events:
+        counts &= events["after_training"].ne(True)
+    found = events.loc[counts, ["step", "metrics"]].values
+    return [(int(step), metrics) for step, metrics in found if isinstance(metrics, dict)]
+
+
 def held_out_losses(run: "Run") -> "pd.DataFrame":
     """Return ``step`` and ``value`` of the evaluations that gave a held-out loss, in order.
 
-    Of two evaluations at one step the later counts; one without a loss is left out.
+    Of two evaluations at one step the later counts; one without a loss is left out, and so is one
+    after the end of training.
     """
     import pandas as pd
 
-    events = run.events
-    rows = []
-    if len(events) and "metrics" in events:
-        for step, metrics in events.loc[events["event"] == "evaluate", ["step", "metrics"]].values:
-            if isinstance(metrics, dict) and metrics.get("eval_loss") is not None:
-                rows.append((int(step), float(metrics["eval_loss"])))
+    rows = [
+        (step, float(metrics["eval_loss"]))
+        for step, metrics in evaluations(run)
+        if metrics.get("eval_loss") is not None
+    ]
     frame = pd.DataFrame(rows, columns=["step", "value"]).astype({"step": int, "value": float})
     return frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
@@ -79,20 +91,16 @@ def held_out_scores(run: "Run") -> dict[str, float]:
 
     A score that only this run's task knows stands in its `result`, once the run has ended.
     """
-    events = run.events
     result = run.manifest.get("result")
     own = result.get("last_held_out_scores") if isinstance(result, dict) else None
     names = dict.fromkeys([*HELD_OUT_SCORES, *(own if isinstance(own, dict) else ())])
-    if not len(events) or "metrics" not in events:
-        return {}
     found: dict[str, float] = {}
-    for metrics in events.loc[events["event"] == "evaluate", "metrics"]:
-        if isinstance(metrics, dict):
-            found = {
-                name: float(metrics[f"eval_{name}"])
-                for name in names
-                if isinstance(metrics.get(f"eval_{name}"), int | float)
-            } or found
+    for _, metrics in evaluations(run):
+        found = {
+            name: float(metrics[f"eval_{name}"])
+            for name in names
+            if isinstance(metrics.get(f"eval_{name}"), int | float)
+        } or found
     return found
 
 

@@ -176,8 +176,8 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for lock in held:
-            lock.release()
+        for one in held:
+            one.release()
 
 
 def _check_same_examples(file: "AblationFile", mine: "Mapping[str, Measured]") -> None:

@@ -17,6 +17,7 @@ from lisa_train.measure.probe.measuring_pass import GuardedPasses, Passes
 from lisa_train.measure.processes import Processes
 from lisa_train.measure.recording_time import RecordingTime
 from lisa_train.measure.session import RunSession
+from lisa_train.measure.step.base_weights import base_of_run, loaded_from
 from lisa_train.measure.step.step_recorder import StepRecorder, measured
 from lisa_train.measure.unmeasured import unmeasured_products, unmeasured_when_sharded
 from lisa_train.model.layer_cache import known_layers
@@ -145,6 +146,7 @@ class NormRecorder(StepRecorder):
         for text in (
             *unmeasured_when_sharded(self.config, self.table, self._processes),
             *find(pairs, self._processes, self.writer),
+            *(self._take_up_base(model) if resumed and self.config.base_delta else ()),
             *unmeasured_products(model, self.table, pairs, self.config),
         ):
             self._troubles.say(text)
@@ -153,6 +155,21 @@ class NormRecorder(StepRecorder):
         else:
             self.census(step)
             self.flush(everything=True)
+
+    def _take_up_base(self, model: nn.Module) -> list[str]:
+        """Measure ‖W − W₀‖ from the W₀ that the run began with; say where that is not known."""
+        described = getattr(self.writer, "manifest", {}).get("model") or {}
+        recorded = self._processes.from_first(described.get("name"))
+        base = base_of_run(recorded, model)
+        if base != loaded_from(model):
+            self._measure.take_up_base(base)
+        if base is not None:
+            return []
+        return [
+            f"record.base_delta: the model was loaded from a checkpoint, {loaded_from(model)}, and "
+            f"{recorded}, which the run began with, is not found; ‖W − W₀‖ is not measured from "
+            "here on."
+        ]
 
     @property
     def census_step(self) -> int | None:

@@ -37,12 +37,6 @@ def _trainer() -> list[PrivateName]:
             refused=False, in_source=True,
         ),
         PrivateName(
-            "sharded checkpoint", "transformers.trainer:Trainer", "_load_optimizer_and_scheduler",
-            ("trainer/sharded_checkpoint",),
-            "optimizer state of a model that FSDP2 splits is asked for of layers that rest, and "
-            "a checkpoint cannot be resumed from",
-        ),
-        PrivateName(
             "trainer", "transformers.trainer_callback:TrainerState", "stateful_callbacks",
             ("trainer/lisa_callback", "trainer/continuation"),
             "a checkpoint cannot hold LISA's schedule", in_source=True,
@@ -62,6 +56,27 @@ def _trainer() -> list[PrivateName]:
             refused=False, if_loaded=True,
         ),
     ]  # fmt: skip
+
+
+def _checkpoints() -> list[PrivateName]:
+    return [
+        PrivateName(
+            "sharded checkpoint",
+            "transformers.trainer:Trainer",
+            "_load_optimizer_and_scheduler",
+            ("trainer/sharded_checkpoint",),
+            "optimizer state of a model that FSDP2 splits is asked for of layers that rest, and "
+            "a checkpoint cannot be resumed from",
+        ),
+        PrivateName(
+            "best weights",
+            "transformers.trainer:Trainer",
+            "_load_best_model",
+            ("trainer/renamed_weights",),
+            "a model whose checkpoints bear other names ends with a mixture of the best weights "
+            "and the last; leave load_best_model_at_end out",
+        ),
+    ]
 
 
 def _models() -> list[PrivateName]:
@@ -261,5 +276,5 @@ def _demo() -> list[PrivateName]:
 
 
 TABLE: tuple[PrivateName, ...] = (
-    *_trainer(), *_models(), *_recorder(), *_eight_bit(), *_estimate(), *_demo(),
+    *_trainer(), *_checkpoints(), *_models(), *_recorder(), *_eight_bit(), *_estimate(), *_demo(),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from lisa_train.measure.config import RecordConfig
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.engine import Plan
 from lisa_train.model.layer_cache import known_layers
+from lisa_train.optim.frozen_state import optimizers_of
 from lisa_train.optim.layer_rates import set_layer_rates
 from lisa_train.optim.settings import check_eight_bit_states
 from lisa_train.private_names import check
@@ -26,6 +27,7 @@ from lisa_train.trainer.learning import check_learning
 from lisa_train.trainer.lisa_callback import LisaCallback
 from lisa_train.trainer.optimizer_callbacks import EightBitCallback, StepCallback
 from lisa_train.trainer.parallel_checks import check_lisa_processes, without_wrapper
+from lisa_train.trainer.renamed_weights import best_weights_whole
 from lisa_train.trainer.sharded_checkpoint import own_optimizer_state
 from lisa_train.trainer.trl_head import sliced_head_gradient
 
@@ -141,10 +143,7 @@ def attach(
             processes=trainer.args.world_size,
         )
     plan = None if lisa is None else _plan(trainer, lisa)
-    continuation = Continuation(
-        trainer, lisa, lr_multipliers=lr_multipliers, incomplete=resume_incomplete
-    )
-    trainer.add_callback(continuation)
+    continuation = _continuation(trainer, lisa, lr_multipliers, incomplete=resume_incomplete)
     if lr_multipliers is not None:
         _multiply_rates(trainer, lr_multipliers, lisa.layers if lisa else None)
     if eight_bit_states is not None:
@@ -172,6 +171,7 @@ def attach(
     attachment = Attachment(callback, recorder, stepping)
     # A compiler would have to trace through the slices.
     around: list[Any] = [] if trainer.args.torch_compile else [sliced_head_gradient]
+    around.append(functools.partial(best_weights_whole, trainer))
     if lisa is not None:
         around += [
             functools.partial(way, trainer) for way in (without_wrapper, own_optimizer_state)
@@ -182,15 +182,33 @@ def attach(
     return attachment
 
 
+def _continuation(
+    trainer: Trainer,
+    lisa: LisaConfig | None,
+    lr_multipliers: str | os.PathLike[str] | None,
+    *,
+    incomplete: bool,
+) -> Continuation:
+    """Return what guards a resume, of which a trainer has one, however often it is attached."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Continuation):
+            callback.take(lisa, lr_multipliers, incomplete=incomplete)
+            return callback
+    made = Continuation(trainer, lisa, lr_multipliers=lr_multipliers, incomplete=incomplete)
+    trainer.add_callback(made)
+    return made
+
+
 def _multiply_rates(trainer: Trainer, file: str | os.PathLike[str], path: str | None) -> None:
     """Multiply the learning rates of layers once there is an optimizer, before its scheduler."""
     read_multipliers(Path(file))  # a broken file is refused now
     done: list[Any] = []
 
     def multiplied(optimizer: Any, model: nn.Module) -> None:
-        if not any(optimizer is each for each in done):
+        held = optimizers_of(optimizer)  # accelerate puts a wrapper around the same one
+        if not all(any(one is each for each in done) for one in held):
             set_layer_rates(optimizer, model, known_layers(model, path), Path(file))
-            done.append(optimizer)
+            done.extend(held)
 
     def create(original: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = original(*args, **kwargs)
@@ -222,6 +240,13 @@ def _plan(trainer: Trainer, config: LisaConfig) -> Plan | None:
     return plan
 
 
+def _ended_run(attachment: Attachment) -> Any:
+    """What recorded a run that has ended; None before, and while one is recorded."""
+    callback = attachment.recorder_callback
+    recorder = None if callback is None else callback.recorder
+    return recorder if recorder is not None and recorder.writer.closed else None
+
+
 @contextmanager
 def _training(
     attachment: Attachment,
@@ -232,6 +257,7 @@ def _training(
 ) -> Iterator[None]:
     """What `trainer.train` runs inside; callbacks hear not of resuming, nor of all exceptions."""
     engine, stepping = attachment.engine_callback, attachment.step_callback
+    earlier = _ended_run(attachment)
     if engine is not None and isinstance(resume_from_checkpoint, str | os.PathLike):
         engine.checkpoint = Path(resume_from_checkpoint)
     continuation.begin(resume_from_checkpoint)
@@ -241,7 +267,9 @@ def _training(
                 entered.enter_context(context())
             yield
     except BaseException as error:
-        attachment.close(error)
+        # A run that ended before has ended as it says, whatever keeps this training from beginning.
+        begun = earlier is None or _ended_run(attachment) is not earlier
+        attachment.close(error if begun else None)
         raise
     finally:
         if engine is not None:

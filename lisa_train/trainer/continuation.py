@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from lisa_analysis.contract.errors import RunDirectoryError
+from lisa_analysis.contract.errors import ConfigError, RunDirectoryError
 from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.run_entries import as_lists
@@ -96,9 +96,10 @@ class Continuation(TrainerCallback):
         self.changes: dict[str, list[Any]] = {}
         self.notes: list[str] = []
         self._trainer = trainer
-        self._lisa = lisa
-        self._incomplete = incomplete
-        self._multipliers = multipliers_content(lr_multipliers)
+        self._lisa: LisaConfig | None = None
+        self._incomplete = False
+        self._multipliers: Any = None
+        self.take(lisa, lr_multipliers, incomplete=incomplete)
         self._model: dict[str, Any] = {}
         self._checkpoint: Checkpoint | None = None
         self._own_schedule = trainer.lr_scheduler is not None
@@ -109,6 +110,21 @@ class Continuation(TrainerCallback):
                 "and nothing can be resumed from them; leave it out to be able to."
             )
         self._lasting = len(self.notes)
+
+    def take(
+        self,
+        lisa: LisaConfig | None,
+        lr_multipliers: str | os.PathLike[str] | None,
+        *,
+        incomplete: bool,
+    ) -> None:
+        """Take what is attached, in one call or in several: it is one training."""
+        self._lisa = self._lisa if lisa is None else lisa
+        self._incomplete = self._incomplete or incomplete
+        if lr_multipliers is not None:
+            if self._multipliers is not None:
+                raise ConfigError("this trainer has lr_multipliers already; attach them once.")
+            self._multipliers = multipliers_content(lr_multipliers)
 
     def begin(self, resume_from_checkpoint: Any) -> None:
         """Examine the checkpoint that `Trainer.train` is about to load.

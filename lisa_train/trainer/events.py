@@ -148,6 +148,12 @@ class TrainerEvents:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
+            if (args[0] if args else kwargs.get("trial")) is not None:
+                raise ConfigError(
+                    "hyperparameter_search trains one trainer again and again with models that it "
+                    "makes meanwhile, which attach does not follow: make a trainer for every "
+                    "trial, and attach to each of them."
+                )
             with context(resume_from_checkpoint):
                 return original(resume_from_checkpoint, *args, **kwargs)
 
@@ -256,6 +262,23 @@ def _overrides(listener: Listener, event: str) -> bool:
     return getattr(type(listener), event) is not getattr(Listener, event)
 
 
+class _Patched:
+    """A method of one object with something around it, which must not be that of a copy of it."""
+
+    def __init__(self, call: Callable[..., Any], original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise ConfigError(
+            "a trainer that lisa_train.attach works on cannot be copied: the copy would train the "
+            "original. Copy it first, and attach to each."
+        )
+
+
 def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
     """Let `wrapper(original, *args, **kwargs)` stand for `owner.name`.
 
@@ -268,9 +291,10 @@ def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], No
     original, own = getattr(owner, name), name in vars(owner)
     on = True
 
-    @functools.wraps(original)
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs) if on else original(*args, **kwargs)
+
+    patched = _Patched(call, original)
 
     def take_off() -> None:
         nonlocal on

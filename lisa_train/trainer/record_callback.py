@@ -300,8 +300,10 @@ class RecordCallback(Listener, TrainerCallback):
         """Write held-out metrics as an event."""
         if self.recorder is None:
             return
-        numbers = self._tally.evaluated(state.global_step, metrics)
-        self.recorder.event("evaluate", state.global_step, metrics=numbers)
+        late = self.recorder.writer.closed  # of other data, or of the best weights
+        numbers = self._tally.evaluated(state.global_step, metrics, counts=not late)
+        marked = {"after_training": True} if late else {}
+        self.recorder.event("evaluate", state.global_step, metrics=numbers, **marked)
 
     @_recording
     def on_save(

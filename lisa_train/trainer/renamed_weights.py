@@ -2,15 +2,24 @@
 
 `save_pretrained` writes some architectures (ViT, experts, …) under the names that their files have
 always had. `from_pretrained` translates them; Trainer, which loads a checkpoint into the model at
-hand, does not: it logs the missing names, and goes on from the weights that training began with.
+hand, does not: it logs the missing names, and goes on from the weights that training began with,
+or, where it is to end with the best ones, with a mixture of these and the last.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from lisa_train.model.module_tree import unwrap
+from lisa_train.model.sharding import is_sharded
+from lisa_train.private_names import check
+from lisa_train.trainer.events import patch
 
 
 def is_renamed(model: nn.Module, path: Path) -> bool:
@@ -30,6 +39,29 @@ def load_renamed(model: Any, path: Path) -> None:
     stored = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
     for name, tensor in model.state_dict().items():
         tensor.copy_(stored[name])
+
+
+@contextmanager
+def best_weights_whole(trainer: Trainer) -> Iterator[None]:
+    """Let `load_best_model_at_end` load every tensor of the best checkpoint, whatever its name."""
+    if not trainer.args.load_best_model_at_end:
+        yield
+        return
+    check("best weights")
+
+    def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        model, best = unwrap(trainer.model), trainer.state.best_model_checkpoint
+        whole = isinstance(model, PreTrainedModel) and not any(map(is_sharded, model.parameters()))
+        if best is not None and whole and is_renamed(model, Path(best)):
+            load_renamed(model, Path(best))
+        return result
+
+    take_off = patch(trainer, "_load_best_model", load)
+    try:
+        yield
+    finally:
+        take_off()
 
 
 def _names(path: Path) -> set[str] | None:

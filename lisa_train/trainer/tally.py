@@ -102,13 +102,19 @@ class Tally:
         if sums.known:
             self._per_label = {f"{prefix}_loss": sums.value(self._trainer)}
 
-    def evaluated(self, step: int, metrics: Mapping[str, Any] | None) -> dict[str, float]:
-        """Return the numbers among the metrics of an evaluation, losses per label."""
+    def evaluated(
+        self, step: int, metrics: Mapping[str, Any] | None, *, counts: bool = True
+    ) -> dict[str, float]:
+        """Return the numbers among the metrics of an evaluation, losses per label.
+
+        It `counts` for the figures of the run unless it is made after the training.
+        """
         numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
         for name in self._per_label.keys() & numbers.keys():
             put_per_label(numbers, name, self._per_label[name])
         self._per_label = {}
-        self.held_out.append((step, numbers))
+        if counts:
+            self.held_out.append((step, numbers))
         return numbers
 
     def result(self, *, ended: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from lisa_analysis.contract.errors import ConfigError
 from lisa_analysis.contract.schema import MANIFEST
+from lisa_analysis.rundir.events import evaluations
 from lisa_analysis.rundir.opening import load
 from lisa_train.measure.config import RecordConfig
 from lisa_train.measure.disk.manifest import describe_run
@@ -181,10 +182,7 @@ class TrainerRun:
         run = load(self._run_dir)
         tokens = run.scalars.loc[run.scalars["step"] <= step, "tokens"].dropna()
         self.tokens = int(tokens.iloc[-1]) if len(tokens) else 0
-        events = run.events
-        if "metrics" in events:
-            found = events.loc[events["event"] == "evaluate", ["step", "metrics"]]
-            self.held_out = [(int(s), m) for s, m in found.values if isinstance(m, dict)]
+        self.held_out = [*evaluations(run)]
 
 
 def need_batches(dataloader: Any) -> None:

@@ -163,8 +163,21 @@ DOORS = {
     "sharded": lambda tmp, mp: check(*private_needs(sharded=True)),
     "sharded probe": lambda tmp, mp: sharded_pass(),
     "sharded checkpoint": lambda tmp, mp: sharded_checkpoint(),
+    "best weights": lambda tmp, mp: best_weights(),
     "demo": lambda tmp, mp: demo(mp),
 }
+
+
+def best_weights():
+    from types import SimpleNamespace
+
+    from lisa_train.trainer.renamed_weights import best_weights_whole
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(load_best_model_at_end=True), _load_best_model=lambda: None
+    )
+    with best_weights_whole(trainer):
+        pass
 
 
 def sharded_checkpoint():

@@ -112,10 +112,12 @@ class BaseWeights:
     model
         A model loaded by `from_pretrained`, with or without adapters. Where its checkpoint
         cannot be found nothing is measured, with a warning.
+    name
+        Folder or hub id of the weights; None: what the model was loaded from.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
+    def __init__(self, model: nn.Module, name: str | None = None) -> None:
+        name = loaded_from(model) if name is None else name
         self._conversions: list[Conversion] | None = None
         self._stored = StoredWeights(model, find_checkpoint(name) if name else {})
         self._told = False
@@ -163,6 +165,31 @@ class BaseWeights:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def loaded_from(model: nn.Module) -> str:
+    """Return the folder or hub id that a model was loaded from; empty where it is not known."""
+    return getattr(getattr(unwrap(model), "config", None), "_name_or_path", "") or ""
+
+
+def base_of_run(recorded: object, model: nn.Module) -> str | None:
+    """Return where the W₀ of a run that goes on is; None where nobody can tell.
+
+    The model at hand may have been loaded from a checkpoint of the run itself, and Trainer fills it
+    with the weights of that one: the run remembers what it began with.
+
+    Parameters
+    ----------
+    recorded
+        `model.name` of its run.json, which a user may have chosen freely.
+    model
+        The model that goes on.
+    """
+    own = loaded_from(model)
+    if isinstance(recorded, str) and recorded != own and find_checkpoint(recorded):
+        return recorded
+    midway = own and own != recorded and (Path(own) / "trainer_state.json").exists()
+    return None if midway else own
 
 
 class _Checkpoint:

@@ -93,11 +93,16 @@ class BaseDeltas(Part):
         self, want: frozenset[str], table: TensorTable, buffer: MetricBuffer, model: nn.Module
     ) -> None:
         super().__init__(want, table, buffer)
-        self._base = BaseWeights(model)
+        self._model = model
+        self._base: BaseWeights | None = BaseWeights(model)
+
+    def take_up(self, name: str | None) -> None:
+        """Measure from the W₀ of a run that goes on, see `base_of_run`; None measures nothing."""
+        self._base = None if name is None else BaseWeights(self._model, name)
 
     def census(self, step: int) -> None:
         """Measure all tensors."""
-        found = self._base.deltas(self.table)
+        found = self._base.deltas(self.table) if self._base is not None else []
         if found:
             ids = np.array([i for i, _ in found], dtype=np.int64)
             self.buffer.add(step, "delta_norm", ids, stacked([s for _, s in found]))

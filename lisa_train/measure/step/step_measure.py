@@ -99,6 +99,12 @@ class StepMeasure:
         """Numbers and tensors that step now, see the class."""
         return [] if self._now is None else self._now.tensors
 
+    def take_up_base(self, name: str | None) -> None:
+        """Measure ‖W − W₀‖ from the W₀ of a run that goes on; None measures it no more."""
+        for part in self._parts:
+            if isinstance(part, BaseDeltas):
+                part.take_up(name)
+
     # ------------------------------------------------------------------ around the step
 
     @property

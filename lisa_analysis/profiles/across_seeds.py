@@ -297,10 +297,12 @@ def _statement(
     special: Sequence[str],
 ) -> str:  # fmt: skip
     """What a person should take away: estimand, layers that stand out, shape, seeds."""
-    count = len(seeds.runs)
+    scored = [run for run in seeds.runs if seeds.scores[run].notna().any()]
+    empty = [run for run in seeds.runs if run not in scored]
+    but = f" ({', '.join(empty)} {'have' if len(empty) > 1 else 'has'} no score)" if empty else ""
     sentences = [
-        f"Over {count} seeds: intervals are for the mean over seeds of this arm (Student's t, "
-        f"variances moderated over {first.by}s)."
+        f"Over {len(scored)} seeds{but}: intervals are for the mean over seeds of this arm "
+        f"(Student's t, variances moderated over {first.by}s)."
     ]
     unknown = ~(fit.seen | fit.zero)
     if unknown.all():

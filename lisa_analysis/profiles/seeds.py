@@ -109,11 +109,11 @@ def each_seed(
         tuple(names), places.assign(**dict(zip(names, table, strict=True))), spread, ratio,
         float(np.mean(agree)), min(agree), max(agree), "",
     )  # fmt: skip
-    return _said(found)
+    return _said(found, int(np.isfinite(taus).sum()))
 
 
-def _said(seeds: Seeds) -> Seeds:
-    """Add the words."""
+def _said(seeds: Seeds, pairs: int) -> Seeds:
+    """Add the words; `pairs` of seeds have a τ, of layers that both know."""
     within, total = (
         rms(seeds.spread[name].to_numpy(dtype=np.float64)) for name in ("within", "total")
     )
@@ -129,7 +129,6 @@ def _said(seeds: Seeds) -> Seeds:
         words.append(text + ".")
     if np.isfinite(seeds.kendall):
         # No interval, which is written with dots everywhere: the pairs themselves.
-        pairs = len(seeds.runs) * (len(seeds.runs) - 1) // 2
         reach = (
             f" on average ({seeds.kendall_low:.2f} to {seeds.kendall_high:.2f} over {pairs} pairs)"
         )

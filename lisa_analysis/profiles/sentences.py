@@ -32,8 +32,9 @@ def remarks(metric: Metric, by: str, names: Sequence[str], fit: Fit) -> tuple[st
             f"Exactly 0 at some steps, which are left out: {name_rows(by, names, partly)} (at most "
             f"{int(fit.zeros[partly].max())} steps)."
         )
-    with np.errstate(invalid="ignore"):
-        below = fit.high < 0
+    joint = fit.joint_high if len(fit.joint_high) else fit.high
+    with np.errstate(invalid="ignore"):  # as standings are: for all layers at once, where known
+        below = np.where(np.isfinite(joint), joint, fit.high) < 0
     if below.any():
         rows = name_rows(by, names, below)
         did = f" {metric.below_zero}" if metric.below_zero else ""

@@ -179,6 +179,30 @@ def data_of(run: Run) -> str:
     return _last_part(run.manifest.get("dataset"))
 
 
+def held_out_of(run: Run) -> str:
+    """What is held out of a run's data, as far as run.json says; empty where it does not."""
+    entry = run.manifest.get("dataset")
+    count = entry.get("held_out_examples") if isinstance(entry, dict) else None
+    return f"{count} held-out examples" if isinstance(count, int) and count else ""
+
+
+def head_of(run: Run) -> str:
+    """Class of the model that a run trained; empty when unknown."""
+    entry = run.manifest.get("model")
+    return str(entry.get("architecture") or "") if isinstance(entry, dict) else ""
+
+
+def places_of(runs: Sequence[Run], what: str) -> list[str]:
+    """Folders of one name at different places, as run.json has them, of ``model`` or ``dataset``.
+
+    Empty where the names say already that they are different, or the same.
+    """
+    entries = [run.manifest.get(what) for run in runs]
+    names = [str(e["name"]) for e in entries if isinstance(e, dict) and e.get("name")]
+    absolute = dict.fromkeys(name for name in names if Path(name).is_absolute())
+    return [*absolute] if len({Path(name).name for name in absolute}) < len(absolute) else []
+
+
 def seeds_of(run: Run) -> dict[str, Any]:
     """Seeds of a run by what they are of; those that are not known are left out."""
     found = run.manifest.get("seeds")

@@ -16,6 +16,8 @@ from lisa_analysis.rundir.configurations import (
     differing,
     distinct,
     grouped,
+    head_of,
+    held_out_of,
     model_of,
     seeds_of,
     settings,
@@ -25,7 +27,7 @@ from lisa_analysis.rundir.run import Run
 from lisa_analysis.statistics.repetitions import MIN_SEEDS, Mean, mean_difference, mean_over
 
 ARM_COLUMNS = ("arm", "runs", "seeds", "mean", "low", "high", "method", "kendall")
-DIFFERENCE_COLUMNS = ("a", "b", "mean", "low", "high", "pairs", "lower")
+DIFFERENCE_COLUMNS = ("a", "b", "mean", "low", "high", "pairs", "lower", "higher")
 _MOST = 3
 _WIDEST = 24
 
@@ -138,9 +140,16 @@ def _value(text: str | None) -> str:
     return shown if len(shown) <= _WIDEST else f"{shown[: _WIDEST - 1]}…"
 
 
+# What losses have to share to be compared, and what it is called where they do not.
+COMPARED = (
+    ("models", model_of), ("kinds of model", head_of), ("data", data_of),
+    ("parts of the data", held_out_of),
+)  # fmt: skip
+
+
 def comparable(runs: Sequence[Run]) -> bool:
-    """Whether no two runs are known to be of different models or data."""
-    return all(len({*map(of, runs)} - {""}) < 2 for of in (model_of, data_of))
+    """Whether no two runs are known to be of different models or data, or of other examples."""
+    return all(len({*map(of, runs)} - {""}) < 2 for _, of in COMPARED)
 
 
 def arm_table(
@@ -160,7 +169,7 @@ def arm_table(
         rows.append(
             {
                 "arm": arm.name, "runs": len(arm.runs),
-                "seeds": len({_identity(i, runs[i]) for i in arm.runs}),
+                "seeds": len(by_seed) or len({_identity(i, runs[i]) for i in arm.runs}),
                 "mean": mean.value, "low": mean.low, "high": mean.high,
                 "method": "/".join(dict.fromkeys(runs[i].method for i in arm.runs)),
                 "kendall": float(inside["kendall"].mean()) if len(inside) else float("nan"),
@@ -175,28 +184,28 @@ def difference_table(
     """One row per pair of arms: mean held-out loss of `a` less that of `b`.
 
     Paired by seed where the arms have enough seeds in common (or all of them), else Welch's
-    interval with `pairs` 0; `lower` counts the pairs in which `a` is the lower. Where one of the
-    two is a control, it is `b`. Losses on different models or data have no difference.
+    interval with `pairs` 0; `lower` and `higher` count the pairs in which `a` is that. Where one of
+    the two is a control, it is `b`. Losses on different models or data have no difference.
     """
     rows: list[tuple[Any, ...]] = []
     for first, second in combinations(arms, 2):
         a, b = (second, first) if first.control > second.control else (first, second)
         left, right = (_losses(arm, runs, table, _pairing) for arm in (a, b))
         if not comparable([runs[i] for i in (*a.runs, *b.runs)]):
-            rows.append((a.name, b.name, np.nan, np.nan, np.nan, 0, None))
+            rows.append((a.name, b.name, np.nan, np.nan, np.nan, 0, None, None))
             continue
         common = [seed for seed in left if seed in right]
-        lower: int | None = None
+        lower = higher = None
         if len(common) >= MIN_SEEDS or (common and len(common) == len(left) == len(right)):
             apart = np.array([left[seed] - right[seed] for seed in common])
             mean: Mean = mean_over(apart, confidence)
-            lower = int((apart < 0).sum())
+            lower, higher = int((apart < 0).sum()), int((apart > 0).sum())
         else:
             common = []
             mean = mean_difference(list(left.values()), list(right.values()), confidence)
-        rows.append((a.name, b.name, mean.value, mean.low, mean.high, len(common), lower))
+        rows.append((a.name, b.name, mean.value, mean.low, mean.high, len(common), lower, higher))
     frame = pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
-    return frame.astype({"pairs": "int64", "lower": "Int64"})
+    return frame.astype({"pairs": "int64", "lower": "Int64", "higher": "Int64"})
 
 
 def _losses(arm: Arm, runs: Sequence[Run], table: pd.DataFrame, key: Any) -> dict[Any, float]:

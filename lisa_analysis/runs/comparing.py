@@ -91,6 +91,8 @@ def compare(
     table.insert(1, "arm", _arm_of(arms, len(runs)))
     side_by_side = arm_table(arms, runs, table, pairs, confidence)
     differences = difference_table(arms, runs, table, confidence)
+    curves = pd.concat([s.curve for s in summaries], ignore_index=True)
+    words = comparison_words(runs, arms, table, side_by_side, differences, pairs, curves, without)
     return Comparison(
         metric=scored_by,
         table=table,
@@ -99,8 +101,8 @@ def compare(
         profiles=shares(known),
         rank_agreement=pairs,
         concordance=concordance(list(known.values())),
-        curves=pd.concat([s.curve for s in summaries], ignore_index=True),
-        statement=comparison_words(runs, arms, table, side_by_side, differences, pairs, without),
+        curves=curves,
+        statement=words,
     )
 
 

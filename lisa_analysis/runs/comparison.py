@@ -38,12 +38,13 @@ class Comparison:
         steps, tokens and seconds that all runs reached.
     arms
         One row per arm, runs that differ in nothing but the seed: arm, runs, seeds, mean (of the
-        held-out loss at equal steps) with low and high (Student's t over seeds, three or more),
+        held-out loss at equal steps) with low and high (Student's t over seeds, three or more;
+        seeds are those with a loss, where any has one),
         method, and kendall, the mean of Kendall's τ between its runs.
     differences
         One row per pair of arms: a, b, mean of a's loss less b's, low, high, pairs of runs of one
-        seed behind it (0: not paired, Welch's interval), and lower, the pairs in which a is the
-        lower. Where one of the two samples uniformly or is a placebo it is b.
+        seed behind it (0: not paired, Welch's interval), and lower and higher, the pairs in which
+        a is that. Where one of the two samples uniformly or is a placebo it is b.
     profiles
         One row per layer, one column per run: share of the total score; NaN is unknown.
     rank_agreement
@@ -91,9 +92,12 @@ class Comparison:
             if (row["a"], row["b"]) == (a, b):
                 return row
             if (row["a"], row["b"]) == (b, a):
-                lower = row["pairs"] - row["lower"] if row["pairs"] else row["lower"]
-                return row | {"a": a, "b": b, "mean": -row["mean"], "low": -row["high"],
-                              "high": -row["low"], "lower": lower}  # fmt: skip
+                # A file of an earlier version has no `higher`.
+                higher = row.get("higher", row["pairs"] - row["lower"] if row["pairs"] else None)
+                return row | {
+                    "a": a, "b": b, "mean": -row["mean"], "low": -row["high"],
+                    "high": -row["low"], "lower": higher, "higher": row["lower"],
+                }  # fmt: skip
         raise LisaError(f"an arm has no difference from itself: got {a!r} twice.")
 
     def to_frame(self) -> pd.DataFrame:

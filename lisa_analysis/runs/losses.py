@@ -34,7 +34,7 @@ class RunSummary:
         """Read the streams of `run`."""
         scalars, result = run.scalars, run.manifest.get("result") or {}
         curve = evaluations(run, label)
-        losses = curve["held_out_loss"].dropna()
+        losses = curve["held_out_loss"]
         row = {
             "run": label,
             "method": run.method,
@@ -53,14 +53,29 @@ class RunSummary:
 
 
 def table(summaries: list[RunSummary]) -> pd.DataFrame:
-    """One row per run, with the held-out loss at the largest cost that all runs reached."""
+    """One row per run, with the held-out loss at the largest cost that all runs reached.
+
+    A loss that is not finite is one: a run that diverged reached its steps, without a number.
+    """
     frame = pd.DataFrame([summary.row for summary in summaries])
     for cost, column in _EQUAL.items():
-        reached = [summary.curve.dropna(subset=[cost, "held_out_loss"]) for summary in summaries]
+        reached = [summary.curve.dropna(subset=[cost]) for summary in summaries]
         evaluated = [curve for curve in reached if len(curve)]
         limit = min((float(curve[cost].max()) for curve in evaluated), default=float("nan"))
         frame[column] = [loss_at(curve, cost, limit) for curve in reached]
     return frame
+
+
+def reached(curves: pd.DataFrame) -> tuple[int | None, list[str]]:
+    """Return the last step that all evaluated runs reached, and which ended there before others.
+
+    None without any evaluation.
+    """
+    ends = curves.groupby("run", sort=False)["step"].max()
+    if not len(ends):
+        return None, []
+    least = int(ends.min())
+    return least, [str(run) for run in ends.index[ends == least]] if ends.max() > least else []
 
 
 def score_columns(frame: pd.DataFrame) -> list[str]:

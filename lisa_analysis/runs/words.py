@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from lisa_analysis.rundir.configurations import data_of, model_of
+from lisa_analysis.rundir.configurations import places_of
 from lisa_analysis.rundir.run import Run
-from lisa_analysis.runs.arms import Arm, comparable
+from lisa_analysis.runs.arms import COMPARED, Arm, comparable
+from lisa_analysis.runs.losses import reached
 
 if TYPE_CHECKING:
     from lisa_analysis.runs.comparison import Comparison
@@ -22,6 +24,7 @@ def comparison_words(
     means: pd.DataFrame,
     differences: pd.DataFrame,
     pairs: pd.DataFrame,
+    curves: pd.DataFrame,
     last: str = "",
 ) -> str:
     """Say what a person should take away; what makes a comparison void comes first."""
@@ -34,6 +37,7 @@ def comparison_words(
     ]
     if comparable(runs):
         parts.append(_losses(table, means, differences))
+        parts += [_read_at(curves), _left_out(table, arms)] if parts[-1] else []
     parts += [_rankings(pairs), last]
     return " ".join(filter(None, parts))
 
@@ -54,6 +58,8 @@ def headline(comparison: "Comparison") -> str:
     """What runs side by side show, in a sentence: who is lower, as far as seeds allow."""
     said = comparison.statement
     told = comparison.differences.dropna(subset=["low"])
+    if reached(comparison.curves)[0] == 0 and len(told):
+        return _read_at(comparison.curves) or "The runs have losses from before training alone."
     if "do not compare" in said or told.empty:
         first = said.split(". ")
         return (
@@ -79,14 +85,50 @@ def headline(comparison: "Comparison") -> str:
 def _others(runs: Sequence[Run]) -> str:
     """Say that runs are of different models, or of different data."""
     void = []
-    for what, of in (("models", model_of), ("data", data_of)):
+    for what, of in COMPARED:
         found = [name for name in dict.fromkeys(map(of, runs)) if name]
         if len(found) > 1:
             listed = ", ".join(found[:_MOST]) + (" …" if len(found) > _MOST else "")
             void.append(f"of different {what} ({listed})")
-    if not void:
+    if void:
+        return f"The runs are {' and '.join(void)}: their losses do not compare."
+    return " ".join(
+        f"{what} of one name lie at different places ({', '.join(places[:_MOST])}): whether they "
+        "are the same is not known here."
+        for what, entry in (("Models", "model"), ("Data", "dataset"))
+        if (places := places_of(runs, entry))
+    )
+
+
+def _read_at(curves: pd.DataFrame) -> str:
+    """Say which step is compared where some runs went on from it."""
+    step, ended = reached(curves)
+    if not ended:
         return ""
-    return f"The runs are {' and '.join(void)}: their losses do not compare."
+    names = ", ".join(ended[:_MOST]) + (" …" if len(ended) > _MOST else "")
+    ends = "ends" if len(ended) == 1 else "end"
+    if step == 0:
+        return (
+            f"These are losses before the first step, the only ones of {names}: nothing trained is "
+            f"compared. Leave {'it' if len(ended) == 1 else 'them'} out."
+        )
+    return f"They are read at step {step}, where {names} {ends}; others go on."
+
+
+def _left_out(table: pd.DataFrame, arms: Sequence[Arm]) -> str:
+    """Name the runs whose seeds are in no mean: of arms where others have a loss."""
+    equal = table["loss_at_equal_steps"]
+    finite = np.isfinite(equal.to_numpy(dtype=np.float64))
+    runs = [
+        str(table["run"].iloc[i])
+        for arm in arms
+        for i in arm.runs
+        if not finite[i] and finite[list(arm.runs)].any()
+    ]
+    if not runs:
+        return ""
+    names = ", ".join(runs[:_MOST]) + (" …" if len(runs) > _MOST else "")
+    return f"Without a finite loss there, and in no mean: {names}."
 
 
 def _losses(table: pd.DataFrame, means: pd.DataFrame, differences: pd.DataFrame) -> str:

@@ -92,7 +92,14 @@ def _batches(run: Run) -> int:
 def _of_several(analysis: Analysis) -> NextStep:
     at = _ways([one.run for one in analysis.runs])
     names = " ".join(map(shlex.quote, at.values()))
-    if analysis.profile is not None:
+    profile = analysis.profile
+    if profile is not None and not (profile.above or profile.below):
+        return NextStep(
+            "Ask a probe, which names layers without training, or add seeds: over these no layer "
+            "is told from the others, and a file by them would be uniform.",
+            _train("probe", analysis.runs[0].run),
+        )
+    if profile is not None:
         return NextStep(
             "Train the next run by the profile over seeds, and a uniform one beside it.",
             f"lisa-analyze {names} --probabilities probabilities.json",

@@ -1,5 +1,6 @@
 """Which modules PEFT takes for which setting, so that a file names exactly those meant."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,13 @@ from numpy.typing import NDArray
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.plans.exports.modules import ModelModules, Module
 from lisa_analysis.plans.exports.plan import Plan, joined
+
+
+def check_alpha(name: str, value: object) -> None:
+    """`LisaError` unless a scale of adapters is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):  # type: ignore[operator]
+        raise LisaError(f"{name} is {value!r}: expected a number above 0.")
 
 
 def targets(plan: Plan, leaves: Sequence[str], chosen: NDArray[np.bool_]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`lr`: multipliers of the learning rate by layer, for optimizer groups."""
 
+import math
+
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.contract.multipliers_file import SCHEMA
 from lisa_analysis.plans.exports.plan import Plan
@@ -21,7 +23,8 @@ def make_lr(
     """
     outside = {"embed": embed, "head": head, "norm": norm, "other": other}
     for name, value in outside.items():
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
             raise LisaError(f"{name} is {value!r}: expected a number of at least 0.")
     shares = plan.multiples().pi
     values = {

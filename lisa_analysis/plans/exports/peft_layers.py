@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lisa_analysis.contract.errors import LisaError
-from lisa_analysis.plans.exports.adapters import beside, matched, targets
+from lisa_analysis.plans.exports.adapters import beside, check_alpha, matched, targets
 from lisa_analysis.plans.exports.plan import Plan, joined
 from lisa_analysis.plans.exports.registry import Content, exporter
 
@@ -35,6 +35,8 @@ def make_peft_layers(
     """
     if not (isinstance(r, int) and not isinstance(r, bool) and r >= 1):
         raise LisaError(f"r is {r!r}: expected a whole number of at least 1.")
+    if lora_alpha is not None:
+        check_alpha("lora_alpha", lora_alpha)
     chosen = plan.chosen(layers)
     leaves = plan.modules_of(target_modules)
     values = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from lisa_analysis.contract.errors import LisaError
 from lisa_analysis.plans.budget import whole_shares
-from lisa_analysis.plans.exports.adapters import beside, matched, targets
+from lisa_analysis.plans.exports.adapters import beside, check_alpha, matched, targets
 from lisa_analysis.plans.exports.plan import Plan
 from lisa_analysis.plans.exports.registry import Content, exporter
 
@@ -20,7 +20,7 @@ from lisa_analysis.plans.exports.registry import Content, exporter
 def make_peft_rank(
     plan: Plan,
     *,
-    r: int = 16,
+    r: int | None = None,
     budget: int | None = None,
     alpha_per_rank: float = 2.0,
     target_modules: str | Sequence[str] | None = None,
@@ -32,7 +32,7 @@ def make_peft_rank(
     plan
         The profile.
     r
-        Mean rank: the budget is what this rank in every layer would cost.
+        Mean rank: the budget is what this rank in every layer would cost; 16 without a budget.
     budget
         Trained parameters instead; needs the run, which says how large the modules are.
     alpha_per_rank
@@ -40,16 +40,19 @@ def make_peft_rank(
     target_modules
         Last parts of module names; None takes every matrix of attention and feed-forward parts.
     """
-    if not (isinstance(r, int) and not isinstance(r, bool) and r >= 1):
-        raise LisaError(f"r is {r!r}: expected a whole number of at least 1.")
-    if not (isinstance(alpha_per_rank, int | float) and alpha_per_rank > 0):
-        raise LisaError(f"alpha_per_rank is {alpha_per_rank!r}: expected a number above 0.")
+    for name, value in (("r", r), ("budget", budget)):
+        counted = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is not None and not counted:
+            raise LisaError(f"{name} is {value!r}: expected a whole number of at least 1.")
+    if r is not None and budget is not None:
+        raise LisaError("r and budget say the same in two ways: give one of them.")
+    check_alpha("alpha_per_rank", alpha_per_rank)
     leaves = plan.modules_of(target_modules)
     multiples = plan.multiples().pi
     chosen = multiples > 0
     costs, most = _costs(plan, leaves)
     if budget is None:
-        budget = int(r * costs.sum())
+        budget = int((16 if r is None else r) * costs.sum())
     elif plan.model is None:
         raise LisaError("a budget of parameters needs the sizes of the modules: give run=.")
     ranks = np.zeros(len(multiples), np.int64)

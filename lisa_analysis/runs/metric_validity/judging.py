@@ -65,8 +65,10 @@ def _row(
         "spearman": mean, "low": low, "high": high, "ceiling": float(ceilings.mean()),
         "chance": association.critical(null, 1 - confidence),
         "p": float((np.abs(null) >= abs(mean) - 1e-9).mean()), "p_of_all": float("nan"),
-        "evidence": False, "layers": own[0].cells.layers, "kinds": own[0].cells.kinds,
-        "runs": len(own),
+        "evidence": False, "layers": min(part.cells.layers for part in own),
+        "kinds": min(part.cells.kinds for part in own), "runs": len(own),
+        "layers_at_most": max(part.cells.layers for part in own),
+        "kinds_at_most": max(part.cells.kinds for part in own),
         "metric_noise": all(part.metrics[key].samples is not None for part in own),
     }  # fmt: skip
 

@@ -62,13 +62,22 @@ def _none(table: pd.DataFrame, confidence: float) -> str:
 
 def _over(rows: pd.DataFrame) -> str:
     """What was ranked."""
-    layers, kinds = int(rows["layers"].iloc[0]), int(rows["kinds"].iloc[0])
+    least, kinds = int(rows["layers"].min()), int(rows["kinds"].min())
+    most, all_kinds = (  # a table of an earlier version has neither
+        int(rows[f"{name}_at_most" if f"{name}_at_most" in rows else name].max())
+        for name in ("layers", "kinds")
+    )
     level = rows["level"].iloc[0]
     if level == "layer":
-        return f"Over {layers} layers"
+        return f"Over {_reach(least, most)} layers"
     if level == "module":
-        return f"Over {layers * kinds} modules"
-    return f"Over {layers} layers within {kinds} kinds"
+        return f"Over {_reach(least * kinds, most * all_kinds)} modules"
+    return f"Over {_reach(least, most)} layers within {_reach(kinds, all_kinds)} kinds"
+
+
+def _reach(least: int, most: int) -> str:
+    """Return ``6``, or ``6 to 30`` over runs of several models."""
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _best(rows: pd.DataFrame) -> str:

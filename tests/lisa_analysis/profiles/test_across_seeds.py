@@ -184,6 +184,14 @@ class TestGivenScores:
         assert same.seeds.runs == ("seed 1", "seed 2", "seed 3")
         assert same.sources == ()
 
+    def test_a_seed_without_a_score_is_counted_nowhere(self):
+        rng = np.random.default_rng(1)
+        table = np.exp(0.5 * X + 0.05 * rng.standard_normal((4, 12)))
+        table[3] = np.nan
+        profile = la.ImportanceProfile.from_scores(table, sources=["a", "b", "c", "d"])
+        assert profile.statement.startswith("Over 3 seeds (d has no score): ")
+        assert " over 3 pairs)" in profile.seeds.statement
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -193,3 +193,13 @@ def test_no_single_layer_stands_out_where_others_do_too():
     words = _course(shape, sufficient=True)
     assert words.endswith("the shape that there seems to be does not hold without layer 29")
     assert "stands out" not in words
+
+
+def test_a_layer_that_is_below_zero_by_itself_alone_is_not_said_to_hurt():
+    """Of many layers one is below 0 by chance: the paragraph goes by all of them at once."""
+    runs = SKEW.parents[1] / "2026-11-27-sampling/runs/pos/source-ablation"
+    profile = la.importance(runs / "s2", "ablation_reset")
+    assert (profile.layers["high"] < 0).any()
+    assert not (profile.layers["joint_high"] < 0).any()
+    assert "all 6 layers cannot be told from nothing" in profile.statement
+    assert "hurt the trained model" not in profile.statement

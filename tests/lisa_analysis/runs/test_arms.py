@@ -212,6 +212,47 @@ class TestInput:
         text = la.compare(runs).statement
         assert text.startswith("The runs are of different data (a, b): their losses do not compare")
 
+    def test_other_examples_or_another_head_are_other_data_and_models(self, arm):
+        for entry, names in (
+            ({"dataset": {"name": "a", "held_out_examples": 64}}, "parts of the data (64 held-out"),
+            ({"model": {"name": "m", "architecture": "B"}}, "kinds of model (B, A)"),
+        ):
+            own = {"model": {"name": "m", "architecture": "A"}, "dataset": {"name": "a"}}
+            other = (
+                {"dataset": {"name": "a", "held_out_examples": 32}}
+                | own
+                | {"dataset": {"name": "a", "held_out_examples": 32}}
+            )
+            runs = [arm([2.0], manifest=m)[0] for m in (own | entry, other)]
+            text = la.compare(runs).statement
+            assert text.startswith("The runs are of different ")
+            assert names in text
+            assert "their losses do not compare" in text
+            assert "lowest" not in text
+
+    def test_folders_of_one_name_at_different_places_may_be_different(self, arm):
+        names = ("/law/train.jsonl", "/chat/train.jsonl")
+        runs = [arm([2.0], manifest={"dataset": {"name": name}})[0] for name in names]
+        text = la.compare(runs).statement
+        assert text.startswith("Data of one name lie at different places (/law/train.jsonl, /chat/")
+
+    def test_a_seed_without_a_finite_loss_is_no_seed_of_the_mean(self, arm):
+        runs = arm([2.0, 2.1, 2.2, float("inf")])
+        comparison = la.compare({"all": runs})
+        row = comparison.arms.iloc[0]
+        assert (row["runs"], row["seeds"], row["mean"]) == (4, 3, pytest.approx(2.1))
+        last = comparison.table["run"].iloc[3]
+        assert "3 seeds)" in comparison.statement
+        assert f"Without a finite loss there, and in no mean: {last}." in comparison.statement
+
+    def test_ties_are_neither_lower_nor_higher(self, arm):
+        comparison = la.compare({"a": arm([2.0, 2.1, 2.2]), "b": arm([2.0, 2.1, 2.3])})
+        for names in (("a", "b"), ("b", "a")):
+            row = comparison.difference(*names)
+            assert row["lower"] + row["higher"] == 1
+        assert comparison.difference("a", "b")["lower"] == 1
+        assert comparison.difference("b", "a")["higher"] == 1
+
     def test_arms_that_mix_are_said_to(self, arm):
         runs = [*arm([2.0, 2.1]), *arm([2.2], config="learning_rate: 0.3\n")]
         text = la.compare({"all": runs}).statement

@@ -59,6 +59,26 @@ class TestTable:
         assert frame.loc["run1", "loss_at_equal_seconds"] == pytest.approx(2.0)
         assert frame.loc["run2", "loss_at_equal_seconds"] == pytest.approx(3.25)
 
+    def test_a_run_that_ended_early_is_named_with_the_step(self, make_run):
+        long = [make_run(steps=100, edit_events=evaluations((0, 4.0), (50, 3.0), (100, 2.0)))]
+        cut = make_run(steps=50, edit_events=evaluations((0, 4.0), (50, 3.1)))
+        comparison = la.compare([*long, cut])
+        last = comparison.table["run"].iloc[1]
+        assert f"They are read at step 50, where {last} ends; others go on." in comparison.statement
+        broken = make_run(steps=3, edit_events=evaluations((0, 4.0)))
+        said = la.compare([*long, broken]).statement
+        assert "These are losses before the first step, the only ones of " in said
+        assert "nothing trained is compared. Leave it out." in said
+        assert "They are read" not in la.compare(long * 2).statement
+
+    def test_a_run_that_diverged_has_no_number_where_it_did(self, make_run):
+        """Its earlier losses are not what it came to, and pull nobody back to their step."""
+        well = make_run(steps=100, edit_events=evaluations((0, 4.0), (50, 3.0), (100, 2.0)))
+        ill = make_run(steps=100, edit_events=evaluations((0, 4.0), (50, 1.0), (100, "NaN")))
+        frame = la.compare([well, ill]).to_frame()
+        assert frame["loss_at_equal_steps"].iloc[0] == 2.0
+        assert frame[["held_out_loss", "loss_at_equal_steps"]].iloc[1].isna().all()
+
     def test_runs_without_evaluation_are_unknown_not_zero(self, make_run):
         runs = [make_run(steps=20, edit_events=lambda e: []), make_run(steps=20)]
         frame = la.compare(runs).to_frame()

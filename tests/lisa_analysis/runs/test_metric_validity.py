@@ -136,6 +136,17 @@ def test_seeds_are_averaged_and_bounded_over_runs(tmp_path):
     assert len(found.runs) == 3
 
 
+def test_runs_of_two_depths_are_said_to_be(tmp_path):
+    deep = [ablated(tmp_path / f"deep{seed}", PLANTED / 10, seed=seed) for seed in range(2)]
+    worth = 0.3 + np.linspace(-1, 1, 8) ** 2
+    flat = [ablated(tmp_path / f"flat{s}", worth / 10, n_layers=8, seed=s) for s in range(2)]
+    for runs in ([*deep, *flat], [*flat, *deep]):
+        found = la.validity(runs)
+        assert "Over 8 to 12 layers: " in found.sentence
+        one = row(found, "grad_rms")
+        assert (one["layers"], one["layers_at_most"], one["runs"]) == (8, 12, 4)
+
+
 def test_a_probe_lends_its_metrics(tmp_path):
     run = ablated(tmp_path / "run", PLANTED / 10)
     pilot = run_of(tmp_path / "pilot", seed=9)

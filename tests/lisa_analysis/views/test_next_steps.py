@@ -1,5 +1,6 @@
 """What to do next, the first screen's headline, and what the pictures leave out."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +138,19 @@ def test_an_arm_has_the_profile_over_its_seeds_and_a_single_run_its_own(tmp_path
     if len(analysis.comparison.arms) == 2:
         assert repeated.seeds is not None
         assert next(iter(profiles)).endswith("(3 runs)")
+
+
+def test_seeds_that_tell_no_layer_ask_for_a_probe_not_for_a_run_by_them(tmp_path):
+    kept = Path(__file__).parents[3] / "reports/2026-11-27-sampling/runs/pos/full"
+    runs = [la.load(kept / f"s{seed}") for seed in (2, 3)]
+    analysis = Analysis.of(runs)
+    assert not analysis.profile.above + analysis.profile.below
+    step = next_step(analysis)
+    assert step.sentence.startswith("Ask a probe, which names layers without training, or add")
+    assert "--config probe" in step.command
+    told = [write_run(tmp_path / f"t{i}", steps=80, n_layers=6, method="full", seed=i)
+            for i in range(3)]  # fmt: skip
+    assert "by the profile over seeds" in next_step(Analysis.of(told)).sentence
 
 
 def test_an_undecided_profile_is_an_open_question_however_healthy_the_run(tmp_path):

@@ -291,22 +291,22 @@ def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], No
     original, own = getattr(owner, name), name in vars(owner)
     on = True
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs) if on else original(*args, **kwargs)
 
-    patched = _Patched(call, original)
+    held = _Patched(patched, original)
 
     def take_off() -> None:
         nonlocal on
         on = False
-        if vars(owner).get(name) is not patched:
+        if vars(owner).get(name) is not held:
             return
         if own:
             setattr(owner, name, original)
         else:
             delattr(owner, name)
 
-    setattr(owner, name, patched)
+    setattr(owner, name, held)
     return take_off
 
 

@@ -73,9 +73,10 @@ def test_runs_that_look_like_seeds_and_are_none_are_told_why(tmp_path):
     assert "No profile over all" not in overview(Analysis.of([runs[0], other]))
 
 
-def comparison(*rows, statement="One. Two. Three."):
+def comparison(*rows, statement="One. Two. Three.", last=20):
     frame = pd.DataFrame(rows, columns=["a", "b", "mean", "low", "high"])
-    return SimpleNamespace(differences=frame, statement=statement)
+    curves = pd.DataFrame({"run": ["r1", "r2"], "step": [last, 20]})
+    return SimpleNamespace(differences=frame, statement=statement, curves=curves)
 
 
 def test_the_headline_of_a_comparison_says_who_is_lower():
@@ -90,6 +91,8 @@ def test_the_headline_of_a_comparison_says_who_is_lower():
     others = "Of other data: their losses do not compare. More."
     void = headline(comparison(("x", "y", -0.2, -0.3, -0.1), statement=others))
     assert void == "Of other data: their losses do not compare."
+    untrained = headline(comparison(("x", "y", -0.2, -0.3, -0.1), last=0))
+    assert "only ones of r1: nothing trained is compared. Leave it out." in untrained
 
 
 def test_updates_over_the_rate_do_not_follow_its_schedule(tmp_path):

@@ -55,11 +55,11 @@ def _draw(marks: Mapping[str, Sequence[Row]], label: str, unit: str, file: Path)
         ax.set_title(environment, fontsize=10)
         ax.locator_params(axis="x", nbins=3)
         style.finish(ax, grid="x")
-    figure.supxlabel(unit, fontsize=9)
     axes[0].set_yticks(range(len(names)), names)
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=len(marks),
         loc="outside lower center",
-        title="left is better; filled: told from 0, after Holm's correction", title_fontsize=8,
+        title=f"{unit}; left is better; filled: told from 0, after Holm's correction",
+        title_fontsize=8,
     )  # fmt: skip
     figure.savefig(file, dpi=130, metadata={"Software": None})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lisa_analysis.metrics.log import Measurements
@@ -16,7 +17,7 @@ from lisa_analysis.metrics.series import ratio
 )
 def update_norm(data: Measurements) -> NDArray[Any]:
     """Size of the realised step."""
-    return data.table["update_norm"]
+    return _of_moving_steps(data, "update_norm")
 
 
 @metric(
@@ -27,7 +28,7 @@ def update_norm(data: Measurements) -> NDArray[Any]:
 )
 def update_ratio(data: Measurements) -> NDArray[Any]:
     """Relative size of the realised step (LARS, LAMB)."""
-    return ratio(data.table["update_norm"], data.table["weight_norm"])
+    return ratio(_of_moving_steps(data, "update_norm"), data.table["weight_norm"])
 
 
 @metric(
@@ -39,4 +40,18 @@ def update_ratio(data: Measurements) -> NDArray[Any]:
 )
 def descent(data: Measurements) -> NDArray[Any]:
     """Measured first-order loss decrease; may be negative."""
-    return data.table["descent"]
+    return _of_moving_steps(data, "descent")
+
+
+def _of_moving_steps(data: Measurements, column: str) -> NDArray[Any]:
+    """Return a column without the zeros of steps whose learning rate is 0.
+
+    The first step of a warm-up moves no layer and says nothing of any. A layer that moved all the
+    same (groups may have rates of their own; one is logged) keeps its value, and so do all layers
+    of a run whose rate was never above 0.
+    """
+    values = data.table[column]
+    still = data.learning_rate == 0
+    if still.all() or not still.any():
+        return values
+    return np.where(still[:, None] & (values == 0), np.float32(np.nan), values)

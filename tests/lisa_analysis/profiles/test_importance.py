@@ -81,6 +81,26 @@ class TestDefinitions:
         ratio = self.norm(run, "update_norm") / self.norm(run, "weight_norm")
         assert self.score(run, "update_ratio") == pytest.approx(np.exp(np.log(ratio).mean()))
 
+    @pytest.mark.parametrize("metric", ["update_norm", "update_ratio", "descent"])
+    def test_steps_at_the_rate_zero_say_nothing_of_a_layer(self, make_run, metric):
+        """The first steps of a warm-up move nothing, the layers drawn for them alone as well."""
+
+        def still(frame):
+            frame.loc[frame["step"].between(1, 10), ["update_norm", "descent"]] *= 0
+            return frame
+
+        def warm_up(frame):
+            return frame.assign(learning_rate=np.where(frame["step"] <= 10, 0.0, 1e-3))
+
+        made = {"method": "lisa", "steps": 40, "interval": 10, "profile": 4, "seed": 2,
+                "draws": [[0, 3], [1, 2], [1, 2], [1, 3]]}  # fmt: skip
+        profile = la.importance(make_run(edit=still, edit_scalars=warm_up, **made), metric)
+        assert np.isnan(profile.scores[0])
+        assert (profile.scores[1:] > 0).all()
+        assert not any("exactly 0" in word.lower() for word in profile.remarks)
+        # At a rate above 0, the same zeros are what layer 0 did.
+        assert la.importance(make_run(edit=still, **made), metric).scores[0] == 0
+
     def test_weight_norm_is_the_papers_mean(self, run):
         expected = self.norm(run, "weight_norm").mean()
         assert self.score(run, "weight_norm") == pytest.approx(expected, rel=1e-6)

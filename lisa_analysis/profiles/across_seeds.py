@@ -94,8 +94,23 @@ def over_seeds_of_runs(
         metric = METRICS[profiles[0].metric]
     linear = metric is not None and metric.scale == "linear"
     return over_seeds(
-        profiles, labels(runs), log=False if linear else None, seed=seed, thresholds=thresholds
-    )
+        profiles, labels(runs), log=False if linear else None, seed=seed, thresholds=thresholds,
+        beforehand=_shorter(runs),
+    )  # fmt: skip
+
+
+def _shorter(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Say which seeds have fewer steps than the longest: their scores are of those alone."""
+    steps = {
+        name: int(run.scalars["step"].max())
+        for run, name in zip(runs, labels(runs), strict=True)
+        if len(run.scalars)  # a probe makes no steps
+    }
+    most = max(steps.values(), default=0)
+    fewer = [f"{name} has {count:,}" for name, count in steps.items() if count < most]
+    if not fewer:
+        return ()
+    return (f"Of other lengths: {', '.join(fewer)} of the {most:,} steps that the longest has.",)
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
@@ -137,6 +152,7 @@ def over_seeds(
     log: bool | None = None,
     seed: int = 0,
     thresholds: Thresholds = THRESHOLDS,
+    beforehand: Sequence[str] = (),
 ) -> ImportanceProfile:
     """Put profiles of the same rows, one per seed, together.
 
@@ -152,6 +168,8 @@ def over_seeds(
         Of the resampled means.
     thresholds
         Limits of the verdict.
+    beforehand
+        Sentences about the runs, said before what is special about single layers.
     """
     first = profiles[0]
     names = distinct(list(names))
@@ -171,7 +189,7 @@ def over_seeds(
         stacks=stacks_of(first.layers["name"]) if ordered else (),
     )  # fmt: skip
     seeds = each_seed(profiles, names, means, log)
-    special = _remarks(first, fit, means)
+    special = (*beforehand, *_remarks(first, fit, means))
     return ImportanceProfile(
         metric=first.metric,
         definition=first.definition,

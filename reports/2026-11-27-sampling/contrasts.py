@@ -112,7 +112,7 @@ def anchors(plans: Sequence[Plan]) -> list[Row]:
 
 
 def by_part(plans: Sequence[Plan]) -> list[Row]:
-    """What was explored: LISA whose head has a rate of its own, or whose embedding rests."""
+    """What was explored: LISA whose embedding rests, or whose head rests or has its own rate."""
     rows = []
     for plan in plans:
         explored = plan.sampling.by_part
@@ -121,7 +121,8 @@ def by_part(plans: Sequence[Plan]) -> list[Row]:
             row = {"environment": plan.environment.name, "arm": name}
             row |= _against(losses, losses_of(plan, plan.arms["uniform"]), "uniform")
             del row["apart"]
-            beside = {"full": plan.arms["full"], "uniform-parts": explored["uniform-parts"]}
+            uniform = explored.get("uniform-parts", explored["uniform-rests"])
+            beside = {"full": plan.arms["full"], "uniform-parts, else -rests": uniform}
             for against, other in beside.items():
                 apart = difference(losses, losses_of(plan, other))
                 row[f"less {against} (95 %)"] = "" if arm == other else apart or MISSING

@@ -125,12 +125,10 @@ class Plan:
         ]
 
     def _by_part(self) -> list[Cell]:
-        """What is explored where the head is new: rates that know of the head's, then the arms."""
+        """What is explored: where the head is new rates that know of the head's, then the arms."""
         arms = self.sampling.by_part.values()
-        if not arms:
-            return []
-        grid = self._grid("parts")
-        if self.losses("parts", self.tried("parts")) is None:
+        grid = self._grid("parts") if self.environment.head else []
+        if grid and self.losses("parts", self.tried("parts")) is None:
             return grid
         seeds = range(1, self.environment.secondary + 1)
         return [*grid, *(self.cell(arm, seed) for seed in seeds for arm in arms)]

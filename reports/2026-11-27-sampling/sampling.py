@@ -31,8 +31,8 @@ class Sampling:
     arms : list of Arm
         Question B's.
     by_part : dict of str to Arm
-        What was explored after the results, where the head is new: LISA whose head has a rate of
-        its own, whose embedding rests, or both.
+        What was explored after the results: where the head is new, LISA whose head has a rate of
+        its own, whose embedding rests, or both; elsewhere LISA whose embedding and head rest.
     learners : dict of str to Arm
         The learners of the pilot stage, by name.
     """
@@ -40,7 +40,8 @@ class Sampling:
     def __init__(self, sources: Sources) -> None:
         self.environment, self.sources = sources.environment, sources
         self.arms = self._lisa()
-        self.by_part = {arm.name: arm for arm in self._by_part()} if self.environment.head else {}
+        explored = self._by_part() if self.environment.head else self._at_rest()
+        self.by_part = {arm.name: arm for arm in explored}
         self.learners = {arm.name: arm for arm in self._learning()}
 
     def preferred(self) -> str | None:
@@ -101,6 +102,19 @@ class Sampling:
             apart("uniform-parts", words=lambda seed: self._drawn(rests)),
             pool("pool-parts", "none"),
             pool("pool-parts-placebo", "permuted"),
+        ]
+
+    def _at_rest(self) -> list[Arm]:
+        rests = "--lisa.always_active=[norm,other]"  # embedding and head are one tensor
+
+        def strong(name: str, control: str) -> Arm:
+            words = self._by_profile("probe", SHARP, control, rests)
+            return Arm(name, "strong", words, ("probe",))
+
+        return [
+            Arm("uniform-rests", "mild", lambda seed: self._drawn(rests)),
+            strong("strong-rests", "none"),
+            strong("strong-rests-placebo", "permuted"),
         ]
 
     @property

@@ -391,6 +391,15 @@ class TestDifferences:
 
 
 class TestContrasts:
+    def test_where_the_model_keeps_its_head_it_is_explored_at_rest(self, sampling, tmp_path):
+        environments, *_, plans = sampling
+        plan = plans.Plan(environments.environments(tmp_path)["voice"], tmp_path, tmp_path)
+        named = [cell.name for cell in plan._by_part()]
+        assert named[-3:] == [f"voice/{name}/s5" for name in plan.sampling.by_part]
+        assert len(named) == 15
+        words = plan.sampling.by_part["uniform-rests"].words(1)
+        assert "--lisa.always_active=[norm,other]" in words
+
     def test_a_source_is_paid_in_steps(self, sampling, tmp_path, monkeypatch):
         environments, *_, seconds, plans = sampling
         plan = plans.Plan(environments.environments(tmp_path)["pos"], tmp_path / "runs", tmp_path)

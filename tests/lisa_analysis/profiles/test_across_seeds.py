@@ -114,6 +114,16 @@ class TestRuns:
         assert again.seeds.spread.equals(profile.seeds.spread)
         assert again.seeds.scores.equals(profile.seeds.scores)
 
+    def test_a_seed_that_ended_early_is_named(self, make_run):
+        runs = [make_run(steps=steps, seed=seed) for seed, steps in enumerate((60, 25, 60))]
+        profile = la.importance(runs, "grad_rms")
+        said = f"Of other lengths: {runs[1].path.name} has 25 of the 60 steps that the longest has."
+        assert profile.remarks[0] == said
+        assert said in profile.statement
+
+    def test_seeds_of_one_length_are_not_remarked_on(self, arm):
+        assert "Of other lengths" not in la.importance(arm(), "grad_rms").statement
+
     def test_a_layer_of_one_seed_has_a_score_and_no_interval(self, make_run):
         runs = [
             make_run(method="lisa", steps=80, seed=seed, draws=draws * 2)

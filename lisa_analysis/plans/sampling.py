@@ -79,9 +79,9 @@ def sampling_probabilities(
     floor, cap
         Bounds of π in units of k/L; never above 1. A pool has neither them nor a mix.
     use_intervals
-        Pull every score towards the others as far as its interval allows (Stich, Raj & Jaggi
-        2017), with intervals that hold for all layers at once where the profile has them. False
-        takes the scores as if they were certain. Either way a layer that no gradient reached, or
+        Pull every score towards the common level of the layers by how little is known of it
+        (empirical Bayes on logarithms, from the interval of each layer by itself). False takes
+        the scores as if they were certain. Either way a layer that no gradient reached, or
         that scored below zero, counts as 0: it gets what `mix` and `floor` give it.
     control
         The same probabilities given to other layers, to tell importance from mere inequality:

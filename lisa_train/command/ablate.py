@@ -27,7 +27,7 @@ the trained model, and put into the base alone; what it costs on general text.
 
   --data DATASET           examples to measure (what the run held out)
   --general FILE|none      general text (64 passages of books)
-  --by layer|kind          units: layers, or the kinds within each (layer)
+  --by layer|kind|both     units: layers, the kinds within each, or both (layer)
   --range N                also every run of N layers
   --max_examples N|all     examples of each data (64)
   --bf16                   compute in bfloat16

@@ -29,8 +29,8 @@ class TrainConfig(_Sections):
     model_name_or_path
         Folder of a saved model, or a hub id.
     dataset_name
-        JSONL, JSON, CSV or Parquet file, folder (saved dataset, data files, or a folder of images
-        per class), or a hub id. Columns for causal-lm: `text`; or `prompt` and `completion`; or
+        JSONL, JSON, CSV, TSV or Parquet file, folder (saved dataset, data files, or a folder of
+        images per class), or a hub id. Columns for causal-lm: `text`; or `prompt` and `completion`; or
         `instruction`, `output` and perhaps `input`; or `messages`, with `tools` and
         `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
         Those of the other tasks stand in docs/tasks.md.

@@ -30,10 +30,10 @@ class TrainConfig(_Sections):
         Folder of a saved model, or a hub id.
     dataset_name
         JSONL, JSON, CSV, TSV or Parquet file, folder (saved dataset, data files, or a folder of
-        images per class), or a hub id. Columns for causal-lm: `text`; or `prompt` and `completion`; or
-        `instruction`, `output` and perhaps `input`; or `messages`, with `tools` and
-        `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or masks.
-        Those of the other tasks stand in docs/tasks.md.
+        images per class), or a hub id. Columns for causal-lm: `text`; or `prompt` and
+        `completion`; or `instruction`, `output` and perhaps `input`; or `messages`, with `tools`
+        and `chat_template_kwargs` if the template takes them; or `input_ids`, with `labels` or
+        masks. Those of the other tasks stand in docs/tasks.md.
     method
         ``full`` trains every weight, ``lora`` an adapter, ``lisa`` a few layers at a time,
         ``peft`` another adapter or a prompt of PEFT, ``select`` the layers or tensors that are

@@ -1,5 +1,6 @@
 """The tensors of a model by number: what parameters.parquet says, and which ones are measured."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class TensorTable:
                 self.ids[name] = number
             layer = layer_map.layer_of(name)
             path = layer_map.names[layer] if layer is not None else None
+            shape = unpacked_shape(tensor)
             self.rows.append(
                 {
                     "param_id": number,
@@ -48,8 +50,8 @@ class TensorTable:
                     "layer": layer,
                     "kind": _kind(name, path, layer_map),
                     "role": role_of(name),
-                    "numel": int(tensor.numel()),
-                    "shape": "x".join(map(str, tensor.shape)),
+                    "numel": math.prod(shape),
+                    "shape": "x".join(map(str, shape)),
                     "dtype": str(tensor.dtype).removeprefix("torch."),
                     "tied_to": None if owner == number else owner,
                 }
@@ -75,6 +77,12 @@ class TensorTable:
                 )
             chosen |= found
         return chosen
+
+
+def unpacked_shape(tensor: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a weight; of one that bitsandbytes packed, two of 4 bits a byte, that of before."""
+    state = getattr(tensor, "quant_state", None)
+    return tuple(getattr(state, "shape", None) or tensor.shape)
 
 
 def number_tensors(

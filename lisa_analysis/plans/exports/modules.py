@@ -80,7 +80,7 @@ class ModelModules:
         Raises
         ------
         LisaError
-            When the run is of another model.
+            When the run has other layers, or packed weights without their shapes.
         """
         if not (hasattr(run, "parameters") and hasattr(run, "layer_names")):
             run = opened(run, "export")
@@ -93,15 +93,22 @@ class ModelModules:
         frame = run.parameters
         frame = frame[frame["role"] == "base"]
         inside, tensors, kinds, fused = [], [], [], []
-        for name, layer, kind, shape in zip(
-            frame["name"], frame["layer"].fillna(-1), frame["kind"], frame["shape"], strict=True
-        ):
+        rows = zip(
+            frame["name"], frame["layer"].fillna(-1), frame["kind"], frame["shape"],
+            frame["dtype"], strict=True,
+        )  # fmt: skip
+        for name, layer, kind, shape, dtype in rows:
             name, position = canonical_name(name), None if layer < 0 else int(layer)
             tensors.append((name, position))
             kinds.append(str(kind))
             sizes = tuple(int(size) for size in str(shape).split("x") if size)
             if position is None or not kind.startswith(("attn.", "mlp.")):
                 continue
+            if dtype == "uint8" and sizes[1:] == (1,):  # as versions before 2026-11-28 wrote it
+                raise LisaError(
+                    f"run {run.run_id} lists {name} packed to 4 bits, without the shape of the "
+                    "matrix: give a run of the model as it was before that, or make one anew."
+                )
             if len(sizes) == 2 and name.endswith(".weight"):
                 path = name.removesuffix(".weight")
                 inside.append(Module(path, position, (sizes[0], sizes[1])))

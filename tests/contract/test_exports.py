@@ -216,6 +216,33 @@ def names_of(model):
     return [name for name, _ in model.named_parameters()]
 
 
+SMALL = {"vocab_size": 50, "d_model": 16, "pad_token_id": 0}
+HEADS = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+WIDTH = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32)
+DEPTH = {"encoder_layers": 2, "decoder_layers": 2}
+CLASSIFIERS = {  # with more around the base model than `classifier` or `score`
+    "bart": lambda: hf.BartForSequenceClassification(
+        hf.BartConfig(**SMALL, **HEADS, **WIDTH, **DEPTH)
+    ),
+    "t5": lambda: hf.T5ForSequenceClassification(
+        hf.T5Config(**SMALL, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ),
+    "deberta": lambda: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(vocab_size=50, hidden_size=16, num_attention_heads=2,
+                           intermediate_size=32, num_hidden_layers=2)
+    ),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(vocab_size=50, dim=16, n_heads=2, n_layers=2, hidden_dim=32)
+    ),
+    "wav2vec2": lambda: hf.Wav2Vec2ForSequenceClassification(
+        hf.Wav2Vec2Config(hidden_size=16, num_attention_heads=2, intermediate_size=32,
+                          num_hidden_layers=2, conv_dim=(16, 16), conv_kernel=(10, 3),
+                          conv_stride=(5, 2), num_conv_pos_embeddings=4,
+                          num_conv_pos_embedding_groups=2, num_feat_extract_layers=2)
+    ),
+}  # fmt: skip
+
+
 class TestClassifiers:
     @pytest.mark.parametrize("kind", ["peft-rank", "peft-layers"])
     def test_the_new_head_trains(self, kind):
@@ -238,6 +265,48 @@ class TestClassifiers:
         adapted = run_of(peft, "bert.encoder.layer")
         found = la.export(profile, kind, run=adapted, r=4).values["modules_to_save"]
         assert found == ["classifier"]
+
+    @pytest.mark.parametrize("family", CLASSIFIERS)
+    def test_all_that_is_around_the_base_model_trains(self, family):
+        model = CLASSIFIERS[family]()
+        run = run_of(model)
+        run.manifest = {"model": {"architecture": type(model).__name__}}
+        scores = np.arange(1.0, len(run.layer_names) + 1)
+        profile = la.ImportanceProfile.from_scores(scores, run.layer_names)
+        peft = get_peft_model(
+            model, LoraConfig(**la.export(profile, "peft-rank", run=run, r=4).values)
+        )
+        rest = [
+            canonical_name(name)
+            for name, tensor in peft.named_parameters()
+            if not tensor.requires_grad and ".original_module." not in name
+        ]
+        assert rest
+        assert all(name.startswith(f"{model.base_model_prefix}.") for name in rest)
+
+    def test_a_head_that_cannot_be_told_is_said(self):
+        model = FAMILIES["llama"]()
+        run = run_of(model)
+        run.parameters = run.parameters[run.parameters["kind"] != "head"]
+        run.manifest = {"task": "text-classification"}
+        profile = la.ImportanceProfile.from_scores(np.ones(12), run.layer_names)
+        made = la.export(profile, "peft-layers", run=run, layers=2)
+        assert "add it to modules_to_save" in made.statement
+
+
+def test_a_tied_head_has_one_name():
+    """Others look for names among the parameters, where it is the embedding alone."""
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+                       num_attention_heads=2, tie_word_embeddings=True)
+    )  # fmt: skip
+    run = run_of(model)
+    assert "lm_head.weight" in set(run.parameters["name"])
+    profile = la.ImportanceProfile.from_scores([1.0, 2.0, 3.0], run.layer_names)
+    with pytest.raises(la.LisaError, match="a head that is tied to the embeddings is 'embed'"):
+        la.export(profile, "axolotl", run=run, layers=1, groups="head")
+    made = la.export(profile, "axolotl", run=run, layers=1, groups="embed")
+    assert "model.embed_tokens.weight" in str(made.values)
 
 
 class TestFreeze:

@@ -60,7 +60,11 @@ def beside(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """
     whole = list(plan.model.whole) if plan.model is not None else []
     if not whole:
-        return {}, []
+        lost = plan.model is not None and plan.model.classifies
+        return {}, [
+            "The classifier's head is not known by its name: add it to modules_to_save, or it "
+            "stays as it began."
+        ] * lost
     verb = "trains" if len(whole) == 1 else "train"
     return {"modules_to_save": whole}, [f"{joined(whole)} {verb} whole beside them."]
 

@@ -11,8 +11,6 @@ from lisa_analysis.rundir.opening import opened
 
 # What PEFT puts between the path of a module and the copy of it that trains whole.
 COPY = ".modules_to_save."
-# Heads of classifiers, which start at random, as PEFT knows them by its task types.
-NEW_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,11 @@ class ModelModules:
         k of LISA's own draws; None in any other run.
     whole
         Modules outside the layers that have to train whole beside adapters: those that the run's
-        own adapter did, and the new head of a classifier.
+        own adapter did, and what a classifier has around its base model.
+    classifies
+        Whether the model is a classifier.
+    tied
+        Second names of tensors that have another: no list of parameters has them.
     """
 
     layer_names: tuple[str, ...]
@@ -64,6 +66,8 @@ class ModelModules:
     fused: tuple[str, ...]
     activated_layers: int | None = None
     whole: tuple[str, ...] = ()
+    classifies: bool = False
+    tied: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, run: Any, layer_names: Sequence[str]) -> "ModelModules":
@@ -116,7 +120,8 @@ class ModelModules:
                 fused.append(name)
         return cls(
             tuple(run.layer_names), tuple(inside), tuple(tensors), tuple(kinds), tuple(fused),
-            own_activated_layers(run), _whole(run),
+            own_activated_layers(run), _whole(run), _classifies(run),
+            frozenset(map(canonical_name, frame["name"][frame["tied_to"].notna()])),
         )  # fmt: skip
 
     @property
@@ -150,11 +155,14 @@ class ModelModules:
         return wanted
 
     def of_group(self, group: str) -> tuple[str, ...]:
-        """Names of the tensors outside the layers of one kind: embed, head, norm or other."""
+        """Names of the tensors outside the layers of one kind: embed, head, norm or other.
+
+        A tensor has one name, the first: a head that is tied to the embeddings is one of `embed`.
+        """
         return tuple(
             name
             for (name, layer), kind in zip(self.tensors, self.kinds, strict=True)
-            if layer is None and kind == group
+            if layer is None and kind == group and name not in self.tied
         )
 
 
@@ -162,8 +170,25 @@ def _whole(run: Any) -> tuple[str, ...]:
     """Paths of modules that train whole beside adapters, in order."""
     names = [str(name) for name in run.parameters["name"]]
     found = [canonical_name(name.partition(COPY)[0]) for name in names if COPY in name]
-    task = str((getattr(run, "manifest", None) or {}).get("task") or "")
-    if task.endswith("classification"):
-        firsts = [canonical_name(name).split(".", 1)[0] for name in names]
-        found += [name for name in firsts if name in NEW_HEADS]
+    if _classifies(run):
+        found += _outside_the_base(map(canonical_name, names), run.layer_names)
     return tuple(dict.fromkeys(found))
+
+
+def _classifies(run: Any) -> bool:
+    """Whether a run's model is a classifier, by its task or, without one, its class."""
+    manifest = getattr(run, "manifest", None) or {}
+    model = manifest.get("model")
+    architecture = model.get("architecture") if isinstance(model, dict) else None
+    return str(manifest.get("task") or architecture or "").lower().endswith("classification")
+
+
+def _outside_the_base(names: Iterable[str], layer_names: Sequence[str]) -> list[str]:
+    """First parts of the paths that are not the base model's, as all layers are.
+
+    What a class of transformers has around it to classify (`classifier`, `score`, `projector`,
+    `pre_classifier`, `classification_head.dense`, …) starts at random.
+    """
+    bases = {layer.split(".", 1)[0] for layer in layer_names}
+    firsts = (name.split(".", 1)[0] for name in names if "." in name)
+    return [first for first in firsts if first not in bases]

@@ -260,7 +260,8 @@ def _judged(
         )
     said += profile.remarks
     below = profile.layers["high"].to_numpy(dtype=np.float64) < 0
-    if (count := int(below.sum()) + len(profile.zero)) and not evidence.undecided:
+    count = int(below.sum()) + len(profile.zero)
+    if count and not evidence.undecided and stages.strength.pool is None:
         them = "They get" if count > 1 else "It gets"
         said.append(f"{them} no more than mix and floor give.")
     return justified, " ".join(said)

@@ -216,7 +216,7 @@ def _stages(
         )
     if strength.pool is not None:
         least = max(least, math.ceil(total / most)) if math.isfinite(most) else least
-        chosen = _pool(score, bottom, known, strength.pool, least)
+        chosen = _pool(score, bottom, top, known, strength.pool, least)
         power[known] = chosen[known]
         mixed[known] = power[known] / chosen.sum()
         shares = np.where(chosen, min(most, total / math.fsum(cost[chosen])), 0.0)
@@ -297,20 +297,27 @@ def _in_order(score: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def _pool(
-    score: Array, low: Array, known: NDArray[np.bool_], size: int, least: int
+    score: Array, low: Array, high: Array, known: NDArray[np.bool_], size: int, least: int
 ) -> NDArray[np.bool_]:
-    """Which layers share equally: `size` of the best, or those whose interval is above the mean."""
+    """Which layers share equally: `size` of the best, or those whose interval is above the mean.
+
+    What counts as 0 is never one of them (where all do, scores are of a scale of their own).
+    """
     n = len(score)
     chosen = np.zeros(n, dtype=bool)
+    with np.errstate(invalid="ignore"):
+        nothing = known & (np.fmax(score, high) <= 0) & bool((score[known] > 0).any())
+    known = known & ~nothing
     if size:
         best = np.argsort(np.where(known, -score, np.inf), kind="stable")[:size]
         chosen[best[known[best]]] = True
         found, name = int(chosen.sum()), f"pool={size}"
         if found < size:
             raise ProbabilitiesError(
-                f"strength is {name!r}, but {int(known.sum())} of {n} layers are known: expected a "
-                "pool of at most as many; make it smaller, or take scores without intervals as "
-                "certain (--ignore-intervals, use_intervals=False)."
+                f"strength is {name!r}, but {int(known.sum())} of {n} layers are known"
+                f"{' to be worth anything' if nothing.any() else ''}: expected a pool of at most as "
+                "many; make it smaller, or take scores without intervals as certain "
+                "(--ignore-intervals, use_intervals=False)."
             )
     else:
         with np.errstate(invalid="ignore"):

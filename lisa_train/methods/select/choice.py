@@ -123,6 +123,12 @@ def _top(scores: Mapping[int, float], number: int, path: str) -> list[int]:
             f"select.top is {number}, but {path} has a score of {len(ordered)} layers; give at "
             "most that."
         )
+    above = sum(score > 0 for score in scores.values())
+    if 0 < above < number:  # where none is, scores are of a scale of their own
+        raise ConfigError(
+            f"select.top is {number}, but in {path} {above} layers have a score above 0: the next "
+            f"one, layer {ordered[above]}, has {scores[ordered[above]]:.3g}; give at most {above}."
+        )
     inside, outside = ordered[number - 1], ordered[number : number + 1]
     if outside and scores[outside[0]] == scores[inside]:
         raise ConfigError(

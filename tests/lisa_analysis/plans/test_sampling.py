@@ -328,6 +328,32 @@ class TestLayersThatCountAsZero:
         least = min(made.inclusion_probabilities)
         assert [made.inclusion_probabilities[i] for i in (0, 2)] == [least, least]
 
+    def test_none_of_them_is_in_a_pool(self):
+        profile = self.scores(
+            5.0, 4.5, -0.1, 0.0, -3.0, 4.0,
+            low=[4, 3.5, -2, 0, -4, 3], high=[6, 5.5, 2, 0, -2, 5],
+            names=[f"model.layers.{i}" for i in range(6)],
+        )  # fmt: skip
+        made = la.sampling_probabilities(profile, 2, strength="pool=4")
+        # Layer 2 may be worth something, layer 3 is known to be worth nothing.
+        np.testing.assert_allclose(made.inclusion_probabilities, [0.5, 0.5, 0.5, 0, 0, 0.5])
+        assert "Never drawn: layers 3, 4." in made.statement
+        assert "no more than mix and floor" not in made.statement
+        trains = la.export(profile, "freeze", layers=4).statement
+        assert "4 of 6 layers train: model.layers.0, model.layers.1, model.layers.2 and" in trains
+        for ask in (
+            lambda: la.sampling_probabilities(profile, 2, strength="pool=5"),
+            lambda: la.export(profile, "peft-layers", layers=5, target_modules="q_proj"),
+        ):
+            with pytest.raises(ProbabilitiesError, match="4 of 6 layers are known to be worth"):
+                ask()
+
+    def test_scores_that_are_all_below_zero_are_ranked(self):
+        """A scale of somebody's own, the loss without each layer with a minus for one."""
+        profile = self.scores(-3.0, -1.0, -2.0)
+        made = la.sampling_probabilities(profile, 1, strength="pool=2", use_intervals=False)
+        np.testing.assert_allclose(made.inclusion_probabilities, [0, 0.5, 0.5])
+
     def test_a_layer_without_gradient_gets_the_least(self, make_run):
         def cut(frame):
             frame.loc[frame["param_id"].isin([3, 4]), "grad_norm"] = 0.0

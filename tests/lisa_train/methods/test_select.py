@@ -287,6 +287,7 @@ def test_its_memory_is_that_of_what_is_named(model_dir: Path) -> None:
             r"spectrum is 0.2, which is less than one of the 4 layers.* least 0.25",
         ),
         ({"top": 5, "profile": [1, 2, 3, 4]}, r"select.top is 5, but .* a score of 4 layers"),
+        ({"top": 3, "profile": [0, 2, -1, 3]}, r"2 layers have a score above 0: .* layer 0, has 0"),
         ({"top": 1, "profile": [2, 2, 3, 3]}, r"layers 2 and 3 have the same score"),
         ({"top": 1, "profile": [1, 2]}, r"is about 2 layers .* and not the 4"),
         ({"top": 1, "profile": "gone.json"}, r"gone.json cannot be read \(No such file"),

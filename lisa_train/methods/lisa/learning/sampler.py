@@ -87,6 +87,13 @@ class LearnedSampler(Sampler):
         # Within the bounds, or what is left of a prior for the layers that are known may not be.
         lower, upper = (min(1.0, bound * k / layers) for bound in (strength.floor, strength.cap))
         given = allocate(given, float(k), lower, upper, weights)
+        if (given <= 0).any():
+            raise ConfigError(
+                f"lisa.learn begins with probabilities of 0 (layer "
+                f"{first + int(np.argmin(given))}), as a pool has them, and learns on a scale on "
+                "which 0 is none: begin with a file of another strength (lisa-analyze RUN "
+                "--probabilities FILE --strength 3), or without one."
+            )
         super().__init__(control.of(given, None, weights), k, seed, weights)
         self._prior = given
         self._strength = strength

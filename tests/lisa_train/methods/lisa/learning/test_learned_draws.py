@@ -18,6 +18,7 @@ from lisa_train.methods.lisa.control import Control
 from lisa_train.methods.lisa.learning import learners
 from lisa_train.methods.lisa.learning.config import LearnConfig, LearnMetric
 from lisa_train.methods.lisa.learning.learners import LEARNERS, Learner, Scores, register
+from lisa_train.methods.lisa.learning.sampler import LearnedSampler
 from lisa_train.methods.lisa.samplers import make_sampler
 
 METRICS = LearnMetric.__args__
@@ -170,6 +171,17 @@ def test_a_pool_of_too_few_keeps_what_is_in_force():
     assert learned.scores(39) is not None
     with pytest.raises(ConfigError, match="a pool of fewer layers than the 4"):
         sampler(4, strength="pool=3", metric="probe")
+
+
+def test_a_prior_of_a_pool_is_refused_where_nothing_lifts_its_zeros():
+    """Its layers outside have no logarithm, and so no way back; nothing was ever learned."""
+    pool = np.repeat([0.0, 0.5], 4)
+    with pytest.raises(ConfigError, match=r"probabilities of 0 \(layer 6\), as a pool has them"):
+        LearnedSampler(
+            pool, 2, 0, LearnConfig(metric="probe", strength="pool=4"), Control(), first=6
+        )
+    learned = LearnedSampler(pool, 2, 0, LearnConfig(metric="probe", strength=3.0), Control())
+    assert learned.probabilities(0).min() > 0
 
 
 def test_every_draw_keeps_sum_and_bounds():

@@ -315,7 +315,7 @@ def _pool(
         if found < size:
             raise ProbabilitiesError(
                 f"strength is {name!r}, but {int(known.sum())} of {n} layers are known"
-                f"{' to be worth anything' if nothing.any() else ''}: expected a pool of at most as "
+                f"{' to be worth something' * nothing.any()}: expected a pool of at most as "
                 "many; make it smaller, or take scores without intervals as certain "
                 "(--ignore-intervals, use_intervals=False)."
             )

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lisa_analysis.profiles.profile import ImportanceProfile
     from lisa_analysis.rundir.run import Run
 
+# What lisa-train draws unless it is told another number.
+USUAL_LAYERS = 2
+
 
 @dataclass(frozen=True)
 class AskedExport:
@@ -116,7 +119,7 @@ class NextRun:
                 profile,
                 activated_layers=self.activated_layers
                 or own_activated_layers(run)
-                or min(2, run.n_layers),
+                or min(USUAL_LAYERS, run.n_layers),
                 use_intervals=self.use_intervals,
                 strength=1.0 if self.strength is None else self.strength,
                 control=self.control,

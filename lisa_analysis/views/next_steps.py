@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisa_analysis.contract.layers import stacks_of
+from lisa_analysis.contract.schema import CONFIG
 from lisa_analysis.profiles.cost import PROBE_BATCHES
 from lisa_analysis.rundir.configurations import data_of, model_of, seeds_of
 from lisa_analysis.rundir.run import Run
 from lisa_analysis.statistics.repetitions import MIN_SEEDS
 from lisa_analysis.views.analysis import Analysis, RunAnalysis
+from lisa_analysis.views.next_run import USUAL_LAYERS
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,24 @@ def next_step(analysis: Analysis) -> NextStep:
     if one.run.status == "running":
         return NextStep("Look again later: the run is still going on.",
                         _analyze(one.run))  # fmt: skip
-    if not one.run.has_course:
-        return NextStep("Give these layers ranks by what they changed.",
-                        _analyze(one.run, "--export peft-rank:lora.json"))  # fmt: skip
-    return _of_one(one)
+    return _of_one(one) if one.run.has_course else _of_weights(one.run)
+
+
+def _of_weights(run: Run) -> NextStep:
+    if run.method == "model":
+        return NextStep(
+            "Say which model these weights came from: beside it is known what each layer changed.",
+            _analyze(run, "--base BASE"),
+        )
+    options = ["--ignore-intervals", "--export peft-rank:lora.json"]
+    if run.base is not None:
+        home = run.path.resolve().parent
+        options.insert(0, f"--base {shlex.quote(os.path.relpath(run.base.resolve(), home))}")
+    return NextStep(
+        "Give these layers ranks by what they changed; scores of one set of weights have no "
+        "intervals, and are taken as certain.",
+        _analyze(run, " ".join(options)),
+    )
 
 
 def _of_one(one: RunAnalysis) -> NextStep:
@@ -64,12 +81,41 @@ def _of_one(one: RunAnalysis) -> NextStep:
         )
     else:
         sentence = "Train the next run by this profile, and a uniform one beside it."
-    lines = [_analyze(run, "--probabilities probabilities.json")]
+    lines = [_analyze(run, f"{_as_asked(one)}--probabilities probabilities.json")]
     if one.probabilities is not None:
-        lines.append(_train("lisa", run, "--lisa.probabilities probabilities.json"))
+        lines.append(_train("lisa", run, _by_probabilities(one)))
     if not run.is_probe and run.ablation.empty:
         lines.insert(0, f"lisa-ablate {shlex.quote(_name(run))}")
     return NextStep(sentence, "\n".join(lines))
+
+
+def _as_asked(one: RunAnalysis) -> str:
+    """Options of `lisa-analyze` by which its file is the one on the page, a space behind each."""
+    plan, words = one.plan, []
+    if isinstance(one.metric, str):
+        words.append(f"--metric {shlex.quote(one.metric)}")
+    if plan.activated_layers is not None:
+        words.append(f"--activated-layers {plan.activated_layers}")
+    if plan.strength is not None:
+        words.append(f"--strength {plan.strength}")
+    if plan.control not in (None, "none"):
+        seed = "" if plan.control_seed is None else f" --control-seed {plan.control_seed}"
+        words.append(f"--control {plan.control}{seed}")
+    if not plan.use_intervals:
+        words.append("--ignore-intervals")
+    return "".join(f"{word} " for word in words)
+
+
+def _by_probabilities(one: RunAnalysis) -> str:
+    """Options of `lisa-train` with which it takes the file."""
+    assert one.probabilities is not None
+    k = one.probabilities.activated_layers
+    words = ["--lisa.probabilities probabilities.json"]
+    if k != USUAL_LAYERS:
+        words.insert(0, f"--lisa.activated_layers {k:g}")
+    if k < len(set(stacks_of(one.run.layer_names))):
+        words.append("--lisa.stacks together")
+    return " ".join(words)
 
 
 def _know_more(one: RunAnalysis) -> NextStep:
@@ -102,7 +148,7 @@ def _of_several(analysis: Analysis) -> NextStep:
     if profile is not None:
         return NextStep(
             "Train the next run by the profile over seeds, and a uniform one beside it.",
-            f"lisa-analyze {names} --probabilities probabilities.json",
+            f"lisa-analyze {names} {_as_asked(analysis.runs[0])}--probabilities probabilities.json",
         )
     comparison = analysis.comparison
     assert comparison is not None
@@ -111,13 +157,18 @@ def _of_several(analysis: Analysis) -> NextStep:
     if len(few) and len(losses) > 1:
         arm = few.iloc[0]["arm"]
         row = comparison.table[comparison.table["arm"] == arm].iloc[0]
-        one = next(one for one in analysis.runs if one.name == row["run"])
-        seed = _next_seed(one.run)
+        inside = set(comparison.table["run"][comparison.table["arm"] == arm])
+        arm_runs = [one.run for one in analysis.runs if one.name in inside]
+        seed = _next_seed(arm_runs)
+        first = next(one.run for one in analysis.runs if one.name == row["run"])
+        command = (
+            f"lisa-train --config {shlex.quote(at[first])}/config.yaml --seed {seed} "
+            f"--output_dir {shlex.quote(f'{at[first]}-seed-{seed}')}"
+        )
         return NextStep(
             f"Repeat every arm until it has {MIN_SEEDS} seeds: before that, seeds may explain "
-            f"every difference. {row['run']} first:",
-            f"lisa-train --config {shlex.quote(at[one.run])}/config.yaml --seed {seed} "
-            f"--output_dir {shlex.quote(f'{at[one.run]}-seed-{seed}')}",
+            f"every difference. {row['run']} first{':' if _can_repeat(first) else '.'}",
+            command if _can_repeat(first) else "",
         )
     trained = [one.run for one in analysis.runs if one.run.has_course and one.run.has_layers]
     trained = [run for run in trained if not run.is_probe and run.ablation.empty]
@@ -129,9 +180,15 @@ def _of_several(analysis: Analysis) -> NextStep:
     return NextStep("Nothing is left to do with these runs alone.")
 
 
-def _next_seed(run: Run) -> int:
-    known = [seed for seed in seeds_of(run).values() if isinstance(seed, int)]
+def _next_seed(runs: Sequence[Run]) -> int:
+    """Return a seed that no run of an arm has."""
+    known = [s for run in runs for s in seeds_of(run).values() if isinstance(s, int)]
     return max(known, default=0) + 1
+
+
+def _can_repeat(run: Run) -> bool:
+    """Whether lisa-train made a run; somebody else's script is not ours to write down."""
+    return (run.path / CONFIG).exists()
 
 
 def _analyze(run: Run, options: str = "") -> str:

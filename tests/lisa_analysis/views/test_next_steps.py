@@ -1,11 +1,15 @@
 """What to do next, the first screen's headline, and what the pictures leave out."""
 
+import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers as hf
 from helpers_runs import write_run
 
 import lisa_analysis as la
@@ -13,10 +17,94 @@ from lisa_analysis.metrics.layer_grid import layer_grids, over_learning_rate
 from lisa_analysis.runs.curves import curve_frame
 from lisa_analysis.runs.words import headline
 from lisa_analysis.views.analysis import Analysis
+from lisa_analysis.views.cli import main as lisa_analyze
 from lisa_analysis.views.html_report.content import gather
 from lisa_analysis.views.html_report.figure import Budget
 from lisa_analysis.views.next_steps import next_step
 from lisa_analysis.views.terminal import overview
+from lisa_train.methods.lisa.config import LisaConfig
+from lisa_train.methods.lisa.plan import Plan as DrawPlan
+
+
+class TestCommandsDoWhatTheySay:
+    """What is advised makes the file on the page, and the trainer takes it."""
+
+    PROBE = Path(__file__).parents[3] / "reports/2026-11-27-sampling/runs/voice/source-probe/s2"
+
+    def words(self, command):
+        """Lines of a command, split as a shell does."""
+        return [shlex.split(line) for line in command.replace("\\\n", " ").split("\n")]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"activated_layers": 4, "strength": 3.0},
+            {"activated_layers": 1, "use_intervals": False, "control": "permuted",
+             "control_seed": 3},
+        ],
+        ids=["none", "four", "fewer than stacks"],
+    )  # fmt: skip
+    def test_of_a_probe(self, options, tmp_path, monkeypatch):
+        analysis = Analysis.of([self.PROBE], **options)
+        analyze, train = self.words(next_step(analysis).command)
+        monkeypatch.chdir(tmp_path)
+        assert analyze[:2] == ["lisa-analyze", "s2"]
+        assert lisa_analyze([str(self.PROBE), *analyze[2:], "-o", "report.html"]) == 0
+        made = la.SamplingProbabilities.load("probabilities.json")
+        wanted = analysis.probabilities
+        assert made.inclusion_probabilities == wanted.inclusion_probabilities
+        flags = dict(zip(train[1::2], train[2::2], strict=True))
+        config = LisaConfig(
+            activated_layers=int(flags.get("--lisa.activated_layers", 2)),
+            stacks=flags.get("--lisa.stacks", "apart"),
+            probabilities=flags["--lisa.probabilities"],
+        )
+        small = dict.fromkeys(("encoder_layers", "decoder_layers"), 4)
+        small |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+        small |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16)
+        model = hf.WhisperForConditionalGeneration(
+            hf.WhisperConfig(d_model=16, vocab_size=60, pad_token_id=0, bos_token_id=1,
+                             eos_token_id=2, decoder_start_token_id=1, **small)
+        )  # fmt: skip
+        plan = DrawPlan.make(model, config, seed=0)
+        np.testing.assert_allclose(
+            plan.schedule.inclusion_probabilities, wanted.inclusion_probabilities
+        )
+
+    def test_of_weights(self, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                           num_attention_heads=2)
+        )  # fmt: skip
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for number, layer in enumerate(model.model.layers):
+                layer.mlp.up_proj.weight += 0.01 * (number + 1) * torch.randn(96, 64)
+        model.save_pretrained(tmp_path / "tuned")
+        alone = next_step(Analysis.of([la.load(tmp_path / "tuned")]))
+        assert alone.sentence.startswith("Say which model these weights came from")
+        assert alone.command == "lisa-analyze tuned --base BASE"
+        beside = next_step(Analysis.of([la.load(tmp_path / "tuned", base=tmp_path / "base")]))
+        assert "--base base --ignore-intervals --export peft-rank:lora.json" in beside.command
+        [words] = self.words(beside.command)
+        monkeypatch.chdir(tmp_path)
+        assert lisa_analyze([*words[1:], "-o", "report.html"]) == 0
+        ranks = json.loads((tmp_path / "lora.json").read_text("utf-8"))["rank_pattern"]
+        assert len(set(ranks.values())) > 1
+
+    def test_of_an_arm_that_has_the_next_seed_already(self, tmp_path):
+        runs = [write_run(tmp_path / "lisa" / f"s{seed}", steps=30, n_layers=4, seed=seed)
+                for seed in (1, 2)]  # fmt: skip
+        runs += [write_run(tmp_path / "full" / f"s{seed}", steps=30, n_layers=4, method="full",
+                           seed=seed) for seed in (1, 2, 3)]  # fmt: skip
+        step = next_step(Analysis.of(runs))
+        assert "--config lisa/s1/config.yaml --seed 3 --output_dir lisa/s1-seed-3" in step.command
+        (tmp_path / "lisa" / "s1" / "config.yaml").unlink()
+        step = next_step(Analysis.of(runs))
+        assert step.sentence.endswith("s1 first.")
+        assert step.command == ""
 
 
 def test_a_fault_comes_first(tmp_path):

@@ -13,6 +13,7 @@ from lisa_train.methods.lisa.gradient_reach import Unreached
 from lisa_train.methods.lisa.schedule import Draw
 from lisa_train.methods.lisa.stacks import DrawnStack
 from lisa_train.methods.lisa.units import Units
+from lisa_train.methods.measured_on import of_another_model
 from lisa_train.model.layer_map import LayerMap
 from lisa_train.model.module_tree import unwrap
 from lisa_train.model.parallel import is_first
@@ -145,6 +146,7 @@ def at_start(
         nothing_to_copy(config, units),
         drawn_apart(stacks, config),
         never(turns, excluded),
+        of_another_model(config.probabilities, model),
     ]
     if missing:
         found.append(

@@ -56,11 +56,15 @@ class Select(Method):
         return {"method": self.name, "select": entry}
 
     def remarks(self, model: "nn.Module", config: Any) -> list[str]:
-        """Say that a tied head is not chosen alone."""
+        """Say that a tied head is not chosen alone, and of which other model the profile is."""
+        from lisa_train.methods.measured_on import of_another_model
         from lisa_train.model.layer_cache import known_layers
 
+        said = [of_another_model(config.select.profile, model)]
         groups = config.select.groups
         tied = not known_layers(model, config.select.stack).groups["head"]
         if "head" in groups and "embed" not in groups and tied:
-            return ["the head is tied to the embeddings: both train, as the one matrix they are"]
-        return []
+            said.append(
+                "the head is tied to the embeddings: both train, as the one matrix they are"
+            )
+        return [text for text in said if text]

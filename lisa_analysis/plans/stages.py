@@ -312,12 +312,12 @@ def _pool(
         best = np.argsort(np.where(known, -score, np.inf), kind="stable")[:size]
         chosen[best[known[best]]] = True
         found, name = int(chosen.sum()), f"pool={size}"
+        what = "known to be worth something" if nothing.any() else "known"
         if found < size:
             raise ProbabilitiesError(
-                f"strength is {name!r}, but {int(known.sum())} of {n} layers are known"
-                f"{' to be worth something' * nothing.any()}: expected a pool of at most as "
-                "many; make it smaller, or take scores without intervals as certain "
-                "(--ignore-intervals, use_intervals=False)."
+                f"strength is {name!r}, but {int(known.sum())} of {n} layers are {what}: expected a "
+                "pool of at most as many; make it smaller, or take scores without intervals as "
+                "certain (--ignore-intervals, use_intervals=False)."
             )
     else:
         with np.errstate(invalid="ignore"):

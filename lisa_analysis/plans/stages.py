@@ -315,8 +315,8 @@ def _pool(
         what = "known to be worth something" if nothing.any() else "known"
         if found < size:
             raise ProbabilitiesError(
-                f"strength is {name!r}, but {int(known.sum())} of {n} layers are {what}: expected a "
-                "pool of at most as many; make it smaller, or take scores without intervals as "
+                f"strength is {name!r}, but {int(known.sum())} of {n} layers are {what}: expected "
+                "a pool of at most as many; make it smaller, or take scores without intervals as "
                 "certain (--ignore-intervals, use_intervals=False)."
             )
     else:

@@ -4,7 +4,8 @@
      "multipliers": {"0": 1.3, …, "embed": 1.0, "head": 1.0, "norm": 1.0, "other": 1.0},
      "provenance": {…}}
 
-`layer_names` and the groups may be missing; a group that is missing has the multiplier 1.
+`layer_names` and the groups may be missing, and so may all the layers: `{"head": 30}` alone is of
+any model. What is missing has the multiplier 1.
 """
 
 import math
@@ -25,7 +26,7 @@ class Multipliers:
     Attributes
     ----------
     layers
-        One per layer, in the order of the model's layers.
+        One per layer, in the order of the model's layers; empty where all have 1.
     groups
         Of embed, head, norm and other.
     layer_names
@@ -36,6 +37,12 @@ class Multipliers:
     groups: dict[str, float]
     layer_names: tuple[str, ...]
 
+    def factor(self, layer: int | None, group: str) -> float:
+        """Return that of a tensor of a layer, or of a group where it is in none."""
+        if layer is None:
+            return self.groups.get(group, 1.0)
+        return self.layers[layer] if self.layers else 1.0
+
 
 def read_multipliers(path: str | Path) -> Multipliers:
     """Read and check a file of multipliers.
@@ -45,7 +52,7 @@ def read_multipliers(path: str | Path) -> Multipliers:
     ConfigError
         One sentence, when the file is missing, torn, of another schema, or holds what is no
         multiplier: every one is a finite number of at least 0, for the layers 0 … L−1 without a
-        gap.
+        gap, or for groups alone.
     """
     path = Path(path)
     record = read_object(path, ConfigError, "lisa-analyze --export lr:FILE")
@@ -72,7 +79,7 @@ def read_multipliers(path: str | Path) -> Multipliers:
                 f"{path} has a multiplier for {key!r}: expected the index of a layer or one of "
                 f"{', '.join(GROUPS)}."
             )
-    if not layers or sorted(layers) != list(range(len(layers))):
+    if not given or sorted(layers) != list(range(len(layers))):
         raise ConfigError(
             f"{path} has multipliers for {len(layers)} layers: expected all from 0 on, without a "
             "gap."

@@ -29,7 +29,7 @@ def set_layer_rates(
     model, layer_map
         The model and its layers.
     path
-        File of `lisa-analyze --export lr:FILE`.
+        File of `lisa-analyze --export lr:FILE`, or one of groups alone.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def set_layer_rates(
         or that has begun.
     """
     rates = read_multipliers(path)
-    if len(rates.layers) != len(layer_map) or (
+    if (rates.layers and len(rates.layers) != len(layer_map)) or (
         rates.layer_names and not same_layers(rates.layer_names, layer_map.names)
     ):
         raise ConfigError(
@@ -48,12 +48,7 @@ def set_layer_rates(
         )
     factors = {}
     for name, parameter in model.named_parameters():
-        layer = layer_map.layer_of(name)
-        factors[parameter] = (
-            rates.groups.get(layer_map.group_of(name), 1.0)
-            if layer is None
-            else rates.layers[layer]
-        )
+        factors[parameter] = rates.factor(layer_map.layer_of(name), layer_map.group_of(name))
     for held in optimizers_of(optimizer):
         if held.state or any("initial_lr" in group for group in held.param_groups):
             raise ConfigError(

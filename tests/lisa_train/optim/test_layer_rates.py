@@ -55,6 +55,18 @@ def test_every_tensor_has_the_rate_of_its_layer_and_keeps_the_rest(file):
     assert optimizer.param_groups[0]["lr"] == 0.2  # what a scheduler reports
 
 
+def test_groups_alone_are_of_any_model(tmp_path):
+    path = tmp_path / "head.json"
+    path.write_text('{"schema": "lr-multipliers/1", "multipliers": {"head": 30, "embed": 0}}')
+    for layers in (2, 5):
+        model = llama(layers=layers)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.2)
+        set_layer_rates(optimizer, model, lt.find_layers(model), path)
+        found = {name: rate for name, (rate, _) in rates_of(optimizer, model).items()}
+        groups = {"lm_head.weight": 0.2 * 30, "model.embed_tokens.weight": 0.0}
+        assert found == {name: groups.get(name, 0.2) for name, _ in model.named_parameters()}
+
+
 @pytest.mark.parametrize("method", ["full", "lisa", "lora"])
 def test_in_trainer_under_a_schedule(file, tmp_path, method):
     model = llama(layers=LAYERS)

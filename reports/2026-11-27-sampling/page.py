@@ -131,7 +131,8 @@ def _choice(plans: Sequence[Plan]) -> list[Row]:
                 losses = [plan.loss(cell.name) for cell in cells]
             finished = [loss for loss in losses if loss is not None]
             known = bool(finished) and len(finished) == len(losses)
-            row[name] = f"{np.mean(finished):.4f}" if known else MISSING if cells else ""
+            wanted = cells and name in LEARNED  # `uniform` is shown where a grid has it
+            row[name] = f"{np.mean(finished):.4f}" if known else MISSING if wanted else ""
         rows.append({**row, "chosen": plan.best_learned() or MISSING})
     return rows
 

@@ -188,7 +188,7 @@ def reliability(
     in_time = fit.parts is not None and np.isfinite(fit.parts.error).any() and period is None
     if fit.noise is not None and in_time:
         divergence, floor = _halves_in_time(fit, rng, limits.drift_level)
-        if np.isfinite(divergence):
+        if np.isfinite(divergence) and np.isfinite(floor):
             drift = bool(divergence > floor) and _moved(fit) > limits.material
     needed = _steps_needed(whole, steps, limits)
     alarm = _first_alarm(whole.only(whole.seen), steps, limits.drift_alarm) if drift else None
@@ -227,7 +227,8 @@ def _halves_in_time(fit: Fit, rng: np.random.Generator, level: float) -> tuple[f
         st.jensen_shannon(*(np.maximum(fit.scale(part), 0.0) for part in pair))
         for pair in ((parts.early[known], parts.late[known]), drawn)
     )
-    return float(found), float(np.nanquantile(null, level))
+    null = null[np.isfinite(null)]  # a draw below zero has no shares
+    return float(found), float(np.quantile(null, level)) if len(null) else float("nan")
 
 
 def _moved(fit: Fit) -> float:

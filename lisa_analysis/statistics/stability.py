@@ -62,15 +62,18 @@ def kendall_w(profiles: Array) -> float:
 def jensen_shannon(p: Array, q: Array) -> Array:
     """Jensen–Shannon divergence in nats between non-negative profiles of shape (..., layers).
 
-    Profiles are normalised to sum to one; 0 for equal ones, ln 2 for disjoint ones.
+    Profiles are normalised to sum to one; 0 for equal ones, ln 2 for disjoint ones, NaN where one
+    is 0 in all layers and has no shares.
     """
     p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    p, q = p / p.sum(axis=-1, keepdims=True), q / q.sum(axis=-1, keepdims=True)
-    middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
+        p, q = p / p.sum(axis=-1, keepdims=True), q / q.sum(axis=-1, keepdims=True)
+        middle = (p + q) / 2
         left = np.where(p > 0, p * np.log(p / middle), 0.0)
         right = np.where(q > 0, q * np.log(q / middle), 0.0)
-    return np.asarray(np.maximum((left + right).sum(axis=-1) / 2, 0.0))
+    shares = np.isfinite(p).all(axis=-1) & np.isfinite(q).all(axis=-1)
+    found = np.maximum((left + right).sum(axis=-1) / 2, 0.0)
+    return np.asarray(np.where(shares, found, np.nan))
 
 
 def spearman_brown(half: float) -> float:

@@ -306,6 +306,8 @@ class TestStability:
         p, q = rng.random(9), rng.random(9)
         assert st.jensen_shannon(p, q) == pytest.approx(jensenshannon(p, q) ** 2)
         assert st.jensen_shannon(np.eye(2)[0], np.eye(2)[1]) == pytest.approx(np.log(2))
+        rows = np.array([[1.0, 3.0], [0.0, 0.0]])
+        np.testing.assert_array_equal(st.jensen_shannon(rows, rows), [0.0, np.nan])
         assert st.jensen_shannon(p, 3 * p) == pytest.approx(0, abs=1e-15)
 
     def test_spearman_brown_predicts_the_whole_from_halves(self):

@@ -59,7 +59,7 @@ Train a model and record what every layer did. The most used settings:
   --config NAME|FILE       a recipe ({recipes}, ...) or a YAML file
   --method NAME            {methods}
   --model_name_or_path M   folder of a saved model, or a hub id
-  --dataset_name D         JSONL, JSON, CSV, TSV or Parquet file, folder, or a hub id
+  --dataset_name D         JSONL, CSV, TSV or Parquet file, folder, hub id
   --output_dir DIR         the run directory (runs/METHOD-DATE-TIME)
   --learning_rate, --num_train_epochs, --per_device_train_batch_size N
   --resume                 continue the run in --output_dir

@@ -9,6 +9,13 @@ from lisa_analysis.plans.stacks import Division
 
 Array = NDArray[np.float64]
 
+# What draws by a probe were worth: reports/2026-11-27-sampling.
+STUDIED = (
+    " On five tasks of small models a probe's draws came to a quarter of the way from uniform ones "
+    "to full fine-tuning at strength 3, to a tenth at 1, and to nothing on six layers "
+    "(docs/steering.md)."
+)
+
 
 def gain(pi: Array, scores: Array, division: Division | None = None) -> float:
     """Mean score of a layer that π draws over that of a uniformly drawn one; NaN without scores.

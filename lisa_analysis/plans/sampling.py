@@ -14,8 +14,8 @@ from lisa_analysis.plans.budget import Control, seed_of_control
 from lisa_analysis.plans.budget import inclusion_probabilities as inclusion_probabilities
 from lisa_analysis.plans.budget import safe_scores as safe_scores
 from lisa_analysis.plans.evidence import Evidence, check_profile
+from lisa_analysis.plans.gains import STUDIED, spread_of
 from lisa_analysis.plans.gains import gain as gain
-from lisa_analysis.plans.gains import spread_of
 from lisa_analysis.plans.probabilities import SamplingProbabilities as SamplingProbabilities
 from lisa_analysis.plans.stacks import Division, stages_by_stack
 from lisa_analysis.plans.stages import Stages
@@ -315,6 +315,7 @@ def _justification(
     said = (
         f"Sampling by {profile.metric}: {collects}; {often}. Whether the score predicts a lower "
         "loss is for a run to show, beside a uniform and a permuted control."
+        + (STUDIED if profile.method == "probe" else "")
     )
     return not evidence.doubt and not profile.reliability.drift, said
 

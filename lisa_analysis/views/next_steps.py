@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,23 +47,22 @@ def next_step(analysis: Analysis) -> NextStep:
     if one.run.status == "running":
         return NextStep("Look again later: the run is still going on.",
                         _analyze(one.run))  # fmt: skip
-    return _of_one(one) if one.run.has_course else _of_weights(one.run)
+    return _of_one(one) if one.run.has_course else _of_weights(one)
 
 
-def _of_weights(run: Run) -> NextStep:
+def _of_weights(one: RunAnalysis) -> NextStep:
+    run = one.run
     if run.method == "model":
         return NextStep(
             "Say which model these weights came from: beside it is known what each layer changed.",
             _analyze(run, "--base BASE"),
         )
-    options = ["--ignore-intervals", "--export peft-rank:lora.json"]
-    if run.base is not None:
-        home = run.path.resolve().parent
-        options.insert(0, f"--base {shlex.quote(os.path.relpath(run.base.resolve(), home))}")
+    asked = _as_asked(one)
+    certain = "" if "--ignore-intervals" in asked else "--ignore-intervals "
     return NextStep(
         "Give these layers ranks by what they changed; scores of one set of weights have no "
         "intervals, and are taken as certain.",
-        _analyze(run, " ".join(options)),
+        _analyze(run, f"{asked}{certain}--export peft-rank:lora.json"),
     )
 
 
@@ -89,15 +88,21 @@ def _of_one(one: RunAnalysis) -> NextStep:
     return NextStep(sentence, "\n".join(lines))
 
 
-def _as_asked(one: RunAnalysis) -> str:
-    """Options of `lisa-analyze` by which its file is the one on the page, a space behind each."""
+def _as_asked(one: RunAnalysis, home: Path | None = None) -> str:
+    """Options of `lisa-analyze` by which its file is the one on the page, a space behind each.
+
+    `home` is the folder that the command is for, that of the run where it is left out.
+    """
+    home = one.run.path.resolve().parent if home is None else home
     plan, words = one.plan, []
+    if one.run.base is not None:
+        words.append(f"--base {shlex.quote(os.path.relpath(one.run.base.resolve(), home))}")
     if isinstance(one.metric, str):
         words.append(f"--metric {shlex.quote(one.metric)}")
     if plan.activated_layers is not None:
         words.append(f"--activated-layers {plan.activated_layers}")
     if plan.strength is not None:
-        words.append(f"--strength {plan.strength}")
+        words.append(f"--strength {str(plan.strength).replace(' ', '')}")
     if plan.control not in (None, "none"):
         seed = "" if plan.control_seed is None else f" --control-seed {plan.control_seed}"
         words.append(f"--control {plan.control}{seed}")
@@ -148,7 +153,8 @@ def _of_several(analysis: Analysis) -> NextStep:
     if profile is not None:
         return NextStep(
             "Train the next run by the profile over seeds, and a uniform one beside it.",
-            f"lisa-analyze {names} {_as_asked(analysis.runs[0])}--probabilities probabilities.json",
+            f"lisa-analyze {names} {_as_asked(analysis.runs[0], _home(at))}"
+            "--probabilities probabilities.json",
         )
     comparison = analysis.comparison
     assert comparison is not None
@@ -215,9 +221,13 @@ def _of(short: str, placeholder: str, run: Run, key: str) -> str:
 
 def _ways(runs: Sequence[Run]) -> dict[Run, str]:
     """Where every run is, seen from the folder that holds them all."""
-    paths = {run: run.path.resolve() for run in runs}
-    common = os.path.commonpath([path.parent for path in paths.values()])
-    return {run: path.relative_to(common).as_posix() for run, path in paths.items()}
+    home = _home(runs)
+    return {run: run.path.resolve().relative_to(home).as_posix() for run in runs}
+
+
+def _home(runs: Iterable[Run]) -> Path:
+    """Return the folder that holds all runs."""
+    return Path(os.path.commonpath([run.path.resolve().parent for run in runs]))
 
 
 def _name(run: Run) -> str:

@@ -17,8 +17,17 @@ def of_another_model(path: Any, model: "nn.Module") -> str:
         return ""
     measured = json.loads(Path(path).read_text(encoding="utf-8")).get("model")
     trained = getattr(getattr(model, "config", None), "name_or_path", None)
-    known = (name for name in (measured, trained) if isinstance(name, str) and name != "unknown")
-    names = [Path(name).name for name in known if name]
-    if len(names) < 2 or names[0] == names[1]:
+    names = [_short(name) for name in (measured, trained)]
+    if not all(names) or names[0] == names[1]:
         return ""
     return f"{path} was measured on {names[0]}, and this model is {names[1]}"
+
+
+def _short(name: Any) -> str:
+    """Name of a model without the way to it; empty where there is none."""
+    if not isinstance(name, str) or name == "unknown":
+        return ""
+    for part in Path(name).parts:  # of the hub's cache: …/models--ORG--NAME/snapshots/REVISION
+        if part.startswith("models--"):
+            return part.rpartition("--")[2]
+    return "" if Path(name).name == ".." else Path(name).name

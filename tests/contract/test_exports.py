@@ -16,12 +16,13 @@ import pytest
 import torch
 import transformers as hf
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import lisa_analysis as la
 import lisa_train as lt
 from lisa_analysis.contract.layers import canonical_name
+from lisa_analysis.plans.exports.modules import ModelModules
 from lisa_train.model.tensor_table import number_tensors
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -243,6 +244,40 @@ CLASSIFIERS = {  # with more around the base model than `classifier` or `score`
 }  # fmt: skip
 
 
+class Plain(torch.nn.Module):
+    """A classifier that is none of transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 16)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(16, 2, 32) for _ in range(3)
+        )
+        self.fc = torch.nn.Linear(16, 2)
+
+
+def prompted():
+    """A classifier with a prompt of PEFT around it, whose names begin otherwise."""
+    model = hf.LlamaForSequenceClassification(
+        hf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                       num_attention_heads=2, pad_token_id=0)
+    )  # fmt: skip
+    return get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+
+
+def poolformer():
+    return hf.PoolFormerForImageClassification(
+        hf.PoolFormerConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8])
+    )
+
+
+NO_BASE = {  # model, its layers, what trains whole
+    "plain": lambda: (Plain(), "layers", []),
+    "prompt": lambda: (prompted(), None, ["score"]),
+    "norms of one name": lambda: (poolformer(), None, ["classifier"]),
+}
+
+
 class TestClassifiers:
     @pytest.mark.parametrize("kind", ["peft-rank", "peft-layers"])
     def test_the_new_head_trains(self, kind):
@@ -283,6 +318,15 @@ class TestClassifiers:
         ]
         assert rest
         assert all(name.startswith(f"{model.base_model_prefix}.") for name in rest)
+
+    @pytest.mark.parametrize("family", NO_BASE)
+    def test_a_model_without_a_base_of_its_own_keeps_all_but_its_head(self, family):
+        model, layers, whole = NO_BASE[family]()
+        run = run_of(model, layers)
+        run.manifest = {"task": "text-classification"}
+        found = ModelModules.of(run, run.layer_names)
+        assert list(found.whole) == whole
+        assert found.classifies
 
     def test_a_head_that_cannot_be_told_is_said(self):
         model = FAMILIES["llama"]()

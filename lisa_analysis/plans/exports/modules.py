@@ -11,15 +11,20 @@ from lisa_analysis.rundir.opening import opened
 
 # What PEFT puts between the path of a module and the copy of it that trains whole.
 COPY = ".modules_to_save."
+# Heads of classifiers as PEFT knows them by its task types.
+_KNOWN_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module with a matrix: its path, its layer's position in the profile, and its shape."""
+    """A module with a matrix: its path, its layer's position in the profile, and its shape.
+
+    The shape is empty where it is not known: versions before 2026-11-28 wrote 4-bit weights packed.
+    """
 
     path: str
     layer: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def leaf(self) -> str:
@@ -28,7 +33,18 @@ class Module:
 
     @property
     def per_rank(self) -> int:
-        """Parameters of an adapter of rank 1: inputs and outputs."""
+        """Parameters of an adapter of rank 1: inputs and outputs.
+
+        Raises
+        ------
+        LisaError
+            Where the shape is not known.
+        """
+        if not self.shape:
+            raise LisaError(
+                f"the run lists {self.path} packed to 4 bits, without the shape of the matrix: "
+                "give a run of the model as it was before that, or make one anew."
+            )
         return sum(self.shape)
 
 
@@ -84,7 +100,7 @@ class ModelModules:
         Raises
         ------
         LisaError
-            When the run has other layers, or packed weights without their shapes.
+            When the run is of another model.
         """
         if not (hasattr(run, "parameters") and hasattr(run, "layer_names")):
             run = opened(run, "export")
@@ -97,25 +113,18 @@ class ModelModules:
         frame = run.parameters
         frame = frame[frame["role"] == "base"]
         inside, tensors, kinds, fused = [], [], [], []
-        rows = zip(
-            frame["name"], frame["layer"].fillna(-1), frame["kind"], frame["shape"],
-            frame["dtype"], strict=True,
-        )  # fmt: skip
-        for name, layer, kind, shape, dtype in rows:
+        for name, layer, kind, shape in zip(
+            frame["name"], frame["layer"].fillna(-1), frame["kind"], frame["shape"], strict=True
+        ):
             name, position = canonical_name(name), None if layer < 0 else int(layer)
             tensors.append((name, position))
             kinds.append(str(kind))
             sizes = tuple(int(size) for size in str(shape).split("x") if size)
             if position is None or not kind.startswith(("attn.", "mlp.")):
                 continue
-            if dtype == "uint8" and sizes[1:] == (1,):  # as versions before 2026-11-28 wrote it
-                raise LisaError(
-                    f"run {run.run_id} lists {name} packed to 4 bits, without the shape of the "
-                    "matrix: give a run of the model as it was before that, or make one anew."
-                )
             if len(sizes) == 2 and name.endswith(".weight"):
                 path = name.removesuffix(".weight")
-                inside.append(Module(path, position, (sizes[0], sizes[1])))
+                inside.append(Module(path, position, () if sizes[1] == 1 else sizes))
             elif len(sizes) == 3:
                 fused.append(name)
         return cls(
@@ -169,9 +178,9 @@ class ModelModules:
 def _whole(run: Any) -> tuple[str, ...]:
     """Paths of modules that train whole beside adapters, in order."""
     names = [str(name) for name in run.parameters["name"]]
-    found = [canonical_name(name.partition(COPY)[0]) for name in names if COPY in name]
+    found = [_plain(name.partition(COPY)[0]) for name in names if COPY in name]
     if _classifies(run):
-        found += _outside_the_base(map(canonical_name, names), run.layer_names)
+        found += _around_the_base(run)
     return tuple(dict.fromkeys(found))
 
 
@@ -183,12 +192,32 @@ def _classifies(run: Any) -> bool:
     return str(manifest.get("task") or architecture or "").lower().endswith("classification")
 
 
-def _outside_the_base(names: Iterable[str], layer_names: Sequence[str]) -> list[str]:
-    """First parts of the paths that are not the base model's, as all layers are.
+def _around_the_base(run: Any) -> list[str]:
+    """Modules beside the base model, which holds all layers.
 
     What a class of transformers has around it to classify (`classifier`, `score`, `projector`,
-    `pre_classifier`, `classification_head.dense`, …) starts at random.
+    `pre_classifier`, `classification_head.dense`, …) starts at random. What has embeddings is no
+    head: there the model has no base of its own, and only names that PEFT knows are taken, as
+    of names that other modules end with too (`norm`), for PEFT would take those as well.
     """
-    bases = {layer.split(".", 1)[0] for layer in layer_names}
-    firsts = (name.split(".", 1)[0] for name in names if "." in name)
-    return [first for first in firsts if first not in bases]
+    frame = run.parameters[run.parameters["role"] == "base"]
+    names = [_plain(str(name)) for name in frame["name"]]
+    paths = {name.rpartition(".")[0] for name in names}
+    bases = {_plain(layer).split(".", 1)[0] for layer in run.layer_names}
+    firsts = dict.fromkeys(name.split(".", 1)[0] for name in names if "." in name)
+    beside = [first for first in firsts if first not in bases]
+    kinds: dict[str, set[str]] = {}
+    for name, kind in zip(names, frame["kind"], strict=True):
+        kinds.setdefault(name.split(".", 1)[0], set()).add(str(kind))
+    if any("embed" in kinds[first] for first in beside):
+        return [first for first in beside if first in _KNOWN_HEADS]
+    return [
+        first
+        for first in beside
+        if not any(p.endswith(first) and p.split(".", 1)[0] not in beside for p in paths)
+    ]
+
+
+def _plain(name: str) -> str:
+    """Name in the model itself; a prompt of PEFT puts one part before it, adapters two."""
+    return canonical_name(name).removeprefix("base_model.")

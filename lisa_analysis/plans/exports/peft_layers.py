@@ -49,8 +49,9 @@ def make_peft_layers(
     facts = {}
     notes = [f"Adapters in {chosen.sum()} of {len(chosen)} layers: {joined(plan.names(chosen))}."]
     notes += plan.strength_words
-    if plan.model is not None:
-        facts["trained_parameters"] = sum(r * m.per_rank for m in matched(plan.model, values))
+    adapted = [] if plan.model is None else matched(plan.model, values)
+    if adapted and all(module.shape for module in adapted):
+        facts["trained_parameters"] = sum(r * module.per_rank for module in adapted)
         notes.append(f"{facts['trained_parameters']:,} trained parameters.")
     notes += words
     return Content(values | whole, tuple(notes), chosen.astype(int), facts)

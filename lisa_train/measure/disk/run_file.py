@@ -1,6 +1,7 @@
 """run.json: how a run begins, how it goes on, and in what words it ended."""
 
 import datetime
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,13 +94,26 @@ def _check_same_tensors(folder: Path, table: "pa.Table") -> None:
     known = read_parameters(folder / PARAMETERS, 2**15, [])
     before = list(zip(known["param_id"], known["name"], known["shape"], strict=True))
     now = list(zip(*(table[c].to_pylist() for c in ("param_id", "name", "shape")), strict=True))
-    if before != now:
-        changed = next((n for b, n in zip(before, now, strict=False) if b != n), None)
+    same = [_same(b, n) for b, n in zip(before, now, strict=False)]
+    if not all(same) or len(before) != len(now):
+        changed = next((n for n, kept in zip(now, same, strict=False) if not kept), None)
         detail = f"; the first that differs is {changed[1]!r}" if changed else ""
         raise RunDirectoryError(
             f"{folder} was recorded from another model ({len(before)} tensors, this one "
             f"has {len(now)}{detail}): choose another run directory."
         )
+
+
+def _same(before: tuple[int, str, str], now: tuple[int, str, str]) -> bool:
+    """Whether two rows are of one tensor; versions before 2026-11-28 wrote 4-bit weights packed."""
+    if before == now:
+        return True
+    packed, _, width = before[2].partition("x")
+    if before[:2] != now[:2] or width != "1" or not packed.isdecimal():
+        return False
+    size = math.prod(map(int, now[2].split("x")))
+    # Two in a byte, in elements of one, two or four bytes.
+    return any(-(-size // held) == int(packed) for held in (2, 4, 8))
 
 
 def new_run_id() -> str:

@@ -93,6 +93,28 @@ class TestCommandsDoWhatTheySay:
         assert lisa_analyze([*words[1:], "-o", "report.html"]) == 0
         ranks = json.loads((tmp_path / "lora.json").read_text("utf-8"))["rank_pattern"]
         assert len(set(ranks.values())) > 1
+        tuned = [la.load(tmp_path / "tuned", base=tmp_path / "base")]
+        asked = next_step(Analysis.of(tuned, "delta_norm", strength="pool = 2")).command
+        assert "--base base --metric delta_norm --strength pool=2 --ignore-intervals" in asked
+
+    def test_of_several_weights(self, tmp_path):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+                           num_attention_heads=2)
+        )  # fmt: skip
+        model.save_pretrained(tmp_path / "models" / "base")
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for seed in (1, 2, 3):
+            model.load_state_dict(start)
+            with torch.no_grad():
+                for number, layer in enumerate(model.model.layers):
+                    layer.mlp.up_proj.weight += 0.05 * 3**number * torch.randn(24, 16)
+            model.save_pretrained(tmp_path / f"t{seed}")
+        base = tmp_path / "models" / "base"
+        analysis = Analysis.of([la.load(tmp_path / f"t{seed}", base=base) for seed in (1, 2, 3)])
+        said = "lisa-analyze t1 t2 t3 --base models/base --probabilities probabilities.json"
+        assert next_step(analysis).command == said
 
     def test_of_an_arm_that_has_the_next_seed_already(self, tmp_path):
         runs = [write_run(tmp_path / "lisa" / f"s{seed}", steps=30, n_layers=4, seed=seed)

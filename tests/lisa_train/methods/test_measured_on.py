@@ -31,6 +31,9 @@ def files(tmp_path):
         ("SmolLM2", "Qwen2", True),
         ("unknown", "Qwen2", False),
         ("SmolLM2", "", False),
+        ("SmolLM2", ".", False),
+        ("SmolLM2", "..", False),
+        ("org/SmolLM2", "/cache/models--org--SmolLM2/snapshots/607a30", False),
     ],
 )
 def test_names_are_compared_without_the_way_to_them(files, make_llama, measured, trained, said):

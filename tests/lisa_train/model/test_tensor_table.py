@@ -1,5 +1,6 @@
 """The tensor table reads a model; putting FSDP2's shards back is a step of its own."""
 
+import json
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -7,7 +8,9 @@ import pandas as pd
 import pytest
 
 import lisa_analysis as la
-from lisa_analysis.contract.errors import LisaError
+from lisa_analysis.contract.errors import LisaError, RunDirectoryError
+from lisa_analysis.contract.schema import MANIFEST
+from lisa_train.measure.disk.run_file import begun, continued
 from lisa_train.model.layer_map import find_layers
 from lisa_train.model.tensor_table import TensorTable, number_tensors
 
@@ -73,3 +76,29 @@ class TestPackedWeights:
         ]
         with pytest.raises(LisaError, match="packed to 4 bits, without the shape"):
             export(earlier)
+        # What needs no shapes is written all the same.
+        run = SimpleNamespace(
+            parameters=pd.DataFrame(earlier), layer_names=tuple(names), run_id="r", manifest={}
+        )
+        certain = {"layers": 2, "run": run, "use_intervals": False}
+        assert "2 of 3 layers train" in la.export(profile, "freeze", **certain).statement
+        made = la.export(profile, "peft-layers", **certain)
+        assert made.values["layers_to_transform"] == [1, 2]
+        assert "trained parameters" not in made.statement
+
+    def test_a_run_that_listed_them_packed_goes_on(self, rows, tmp_path):
+        packed = rows[1]
+        earlier = [
+            row | ({"shape": f"{row['numel'] // 2}x1"} if row["dtype"] == "uint8" else {})
+            for row in packed
+        ]
+        layers = [
+            {"index": i, "name": f"model.layers.{i}", "stack": "model.layers"} for i in range(3)
+        ]
+        entry = {"status": "interrupted", "method": "lora", "layers": layers}
+        manifest = begun(tmp_path, {"layers": layers}, earlier, None)
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest | entry), encoding="utf-8")
+        continued(tmp_path, {}, packed)
+        other = [row | {"shape": row["shape"].replace("x", "1x")} for row in packed]
+        with pytest.raises(RunDirectoryError, match="was recorded from another model"):
+            continued(tmp_path, {}, other)

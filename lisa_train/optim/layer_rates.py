@@ -34,8 +34,8 @@ def set_layer_rates(
     Raises
     ------
     ConfigError
-        For a broken file, one of another model, or an optimizer without a learning rate of its own
-        or that has begun.
+        For a broken file, one of another model or for a group that the model does not have, or an
+        optimizer without a learning rate of its own or that has begun.
     """
     rates = read_multipliers(path)
     if (rates.layers and len(rates.layers) != len(layer_map)) or (
@@ -46,9 +46,17 @@ def set_layer_rates(
             f"({', '.join(rates.layer_names[:1]) or 'without names'} …), this model has "
             f"{len(layer_map)} ({layer_map.names[0]} …); make it from a run of this model."
         )
-    factors = {}
+    factors, groups = {}, set()
     for name, parameter in model.named_parameters():
-        factors[parameter] = rates.factor(layer_map.layer_of(name), layer_map.group_of(name))
+        layer, group = layer_map.layer_of(name), layer_map.group_of(name)
+        factors[parameter] = rates.factor(layer, group)
+        groups |= {group} if layer is None else set()
+    for group in (g for g, factor in rates.groups.items() if factor != 1 and g not in groups):
+        tied = ": its head is tied to the embeddings, as 'embed'" if group == "head" else ""
+        raise ConfigError(
+            f"{path} has the multiplier {rates.groups[group]:g} for {group!r}, and this model has "
+            f"no tensors of that group{tied}; leave it out, or give it to another."
+        )
     for held in optimizers_of(optimizer):
         if held.state or any("initial_lr" in group for group in held.param_groups):
             raise ConfigError(

@@ -67,6 +67,15 @@ def test_groups_alone_are_of_any_model(tmp_path):
         assert found == {name: groups.get(name, 0.2) for name, _ in model.named_parameters()}
 
 
+def test_a_group_that_the_model_does_not_have_is_refused(tmp_path):
+    path = tmp_path / "head.json"
+    path.write_text('{"schema": "lr-multipliers/1", "multipliers": {"head": 30}}')
+    model = llama(layers=2, tied=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.2)
+    with pytest.raises(ConfigError, match="its head is tied to the embeddings, as 'embed'"):
+        set_layer_rates(optimizer, model, lt.find_layers(model), path)
+
+
 @pytest.mark.parametrize("method", ["full", "lisa", "lora"])
 def test_in_trainer_under_a_schedule(file, tmp_path, method):
     model = llama(layers=LAYERS)

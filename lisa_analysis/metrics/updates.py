@@ -51,7 +51,9 @@ def _of_moving_steps(data: Measurements, column: str) -> NDArray[Any]:
     of a run whose rate was never above 0.
     """
     values = data.table[column]
-    still = data.learning_rate == 0
-    if still.all() or not still.any():
+    still = np.flatnonzero(data.learning_rate == 0)
+    if len(still) == len(values) or not (values[still] == 0).any():  # nothing to copy the table for
         return values
-    return np.where(still[:, None] & (values == 0), np.float32(np.nan), values)
+    moved = values.copy()
+    moved[still] = np.where(values[still] == 0, np.float32(np.nan), values[still])
+    return moved

@@ -65,7 +65,8 @@ def kept():
 def test_pure_bf16_loses_most_of_the_update_and_active_fp32_keeps_it(kept):
     assert kept["bf16"][0] < 0.7
     assert kept["bf16, fp32_active"][0] > 0.9
-    assert kept["bf16, fp32_active"][2] > 0.95
+    # The stored weights are rounded at random: fewer move than in fp32, many more than in bf16.
+    assert kept["bf16, fp32_active"][2] > 4 * kept["bf16"][2]
 
 
 def test_stochastic_rounding_keeps_the_update_when_the_layer_is_frozen(kept):

@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 # What draws by a probe were worth: reports/2026-11-27-sampling.
 STUDIED = (
     " On five tasks of small models a probe's draws came to a quarter of the way from uniform ones "
-    "to full fine-tuning at strength 3, to a tenth at 1, and to nothing on six layers "
+    "to full fine-tuning at strength 3, to a tenth at 1, and did not help on six layers "
     "(docs/steering.md)."
 )
 

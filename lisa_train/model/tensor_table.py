@@ -42,7 +42,7 @@ class TensorTable:
                 self.ids[name] = number
             layer = layer_map.layer_of(name)
             path = layer_map.names[layer] if layer is not None else None
-            shape = unpacked_shape(tensor)
+            shape = _unpacked_shape(tensor)
             self.rows.append(
                 {
                     "param_id": number,
@@ -79,7 +79,7 @@ class TensorTable:
         return chosen
 
 
-def unpacked_shape(tensor: nn.Parameter) -> tuple[int, ...]:
+def _unpacked_shape(tensor: nn.Parameter) -> tuple[int, ...]:
     """Shape of a weight; of one that bitsandbytes packed, two of 4 bits a byte, that of before."""
     state = getattr(tensor, "quant_state", None)
     return tuple(getattr(state, "shape", None) or tensor.shape)

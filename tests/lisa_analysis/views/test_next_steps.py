@@ -26,6 +26,15 @@ from lisa_train.methods.lisa.config import LisaConfig
 from lisa_train.methods.lisa.plan import Plan as DrawPlan
 
 
+def small_llama():
+    """Four layers, wide enough for ranks that differ."""
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                       num_attention_heads=2)
+    )  # fmt: skip
+
+
 class TestCommandsDoWhatTheySay:
     """What is advised makes the file on the page, and the trainer takes it."""
 
@@ -73,11 +82,7 @@ class TestCommandsDoWhatTheySay:
         )
 
     def test_of_weights(self, tmp_path, monkeypatch):
-        torch.manual_seed(0)
-        model = hf.LlamaForCausalLM(
-            hf.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                           num_attention_heads=2)
-        )  # fmt: skip
+        model = small_llama()
         model.save_pretrained(tmp_path / "base")
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
@@ -98,18 +103,14 @@ class TestCommandsDoWhatTheySay:
         assert "--base base --metric delta_norm --strength pool=2 --ignore-intervals" in asked
 
     def test_of_several_weights(self, tmp_path):
-        torch.manual_seed(0)
-        model = hf.LlamaForCausalLM(
-            hf.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
-                           num_attention_heads=2)
-        )  # fmt: skip
+        model = small_llama()
         model.save_pretrained(tmp_path / "models" / "base")
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for seed in (1, 2, 3):
             model.load_state_dict(start)
             with torch.no_grad():
                 for number, layer in enumerate(model.model.layers):
-                    layer.mlp.up_proj.weight += 0.05 * 3**number * torch.randn(24, 16)
+                    layer.mlp.up_proj.weight += 0.05 * 3**number * torch.randn(96, 64)
             model.save_pretrained(tmp_path / f"t{seed}")
         base = tmp_path / "models" / "base"
         analysis = Analysis.of([la.load(tmp_path / f"t{seed}", base=base) for seed in (1, 2, 3)])
